@@ -1,0 +1,76 @@
+"""The export script: `python -m export`, which is `cellserve export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from export.errors import ExportError
+from models.signature import checked_name
+
+EXAMPLE = """\
+example:
+  cellserve export trained/vowels.keras --name vowels
+  cellserve export my_network.keras --name mine --import my_cells.py --labels yes,no --data test.npz
+
+Beside NETWORK.keras, NETWORK.card.json (labels, metrics, description, default_output) and NETWORK.npz (test data: x
+[n, time, features], lengths [n], y) are taken where they are there. Nothing is written unless the model is proved.
+"""
+
+
+def parser(prog: str = "cellserve export") -> argparse.ArgumentParser:
+    """Makes the parser of the export's arguments."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Turns a saved Keras network of recurrent layers into one ONNX file that steps exactly.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("network", metavar="NETWORK.keras", type=Path, help="the saved Keras model")
+    parser.add_argument("--name", required=True, type=_name, help="the model's name in requests and in the repository")
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="the repository (default: artifacts)")
+    parser.add_argument("--version", type=_version, help="a positive number (default: the next free one)")
+    parser.add_argument("--labels", type=lambda text: tuple(text.split(",")), help="names of the outputs, by commas")
+    parser.add_argument("--data", type=Path, metavar="FILE.npz", help="test data, to score the ONNX model and Keras on")
+    parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE.py",
+                        help="a Python file that registers your own cells; may be given more than once")  # fmt: skip
+    return parser
+
+
+def _name(text: str) -> str:
+    try:
+        return checked_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _version(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the export; gives the exit status: 0, 1 where nothing was written, 2 for arguments that do not fit."""
+    arguments = vars(parser().parse_args(argv))
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        # Here and not above, so that --help and a mistyped argument answer at once.
+        from models.quiet import import_tensorflow
+
+        import_tensorflow()
+        from export.exporter import Request, export
+
+        export(Request(**{**arguments, "imports": tuple(arguments["imports"])}), Console())
+    except (ExportError, ImportError) as error:
+        errors.print(f"cellserve export: {error}", markup=False)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

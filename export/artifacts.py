@@ -1,0 +1,59 @@
+"""Writes a version of a model into the repository, `artifacts/NAME/VERSION/`: all its files at once or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from export.errors import ExportError
+from models.signature import MANIFEST_NAME
+
+
+def write(artifacts: Path, name: str, version: int | None, files: dict[str, bytes]) -> Path:
+    """Writes one version of a model.
+
+    Args:
+        artifacts: The repository's folder, made where it is missing.
+        name: The model's name.
+        version: A positive number, or None for the next free one.
+        files: Their names and what is in them.
+
+    Returns:
+        The folder of the version.
+
+    Raises:
+        ExportError: The version is there already; versions are never changed, sessions are bound to them.
+    """
+    home = artifacts / name
+    home.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=home))
+    try:
+        draft.chmod(0o755)
+        for file_name, content in files.items():
+            (draft / file_name).write_bytes(content)
+        manifest = {"files": {file_name: hashlib.sha256(content).hexdigest() for file_name, content in files.items()}}
+        (draft / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+        for path in draft.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        while True:
+            target = home / str(version or next_version(home))
+            try:
+                os.rename(draft, target)
+                return target
+            except OSError:
+                if not target.exists():
+                    raise
+                if version:
+                    raise ExportError(f"{target} is there already: give another --version, or none for the next") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def next_version(home: Path) -> int:
+    """Gives the number after the highest version in a model's folder."""
+    return max((int(path.name) for path in home.iterdir() if path.name.isdigit()), default=0) + 1

@@ -1,0 +1,239 @@
+"""The forms in which a network can be run over time: builds them, proves them, measures them, chooses one.
+
+The rule: the fastest form that keeps the promise of bit identity, by measurement. A form that is not exact is passed
+over where another one is; a form that differs from Keras ends the export, since then its code is wrong.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import tensorflow as tf
+
+from export.assembly import assemble
+from export.errors import ProofFailed
+from export.lowering import lowering_of
+from export.parity import Parity, Reference
+from export.stateful import StatefulNetwork
+from export.tracing import convert, trace_step
+from models.signature import METADATA_KEY, Exactness, ModelDocument
+from service.exactness import WHOLE, draw, prove
+from service.runtime import Runtime, RuntimeOptions
+
+SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
+THREADS = (1, 2)  # exactness is proved across these
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One form of a network, converted, and what was proved and measured of it."""
+
+    name: str
+    model: onnx.ModelProto
+    step: onnx.ModelProto | None  # the graph for single steps, where it is faster and gives the same bits
+    parity: Parity
+    exactness: Exactness
+    microseconds: dict[str, float]  # a run, by "batch x time"
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """Counts the operators of the graph and of the graphs within it."""
+        counts: dict[str, int] = {}
+        for node in _nodes(self.model.graph):
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def all_forms(
+    network: StatefulNetwork, document: ModelDocument, report: Callable[[str], None] = lambda stage: None
+) -> list[Form]:
+    """Builds, proves and measures every form of a network.
+
+    Args:
+        network: The network.
+        document: What the model file is to say, but for what is found out here.
+        report: Is told what is being done.
+
+    Raises:
+        ProofFailed: A form differs from Keras by more than the tolerance.
+    """
+    forms: list[Form] = []
+    reference: Reference | None = None
+    for name, operators in _candidates(network):
+        report(f"converting: {name}")
+        model, step = _build(network, document, operators)
+        alone = open_model(model, None, document)
+        report(f"comparing with Keras: {name}")
+        reference = reference or Reference(network, alone)
+        for runtime in (alone, open_model(model, step, document)):
+            parity = reference.compare(runtime)
+            if parity.failed:
+                raise ProofFailed(_explain(name, parity))
+        report(f"measuring: {name}")
+        kept = step if _step_is_faster(model, step, document) else None
+        report(f"proving bit identity: {name}")
+        exactness = _prove(model, kept, document)
+        if kept and not exactness.proved:
+            kept, exactness = None, _prove(model, None, document)
+        runs = _runs(open_model(model, kept, document), SHAPES)
+        microseconds = {shape: _microseconds(run) for shape, run in runs.items()}
+        forms.append(Form(name, model, kept, parity, exactness, microseconds))
+    return forms
+
+
+def best(forms: list[Form]) -> Form:
+    """Gives the fastest form that is exact, or the fastest where none is."""
+    exact = [form for form in forms if form.exactness.proved] or forms
+    return min(exact, key=lambda form: float(np.mean(np.log(list(form.microseconds.values())))))
+
+
+def _prove(model: onnx.ModelProto, step: onnx.ModelProto | None, document: ModelDocument) -> Exactness:
+    return prove([open_model(model, step, document, threads) for threads in THREADS], WHOLE)
+
+
+def _step_is_faster(model: onnx.ModelProto, step: onnx.ModelProto, document: ModelDocument) -> bool:
+    """Says whether the graph for single steps is worth its memory: a tenth faster over the batch sizes."""
+    shapes = [(batch, steps) for batch, steps in SHAPES if steps == 1]
+    with_step = _runs(open_model(model, step, document), shapes)
+    without = _runs(open_model(model, None, document), shapes)
+    ratios = []
+    for shape in with_step:
+        times = _in_turn({"with": with_step[shape], "without": without[shape]})
+        ratios.append((times["without"] or 0) / (times["with"] or 1))
+    return float(np.exp(np.mean(np.log(ratios)))) > 1.1
+
+
+def side_by_side(network: StatefulNetwork, form: Form, document: ModelDocument) -> dict[str, dict[str, float | None]]:
+    """Measures tf2onnx's own `Loop`, our form and Keras, run in turn; microseconds a run by shape and form."""
+    runtime = open_model(form.model, form.step, document)
+    loop = _loop(network)
+    keras_run = tf.function(network.run, autograph=False)
+    rng = np.random.default_rng(2)
+    table: dict[str, dict[str, float | None]] = {}
+    for batch, steps in SHAPES:
+        x, states = draw(document.signature, batch, steps, rng)
+        constants = [tf.constant(array) for array in (x, *states)]
+        runs: dict[str, Callable[[], Any] | None] = {
+            "loop": _loop_run(loop, x, states) if loop else None,
+            "ours": _ours(runtime, x, states),
+            "keras": lambda c=constants: keras_run(c[0], c[1:]),
+        }
+        table[f"{batch}x{steps}"] = _in_turn(runs)
+    return table
+
+
+def _in_turn(runs: Mapping[str, Callable[[], Any] | None], rounds: int = 5) -> dict[str, float | None]:
+    """Times several things round by round, so that a slow moment of the machine meets all of them."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            if run:
+                taken[name].append(_microseconds(run, seconds=0.02))
+    return {name: float(np.median(times)) if times else None for name, times in taken.items()}
+
+
+def with_document(model: onnx.ModelProto, document: ModelDocument) -> bytes:
+    """Writes the document into the model's metadata; gives the file's bytes."""
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    onnx.helper.set_model_props(copy, {METADATA_KEY: document.model_dump_json()})
+    return bytes(copy.SerializeToString())
+
+
+def open_model(
+    model: onnx.ModelProto, step: onnx.ModelProto | None, document: ModelDocument, threads: int = 1
+) -> Runtime:
+    """Opens a form for a proof or a measurement: on the CPU."""
+    options = RuntimeOptions(provider="cpu", threads=threads)
+    return Runtime(with_document(model, document), options, step and with_document(step, document))
+
+
+def _candidates(network: StatefulNetwork) -> Iterator[tuple[str, bool]]:
+    operators = {type(r.cell).__name__ for r in network.recurrences if lowering_of(r.cell)}
+    if operators:
+        rest = any(lowering_of(recurrence.cell) is None for recurrence in network.recurrences)
+        yield "operator" + (" and Scan" if rest else ""), True
+    yield "Scan", False
+
+
+def _build(
+    network: StatefulNetwork, document: ModelDocument, operators: bool
+) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    step = trace_step(network, lambda cell: operators and lowering_of(cell) is not None)
+    lowerings = [
+        (recurrence.cell, lowering) if operators and (lowering := lowering_of(recurrence.cell)) else None
+        for recurrence in network.recurrences
+    ]
+    return assemble(network, step, lowerings, document.signature)
+
+
+def _explain(form: str, parity: Parity) -> str:
+    first = parity.failed[0]
+    others = "".join(
+        f"\n  {d.tensor} of layer {d.layer!r}, run in {d.run}: off by {d.value:.2e} at {d.where}" for d in parity.failed
+    )
+    return (
+        f"the form {form!r} differs from Keras first in layer {first.layer!r} ({first.tensor}, run in {first.run}): off by "
+        f"{first.value:.2e} relative to max(1, |Keras|) at {first.where}, {first.share:.1f} times what is allowed; "
+        f"nothing was written{others}"
+    )
+
+
+def _loop(network: StatefulNetwork) -> ort.InferenceSession | None:
+    """Gives tf2onnx's own conversion of Keras's loop, or None where it cannot convert it."""
+
+    def run(x: Any, *states: Any) -> list[Any]:
+        y, following = network.run(x, states)
+        return [tf.identity(tensor) for tensor in (y, *following)]
+
+    specs = [tf.TensorSpec([None, None, *network.features], network.input_dtype)]
+    specs += [tf.TensorSpec([None, *state.shape], state.dtype) for state in network.states]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(convert(run, specs).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception:
+        return None
+
+
+def _loop_run(session: ort.InferenceSession, x: Any, states: list[Any]) -> Callable[[], Any]:
+    feed = dict(zip((tensor.name for tensor in session.get_inputs()), (x, *states), strict=True))
+    return lambda: session.run(None, feed)
+
+
+def _ours(runtime: Runtime, x: Any, states: list[Any]) -> Callable[[], Any]:
+    lengths = np.full(len(x), x.shape[1], np.int32)
+    return lambda: runtime.run(x, lengths, states)
+
+
+def _runs(runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
+    """Gives runs of a model to time, by batch x time."""
+    rng = np.random.default_rng(2)
+    return {f"{b}x{t}": _ours(runtime, *draw(runtime.signature, b, t, rng)) for b, t in shapes}
+
+
+def _microseconds(run: Callable[[], Any], seconds: float = 0.1) -> float:
+    """Gives the median time of a run after a warm-up, over about `seconds`."""
+    for _ in range(3):
+        run()
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(taken) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken)) * 1e6
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)

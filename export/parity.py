@@ -1,0 +1,165 @@
+"""Compares a converted model with Keras: over long runs, in chunks, with padding, and step by step.
+
+The tolerance is `|ours - Keras| <= 1e-5 * max(1, |Keras|)`. Where float32 Keras strays further than that from its own
+float64 run (a network that amplifies rounding), ours may be off by at most four times Keras's own error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from export.stateful import StatefulNetwork, with_dtype
+from service.exactness import Array, draw
+from service.runtime import Runtime
+
+TOLERANCE = 1e-5
+STRAYING = 4.0
+ROWS, STEPS = 16, 208
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far one tensor is from Keras's, at the worst place."""
+
+    tensor: str
+    layer: str
+    run: str  # how it was run: whole, chunks, steps
+    value: float  # |ours - Keras| / max(1, |Keras|), at the worst place
+    share: float  # of what is allowed there; above 1 the proof has failed
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """All differences from Keras, in the order of the network."""
+
+    differences: tuple[Difference, ...]
+    strays: float  # float32 Keras's own error against float64 where the tolerance needed it, else 0
+
+    @property
+    def failed(self) -> list[Difference]:
+        """What is further off than allowed; the first names the layer to look at."""
+        return [difference for difference in self.differences if not difference.share <= 1]
+
+    def figures(self) -> dict[str, Any]:
+        """Gives the figures that go into the model file."""
+        worst = {run: max(d.value for d in self.differences if d.run == run) for run in ("whole", "chunks", "steps")}
+        return {"tolerance": TOLERANCE, "time_steps": STEPS, "rows": ROWS, **worst, "keras_float32_error": self.strays}
+
+
+class Reference:
+    """Keras's results for random states, inputs and lengths, kept to compare several forms with.
+
+    Args:
+        network: The Keras network.
+        runtime: Any form of it: gives the signature.
+        seed: Of the random numbers.
+    """
+
+    def __init__(self, network: StatefulNetwork, runtime: Runtime, seed: int = 1) -> None:
+        rng = np.random.default_rng(seed)
+        self.network, self.signature = network, runtime.signature
+        self.x, self.initial = draw(self.signature, ROWS, STEPS, rng)
+        self.lengths = rng.integers(1, STEPS + 1, ROWS).astype(np.int32)
+        self.lengths[0] = STEPS
+        self.cuts = [0, *np.sort(rng.choice(np.arange(1, STEPS), 12, replace=False)), STEPS]
+        self.valid = np.arange(STEPS) < self.lengths[:, None]
+        self.y, self.final = self._keras(network, self.x, self.initial)
+        self.step_y, self.step_states = self._keras_steps()
+        self._double: tuple[Array, list[Array]] | None = None
+        self.strays = 0.0
+
+    def compare(self, runtime: Runtime) -> Parity:
+        """Runs a form whole, in chunks and in single steps from Keras's states, and measures every tensor."""
+        self.strays = 0.0
+        y, final = runtime.run(self.x, self.lengths, self.initial)
+        whole = list(self._differences("whole", y, final))
+        y, final = self._in_chunks(runtime)
+        chunks = list(self._differences("chunks", y, final))
+        steps = list(self._step_differences(runtime))
+        return Parity((*steps, *whole, *chunks), self.strays)
+
+    def _keras(self, network: StatefulNetwork, x: Array, states: list[Array]) -> tuple[Array, list[Array]]:
+        y, final = tf.function(network.run, autograph=False)(tf.constant(x), list(map(tf.constant, states)), self.valid)
+        return np.asarray(y), [np.asarray(state) for state in final]
+
+    def _keras_steps(self) -> tuple[Array, list[Array]]:
+        """Steps Keras from the initial states: outputs `[rows, steps, ...]`, states before each step and at the end."""
+        run = tf.function(self.network.run, autograph=False)
+        states, ys, history = [tf.constant(state) for state in self.initial], [], [self.initial]
+        for t in range(STEPS):
+            y, states = run(tf.constant(self.x[:, t : t + 1]), states)
+            ys.append(np.asarray(y))
+            history.append([np.asarray(state) for state in states])
+        return np.concatenate(ys, axis=1), [np.stack(tensors, axis=1) for tensors in zip(*history, strict=True)]
+
+    def _in_chunks(self, runtime: Runtime) -> tuple[Array, list[Array]]:
+        """Runs ours chunk by chunk, each row until its length is reached."""
+        y = np.zeros_like(self.y)
+        states = [state.copy() for state in self.initial]
+        for start, stop in zip(self.cuts, self.cuts[1:], strict=False):
+            rows = np.flatnonzero(self.lengths > start)
+            lengths = np.minimum(self.lengths[rows], stop).astype(np.int32) - np.int32(start)
+            x = np.ascontiguousarray(self.x[rows, start:stop])
+            y[rows, start:stop], after = runtime.run(x, lengths, [state[rows] for state in states])
+            for state, new in zip(states, after, strict=True):
+                state[rows] = new
+        return y, states
+
+    def _differences(self, run: str, y: Array, final: list[Array]) -> Iterator[Difference]:
+        ends = self.lengths - 1
+        for place, state in enumerate(final):
+            yield self._difference(run, place, state, self.final[place], ends)
+        steps = np.broadcast_to(np.arange(STEPS), self.valid.shape)
+        yield self._difference(run, None, y[self.valid], self.y[self.valid], steps[self.valid])
+
+    def _step_differences(self, runtime: Runtime) -> Iterator[Difference]:
+        """Single steps from Keras's states: no error adds up, so the layer that is off shows itself."""
+        before = [state[:, :-1].reshape(-1, *state.shape[2:]) for state in self.step_states]
+        x = self.x.reshape(-1, 1, *self.x.shape[2:])
+        y, after = runtime.run(x, np.ones(len(x), np.int32), before)
+        steps = np.tile(np.arange(STEPS), ROWS)
+        for place, state in enumerate(after):
+            true = self.step_states[place][:, 1:].reshape(state.shape)
+            yield self._difference("steps", place, state, true, steps)
+        yield self._difference("steps", None, y, self.step_y.reshape(y.shape), steps)
+
+    def _difference(self, run: str, place: int | None, ours: Array, true: Array, steps: Array) -> Difference:
+        """Measures `ours` against Keras's `[n, ...]`; place None is the output; `steps [n]` is when each row was."""
+        ours, true = ours.astype(np.float64), true.astype(np.float64)
+        scale = np.maximum(1, np.abs(true))
+        off = np.abs(ours - true) / scale
+        off = np.where(np.isfinite(ours), off, np.inf).reshape(len(off), -1).max(axis=1)
+        allowed = np.full(len(off), TOLERANCE)
+        if (off > TOLERANCE).any() and run != "steps":
+            allowed = np.maximum(allowed, STRAYING * self._own_error(place)[steps])
+        worst = int(np.argmax(off / allowed))
+        states = [(state.name, recurrence.layer) for recurrence in self.network.recurrences for state in recurrence.states]
+        tensor, layer = states[place] if place is not None else ("y", self.network.model.layers[-1].name)
+        return Difference(
+            tensor, layer, run, float(off.max()), float(off[worst] / allowed[worst]), f"time step {steps[worst]}"
+        )
+
+    def _own_error(self, place: int | None) -> Array:
+        """Gives float32 Keras's largest error so far at each time step, `[steps]`, against a float64 run."""
+        if self._double is None:
+            network = StatefulNetwork(with_dtype(self.network.model, "float64"))
+            run = tf.function(network.run, autograph=False)
+            states = [tf.constant(state.astype(np.float64)) for state in self.initial]
+            ys, history = [], []
+            for t in range(STEPS):
+                y, states = run(tf.constant(self.x[:, t : t + 1].astype(np.float64)), states)
+                ys.append(np.asarray(y)[:, 0])
+                history.append([np.asarray(state) for state in states])
+            self._double = np.stack(ys, axis=1), [np.stack(tensors, axis=1) for tensors in zip(*history, strict=True)]
+        exact = self._double[0] if place is None else self._double[1][place]
+        single = self.step_y if place is None else self.step_states[place][:, 1:]
+        off = np.abs(single - exact) / np.maximum(1, np.abs(exact))
+        by_step = off.max(axis=(0, *range(2, off.ndim)))
+        self.strays = max(self.strays, float(by_step.max()))
+        return np.asarray(np.maximum.accumulate(by_step))

@@ -1,0 +1,1 @@
+"""Cells, the example networks made of them, the real data that they learn, and the signature of what is served."""

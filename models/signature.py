@@ -1,0 +1,84 @@
+"""The signature of a model, and the document that a model file carries about itself; all that the three parts share.
+
+The export writes the document into the ONNX metadata under `METADATA_KEY`, the service reads it; neither TensorFlow nor
+ONNX is needed to do either.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+METADATA_KEY = "cellserve"
+FORMAT = 1
+# In artifacts/NAME/VERSION/; the graph for single steps is there where it is faster.
+MODEL_NAME, STEP_NAME, MANIFEST_NAME = "model.onnx", "step.onnx", "manifest.json"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+def checked_name(name: str) -> str:
+    """Gives a model's name back, or raises ValueError: it becomes a folder and a part of URLs."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ValueError(
+            f"{name!r} is not a model name: 1 to 64 letters, digits, dots, dashes and underscores, "
+            f"the first a letter or digit"
+        )
+    return name
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(_Frozen):
+    """An input or output of the graph: `[batch, time, *shape]`."""
+
+    name: str
+    dtype: Literal["float32", "int32", "int64"] = "float32"
+    shape: tuple[int, ...]  # of one time step: (16,) for [batch, time, 16]
+
+
+class StateSpec(_Frozen):
+    """A state that the graph takes as `name` and gives as `next_name`: `[batch, *shape]`, batch at `batch_axis`."""
+
+    name: str
+    next_name: str
+    dtype: Literal["float32", "int32", "int64"] = "float32"
+    shape: tuple[int, ...]  # without the batch axis
+    batch_axis: int = 0
+
+
+class Signature(_Frozen):
+    """What a model takes, gives and carries from step to step."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...]
+    lengths: str | None = "lengths"  # the int32 input [batch] of valid time steps a row, each from 1 to time
+    default_output: Literal["last", "all"] = "last"
+
+
+class Exactness(_Frozen):
+    """Whether a row's bits depend on what it is computed with: batch, chunking, padding, threads."""
+
+    proved: bool
+    why: str
+
+
+class ModelDocument(_Frozen):
+    """What a model file says about itself, as one JSON document."""
+
+    format: Literal[1] = FORMAT
+    name: Annotated[str, AfterValidator(checked_name)]
+    signature: Signature
+    description: str = ""
+    labels: tuple[str, ...] | None = None  # names of the entries of the last axis of the output
+    metrics: dict[str, float] = Field(default_factory=dict)  # on the test data: {"accuracy": 0.98}
+    form: str = ""  # how time is run over: "LSTM", "Scan", ...
+    operators: dict[str, int] = Field(default_factory=dict)  # operator: how often it stands in the graph
+    parity: dict[str, Any] = Field(default_factory=dict)  # largest differences from Keras, and over what
+    exactness: Exactness
+    timings: dict[str, Any] = Field(default_factory=dict)  # microseconds a run, by form and batch x time
+    provenance: dict[str, str] = Field(default_factory=dict)  # source digest, library versions, time of the export

@@ -1,0 +1,162 @@
+"""Runs one model file with ONNX Runtime: opens it on a provider, advances rows of states by time steps."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from models.signature import METADATA_KEY, ModelDocument, Signature
+
+Array = NDArray[Any]
+Provider = Literal["auto", "cpu", "cuda"]
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+log = logging.getLogger("cellserve")
+
+
+class RuntimeUnavailable(Exception):
+    """The provider that was asked for cannot be used here, or the file is no model that can be opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """How ONNX Runtime is to run a model; part of what exactness is proved for."""
+
+    provider: Provider = "auto"
+    threads: int = 1
+    denormals_as_zero: bool = True  # a decaying state full of denormals slows a run many times over
+
+
+def providers(asked: Provider) -> list[str]:
+    """Gives the names of ONNX Runtime's execution providers to try, in order.
+
+    Raises:
+        RuntimeUnavailable: `cuda` was asked for, and this ONNX Runtime has no CUDA provider.
+    """
+    offered = ort.get_available_providers()
+    if asked == "cpu" or (asked == "auto" and CUDA not in offered):
+        return [CPU]
+    if CUDA not in offered:
+        raise RuntimeUnavailable(_no_cuda(f"this ONNX Runtime offers only {', '.join(offered)}"))
+    return [CUDA, CPU]
+
+
+def _no_cuda(why: str) -> str:
+    return (
+        f"the CUDA execution provider was asked for, but {why}: "
+        f"install cellserve[gpu] on a machine with an NVIDIA GPU, or use --provider cpu"
+    )
+
+
+class Runtime:
+    """One model, open. Thread-safe: ONNX Runtime lets several threads run one session.
+
+    Args:
+        model: The model file's path or its bytes.
+        options: How to run it.
+        step: The path or bytes of the graph for single steps, where the model has one.
+
+    Raises:
+        RuntimeUnavailable: The provider is not to be had, or the file is not a model made by `cellserve export`.
+    """
+
+    def __init__(
+        self, model: Path | bytes, options: RuntimeOptions = RuntimeOptions(), step: Path | bytes | None = None
+    ) -> None:
+        self.options = options
+        self._session = _open(model, options)
+        self._step = None if step is None else _open(step, options)
+        self.provider: str = self._session.get_providers()[0]
+        self.document = read_document(self._session)
+        signature = self.signature
+        self._inputs = [spec.name for spec in signature.inputs]
+        self._states = [spec.name for spec in signature.states]
+        self._fetches = [spec.name for spec in signature.outputs] + [spec.next_name for spec in signature.states]
+
+    @property
+    def signature(self) -> Signature:
+        """What the model takes, gives and carries."""
+        return self.document.signature
+
+    def run(
+        self, x: Array, lengths: NDArray[np.int32], states: Sequence[Array]
+    ) -> tuple[Array, list[Array]]:
+        """Advances every row by its time steps.
+
+        Args:
+            x: `[batch, time, *features]`, contiguous, in the signature's dtype.
+            lengths: `[batch]` int32, valid time steps of each row, from 1 to time.
+            states: One array a state of the signature, `[batch, *shape]` (batch at its `batch_axis`).
+
+        Returns:
+            `y [batch, time, *outputs]`, unspecified past a row's length, and the states after each row's last valid
+            step, in the signature's order.
+        """
+        feed = dict(zip(self._states, states, strict=True))
+        feed[self._inputs[0]] = x
+        if self._step is not None and x.shape[1] == 1:
+            y, *following = self._step.run(self._fetches, feed)
+            return y, following
+        if self.signature.lengths:
+            feed[self.signature.lengths] = lengths
+        y, *following = self._session.run(self._fetches, feed)
+        return y, following
+
+    def zeros(self, batch: int) -> list[Array]:
+        """Gives the states before a first step: zeros, one array a state."""
+        return [
+            np.zeros((*spec.shape[: spec.batch_axis], batch, *spec.shape[spec.batch_axis :]), spec.dtype)
+            for spec in self.signature.states
+        ]
+
+
+def _open(model: Path | bytes, options: RuntimeOptions) -> ort.InferenceSession:
+    asked = providers(options.provider)
+    if CUDA in asked:
+        ort.preload_dlls()  # the wheels of NVIDIA's libraries, where the gpu extra has installed them
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = 3
+    if options.denormals_as_zero:
+        settings.add_session_config_entry("session.set_denormal_as_zero", "1")
+    # Spinning threads would take the event loop's core while they wait.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        session = ort.InferenceSession(source, settings, providers=asked)
+    except Exception as error:
+        raise RuntimeUnavailable(f"ONNX Runtime cannot open the model: {str(error).splitlines()[0]}") from None
+    # Where CUDA is listed but no GPU or driver is found, ONNX Runtime falls back to the CPU without an error.
+    if options.provider == "cuda" and session.get_providers()[0] != CUDA:
+        raise RuntimeUnavailable(_no_cuda("it cannot be opened here"))
+    return session
+
+
+def read_document(session: ort.InferenceSession) -> ModelDocument:
+    """Reads what an open model says about itself, or raises RuntimeUnavailable where it says nothing that holds."""
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if text is None:
+        raise RuntimeUnavailable(
+            f"the file has no {METADATA_KEY!r} metadata: it was not made by `cellserve export`, export the Keras model"
+        )
+    try:
+        document = ModelDocument.model_validate(json.loads(text))
+    except (ValueError, ValidationError) as error:
+        raise RuntimeUnavailable(f"the file's {METADATA_KEY!r} metadata is damaged: {error}") from None
+    names = {tensor.name for tensor in session.get_inputs()} | {tensor.name for tensor in session.get_outputs()}
+    signature = document.signature
+    told = {spec.name for spec in (*signature.inputs, *signature.outputs, *signature.states)}
+    told |= {spec.next_name for spec in signature.states} | ({signature.lengths} if signature.lengths else set())
+    if names != told:
+        raise RuntimeUnavailable(f"the file's graph has the tensors {sorted(names)}, its signature {sorted(told)}")
+    return document
