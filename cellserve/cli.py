@@ -1,0 +1,56 @@
+"""The command `cellserve`: each part's own command line behind one name, imported only when it is called for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "serve": ("service.cli", "serve the models of a repository over HTTP", "cpu' or 'cellserve[gpu]"),
+    "models": ("service.listing", "list the models of a repository", "cpu' or 'cellserve[gpu]"),
+    "train": ("models.training_cli", "train the example networks", "export"),
+    "export": ("export.__main__", "turn a saved Keras network into a model to serve", "export"),
+}
+
+HELP = """\
+usage: cellserve COMMAND ...
+
+Serves stateful recurrent models: Keras cells to exact, fast ONNX to sessions that step bit for bit.
+
+commands:
+{commands}
+
+examples:
+  cellserve serve --port 8000
+  cellserve export my_network.keras --name mine
+
+`cellserve COMMAND --help` tells of each.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; gives its exit status, 2 where there is no such command."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = "\n".join(f"  {name:8}{what}" for name, (_, what, _) in COMMANDS.items())
+        print(HELP.format(commands=lines), end="")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"cellserve: there is no command {name!r}: one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module, _, extra = COMMANDS[name]
+    try:
+        command = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        print(f"cellserve {name}: {error.name} is not installed: pip install 'cellserve[{extra}]'", file=sys.stderr)
+        return 1
+    try:
+        return int(command.main(rest))
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

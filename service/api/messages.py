@@ -1,0 +1,115 @@
+"""Reads the body of a request and sends an answer, on plain ASGI; turns every error into a problem document."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import orjson
+
+from service.errors import BodyTooLarge, Problem, UnsupportedMediaType
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+log = logging.getLogger("cellserve")
+
+_JSON = [(b"content-type", b"application/json")]
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its request was whole."""
+
+
+async def read_json_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """Reads the whole body of a request that must be JSON.
+
+    Raises:
+        UnsupportedMediaType: The content type is another.
+        BodyTooLarge: There are more than `limit` bytes.
+        ClientGone: It never came whole.
+    """
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            kind = value.partition(b";")[0].strip().lower()
+            if kind != b"application/json" and not kind.endswith(b"+json"):
+                raise UnsupportedMediaType(
+                    f"the body has the content type {value.decode('latin-1')[:100]!r}: send application/json"
+                )
+            break
+    else:
+        raise UnsupportedMediaType("the body has no content type: send it with Content-Type: application/json")
+    return await read_body(scope, receive, limit)
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """Reads the whole body of a request, `limit` bytes at most; raises as `read_json_body` does."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > limit:
+            raise _too_large(limit)
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body"):
+        body: bytes = message.get("body", b"")
+        if len(body) > limit:
+            raise _too_large(limit)
+        return body
+    parts, size = [], 0
+    while True:
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(limit)
+        if not message.get("more_body"):
+            return b"".join(parts)
+        message = await receive()
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is larger than {limit} bytes: send it in parts", limit=limit)
+
+
+async def send_json(send: Send, document: Any, status: int = 200, headers: list[tuple[bytes, bytes]] = _JSON) -> None:
+    """Sends a document; NumPy arrays in it are written with the fewest digits that give the same float32."""
+    body = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    await send_body(send, status, headers, body)
+
+
+async def send_body(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    """Sends an answer whole."""
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+class AnsweringProblems:
+    """Wraps a plain ASGI endpoint so that what it raises is answered as a problem document."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        try:
+            await self.endpoint(scope, receive, send)
+        except ClientGone:
+            pass
+        except Exception as error:
+            await send_problem(send, as_problem(error, scope))
+
+
+def as_problem(error: Exception, scope: Scope) -> Problem:
+    """Gives the problem to answer with; what nobody expected goes to the log, not to the client."""
+    if isinstance(error, Problem):
+        return error
+    log.error("%s %s failed", scope.get("method"), scope.get("path"), exc_info=error)
+    return Problem("an error that is ours, not yours: it is in the server's log")
+
+
+async def send_problem(send: Send, problem: Problem) -> None:
+    """Sends a problem document."""
+    await send_body(send, problem.status, problem.headers(), problem.document())

@@ -1,0 +1,129 @@
+"""The OpenAPI document: FastAPI's own, with the plain ASGI endpoints and examples of every body written in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from service.service import Service
+
+_SESSION = {"session": "0b54b1fd5d2a4f3f9d63a3a1e6a1c0de", "model": "sunspots", "version": 1, "position": 0,
+            "expires_in": 3600.0}  # fmt: skip
+_NUMBERS = {"description": "numbers, nested as deep as the model's input and output have axes", "type": "array"}
+_STATES = {"type": "object", "description": "one array a state, by its tensor's name: see GET /models/{name}"}
+_OUTPUTS = {"enum": ["last", "all", None], "description": "outputs of the last or of all time steps; the model's own "
+            "default where it is missing"}  # fmt: skip
+_MODEL = {"type": ["string", "null"], "description": "may be left out where one model is served"}
+
+
+def install(app: FastAPI, service: Service) -> None:
+    """Makes the application's OpenAPI document whole."""
+    plain = app.openapi
+
+    def whole() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = plain()
+            document["components"] = {"schemas": {"Problem": _problem()}}
+            paths = document["paths"]
+            paths["/predict"] = {"post": _predict()}
+            paths["/sessions/{session_id}/step"] = {"post": _step()}
+            paths["/sessions"]["post"]["requestBody"] = _body(
+                {"model": _MODEL, "states": _STATES}, {"model": "sunspots"}, required=[]
+            )
+            paths["/sessions"]["post"]["responses"]["201"] = _answer("the session", _SESSION)
+            paths["/sessions/{session_id}"]["get"]["responses"]["200"] = _answer("the session", _SESSION)
+            paths["/sessions/{session_id}/reset"]["post"]["responses"]["200"] = _answer(
+                "the session", {**_SESSION, "position": 13}
+            )
+            for path in paths.values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+                    operation["responses"]["4XX"] = _problems("The request does not fit; the detail says where and why.")
+                    operation["responses"]["5XX"] = _problems("Nothing was applied; Retry-After says when to try again.")
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = whole  # type: ignore[method-assign]
+
+
+def _predict() -> dict[str, Any]:
+    return {
+        "tags": ["predict"],
+        "summary": "Predict whole sequences",
+        "operationId": "predict",
+        "requestBody": _body(
+            {
+                "model": _MODEL,
+                "sequences": {**_NUMBERS, "description": "[sequence][time][feature], each sequence of its own length"},
+                "outputs": _OUTPUTS,
+                "states": {"type": "array", "items": _STATES, "description": "one a sequence, to start from"},
+                "return_states": {"type": "boolean", "description": "also answer each sequence's last states"},
+            },
+            {"model": "sunspots", "sequences": [[[96.7], [104.3], [116.7]], [[92.8]]], "outputs": "last"},
+            required=["sequences"],
+        ),
+        "responses": {
+            "200": _answer(
+                "outputs in the order of the sequences, and labels where the model has them",
+                {"model": "sunspots", "version": 1, "outputs": [[115.2], [94.1]]},
+            )
+        },
+    }
+
+
+def _step() -> dict[str, Any]:
+    return {
+        "tags": ["sessions"],
+        "summary": "Step a session by one or more time steps",
+        "operationId": "step",
+        "parameters": [{"name": "session_id", "in": "path", "required": True, "schema": {"type": "string"}}],
+        "requestBody": _body(
+            {
+                "x": {**_NUMBERS, "description": "one time step [feature], or several [time][feature], all or none"},
+                "outputs": _OUTPUTS,
+            },
+            {"x": [96.7]},
+            required=["x"],
+        ),
+        "responses": {
+            "200": _answer(
+                "the position after it, and the output", {"session": _SESSION["session"], "position": 1, "y": [97.2]}
+            )
+        },
+    }
+
+
+def _body(properties: dict[str, Any], example: Any, required: list[str]) -> dict[str, Any]:
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    if required:
+        schema["required"] = required
+    return {"required": True, "content": {"application/json": {"schema": schema, "example": example}}}
+
+
+def _answer(description: str, example: Any) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": {"type": "object"}, "example": example}}}
+
+
+def _problem() -> dict[str, Any]:
+    texts = {name: {"type": "string"} for name in ("type", "title", "detail")}
+    return {
+        "type": "object",
+        "description": "RFC 9457",
+        "properties": {**texts, "status": {"type": "integer"}, "place": {"type": "string"}},
+        "required": ["type", "title", "status", "detail"],
+        "examples": [
+            {
+                "type": "urn:cellserve:problem:invalid-input",
+                "title": "The input does not fit",
+                "status": 422,
+                "detail": "sequences[3][17][2]: not a finite number that float32 can hold",
+                "place": "sequences[3][17][2]",
+            }
+        ],
+    }
+
+
+def _problems(description: str) -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {"description": description, "content": {"application/problem+json": {"schema": schema}}}

@@ -1,0 +1,47 @@
+"""What models there are, and whether the service is alive and ready."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from service.repository import Model
+from service.service import Service
+
+
+def router(service: Service) -> APIRouter:
+    """Makes the routes."""
+    routes = APIRouter()
+
+    @routes.get("/models", tags=["models"], summary="List the models")
+    async def models() -> dict[str, Any]:
+        return {"models": [_short(model) for model in service.repository.models.values()]}
+
+    @routes.get("/models/{name}", tags=["models"], summary="Describe a model")
+    async def model(name: str) -> dict[str, Any]:
+        found = service.repository.get(name)
+        document = found.document.model_dump(mode="json", exclude={"format", "name", "exactness"})
+        return {
+            **_short(found),
+            **document,
+            "digest": found.digest,
+            "exact": found.exactness.proved,
+            "exactness": found.exactness.why,
+            "provider": found.runtime.provider,
+        }
+
+    @routes.get("/healthz", tags=["operations"], summary="Is the process alive?")
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @routes.get("/readyz", tags=["operations"], summary="Does it take requests?")
+    async def readyz(response: Response) -> dict[str, str]:
+        response.status_code = 200 if service.ready else 503
+        return {"status": "ready" if service.ready else "not ready"}
+
+    return routes
+
+
+def _short(model: Model) -> dict[str, Any]:
+    return {"name": model.name, "version": model.version, "description": model.document.description}

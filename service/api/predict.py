@@ -1,0 +1,110 @@
+"""`POST /predict`: whole sequences, each from zeros or from given states."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from models.signature import ModelDocument
+from service.api.messages import Receive, Scope, Send, read_json_body, send_json
+from service.engine import Engine
+from service.errors import BodyTooLarge, InvalidInput, NotFinite, QueueFull
+from service.service import Service
+from service.tensors import decode
+
+Array = NDArray[Any]
+
+
+class PredictRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /predict`."""
+
+    sequences: msgspec.Raw
+    model: str | None = None
+    outputs: Literal["last", "all"] | None = None
+    states: msgspec.Raw = msgspec.Raw(b"null")
+    return_states: bool = False
+
+
+_decoder = msgspec.json.Decoder(PredictRequest)
+
+
+class Predict:
+    """The endpoint, plain ASGI: it is one of the two that carry the load."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        settings = self.service.settings
+        request = decode(_decoder, await read_json_body(scope, receive, settings.max_body_bytes))
+        engine = self.service.engine(request.model)
+        model = engine.model
+        sequences = model.reader.sequences(request.sequences)
+        if not sequences:
+            raise InvalidInput("sequences: empty: send at least one sequence", place="sequences")
+        if len(sequences) > settings.max_sequences:
+            raise BodyTooLarge(
+                f"sequences: {len(sequences)} of them, {settings.max_sequences} are taken in one request: send it in parts",
+                limit=settings.max_sequences,
+            )
+        states = None
+        if bytes(request.states) != b"null":
+            states = model.reader.states(request.states, len(sequences))
+        every_output = (request.outputs or model.document.signature.default_output) == "all"
+        outputs, final = await _run(engine, sequences, states, every_output, request.return_states)
+        answer: dict[str, Any] = {"model": model.name, "version": model.version}
+        answer["outputs"] = outputs if every_output else [y[-1] for y in outputs]
+        answer |= labelled(model.document, answer["outputs"])
+        if request.return_states:
+            answer["states"] = final
+        await send_json(send, answer)
+
+
+def labelled(document: ModelDocument, outputs: list[Array]) -> dict[str, Any]:
+    """Gives `labels`, the name of the largest entry of each output, where the model names them."""
+    names = document.labels
+    if names is None:
+        return {}
+    tops = [np.argmax(y, axis=-1) for y in outputs]
+    return {"labels": [[names[i] for i in top] if top.ndim else names[int(top)] for top in tops]}
+
+
+async def _run(
+    engine: Engine,
+    sequences: list[Array],
+    states: list[dict[str, Array] | None] | None,
+    every_output: bool,
+    return_states: bool,
+) -> tuple[list[Array], list[dict[str, Array]]]:
+    """Gives each sequence a slot for the time of the call, advances all of them, and reads their last states."""
+    arena = engine.arena
+    slots: list[int] = []
+    waiting: list[asyncio.Future[Array]] = []
+    try:
+        for number, sequence in enumerate(sequences):
+            slot = arena.take()
+            if slot is None:
+                raise QueueFull("too many sequences are in flight: try again in a second")
+            slots.append(slot)
+            if states is not None:
+                arena.write(slot, states[number])
+            waiting.append(engine.submit(slot, sequence, every_output))
+        outputs: list[Array] = []
+        for number, done in enumerate(waiting):
+            try:
+                outputs.append(await done)
+            except NotFinite as problem:
+                place = f"sequences[{number}]"
+                raise NotFinite(f"{place}: {problem.detail}", place=place, **problem.extensions) from None
+        return outputs, [arena.read(slot) for slot in slots] if return_states else []
+    finally:
+        for done in waiting:
+            if not done.cancel() and not done.cancelled():
+                done.exception()  # asyncio would log what nobody has looked at
+        for slot in slots:
+            arena.give_back(slot)

@@ -1,0 +1,92 @@
+"""The application: builds the service and mounts its surfaces."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from service.api import openapi, operations, sessions
+from service.api.messages import AnsweringProblems, as_problem
+from service.api.predict import Predict
+from service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
+from service.service import Service
+from service.settings import Settings
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Builds everything from the settings.
+
+    Raises:
+        BrokenModel: There is no model to serve.
+        RuntimeUnavailable: The provider that was asked for is not to be had.
+    """
+    service = Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(service.sessions.keep_swept())
+        service.ready = True
+        yield
+        service.close()
+        sweeping.cancel()
+        with suppress(asyncio.CancelledError):
+            await sweeping
+
+    app = FastAPIOffline(
+        title="Cellserve",
+        summary="Serves stateful recurrent models: whole sequences, or step by step with the state kept here.",
+        version=importlib.metadata.version("cellserve"),
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    # Plain ASGI: FastAPI's own request handling would cost more than the model's step.
+    app.router.routes.append(Route("/predict", AnsweringProblems(Predict(service)), methods=["POST"]))
+    app.router.routes.append(
+        Route("/sessions/{session_id}/step", AnsweringProblems(sessions.Step(service)), methods=["POST"])
+    )
+    app.include_router(sessions.router(service))
+    app.include_router(operations.router(service))
+    _answer_problems(app)
+    openapi.install(app, service)
+    return app
+
+
+def _answer_problems(app: FastAPI) -> None:
+    def answer(request: Request, problem: Problem) -> Response:
+        headers = {name.decode(): value.decode() for name, value in problem.headers()}
+        return Response(problem.document(), problem.status, headers)
+
+    @app.exception_handler(Problem)
+    async def problem(request: Request, error: Problem) -> Response:
+        return answer(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def misfit(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:])
+        return answer(request, InvalidInput(f"{place}: {first['msg']}", place=place))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        kinds: dict[int, type[Problem]] = {404: NotFound, 405: MethodNotAllowed}
+        kind = kinds.get(error.status_code, Problem)
+        allowed = (error.headers or {}).get("Allow")
+        detail = f"{request.method} {request.url.path}: see /docs for what there is"
+        response = answer(request, kind(detail, **({"allow": allowed} if allowed else {})))
+        response.status_code = error.status_code
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def anything(request: Request, error: Exception) -> Response:
+        return answer(request, as_problem(error, request.scope))
+
+

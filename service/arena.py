@@ -1,0 +1,87 @@
+"""The arena: the states of one model's slots in contiguous arrays, one array a state tensor, one row a slot."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.signature import StateSpec
+
+Array = NDArray[Any]
+
+_FIRST_ROWS = 64
+
+
+class Arena:
+    """Rows of states that are taken and given back; grows on demand by doubling.
+
+    Args:
+        states: The signature's states, each kept as `[capacity, *shape]`.
+        limit: Rows, at most.
+    """
+
+    def __init__(self, states: tuple[StateSpec, ...], limit: int) -> None:
+        self.specs = states
+        self.limit = limit
+        self.capacity = min(_FIRST_ROWS, limit)
+        # np.zeros takes memory only as rows are written, so that doubling costs address space, not memory.
+        self._arrays = [np.zeros((self.capacity, *spec.shape), spec.dtype) for spec in states]
+        self._free: deque[int] = deque(range(self.capacity))
+
+    @property
+    def used(self) -> int:
+        """Slots in use."""
+        return self.capacity - len(self._free)
+
+    def take(self) -> int | None:
+        """Takes a slot, its states zero; gives None where all that may be are in use."""
+        if not self._free and not self._grow():
+            return None
+        return self._free.popleft()
+
+    def give_back(self, slot: int) -> None:
+        """Frees a slot; its states are zeroed now, so that they can never be seen in another session."""
+        for array in self._arrays:
+            array[slot] = 0
+        self._free.append(slot)
+
+    def gather(self, slots: NDArray[np.intp]) -> list[Array]:
+        """Copies the states of some slots: one `[len(slots), *shape]` a state (batch at the state's batch axis)."""
+        return [
+            array[slots] if spec.batch_axis == 0 else np.moveaxis(array[slots], 0, spec.batch_axis)
+            for array, spec in zip(self._arrays, self.specs, strict=True)
+        ]
+
+    def scatter(self, slots: NDArray[np.intp], states: list[Array]) -> None:
+        """Writes the states of some slots, as `gather` gives them."""
+        for array, spec, rows in zip(self._arrays, self.specs, states, strict=True):
+            array[slots] = rows if spec.batch_axis == 0 else np.moveaxis(rows, spec.batch_axis, 0)
+
+    def read(self, slot: int) -> dict[str, Array]:
+        """Copies one slot's states, by name."""
+        return {spec.name: array[slot].copy() for spec, array in zip(self.specs, self._arrays, strict=True)}
+
+    def write(self, slot: int, states: dict[str, Array] | None) -> None:
+        """Sets one slot's states, by name; None for zeros."""
+        for spec, array in zip(self.specs, self._arrays, strict=True):
+            array[slot] = 0 if states is None else states[spec.name]
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies one slot's states to another slot."""
+        for array in self._arrays:
+            array[target] = array[source]
+
+    def _grow(self) -> bool:
+        capacity = min(self.limit, self.capacity * 2)
+        if capacity == self.capacity:
+            return False
+        for place, array in enumerate(self._arrays):
+            larger = np.zeros((capacity, *array.shape[1:]), array.dtype)
+            larger[: self.capacity] = array
+            self._arrays[place] = larger
+        self._free.extend(range(self.capacity, capacity))
+        self.capacity = capacity
+        return True

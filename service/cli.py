@@ -1,0 +1,82 @@
+"""`cellserve serve`: reads the settings from flags and the environment, runs uvicorn, ends with exit status 0."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from pydantic import ValidationError
+
+from service.settings import ENV_PREFIX, Settings
+
+EXAMPLE = """\
+example:
+  cellserve serve --port 9000 --provider cpu
+  CELLSERVE_PORT=9000 CELLSERVE_PROVIDER=cpu cellserve serve
+"""
+
+
+def parser(prog: str = "cellserve serve") -> argparse.ArgumentParser:
+    """Makes the parser: a flag for each setting."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Serves the models of a repository over HTTP. Every flag is an environment variable too.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, field in Settings.model_fields.items():
+        told = f"{field.description} ({ENV_PREFIX}{name.upper()}; default: {field.default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", help=told, default=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until it is told to stop; gives the exit status: 0, 1 where it could not start, 2 for a bad setting."""
+    given = vars(parser().parse_args(argv))
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        place = f"--{name.replace('_', '-')}" if name in given else f"{ENV_PREFIX}{name.upper()}"
+        print(f"cellserve serve: {place}: {first['msg']}, got {first['input']!r}", file=sys.stderr)
+        return 2
+    # Here and not above, so that --help and a mistyped flag answer at once.
+    import uvicorn
+
+    from service.app import create_app
+    from service.repository import BrokenModel
+    from service.runtime import RuntimeUnavailable
+
+    # uvicorn raises the signal again after a graceful stop; whoever asked for the stop is told that it went well.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    try:
+        app = create_app(settings)
+    except (BrokenModel, RuntimeUnavailable) as error:
+        print(f"cellserve serve: {error}", file=sys.stderr)
+        return 1
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    return 0 if server.started else 1
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

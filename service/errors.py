@@ -1,0 +1,137 @@
+"""Everything that can be answered instead of a result: typed where it arises, RFC 9457 problem documents on the wire."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import orjson
+
+MEDIA_TYPE = b"application/problem+json"
+
+
+class Problem(Exception):
+    """An answer that is not a result.
+
+    Args:
+        detail: What was wrong, where, and what to send instead.
+        extensions: Members of the document that a program can act on.
+    """
+
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "The server made a mistake"
+    retry_after: ClassVar[int | None] = None  # seconds
+
+    def __init__(self, detail: str, **extensions: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.extensions = extensions
+
+    def document(self) -> bytes:
+        """Gives the problem document (RFC 9457, section 3)."""
+        name = "".join("-" + letter.lower() if letter.isupper() else letter for letter in type(self).__name__)
+        return orjson.dumps(
+            {
+                "type": f"urn:cellserve:problem:{name.removeprefix('-')}",
+                "title": self.title,
+                "status": self.status,
+                "detail": self.detail,
+                **self.extensions,
+            }
+        )
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Gives the headers of the answer."""
+        headers = [(b"content-type", MEDIA_TYPE)]
+        if self.retry_after is not None:
+            headers.append((b"retry-after", str(self.retry_after).encode()))
+        return headers
+
+
+class NotJson(Problem):
+    """The body cannot be parsed at all."""
+
+    status = 400
+    title = "The body is not JSON"
+
+
+class InvalidInput(Problem):
+    """The body parses but something in it does not fit; `place` says where."""
+
+    status = 422
+    title = "The input does not fit"
+
+
+class NotFinite(InvalidInput):
+    """The model's output or next state would not be finite; nothing was applied."""
+
+    title = "The model's numbers stop being finite"
+
+
+class NotFound(Problem):
+    """No such path."""
+
+    status = 404
+    title = "There is nothing here"
+
+
+class UnknownModel(NotFound):
+    """No model of that name is served."""
+
+    title = "No such model"
+
+
+class UnknownSession(NotFound):
+    """No session of that id, as far as is known."""
+
+    title = "No such session"
+
+
+class SessionGone(Problem):
+    """The session was here: it was deleted or has expired."""
+
+    status = 410
+    title = "The session is gone"
+
+
+class MethodNotAllowed(Problem):
+    """The path takes other methods."""
+
+    status = 405
+    title = "The path does not take this method"
+
+
+class BodyTooLarge(Problem):
+    """The body, or what it holds, is over a limit that is a setting."""
+
+    status = 413
+    title = "The request is too large"
+
+
+class UnsupportedMediaType(Problem):
+    """The body's content type is not one that the path takes."""
+
+    status = 415
+    title = "The content type is not supported"
+
+
+class ServerFull(Problem):
+    """There are as many sessions as may be."""
+
+    status = 503
+    title = "The server is full"
+    retry_after = 10
+
+
+class QueueFull(Problem):
+    """More work is waiting than may wait."""
+
+    status = 503
+    title = "The server has too much to do"
+    retry_after = 1
+
+
+class ModelFailed(Problem):
+    """ONNX Runtime could not run the model on this request; nothing was applied."""
+
+    status = 500
+    title = "The model could not be run"

@@ -1,0 +1,38 @@
+"""The service's settings: one frozen class, each setting a flag of `cellserve serve` and a variable `CELLSERVE_...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.runtime import Provider
+
+ENV_PREFIX = "CELLSERVE_"
+
+
+class Settings(BaseSettings):
+    """What can be set; `docs/settings.md` tells of each when to change it."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+
+    models: Path = Field(Path("artifacts"), description="the model repository: NAME/VERSION/model.onnx")
+    host: str = Field("127.0.0.1", description="the address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
+    provider: Provider = Field("auto", description="where to run: auto (CUDA where it can be opened), cpu or cuda")
+    threads: int = Field(1, ge=1, le=256, description="threads of ONNX Runtime within one run")
+    max_batch: int = Field(64, ge=1, le=65536, description="rows of one run, at most")
+    quantum: int = Field(32, ge=1, le=65536, description="time steps that one run takes of one row, at most")
+    inline_microseconds: int = Field(
+        1000, ge=0, description="runs predicted to take no longer are made in the event loop, others on a thread"
+    )
+    max_queued_steps: int = Field(
+        1_000_000, ge=1, description="time steps that may wait to be run, for each model; more are answered 503"
+    )
+    max_sessions: int = Field(100_000, ge=1, description="live sessions, at most; one more is answered 503")
+    session_idle_seconds: float = Field(3600, gt=0, description="a session not used for so long expires")
+    tombstone_seconds: float = Field(86400, ge=0, description="for how long a session that is gone is answered 410")
+    max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="size of a request's body, at most")
+    max_sequences: int = Field(4096, ge=1, description="sequences of one request, at most")
+    shutdown_seconds: int = Field(30, ge=0, description="for how long a stopping server finishes what it has accepted")

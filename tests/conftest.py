@@ -1,0 +1,95 @@
+"""What the tests share: small networks exported for real, the example models, and real server processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "artifacts"  # made by `make setup`
+
+
+@dataclass
+class Server:
+    """A `cellserve serve` process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: list[str] = field(default_factory=list)
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **options)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Sends a signal, waits for the end, and gives the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        out, _ = self.process.communicate(timeout=60)
+        self.log.append(out)
+        return self.process.returncode
+
+
+def start_server(*flags: str, environment: dict[str, str] | None = None) -> Server:
+    """Starts a server on a free port and waits until it listens."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+    assert process.stdout
+    log = []
+    for line in process.stdout:
+        log.append(line)
+        found = re.search(r"running on (http://\S+)", line)
+        if found:
+            return Server(process, found[1], log)
+    raise AssertionError("the server did not start:\n" + "".join(log))
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository of small networks: lstm and rnn (5 features, 3 outputs), decaying (a cell of a user's own)."""
+    from tests.networks import export_small_networks
+
+    return export_small_networks(tmp_path_factory.mktemp("repository"))
+
+
+@pytest.fixture(scope="session")
+def examples() -> Path:
+    """The example models, as `make setup` leaves them."""
+    assert (EXAMPLES / "vowels").is_dir(), "the example models are missing: run `make setup`"
+    return EXAMPLES
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[Server]:
+    """A server of the small networks, for one module's tests."""
+    server = start_server("--models", str(repository))
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    """Starts servers with given flags, and ends them with the test."""
+    started: list[Server] = []
+
+    def start(*flags: str, **options: Any) -> Server:
+        started.append(start_server(*flags, **options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop(signal.SIGKILL)
