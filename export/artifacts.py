@@ -49,7 +49,9 @@ def write(artifacts: Path, name: str, version: int | None, files: dict[str, byte
                 if not target.exists():
                     raise
                 if version:
-                    raise ExportError(f"{target} is there already: give another --version, or none for the next") from None
+                    raise ExportError(
+                        f"{target} is there already: give another --version, or none for the next"
+                    ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -162,7 +162,7 @@ class _Assembly:
 
     # Recurrences
 
-    def _loops(self) -> dict[str, "_Loop"]:
+    def _loops(self) -> dict[str, _Loop]:
         """Finds the strongly connected parts with a state in them; gives for each tensor made in one its loop."""
         sources: dict[str, set[str]] = {state: {following} for state, following in self.following.items()}
         for node in self.step.nodes:
@@ -184,7 +184,7 @@ class _Assembly:
         self.timed[output], final = lowering(self.main, cell, self._timed(source), self.lengths, states)
         self.final.update(zip(states, final, strict=True))
 
-    def _emit_loop(self, loop: "_Loop") -> None:
+    def _emit_loop(self, loop: _Loop) -> None:
         """Writes a loop as a `Scan`: states carried, tensors from outside scanned, tensors needed outside collected."""
         step = self.step
         body = GraphBuilder(f"loop_{loop.states[0]}/")
@@ -246,7 +246,7 @@ class _Assembly:
         for name, result in zip(wanted, results[len(loop.states) :], strict=True):
             self.timed[name] = result
 
-    def _needed_outside(self, loop: "_Loop") -> set[str]:
+    def _needed_outside(self, loop: _Loop) -> set[str]:
         step = self.step
         outside = {name for node in step.nodes if not loop.members.intersection(node.output) for name in node.input}
         return outside | {step.y, *step.next_states, *step.into_left_out}
@@ -269,9 +269,7 @@ class _Assembly:
         outputs = [info(spec.name, spec.dtype, BATCH, "time", *spec.shape) for spec in signature.outputs]
         outputs += [info(spec.next_name, spec.dtype, BATCH, *spec.shape) for spec in signature.states]
         used = {name for node in self.main.nodes for name in node.input}
-        self.main.initializers = {
-            name: tensor for name, tensor in self.main.initializers.items() if name in used
-        }
+        self.main.initializers = {name: tensor for name, tensor in self.main.initializers.items() if name in used}
         return self.main.graph("cellserve", inputs, outputs)
 
 
@@ -285,7 +283,9 @@ class _OneStep(_Assembly):
         self.flat.update(self.state_names)
 
     def model(self) -> onnx.ModelProto:
-        self.flat[self.step.x] = self.main.node("Squeeze", self.signature.inputs[0].name, self.main.constant(np.array([1])))
+        self.flat[self.step.x] = self.main.node(
+            "Squeeze", self.signature.inputs[0].name, self.main.constant(np.array([1]))
+        )
         return self._finished()
 
     def _emit_y(self) -> None:

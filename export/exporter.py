@@ -13,13 +13,13 @@ from typing import Any
 
 import keras
 import numpy as np
+from models.metrics import evaluate
 from rich.console import Console
 
 from export import artifacts, forms, report
 from export.errors import ExportError
 from export.stateful import StatefulNetwork, with_dtype
 from models import cells  # noqa: F401  registers the cells for loading
-from models.metrics import evaluate
 from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument, Signature, StateSpec, TensorSpec
 from service.runtime import Runtime
 
@@ -130,7 +130,9 @@ def _card(network: Path) -> dict[str, Any]:
 def _document(request: Request, network: StatefulNetwork, card: dict[str, Any]) -> ModelDocument:
     labels = request.labels or (tuple(card["labels"]) if card.get("labels") else None)
     if labels and (not network.outputs or len(labels) != network.outputs[-1]):
-        raise ExportError(f"{len(labels)} labels for an output of shape {list(network.outputs)}: give one for each entry")
+        raise ExportError(
+            f"{len(labels)} labels for an output of shape {list(network.outputs)}: give one for each entry"
+        )
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return ModelDocument(
         name=request.name,
@@ -140,7 +142,8 @@ def _document(request: Request, network: StatefulNetwork, card: dict[str, Any]) 
             inputs=(TensorSpec(name="x", shape=network.features),),
             outputs=(TensorSpec(name="y", shape=network.outputs),),
             states=tuple(
-                StateSpec(name=state.name, next_name=f"{state.name}.next", shape=state.shape) for state in network.states
+                StateSpec(name=state.name, next_name=f"{state.name}.next", shape=state.shape)
+                for state in network.states
             ),
             default_output=card.get("default_output", "last" if network.gives_last_only else "all"),
         ),

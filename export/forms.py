@@ -197,7 +197,9 @@ def _loop(network: StatefulNetwork) -> ort.InferenceSession | None:
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return ort.InferenceSession(convert(run, specs).SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            convert(run, specs).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
     except Exception:
         return None
 

@@ -37,6 +37,8 @@ class GraphBuilder:
             self.initializers[name] = numpy_helper.from_array(array, name)
         return self._constants[key]
 
-    def graph(self, name: str, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.GraphProto:
+    def graph(
+        self, name: str, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]
+    ) -> onnx.GraphProto:
         """Gives the graph between these inputs and outputs."""
         return helper.make_graph(self.nodes, name, inputs, outputs, list(self.initializers.values()))

@@ -139,7 +139,9 @@ class Reference:
         if (off > TOLERANCE).any() and run != "steps":
             allowed = np.maximum(allowed, STRAYING * self._own_error(place)[steps])
         worst = int(np.argmax(off / allowed))
-        states = [(state.name, recurrence.layer) for recurrence in self.network.recurrences for state in recurrence.states]
+        states = [
+            (state.name, recurrence.layer) for recurrence in self.network.recurrences for state in recurrence.states
+        ]
         tensor, layer = states[place] if place is not None else ("y", self.network.model.layers[-1].name)
         return Difference(
             tensor, layer, run, float(off.max()), float(off[worst] / allowed[worst]), f"time step {steps[worst]}"

@@ -59,5 +59,7 @@ def _others(form: Form, forms: list[Form]) -> str:
     for other in forms:
         if other is not form:
             slower = other.microseconds["1x50"] / form.microseconds["1x50"]
-            told.append(f"{other.name}: " + ("not exact" if not other.exactness.proved else f"{slower:.1f} x the time at 1x50"))
+            told.append(
+                f"{other.name}: " + ("not exact" if not other.exactness.proved else f"{slower:.1f} x the time at 1x50")
+            )
     return f" (passed over {'; '.join(told)})" if told else ""

@@ -190,7 +190,9 @@ def with_dtype(model: Any, dtype: str) -> Any:
         if isinstance(config, dict):
             if config.get("class_name") == "DTypePolicy":
                 return {**config, "config": {**config["config"], "name": dtype}}
-            return {key: dtype if key == "dtype" and _is_float(value) else changed(value) for key, value in config.items()}
+            return {
+                key: dtype if key == "dtype" and _is_float(value) else changed(value) for key, value in config.items()
+            }
         return [changed(value) for value in config] if isinstance(config, list | tuple) else config
 
     copy = type(model).from_config(changed(model.get_config()))

@@ -50,7 +50,9 @@ class _Cell(keras.layers.Layer):
 
     def _kernel(self, name: str, rows: int) -> Any:
         initializer = self._initializer_of_its_own(self.kernel_initializer)
-        return self.add_weight((rows, self.units), initializer=initializer, regularizer=self.kernel_regularizer, name=name)
+        return self.add_weight(
+            (rows, self.units), initializer=initializer, regularizer=self.kernel_regularizer, name=name
+        )
 
     def _bias(self, name: str) -> Any:
         initializer = self._initializer_of_its_own(self.bias_initializer)

@@ -88,5 +88,3 @@ def _answer_problems(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def anything(request: Request, error: Exception) -> Response:
         return answer(request, as_problem(error, request.scope))
-
-

@@ -127,7 +127,9 @@ class Engine:
             QueueFull: More time steps would wait than may.
         """
         if self._queued and self._queued + len(x) > self._max_queued:
-            raise QueueFull(f"{self._queued} time steps are waiting for model {self.model.name!r}: try again in a second")
+            raise QueueFull(
+                f"{self._queued} time steps are waiting for model {self.model.name!r}: try again in a second"
+            )
         loop = asyncio.get_running_loop()
         own = slot if applied is None or len(x) <= self._quantum else self._copied(slot)
         advance = Advance(x, own, slot, every_output, loop.create_future(), applied)

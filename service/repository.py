@@ -35,7 +35,9 @@ class Model:
         self.name, self.version, self.digest, self.runtime = name, version, digest, runtime
         self.reader = TensorReader(runtime.signature)
         # Kernels differ between processors: what was proved where it was exported is proved again where it runs.
-        self.exactness: Exactness = prove([runtime], SHORT) if self.document.exactness.proved else self.document.exactness
+        self.exactness: Exactness = (
+            prove([runtime], SHORT) if self.document.exactness.proved else self.document.exactness
+        )
 
     @property
     def document(self) -> ModelDocument:

@@ -87,9 +87,7 @@ class Runtime:
         """What the model takes, gives and carries."""
         return self.document.signature
 
-    def run(
-        self, x: Array, lengths: NDArray[np.int32], states: Sequence[Array]
-    ) -> tuple[Array, list[Array]]:
+    def run(self, x: Array, lengths: NDArray[np.int32], states: Sequence[Array]) -> tuple[Array, list[Array]]:
         """Advances every row by its time steps.
 
         Args:

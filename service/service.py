@@ -27,9 +27,7 @@ class Service:
         options = RuntimeOptions(provider=settings.provider, threads=settings.threads)
         self.repository = Repository(settings.models, options)
         self._executor = ThreadPoolExecutor(1, "tick")
-        self.engines = {
-            name: Engine(model, settings, self._executor) for name, model in self.repository.models.items()
-        }
+        self.engines = {name: Engine(model, settings, self._executor) for name, model in self.repository.models.items()}
         self.sessions = SessionTable(settings.max_sessions, settings.session_idle_seconds, settings.tombstone_seconds)
         self.ready = False
 

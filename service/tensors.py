@@ -94,7 +94,8 @@ class TensorReader:
                 place="states",
             )
         return [
-            None if tensors is None else self._state(tensors, f"states[{number}]") for number, tensors in enumerate(given)
+            None if tensors is None else self._state(tensors, f"states[{number}]")
+            for number, tensors in enumerate(given)
         ]
 
     def state(self, raw: msgspec.Raw) -> dict[str, Array]:

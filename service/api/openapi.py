@@ -39,8 +39,12 @@ def install(app: FastAPI, service: Service) -> None:
             for path in paths.values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
-                    operation["responses"]["4XX"] = _problems("The request does not fit; the detail says where and why.")
-                    operation["responses"]["5XX"] = _problems("Nothing was applied; Retry-After says when to try again.")
+                    operation["responses"]["4XX"] = _problems(
+                        "The request does not fit; the detail says where and why."
+                    )
+                    operation["responses"]["5XX"] = _problems(
+                        "Nothing was applied; Retry-After says when to try again."
+                    )
             app.openapi_schema = document
         return app.openapi_schema
 
@@ -102,7 +106,10 @@ def _body(properties: dict[str, Any], example: Any, required: list[str]) -> dict
 
 
 def _answer(description: str, example: Any) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": {"type": "object"}, "example": example}}}
+    return {
+        "description": description,
+        "content": {"application/json": {"schema": {"type": "object"}, "example": example}},
+    }
 
 
 def _problem() -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""The example networks: Keras models built from our cells, normalisation and all inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+from numpy.typing import NDArray
+
+from models.cells import LSTMCell, RNNCell
+
+Array = NDArray[Any]
+
+
+def speaker_network(frames: Array, speakers: int, units: int = 64) -> Any:
+    """Makes the network that says after every frame who speaks, as probabilities.
+
+    It is causal and needs no mask: sequences are padded on the right, where padding changes nothing before it.
+
+    Args:
+        frames: `[n, features]`, valid frames of the training data, to normalise by.
+        speakers: How many there are.
+        units: Width of the LSTM.
+    """
+    normalise = layers.Normalization(name="normalise")
+    normalise.adapt(frames)
+    return keras.Sequential(
+        [
+            keras.Input((None, frames.shape[-1]), name="x"),
+            normalise,
+            layers.GaussianNoise(0.3, name="noise"),  # in training only
+            layers.RNN(LSTMCell(units), return_sequences=True, name="lstm"),
+            layers.Dropout(0.3, name="dropout"),
+            layers.Dense(speakers, activation="softmax", name="speaker"),
+        ],
+        name="vowels",
+    )
+
+
+def sunspot_network(months: Array, feedback: str, units: int = 32) -> Any:
+    """Makes the network that says after every month what the next month's number will be.
+
+    What it adds to the latest number is learned; number and prediction are both in the unit of the data.
+
+    Args:
+        months: `[n]`, the training data, to normalise by.
+        feedback: Of the `RNNCell`.
+        units: Width of the cell.
+    """
+    mean, deviation = float(months.mean()), float(months.std())
+    number = keras.Input((None, 1), name="x")
+    x = layers.Rescaling(1 / deviation, -mean / deviation, name="normalise")(number)
+    y = layers.RNN(RNNCell(units, feedback=feedback), return_sequences=True, name="rnn")(x)
+    change = layers.Dense(1, kernel_initializer="zeros", name="change")(y)
+    change = layers.Rescaling(deviation, name="denormalise")(change)
+    return keras.Model(number, layers.Add(name="next")([number, change]), name="sunspots")

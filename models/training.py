@@ -1,0 +1,176 @@
+"""Trains the example networks on real data, from a fixed seed, and writes them with what the export says of them.
+
+`NAME.keras` is the network, `NAME.card.json` its description, labels and test metrics, `NAME.npz` the test data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from models import datasets
+from models.metrics import evaluate, rmse
+from models.networks import speaker_network, sunspot_network
+
+Array = NDArray[Any]
+Progress = Callable[[int, int, str], None]  # epochs done, of how many, the figure on the validation part
+
+SEED = 2021
+FIRST_TEST_YEAR = 1980
+VALIDATION_YEARS = 25  # the last ones before the test
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trained network, and what is known of it."""
+
+    network: Any
+    card: dict[str, Any]  # description, labels, default_output, metrics, seed
+    test: dict[str, Array] = field(repr=False)  # x [n, time, features], lengths [n], y, and weight where not all counts
+
+
+def train(name: str, progress: Progress) -> Trained:
+    """Trains one of `EXAMPLES`; the same numbers come out each time on one kind of machine.
+
+    Raises:
+        KeyError: There is no example of that name.
+    """
+    trainer = EXAMPLES[name]
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(SEED)
+    tf.config.experimental.enable_op_determinism()
+    return trainer(progress)
+
+
+def save(trained: Trained, folder: Path, name: str) -> Path:
+    """Writes the network and what belongs beside it; the network last and whole, so that it is there or not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.card.json").write_text(json.dumps(trained.card, indent=2) + "\n")
+    np.savez_compressed(folder / f"{name}.npz", **trained.test)
+    draft = folder / f".{name}.draft.keras"
+    trained.network.save(draft)
+    return Path(os.replace(draft, folder / f"{name}.keras") or folder / f"{name}.keras")
+
+
+def train_vowels(progress: Progress) -> Trained:
+    """Trains `vowels`: which of nine speakers uttered these frames.
+
+    The epoch is chosen on a validation part of the training split; the test split is scored once, at the end.
+    """
+    data = datasets.vowels()
+    train, test = data.train, data.test
+    network = speaker_network(train.x[train.valid], len(data.labels))
+    held = np.zeros(len(train.y), bool)  # every fifth utterance of each speaker
+    held[::5] = True
+    time = train.x.shape[1]
+    wanted = np.repeat(train.y[:, None], time, axis=1)
+    # An utterance counts as one however long it is; its later frames, which have heard more, count more.
+    weight = train.valid * np.arange(1, time + 1)
+    weight = (weight / weight.sum(axis=1, keepdims=True) * time).astype(np.float32)
+    loss = keras.losses.SparseCategoricalCrossentropy()
+    _fit(network, loss, 3e-3, (train.x[~held], wanted[~held], weight[~held]), (train.x[held], wanted[held], weight[held]),
+         epochs=120, batch=16, progress=progress)  # fmt: skip
+    scored = {"x": test.x, "lengths": test.lengths, "y": test.y}
+    card = {
+        "description": "which of nine speakers uttered these frames (LSTM; 12 LPC cepstrum coefficients a frame)",
+        "labels": list(data.labels),
+        "default_output": "last",
+        "metrics": evaluate(network.predict(test.x, verbose=0), scored),
+        "seed": SEED,
+    }
+    return Trained(network, card, scored)
+
+
+def train_sunspots(progress: Progress, feedback: str = "hidden") -> Trained:
+    """Trains `sunspots`: next month's mean sunspot number, said after every month.
+
+    The test runs through the months from 1749 on, and counts what is said of those from 1980 on.
+    """
+    data = datasets.sunspots()
+    x, wanted = data.number[:-1], data.number[1:]
+    of_test = data.year[1:] >= FIRST_TEST_YEAR
+    of_validation = ~of_test & (data.year[1:] >= FIRST_TEST_YEAR - VALIDATION_YEARS)
+    known = x[~of_test]
+    network = sunspot_network(known, feedback)
+    # Windows with a warm-up that does not count, as the network is in service: states are never cold for long.
+    window, warm = 120, 24
+    fitted = int((~of_test & ~of_validation).sum())
+    starts = np.arange(0, fitted - window + 1, 12)
+    rows = starts[:, None] + np.arange(window)
+    weight = np.tile((np.arange(window) >= warm).astype(np.float32), (len(starts), 1))
+    spread = float(known.std())
+    validation = (x[None, ~of_test, None], wanted[None, ~of_test, None], of_validation[None, ~of_test].astype(np.float32))
+
+    def loss(y_true: Any, y_pred: Any) -> Any:
+        return keras.ops.mean(keras.ops.square((y_true - y_pred) / spread), axis=-1)
+
+    _fit(network, loss, 3e-3, (x[rows][..., None], wanted[rows][..., None], weight), validation,
+         epochs=60, batch=32, progress=progress)  # fmt: skip
+    test = {
+        "x": x[None, :, None],
+        "lengths": np.array([len(x)], np.int32),
+        "y": wanted[None, :, None],
+        "weight": of_test[None].astype(np.float32),
+    }
+    year_before = np.convolve(data.number, np.full(12, 1 / 12), "valid")[:-1]  # of the 12 months before each, from the 13th
+    card = {
+        "description": f"next month's mean sunspot number, said after every month (RNN, {feedback} fed back)",
+        "default_output": "all",
+        "metrics": {
+            **evaluate(network.predict(test["x"], verbose=0), test),
+            "rmse_persistence": rmse(x[of_test], wanted[of_test]),
+            "rmse_moving_average_12": rmse(year_before[of_test[11:]], wanted[of_test]),
+        },
+        "seed": SEED,
+    }
+    return Trained(network, card, test)
+
+
+def train_sunspots_jordan(progress: Progress) -> Trained:
+    """Trains `sunspots-jordan`: the same with the output fed back."""
+    return train_sunspots(progress, feedback="output")
+
+
+EXAMPLES: dict[str, Callable[[Progress], Trained]] = {
+    "vowels": train_vowels,
+    "sunspots": train_sunspots,
+    "sunspots-jordan": train_sunspots_jordan,
+}
+
+
+class _Tell(keras.callbacks.Callback):
+    def __init__(self, epochs: int, progress: Progress) -> None:
+        super().__init__()
+        self._epochs, self._progress = epochs, progress
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._progress(epoch + 1, self._epochs, f"validation loss {(logs or {})['val_loss']:.4f}")
+
+
+def _fit(
+    network: Any,
+    loss: Any,
+    rate: float,
+    fitted: tuple[Array, Array, Array],
+    validation: tuple[Array, Array, Array],
+    epochs: int,
+    batch: int,
+    progress: Progress,
+) -> None:
+    """Fits with a rate that falls to nothing, and keeps the weights that did best on the validation part."""
+    steps = epochs * -(-len(fitted[0]) // batch)
+    optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, steps), clipnorm=1.0)
+    network.compile(optimizer, loss=loss)
+    best = keras.callbacks.EarlyStopping(patience=epochs, restore_best_weights=True, start_from_epoch=0)
+    x, y, weight = fitted
+    network.fit(x, y, batch, epochs, sample_weight=weight, validation_data=validation, validation_batch_size=512,
+                shuffle=True, verbose=0, callbacks=[best, _Tell(epochs, progress)])  # fmt: skip
