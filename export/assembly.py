@@ -155,10 +155,10 @@ class _Assembly:
         shape = self.step.shapes.get(tensor)
         if shape is None or not self.step.has_rows(tensor) or not all(isinstance(size, int) for size in shape[1:]):
             raise ExportError(
-                f"the tensor {tensor!r} of the step has shape {shape}: outside the recurrence every tensor must have one "
-                f"row for each row of the batch and fixed sizes otherwise; keep shapes of each step fixed"
+                f"the tensor {tensor!r} of the step has shape {shape}: outside the recurrence every tensor must have "
+                f"one row for each row of the batch and fixed sizes otherwise; keep shapes of each step fixed"
             )
-        return [int(size) for size in shape[1:]]  # type: ignore[arg-type]
+        return [int(size) for size in shape[1:]]
 
     # Recurrences
 

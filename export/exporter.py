@@ -13,13 +13,13 @@ from typing import Any
 
 import keras
 import numpy as np
-from models.metrics import evaluate
 from rich.console import Console
 
 from export import artifacts, forms, report
 from export.errors import ExportError
 from export.stateful import StatefulNetwork, with_dtype
 from models import cells  # noqa: F401  registers the cells for loading
+from models.metrics import evaluate
 from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument, Signature, StateSpec, TensorSpec
 from service.runtime import Runtime
 

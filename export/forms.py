@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,7 @@ def side_by_side(network: StatefulNetwork, form: Form, document: ModelDocument) 
         runs: dict[str, Callable[[], Any] | None] = {
             "loop": _loop_run(loop, x, states) if loop else None,
             "ours": _ours(runtime, x, states),
-            "keras": lambda c=constants: keras_run(c[0], c[1:]),
+            "keras": partial(keras_run, constants[0], constants[1:]),
         }
         table[f"{batch}x{steps}"] = _in_turn(runs)
     return table
@@ -178,8 +179,8 @@ def _explain(form: str, parity: Parity) -> str:
         f"\n  {d.tensor} of layer {d.layer!r}, run in {d.run}: off by {d.value:.2e} at {d.where}" for d in parity.failed
     )
     return (
-        f"the form {form!r} differs from Keras first in layer {first.layer!r} ({first.tensor}, run in {first.run}): off by "
-        f"{first.value:.2e} relative to max(1, |Keras|) at {first.where}, {first.share:.1f} times what is allowed; "
+        f"the form {form!r} differs from Keras first in layer {first.layer!r} ({first.tensor}, run in {first.run}): off "
+        f"by {first.value:.2e} relative to max(1, |Keras|) at {first.where}, {first.share:.1f} times what is allowed; "
         f"nothing was written{others}"
     )
 

@@ -72,7 +72,7 @@ class StatefulNetwork:
             )
         if len(model.inputs) != 1 or len(model.outputs) != 1:
             raise ExportError(
-                f"the network has {len(model.inputs)} inputs and {len(model.outputs)} outputs, where one of each is taken"
+                f"the network has {len(model.inputs)} inputs and {len(model.outputs)} outputs, one of each is taken"
             )
         shape = tuple(model.inputs[0].shape)
         if len(shape) < 2 or shape[1] is not None or None in shape[2:]:

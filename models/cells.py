@@ -6,7 +6,7 @@ A cell is one recurrent step, ``(x_t, states) -> (y_t, new states)``; ``keras.la
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import keras
 from keras import ops
@@ -17,7 +17,7 @@ FEEDBACKS = ("hidden", "output")
 class _Cell(keras.layers.Layer):
     """What the two cells share: checked arguments, named initializers and regularizers, zero states, `get_config`."""
 
-    state_names: ClassVar[tuple[str, ...]]
+    state_names: tuple[str, ...]
 
     def __init__(
         self,

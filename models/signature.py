@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 METADATA_KEY = "cellserve"
-FORMAT = 1
+FORMAT: Literal[1] = 1
 # In artifacts/NAME/VERSION/; the graph for single steps is there where it is faster.
 MODEL_NAME, STEP_NAME, MANIFEST_NAME = "model.onnx", "step.onnx", "manifest.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"

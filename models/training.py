@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,10 +54,11 @@ def save(trained: Trained, folder: Path, name: str) -> Path:
     """Writes the network and what belongs beside it; the network last and whole, so that it is there or not."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.card.json").write_text(json.dumps(trained.card, indent=2) + "\n")
-    np.savez_compressed(folder / f"{name}.npz", **trained.test)
-    draft = folder / f".{name}.draft.keras"
+    np.savez_compressed(folder / f"{name}.npz", allow_pickle=False, **trained.test)
+    draft, network = folder / f".{name}.draft.keras", folder / f"{name}.keras"
     trained.network.save(draft)
-    return Path(os.replace(draft, folder / f"{name}.keras") or folder / f"{name}.keras")
+    draft.replace(network)
+    return network
 
 
 def train_vowels(progress: Progress) -> Trained:
@@ -108,7 +108,11 @@ def train_sunspots(progress: Progress, feedback: str = "hidden") -> Trained:
     rows = starts[:, None] + np.arange(window)
     weight = np.tile((np.arange(window) >= warm).astype(np.float32), (len(starts), 1))
     spread = float(known.std())
-    validation = (x[None, ~of_test, None], wanted[None, ~of_test, None], of_validation[None, ~of_test].astype(np.float32))
+    validation = (
+        x[None, ~of_test, None],
+        wanted[None, ~of_test, None],
+        of_validation[None, ~of_test].astype(np.float32),
+    )
 
     def loss(y_true: Any, y_pred: Any) -> Any:
         return keras.ops.mean(keras.ops.square((y_true - y_pred) / spread), axis=-1)
@@ -121,7 +125,9 @@ def train_sunspots(progress: Progress, feedback: str = "hidden") -> Trained:
         "y": wanted[None, :, None],
         "weight": of_test[None].astype(np.float32),
     }
-    year_before = np.convolve(data.number, np.full(12, 1 / 12), "valid")[:-1]  # of the 12 months before each, from the 13th
+    year_before = np.convolve(data.number, np.full(12, 1 / 12), "valid")[
+        :-1
+    ]  # of the 12 months before each, from the 13th
     card = {
         "description": f"next month's mean sunspot number, said after every month (RNN, {feedback} fed back)",
         "default_output": "all",

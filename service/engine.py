@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -204,8 +205,8 @@ class Engine:
         """Gives the seconds that a run of `2 ** size` rows x steps is expected to take, from those seen."""
         for smaller in range(size, -1, -1):
             if smaller in self._seconds:
-                return self._seconds[smaller] * 2 ** (size - smaller)
-        return 0.0 if size <= 1 else np.inf
+                return self._seconds[smaller] * float(2 ** (size - smaller))
+        return 0.0 if size <= 1 else math.inf
 
     def _apply(
         self,

@@ -1,4 +1,4 @@
-"""Everything that can be answered instead of a result: typed where it arises, RFC 9457 problem documents on the wire."""
+"""All that can be answered instead of a result: typed where it arises, RFC 9457 problem documents on the wire."""
 
 from __future__ import annotations
 

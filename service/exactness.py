@@ -49,8 +49,8 @@ def prove(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> Exactne
     threads = "/".join(str(runtime.options.threads) for runtime in runtimes)
     return Exactness(
         proved=True,
-        why=f"the same bits in {count} comparisons over batch sizes {effort.batches[0]} to {effort.batches[-1]}, places, "
-        f"chunkings, paddings; threads {threads}; {runtimes[0].provider}",
+        why=f"the same bits in {count} comparisons over batch sizes {effort.batches[0]} to {effort.batches[-1]}, "
+        f"places, chunkings, paddings; threads {threads}; {runtimes[0].provider}",
     )
 
 

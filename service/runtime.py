@@ -153,7 +153,7 @@ def read_document(session: ort.InferenceSession) -> ModelDocument:
         raise RuntimeUnavailable(f"the file's {METADATA_KEY!r} metadata is damaged: {error}") from None
     names = {tensor.name for tensor in session.get_inputs()} | {tensor.name for tensor in session.get_outputs()}
     signature = document.signature
-    told = {spec.name for spec in (*signature.inputs, *signature.outputs, *signature.states)}
+    told = {spec.name for spec in (*signature.inputs, *signature.outputs)} | {spec.name for spec in signature.states}
     told |= {spec.next_name for spec in signature.states} | ({signature.lengths} if signature.lengths else set())
     if names != told:
         raise RuntimeUnavailable(f"the file's graph has the tensors {sorted(names)}, its signature {sorted(told)}")

@@ -174,9 +174,9 @@ class SessionTable:
         if tombstone is None:
             return UnknownSession("there is no session of that id: create one with POST /sessions")
         return SessionGone(
-            f"the session was {tombstone.reason} at position {tombstone.position}: create another with POST /sessions"
+            f"the session was {tombstone.reason} at position {tombstone.position}: create another"
             if tombstone.reason == "deleted"
-            else f"the session has {tombstone.reason} at position {tombstone.position}: create another, use it more often",
+            else f"the session {tombstone.reason} at position {tombstone.position}: create another, use it more often",
             reason=tombstone.reason,
             position=tombstone.position,
         )

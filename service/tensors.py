@@ -68,10 +68,8 @@ class TensorReader:
     def sequences(self, raw: msgspec.Raw) -> list[Array]:
         """Reads `sequences`: a list of `[time, *features]`, each of its own length, from the first time step on."""
         place = "sequences"
-        return [
-            self._array(sequence, f"{place}[{number}]")
-            for number, sequence in enumerate(decode(self._sequences, raw, place))
-        ]
+        read = decode(self._sequences, raw, place)
+        return [self._array(sequence, f"{place}[{number}]") for number, sequence in enumerate(read)]
 
     def x(self, raw: msgspec.Raw) -> tuple[Array, bool]:
         """Reads `x` of a step: one time step `[*features]` or several `[time, *features]`.
@@ -142,7 +140,7 @@ class TensorReader:
 
 
 def checked_array(values: Any, shape: tuple[int, ...], place: str) -> Array:
-    """Makes a float32 array of a given shape of nested lists of numbers, or raises InvalidInput that names the place."""
+    """Makes a float32 array of a shape of nested lists of numbers, or raises InvalidInput that names the place."""
     for where, leaf in _leaves(values, place):
         if isinstance(leaf, bool) or not isinstance(leaf, int | float):
             raise InvalidInput(f"{where}: expected a number, got {_json_name(leaf)}", place=where)

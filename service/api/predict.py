@@ -49,7 +49,7 @@ class Predict:
             raise InvalidInput("sequences: empty: send at least one sequence", place="sequences")
         if len(sequences) > settings.max_sequences:
             raise BodyTooLarge(
-                f"sequences: {len(sequences)} of them, {settings.max_sequences} are taken in one request: send it in parts",
+                f"sequences: {len(sequences)} of them, a request takes {settings.max_sequences}: send it in parts",
                 limit=settings.max_sequences,
             )
         states = None

@@ -1,0 +1,36 @@
+# docker build -t cellserve .                          the CPU flavour
+# docker build -t cellserve --build-arg RUNTIME=gpu .  with onnxruntime-gpu (untested on a GPU); run it with --gpus all
+# docker run -p 8000:8000 cellserve
+ARG BASE=python:3.12-slim
+
+# Trains the example networks and exports them: TensorFlow stays in this stage.
+FROM ${BASE} AS export
+WORKDIR /build
+RUN python3 -m venv /venv
+COPY . .
+RUN /venv/bin/pip install --no-cache-dir '.[export]'
+RUN set -e; /venv/bin/cellserve train; \
+    for name in vowels sunspots sunspots-jordan; do \
+        /venv/bin/cellserve export trained/$name.keras --name $name --artifacts /artifacts; \
+    done
+
+# The plain install with one flavour of ONNX Runtime.
+FROM ${BASE} AS install
+ARG RUNTIME=cpu
+WORKDIR /build
+RUN python3 -m venv /venv
+COPY . .
+RUN /venv/bin/pip install --no-cache-dir ".[${RUNTIME}]"
+
+FROM ${BASE}
+RUN useradd --system --uid 10001 --no-create-home cellserve
+COPY --from=install /venv /venv
+COPY --from=export /artifacts /artifacts
+ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    CELLSERVE_MODELS=/artifacts CELLSERVE_HOST=0.0.0.0
+USER 10001
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
+    CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ.get(\"CELLSERVE_PORT\", 8000)}/readyz', timeout=2)"]
+ENTRYPOINT ["cellserve"]
+CMD ["serve"]

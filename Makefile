@@ -1,0 +1,44 @@
+# `make serve` and `make test` do all their own setting up; `make setup` does that alone.
+
+PYTHON ?= python3
+BIN := .venv/bin
+EXAMPLES := vowels sunspots sunspots-jordan
+# What builds and runs images; another engine with the same verbs will do.
+DOCKER ?= docker
+
+.PHONY: setup serve test check container-test
+.DELETE_ON_ERROR:
+
+serve: setup
+	exec $(BIN)/cellserve serve
+
+setup: $(EXAMPLES:%=artifacts/%/1/model.onnx)
+
+test: $(BIN)/.dev setup check
+	$(BIN)/pytest
+
+check: $(BIN)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Builds the image and sees it serve, as another user, on a read-only file system.
+container-test:
+	DOCKER="$(DOCKER)" sh tests/container.sh
+
+# A model that is there stays: its versions are never changed.
+artifacts/%/1/model.onnx: | $(BIN)/.export
+	$(BIN)/cellserve train $*
+	$(BIN)/cellserve export trained/$*.keras --name $* --version 1
+
+# Debian's Python comes without the half of venv that brings pip.
+$(BIN)/python:
+	$(PYTHON) -m venv .venv 2>/dev/null \
+	|| { rm -rf .venv; $(PYTHON) -m pip install -q virtualenv && $(PYTHON) -m virtualenv -q .venv; } \
+	|| { rm -rf .venv; apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv .venv; }
+
+# $(BIN)/.export and $(BIN)/.dev note that the extra of that name is installed.
+$(BIN)/.%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$*]'
+	touch $@

@@ -1,0 +1,55 @@
+"""The command `cellserve models`: what a repository holds, and whether it can be served here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+EPILOG = """\
+example:
+  cellserve models --models artifacts
+
+The table shows the version that would be served of each model; the exit status is 1 where none could be.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a table of the models; gives the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="cellserve models",
+        description="Lists the models of a repository, as the service would open them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--models", type=Path, default=Path("artifacts"), help="the repository (default: artifacts)")
+    folder = parser.parse_args(argv).models
+    # Here and not above, so that --help answers at once.
+    from service.repository import BrokenModel, Repository
+    from service.runtime import RuntimeOptions
+
+    try:
+        repository = Repository(folder, RuntimeOptions())
+    except BrokenModel as broken:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"cellserve models: {broken}", markup=False)
+        return 1
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("model", "version", "takes", "gives", "states", "form", "exact", "test metrics"):
+        table.add_column(heading)
+    for name, model in repository.models.items():
+        document, signature = model.document, model.document.signature
+        table.add_row(
+            name,
+            str(model.version),
+            ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.inputs),
+            ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.outputs),
+            ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.states),
+            document.form,
+            "yes" if model.exactness.proved else "no",
+            ", ".join(f"{metric} {value:.4g}" for metric, value in document.metrics.items()),
+        )
+    Console().print(table)
+    return 0
