@@ -179,8 +179,8 @@ def _explain(form: str, parity: Parity) -> str:
         f"\n  {d.tensor} of layer {d.layer!r}, run in {d.run}: off by {d.value:.2e} at {d.where}" for d in parity.failed
     )
     return (
-        f"the form {form!r} differs from Keras first in layer {first.layer!r} ({first.tensor}, run in {first.run}): off "
-        f"by {first.value:.2e} relative to max(1, |Keras|) at {first.where}, {first.share:.1f} times what is allowed; "
+        f"the form {form!r} differs from Keras first in layer {first.layer!r} ({first.tensor}, run in {first.run}): "
+        f"off by {first.value:.2e} relative to max(1, |Keras|) at {first.where}, {first.share:.1f} times what is allowed; "
         f"nothing was written{others}"
     )
 

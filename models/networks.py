@@ -13,7 +13,7 @@ from models.cells import LSTMCell, RNNCell
 Array = NDArray[Any]
 
 
-def speaker_network(frames: Array, speakers: int, units: int = 64) -> Any:
+def speaker_network(frames: Array, speakers: int, units: int = 128) -> Any:
     """Makes the network that says after every frame who speaks, as probabilities.
 
     It is causal and needs no mask: sequences are padded on the right, where padding changes nothing before it.
@@ -29,9 +29,10 @@ def speaker_network(frames: Array, speakers: int, units: int = 64) -> Any:
         [
             keras.Input((None, frames.shape[-1]), name="x"),
             normalise,
-            layers.GaussianNoise(0.3, name="noise"),  # in training only
+            layers.GaussianNoise(0.6, name="noise"),  # it and dropout act in training only
+            layers.SpatialDropout1D(0.2, name="missing"),
             layers.RNN(LSTMCell(units), return_sequences=True, name="lstm"),
-            layers.Dropout(0.3, name="dropout"),
+            layers.Dropout(0.5, name="dropout"),
             layers.Dense(speakers, activation="softmax", name="speaker"),
         ],
         name="vowels",
