@@ -11,7 +11,7 @@ import pytest
 from models import training_cli
 
 
-def test_training_again_gives_the_same_weights_and_keeps_the_promised_error(tmp_path: Path, examples: Path) -> None:
+def test_training_again_gives_the_same_weights_and_keeps_the_promised_error(tmp_path: Path) -> None:
     assert training_cli.main(["sunspots", "--folder", str(tmp_path)]) == 0
     assert training_cli.main(["sunspots", "--folder", str(tmp_path / "again")]) == 0
     import keras
