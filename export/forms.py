@@ -180,8 +180,8 @@ def _explain(form: str, parity: Parity) -> str:
     )
     return (
         f"the form {form!r} differs from Keras first in layer {first.layer!r} ({first.tensor}, run in {first.run}): "
-        f"off by {first.value:.2e} relative to max(1, |Keras|) at {first.where}, {first.share:.1f} times what is allowed; "
-        f"nothing was written{others}"
+        f"off by {first.value:.2e} relative to max(1, |Keras|) at {first.where}, {first.share:.1f} times what is "
+        f"allowed; nothing was written{others}"
     )
 
 
