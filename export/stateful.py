@@ -176,6 +176,8 @@ class StatefulNetwork:
             self._output_is_timed = layer.return_sequences
             return ops.expand_dims(y, 1) if layer.return_sequences else y
 
+        for layer in self.model._flatten_layers():
+            _refuse_masking(layer)
         x = ops.zeros((2, 1, *self.features), self.input_dtype)
         y = _walk(self.model, [x], recurrent, _probed)
         if not self.recurrences:
@@ -235,11 +237,6 @@ def _one_step(layer: Any) -> Any:
 
 def _probed(layer: Any) -> Any:
     """Gives the layer, tried first on several time steps at once: what differs from one by one mixes time steps."""
-    if isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False):
-        raise ExportError(
-            f"layer {layer.name!r} masks time steps, which the service does by each request's lengths: "
-            f"export the network without it (padding needs no mask where sequences are served unpadded)"
-        )
     if isinstance(layer, keras.layers.Bidirectional):
         raise ExportError(f"layer {layer.name!r} reads the sequence backwards too: it cannot be stepped")
 
@@ -265,6 +262,14 @@ def _probed(layer: Any) -> Any:
         return layer(*args, **kwargs)
 
     return call
+
+
+def _refuse_masking(layer: Any) -> None:
+    if isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False):
+        raise ExportError(
+            f"layer {layer.name!r} masks time steps, which the service does by each request's lengths: "
+            f"export the network without it (padding needs no mask where sequences are served unpadded)"
+        )
 
 
 def _takes_time(layer: Any) -> bool:

@@ -29,7 +29,7 @@ def speaker_network(frames: Array, speakers: int, units: int = 128) -> Any:
         [
             keras.Input((None, frames.shape[-1]), name="x"),
             normalise,
-            layers.GaussianNoise(0.6, name="noise"),  # it and dropout act in training only
+            layers.GaussianNoise(0.8, name="noise"),  # it and dropout act in training only
             layers.SpatialDropout1D(0.2, name="missing"),
             layers.RNN(LSTMCell(units), return_sequences=True, name="lstm"),
             layers.Dropout(0.5, name="dropout"),

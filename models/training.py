@@ -73,7 +73,7 @@ def train_vowels(progress: Progress) -> Trained:
     time = train.x.shape[1]
     wanted = np.repeat(train.y[:, None], time, axis=1)
     # An utterance counts as one however long it is; its later frames, which have heard more, count more.
-    weight = train.valid * np.arange(1, time + 1)
+    weight = train.valid * np.arange(1, time + 1) ** 2
     weight = (weight / weight.sum(axis=1, keepdims=True) * time).astype(np.float32)
     loss = keras.losses.SparseCategoricalCrossentropy()
     _fit(network, loss, (train.x, wanted, weight), None, epochs=100, batch=16, progress=progress)

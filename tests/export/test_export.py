@@ -1,0 +1,277 @@
+"""The export end to end: what comes out is right, exact and without a Loop, or nothing comes out."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tests.networks import DecayingCell, network
+
+import keras  # isort: skip  after TensorFlow has been imported quietly
+from keras import layers  # isort: skip
+
+import itertools
+
+from export import lowering
+from export.__main__ import main
+from export.errors import ExportError
+from export.exporter import Request, export
+from export.stateful import StatefulNetwork
+from models.cells import LSTMCell, RNNCell
+from models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
+from service.runtime import Runtime
+
+CELLS = {
+    "lstm": lambda units: LSTMCell(units, bias_initializer="random_normal"),
+    "elman": lambda units: RNNCell(units, bias_initializer="random_normal"),
+    "jordan": lambda units: RNNCell(units, feedback="output", bias_initializer="random_normal"),
+    "decaying": lambda units: DecayingCell(units),
+}
+
+
+def exported(model: Any, folder: Path, name: str = "mine", **request: Any) -> Path:
+    model.save(folder / f"{name}.keras")
+    return export(Request(folder / f"{name}.keras", name, folder / "artifacts", **request), Console(quiet=True))
+
+
+def opened(folder: Path) -> Runtime:
+    step = folder / STEP_NAME
+    return Runtime(folder / MODEL_NAME, step=step if step.exists() else None)
+
+
+@functools.cache
+def example(kind: str, units: int, features: int) -> tuple[StatefulNetwork, Runtime]:
+    """A network of random weights and its export, made once."""
+    keras.utils.set_random_seed(units * 100 + features)
+    model = network(CELLS[kind](units), features)
+    folder = Path(tempfile.mkdtemp(prefix="cellserve-test-"))
+    return StatefulNetwork(model), opened(exported(model, folder))
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_batch_lengths_chunks_and_padding_give_the_bits_of_single_steps_and_keras_numbers(
+    kind: str, data: st.DataObject
+) -> None:
+    units, features = data.draw(st.sampled_from([(1, 1), (7, 3), (33, 16)]), "units, features")
+    keras_network, runtime = example(kind, units, features)
+    lengths = np.array(data.draw(st.lists(st.integers(1, 24), min_size=1, max_size=20), "lengths"), np.int32)
+    padding = data.draw(st.integers(0, 3), "padding")
+    batch, time = len(lengths), int(lengths.max())
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32), "seed"))
+    x = rng.normal(size=(batch, time + padding, features)).astype(np.float32)
+    initial = [rng.uniform(-1, 1, zero.shape).astype(np.float32) for zero in runtime.zeros(batch)]
+    y, final = runtime.run(x, lengths, initial)
+
+    valid = np.arange(time + padding) < lengths[:, None]
+    keras_y, keras_final = keras_network.run(x, initial, valid)
+    np.testing.assert_allclose(y[valid], np.asarray(keras_y)[valid], rtol=1e-5, atol=1e-5)
+    for ours, true in zip(final, keras_final, strict=True):
+        np.testing.assert_allclose(ours, true, rtol=1e-5, atol=1e-5)
+
+    row = data.draw(st.integers(0, batch - 1), "row")
+    cuts = data.draw(st.sets(st.integers(1, max(1, int(lengths[row]) - 1)), max_size=6), "cuts")
+    states = [state[row : row + 1] for state in initial]
+    places = [0, *sorted(cut for cut in cuts if cut < lengths[row]), int(lengths[row])]
+    for start, stop in itertools.pairwise(places):
+        part = np.ascontiguousarray(x[row : row + 1, start:stop])
+        chunk, states = runtime.run(part, np.array([stop - start], np.int32), states)
+        np.testing.assert_array_equal(chunk[0], y[row, start:stop])
+    for ours, true in zip(states, final, strict=True):
+        np.testing.assert_array_equal(ours[0], true[row])
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_no_loop_is_left(kind: str) -> None:
+    _, runtime = example(kind, 7, 3)
+    operators = runtime.document.operators
+    assert "Loop" not in operators
+    assert operators.keys() & {"Scan", "LSTM"}
+    assert runtime.document.exactness.proved
+
+
+def test_stacked_cells_and_several_layers_with_ordinary_ones_between_are_exported(tmp_path: Path) -> None:
+    normalise = layers.Normalization()
+    normalise.adapt(np.random.default_rng(0).normal(3, 2, (50, 5)).astype("float32"))
+    model = keras.Sequential(
+        [
+            keras.Input((None, 5)),
+            normalise,
+            layers.RNN(layers.StackedRNNCells([LSTMCell(6), RNNCell(4)]), return_sequences=True, name="both"),
+            layers.Dense(8, activation="tanh"),
+            layers.Dropout(0.5),
+            layers.RNN(RNNCell(5, feedback="output"), return_sequences=True, name="top"),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+    runtime = opened(exported(model, tmp_path))
+    assert len(runtime.signature.states) == 4
+    x = np.random.default_rng(1).normal(3, 2, (4, 9, 5)).astype("float32")
+    y, _ = runtime.run(x, np.full(4, 9, np.int32), runtime.zeros(4))
+    np.testing.assert_allclose(y, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_that_gives_its_last_output_gives_one_at_every_step_and_defaults_to_the_last(tmp_path: Path) -> None:
+    model = network(LSTMCell(6), return_sequences=False)
+    runtime = opened(exported(model, tmp_path))
+    assert runtime.signature.default_output == "last"
+    x = np.random.default_rng(1).normal(size=(2, 7, 5)).astype("float32")
+    y, _ = runtime.run(x, np.full(2, 7, np.int32), runtime.zeros(2))
+    for steps in (1, 4, 7):
+        np.testing.assert_allclose(y[:, steps - 1], model(x[:, :steps]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [layers.LSTM, layers.GRU, layers.SimpleRNN])
+def test_keras_own_layers_are_exported_right(layer: Any, tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((None, 4)), layer(6, return_sequences=True), layers.Dense(2)])
+    runtime = opened(exported(model, tmp_path))
+    x = np.random.default_rng(1).normal(size=(3, 11, 4)).astype("float32")
+    y, _ = runtime.run(x, np.full(3, 11, np.int32), runtime.zeros(3))
+    np.testing.assert_allclose(y, model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrong_lowering_is_caught_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def swapped(graph: Any, cell: Any, *rest: Any) -> Any:
+        class Swapped:
+            units = cell.units
+            W_i, b_i, W_f, b_f = cell.W_f, cell.b_f, cell.W_i, cell.b_i  # two gates in each other's place
+            W_o, b_o, W_c, b_c = cell.W_o, cell.b_o, cell.W_c, cell.b_c
+
+        return lowering.lstm(graph, Swapped, *rest)
+
+    monkeypatch.setitem(lowering.LOWERINGS, LSTMCell, swapped)
+    network(LSTMCell(6)).save(tmp_path / "mine.keras")
+    status = main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path / "artifacts")])
+    told = capsys.readouterr().err
+    assert status == 1
+    assert not list(tmp_path.glob("artifacts/**/*.onnx"))
+    assert "layer 'recurrent'" in told
+    assert "off by" in told
+
+
+def test_versions_count_on_and_are_never_written_over(tmp_path: Path) -> None:
+    model = network(RNNCell(3))
+    assert exported(model, tmp_path).name == "1"
+    assert exported(model, tmp_path).name == "2"
+    assert exported(model, tmp_path, version=7).name == "7"
+    with pytest.raises(ExportError, match="is there already"):
+        exported(model, tmp_path, version=7)
+    assert sorted(path.name for path in (tmp_path / "artifacts/mine").iterdir()) == ["1", "2", "7"]
+
+
+def test_the_manifest_names_every_file_by_its_digest(tmp_path: Path) -> None:
+    import hashlib
+
+    folder = exported(network(RNNCell(3)), tmp_path)
+    files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
+    assert {path.name for path in folder.iterdir()} == {*files, MANIFEST_NAME}
+    for name, digest in files.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+
+
+REFUSED = {
+    "masks time steps": [layers.Masking(), layers.RNN(RNNCell(3))],
+    "backwards": [layers.Bidirectional(layers.RNN(RNNCell(3)))],
+    "go_backwards": [layers.RNN(RNNCell(3), go_backwards=True)],
+    "mixes time steps": [layers.Conv1D(4, 3, padding="causal"), layers.RNN(RNNCell(3))],
+    "no recurrent layer": [layers.Dense(3)],
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_stepped_is_refused_in_one_line_with_the_reason(
+    reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keras.Sequential([keras.Input((None, 5)), *REFUSED[reason]]).save(tmp_path / "mine.keras")
+    status = main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path / "artifacts")])
+    told = capsys.readouterr().err
+    assert status == 1
+    assert reason in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "artifacts").exists()
+
+
+CELL = """
+import keras
+from keras import ops
+
+@keras.saving.register_keras_serializable(package="mine")
+class LeakyCell(keras.layers.Layer):
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = self.state_size = units
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight((input_shape[-1], self.units), name="kernel")
+        self.built = True
+
+    def call(self, inputs, states):
+        state = 0.9 * states[0] + ops.tanh(ops.matmul(inputs, self.kernel))
+        return state, [state]
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+"""
+MAKE = """
+from models.quiet import import_tensorflow
+import_tensorflow()
+import keras
+from leaky import LeakyCell
+keras.Sequential([keras.Input((None, 2)), keras.layers.RNN(LeakyCell(4), return_sequences=True)]).save("mine.keras")
+"""
+
+
+def test_a_cell_of_the_users_own_is_exported_by_the_script_without_a_word_of_tensorflow(tmp_path: Path) -> None:
+    (tmp_path / "leaky.py").write_text(CELL)
+    subprocess.run([sys.executable, "-c", MAKE], cwd=tmp_path, check=True, env=_environment(tmp_path))
+    command = [sys.executable, "-m", "export", "mine.keras", "--name", "mine"]
+    lost = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
+    assert (lost.returncode, lost.stderr.count("\n")) == (1, 1)
+    assert "--import" in lost.stderr
+    command += ["--import", "leaky.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Scan" in done.stdout
+    assert (tmp_path / "artifacts/mine/1" / MODEL_NAME).is_file()
+
+
+def _environment(*paths: Path) -> dict[str, str]:
+    import os
+
+    root = Path(__file__).parent.parent.parent
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, *paths)))}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["missing.keras", "--name", "x"], "no such file"),
+        (["missing.keras", "--name", "x", "--import", "missing.py"], "missing.py: no such file"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_labels_that_do_not_fit_the_output_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="2 labels for an output of shape"):
+        exported(network(RNNCell(3)), tmp_path, labels=("yes", "no"))
