@@ -47,3 +47,12 @@ def test_stepping_frame_by_frame_gives_bit_for_bit_what_predict_gives(client: ht
 def test_the_sunspot_models_beat_persistence_and_the_moving_average(client: httpx.Client, name: str) -> None:
     metrics = client.get(f"/models/{name}").json()["metrics"]
     assert metrics["rmse"] < min(metrics["rmse_persistence"], metrics["rmse_moving_average_12"])
+
+
+def test_the_examples_of_the_openapi_document_work(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    content = paths["/predict"]["post"]["requestBody"]["content"]["application/json"]
+    examples = [content["example"]] if "example" in content else [one["value"] for one in content["examples"].values()]
+    assert examples
+    for example in examples:
+        assert client.post("/predict", json=example).status_code == 200, example

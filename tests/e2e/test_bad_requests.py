@@ -1,0 +1,145 @@
+"""Nothing but bad requests: each is told what was wrong and where, and costs nobody else anything."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Server
+
+GOOD = [[0.5] * 5, [0.25] * 5]
+
+
+def sequences(value: Any, step: int = 1) -> bytes:
+    """A body whose fourth sequence has a value of its own at [step][2]."""
+    bad = json.loads(json.dumps(GOOD))
+    bad[step][2] = value
+    return json.dumps({"model": "lstm", "sequences": [GOOD, GOOD, GOOD, bad]}).encode()
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"model": "lstm", "sequences": [GOOD], **fields}).encode()
+
+
+BAD = {
+    "not JSON": (b"{", 400, "", "send a JSON document"),
+    "not UTF-8": (b'{"model": "\xff"}', 400, "", "send a JSON document"),
+    "NaN": (sequences(float("nan")), 422, "sequences[3][1][2]", "not a finite number"),
+    "Infinity": (sequences(float("inf")), 422, "sequences[3][1][2]", "not a finite number"),
+    "beyond float32": (sequences(1e39), 422, "sequences[3][1][2]", "not a finite number"),
+    "beyond float64": (body().replace(b"0.5", b"1e999", 1), 422, "sequences[0][0][0]", "not a finite number"),
+    "a string": (sequences("1"), 422, "sequences[3][1][2]", "expected a number, got a string"),
+    "a boolean": (sequences(True), 422, "sequences[3][1][2]", "expected a number, got a boolean"),
+    "null": (sequences(None), 422, "sequences[3][1][2]", "expected a number, got null"),
+    "wrong features": (body(sequences=[[[1.0] * 4]]), 422, "sequences[0][0]", "4 numbers where the model takes 5"),
+    "ragged step": (body(sequences=[GOOD, [[1.0] * 5, [1.0] * 6]]), 422, "sequences[1][1]", "6 numbers"),
+    "empty sequence": (body(sequences=[GOOD, []]), 422, "sequences[1]", "send at least one time step"),
+    "no sequences": (body(sequences=[]), 422, "sequences", "send at least one sequence"),
+    "unknown model": (body(model="lstn"), 404, "", "send one of"),
+    "unknown field": (body(sequence=1), 422, "", "sequence"),
+    "unknown outputs": (body(outputs="first"), 422, "outputs", "first"),
+    "states of another number": (body(states=[]), 422, "states", "0 entries for 1 sequences"),
+    "states of other names": (body(states=[{"h": []}]), 422, "states[0]", "the model's states are"),
+    "too large": (b" " * (17 * 1024 * 1024), 413, "", "larger than"),
+    "deeply nested": (b'{"sequences": ' + b"[" * 100_000, 400, "", ""),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_body_is_answered_with_a_problem_that_names_the_place(server: Server, case: str) -> None:
+    content, status, place, told = BAD[case]
+    with server.client() as client:
+        session = client.post("/sessions", json={"model": "lstm"}).json()["session"]
+        before = client.post(f"/sessions/{session}/step", json={"x": GOOD, "outputs": "all"}).json()
+        answer = client.post("/predict", content=content, headers={"content-type": "application/json"})
+        after = client.post(f"/sessions/{session}/step", json={"x": GOOD[0]}).json()
+    problem = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json"
+    if case != "deeply nested":  # 400 or 422: both say that it is the client's mistake
+        assert (answer.status_code, problem["status"]) == (status, status), problem
+    assert 400 <= answer.status_code < 500
+    assert told in problem["detail"]
+    assert problem.get("place", "") == place or not place
+    assert problem["title"]
+    assert after["position"] == before["position"] + 1
+
+
+@pytest.mark.parametrize(
+    ("x", "place", "told"),
+    [
+        ([1.0] * 4, "x", "4 numbers where the model takes 5"),
+        ([[1.0] * 5, [1.0]], "x[1]", "1 numbers"),
+        ([], "x", ""),
+        ("0.5", "x", "expected an array"),
+        ([1.0, 2.0, "3", 4.0, 5.0], "x[2]", "expected a number, got a string"),
+        ([3e38, -3e39, 0.0, 0.0, 0.0], "x[1]", "not a finite number"),
+    ],
+)
+def test_a_bad_step_is_named_and_not_applied(server: Server, x: Any, place: str, told: str) -> None:
+    with server.client() as client:
+        session = client.post("/sessions", json={"model": "lstm"}).json()["session"]
+        answer = client.post(f"/sessions/{session}/step", json={"x": x})
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["place"] == place
+        assert told in answer.json()["detail"]
+        assert client.get(f"/sessions/{session}").json()["position"] == 0
+
+
+def test_another_content_type_method_path_or_session_is_told_what_to_do(server: Server) -> None:
+    with server.client() as client:
+        assert client.post("/predict", content=body(), headers={"content-type": "text/plain"}).status_code == 415
+        assert client.post("/predict", content=body()).status_code == 415
+        assert client.get("/predict").status_code == 405
+        assert client.get("/nothing").status_code == 404
+        for answer in (
+            client.post("/sessions/nobody/step", json={"x": GOOD}),
+            client.get("/sessions/nobody"),
+            client.delete("/sessions/nobody"),
+            client.get("/models/nobody"),
+        ):
+            assert answer.status_code == 404
+            assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--provider", "cuda"], "CUDA"),
+        (["--models", "nowhere"], "there is no model to serve"),
+        (["--port", "many"], "--port"),
+        (["--provider", "tpu"], "--provider"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_in_one_line(repository: Path, flags: list[str], told: str) -> None:
+    command = [sys.executable, "-m", "cellserve.cli", "serve", "--models", str(repository), "--port", "0", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert told in [line for line in done.stderr.splitlines() if not line.startswith("INFO")][-1]
+
+
+def test_a_damaged_model_is_not_served(repository: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(repository / "lstm", tmp_path / "lstm")
+    with (tmp_path / "lstm/1/model.onnx").open("ab") as file:
+        file.write(b"\0")
+    command = [sys.executable, "-m", "cellserve.cli", "serve", "--models", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "changed or damaged" in done.stderr
+
+
+def test_the_pages_for_people_need_no_other_host(server: Server) -> None:
+    with server.client() as client:
+        page = client.get("/docs").text
+        assert 'src="http' not in page
+        assert 'href="http' not in page
+        document = client.get("/openapi.json").json()
+        assert {"/predict", "/sessions", "/sessions/{session_id}/step", "/models"} <= set(document["paths"])
+        assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200

@@ -1,0 +1,175 @@
+"""Predictions and sessions over a real socket: one and the same bits however a sequence comes in."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import Server
+from tests.networks import FEATURES, OUTPUTS
+
+MODELS = ("lstm", "rnn", "decaying")
+
+
+def frames(steps: int, seed: int = 0) -> list[list[float]]:
+    drawn = np.random.default_rng(seed).normal(size=(steps, FEATURES)).astype(np.float32)
+    return [[float(value) for value in row] for row in drawn]
+
+
+def create(client: httpx.Client, model: str, **body: Any) -> str:
+    answer = client.post("/sessions", json={"model": model, **body})
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["session"])
+
+
+def test_sequences_of_unequal_lengths_are_answered_in_order(server: Server) -> None:
+    sequences = [frames(steps, seed=steps) for steps in (7, 1, 90, 33)]
+    with server.client() as client:
+        together = client.post("/predict", json={"model": "lstm", "sequences": sequences, "outputs": "all"}).json()
+        alone = [
+            client.post("/predict", json={"model": "lstm", "sequences": [one], "outputs": "all"}).json()["outputs"][0]
+            for one in sequences
+        ]
+        last = client.post("/predict", json={"model": "lstm", "sequences": sequences, "outputs": "last"}).json()
+    assert together["outputs"] == alone
+    assert [np.shape(y) for y in alone] == [(7, OUTPUTS), (1, OUTPUTS), (90, OUTPUTS), (33, OUTPUTS)]
+    assert last["outputs"] == [y[-1] for y in alone]
+
+
+def test_a_prediction_goes_on_from_the_states_that_another_returned(server: Server) -> None:
+    x = frames(20)
+    ask = {"model": "lstm", "outputs": "all", "return_states": True}
+    with server.client() as client:
+        whole = client.post("/predict", json={**ask, "sequences": [x]}).json()
+        first = client.post("/predict", json={**ask, "sequences": [x[:8]]}).json()
+        second = client.post("/predict", json={**ask, "sequences": [x[8:]], "states": first["states"]}).json()
+    assert first["outputs"][0] + second["outputs"][0] == whole["outputs"][0]
+    assert second["states"] == whole["states"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_session_stepped_in_any_chunks_among_other_traffic_gives_the_bits_of_one_run(
+    server: Server, model: str
+) -> None:
+    stop = threading.Event()
+
+    def traffic() -> None:
+        with server.client() as client:
+            other = create(client, model)
+            while not stop.is_set():
+                client.post("/predict", json={"model": model, "sequences": [frames(40), frames(3)]})
+                client.post(f"/sessions/{other}/step", json={"x": frames(2)})
+
+    noise = threading.Thread(target=traffic)
+    noise.start()
+    try:
+        with server.client() as client:
+
+            @settings(max_examples=15, deadline=None)
+            @given(st.integers(0, 1000), st.lists(st.integers(1, 40), min_size=1, max_size=8))
+            def any_chunks(seed: int, chunks: list[int]) -> None:
+                x = frames(sum(chunks), seed)
+                body = {"model": model, "sequences": [x], "outputs": "all"}
+                whole = client.post("/predict", json=body).json()["outputs"][0]
+                session, position, ys = create(client, model), 0, []
+                for chunk in chunks:
+                    part = {"x": x[position : position + chunk], "outputs": "all"}
+                    answer = client.post(f"/sessions/{session}/step", json=part).json()
+                    position += chunk
+                    assert answer["position"] == position
+                    ys += answer["y"]
+                assert ys == whole
+
+            any_chunks()
+    finally:
+        stop.set()
+        noise.join()
+
+
+def test_steps_sent_at_once_to_one_session_are_all_applied_one_after_the_other(server: Server) -> None:
+    x = frames(30)
+
+    async def all_at_once() -> list[dict[str, Any]]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            session = (await client.post("/sessions", json={"model": "rnn"})).json()["session"]
+            send = [client.post(f"/sessions/{session}/step", json={"x": x[0]}) for _ in x]
+            return [answer.json() for answer in await asyncio.gather(*send)]
+
+    answers = asyncio.run(all_at_once())
+    with server.client() as client:
+        body = {"model": "rnn", "sequences": [[x[0]] * 30], "outputs": "all"}
+        whole = client.post("/predict", json=body).json()["outputs"][0]
+    assert sorted(answer["position"] for answer in answers) == list(range(1, 31))
+    assert all(answer["y"] == whole[answer["position"] - 1] for answer in answers)
+
+
+def test_a_reset_zeroes_the_state_and_moves_the_position(server: Server) -> None:
+    with server.client() as client:
+        session = create(client, "lstm")
+        first = client.post(f"/sessions/{session}/step", json={"x": frames(1)[0]}).json()
+        assert client.post(f"/sessions/{session}/reset").json()["position"] == 2
+        again = client.post(f"/sessions/{session}/step", json={"x": frames(1)[0]}).json()
+        assert (again["y"], again["position"]) == (first["y"], 3)
+        assert client.get(f"/sessions/{session}").json()["position"] == 3
+
+
+def test_a_deleted_session_is_gone_and_deleting_again_changes_nothing(server: Server) -> None:
+    with server.client() as client:
+        session = create(client, "lstm")
+        client.post(f"/sessions/{session}/step", json={"x": frames(2)})
+        assert [client.delete(f"/sessions/{session}").status_code for _ in range(2)] == [204, 204]
+        gone = client.post(f"/sessions/{session}/step", json={"x": frames(1)})
+    assert gone.status_code == 410
+    assert (gone.json()["reason"], gone.json()["position"]) == ("deleted", 2)
+
+
+def test_ids_are_128_bits_and_all_different(server: Server) -> None:
+    with server.client() as client:
+        ids = {create(client, "lstm") for _ in range(50)}
+    assert len(ids) == 50
+    assert all(len(bytes.fromhex(one)) == 16 for one in ids)
+
+
+def test_idle_sessions_expire_and_a_full_server_says_so(repository: Path, serve: Callable[..., Server]) -> None:
+    server = serve("--models", str(repository), "--max-sessions", "2", "--session-idle-seconds", "1")
+    with server.client() as client:
+        first, _ = create(client, "lstm"), create(client, "rnn")
+        full = client.post("/sessions", json={"model": "lstm"})
+        assert full.status_code == 503
+        assert int(full.headers["retry-after"]) > 0
+        deadline = time.monotonic() + 30
+        while client.post("/sessions", json={"model": "lstm"}).status_code != 201:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        gone = client.get(f"/sessions/{first}")
+    assert (gone.status_code, gone.json()["reason"]) == (410, "expired")
+
+
+def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path, serve: Callable[..., Server]) -> None:
+    server = serve("--models", str(repository))
+    answers: list[int] = []
+
+    def ask() -> None:
+        with server.client() as client:
+            body = {"model": "lstm", "sequences": [frames(4000, seed) for seed in range(8)]}
+            answers.append(client.post("/predict", json=body).status_code)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.3)
+    os.kill(server.process.pid, signal.SIGTERM)
+    asking.join()
+    assert server.process.wait(timeout=60) == 0
+    assert answers == [200]
