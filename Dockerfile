@@ -23,7 +23,7 @@ COPY . .
 RUN /venv/bin/pip install --no-cache-dir ".[${RUNTIME}]"
 
 FROM ${BASE}
-RUN useradd --system --uid 10001 --no-create-home cellserve
+RUN useradd --uid 10001 --no-create-home cellserve
 COPY --from=install /venv /venv
 COPY --from=export /artifacts /artifacts
 ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
