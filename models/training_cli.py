@@ -73,4 +73,5 @@ def train_all(names: Sequence[str], folder: Path, console: Console) -> None:
             trained = train(name, show)
             save(trained, folder, name)
             metrics = ", ".join(f"{metric} {value:.4g}" for metric, value in trained.card["metrics"].items())
-            bars.update(task, figure=f"test {metrics}")
+            bars.update(task, figure="trained")
+            bars.print(f"{name}: test {metrics}", soft_wrap=True)  # whole, however narrow the terminal
