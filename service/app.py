@@ -11,17 +11,18 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 
 from service.api import openapi, operations, sessions
-from service.api.messages import AnsweringProblems, as_problem
+from service.api.messages import AnsweringProblems, Endpoint, Receive, Scope, Send, as_problem
 from service.api.predict import Predict
+from service.api.stream import Stream
 from service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
 from service.service import Service
 from service.settings import Settings
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings) -> HotPaths:
     """Builds everything from the settings.
 
     Raises:
@@ -47,16 +48,35 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redoc_url=None,
     )
-    # Plain ASGI: FastAPI's own request handling would cost more than the model's step.
-    app.router.routes.append(Route("/predict", AnsweringProblems(Predict(service)), methods=["POST"]))
-    app.router.routes.append(
-        Route("/sessions/{session_id}/step", AnsweringProblems(sessions.Step(service)), methods=["POST"])
-    )
+    predict, step = AnsweringProblems(Predict(service)), AnsweringProblems(sessions.Step(service))
+    app.router.routes.append(Route("/predict", predict, methods=["POST"]))
+    app.router.routes.append(Route("/sessions/{session_id}/step", step, methods=["POST"]))
+    app.router.routes.append(WebSocketRoute("/stream", Stream(service)))
     app.include_router(sessions.router(service))
     app.include_router(operations.router(service))
     _answer_problems(app)
     openapi.install(app, service)
-    return app
+    return HotPaths(app, predict, step)
+
+
+class HotPaths:
+    """Hands the requests that carry the load to their endpoints, and all others to the FastAPI application.
+
+    FastAPI's middleware and routing would cost more than the model's step.
+    """
+
+    def __init__(self, app: FastAPI, predict: Endpoint, step: Endpoint) -> None:
+        self.app, self.predict, self.step = app, predict, step
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one connection."""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            path = scope["path"]
+            if path == "/predict":
+                return await self.predict(scope, receive, send)
+            if path.endswith("/step") and path.startswith("/sessions/") and path.count("/") == 3:
+                return await self.step(scope, receive, send)
+        return await self.app(scope, receive, send)
 
 
 def _answer_problems(app: FastAPI) -> None:

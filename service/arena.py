@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from models.signature import StateSpec
 
 Array = NDArray[Any]
+Slots = NDArray[np.intp]
 
 _FIRST_ROWS = 64
 
@@ -42,20 +43,29 @@ class Arena:
             return None
         return self._free.popleft()
 
-    def give_back(self, slot: int) -> None:
-        """Frees a slot; its states are zeroed now, so that they can never be seen in another session."""
-        for array in self._arrays:
-            array[slot] = 0
-        self._free.append(slot)
+    def take_many(self, count: int) -> Slots | None:
+        """Takes so many slots, as `take` does; gives None, and takes none, where there are not so many."""
+        while len(self._free) < count:
+            if not self._grow():
+                return None
+        return np.array([self._free.popleft() for _ in range(count)], np.intp)
 
-    def gather(self, slots: NDArray[np.intp]) -> list[Array]:
+    def give_back(self, slots: Slots) -> None:
+        """Frees slots; their states are zeroed now, so that they can never be seen in another session."""
+        for array in self._arrays:
+            array[slots] = 0
+        self._free.extend(slots.tolist())
+
+    def gather(self, slots: Slots) -> list[Array]:
         """Copies the states of some slots: one `[len(slots), *shape]` a state (batch at the state's batch axis)."""
         return [
-            array[slots] if spec.batch_axis == 0 else np.moveaxis(array[slots], 0, spec.batch_axis)
+            array[slots]
+            if spec.batch_axis == 0
+            else np.ascontiguousarray(np.moveaxis(array[slots], 0, spec.batch_axis))
             for array, spec in zip(self._arrays, self.specs, strict=True)
         ]
 
-    def scatter(self, slots: NDArray[np.intp], states: list[Array]) -> None:
+    def scatter(self, slots: Slots, states: list[Array]) -> None:
         """Writes the states of some slots, as `gather` gives them."""
         for array, spec, rows in zip(self._arrays, self.specs, states, strict=True):
             array[slots] = rows if spec.batch_axis == 0 else np.moveaxis(rows, spec.batch_axis, 0)
@@ -69,10 +79,10 @@ class Arena:
         for spec, array in zip(self.specs, self._arrays, strict=True):
             array[slot] = 0 if states is None else states[spec.name]
 
-    def copy(self, source: int, target: int) -> None:
-        """Copies one slot's states to another slot."""
+    def copy(self, sources: Slots, targets: Slots) -> None:
+        """Copies the states of some slots to as many others."""
         for array in self._arrays:
-            array[target] = array[source]
+            array[targets] = array[sources]
 
     def _grow(self) -> bool:
         capacity = min(self.limit, self.capacity * 2)

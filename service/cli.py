@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
         server_header=False,
+        ws="websockets-sansio",
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,
     )
     server = uvicorn.Server(config)
     server.run()

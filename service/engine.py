@@ -1,86 +1,45 @@
 """The engine: gathers waiting work from all requests into ticks, each one run of ONNX Runtime over a batch of slots.
 
-All work is an advance: move the state in a slot by these time steps. Requests join and leave between ticks (cellular
-batching: Gao et al., Low Latency RNN Inference with Cellular Batching, EuroSys 2018); no timer waits to fill a batch,
-what arrives during a tick makes the next.
+All work is an advance: move the states in some slots by these time steps. Requests join and leave between ticks
+(cellular batching: Gao et al., Low Latency RNN Inference with Cellular Batching, EuroSys 2018); no timer waits to fill
+a batch, what arrives during a tick makes the next. A tick that is predicted to be cheap runs in the event loop, a
+costly one on a thread, while cheap ones of short advances go on beside it: a long sequence never holds up a step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.arena import Arena
+from service.arena import Arena, Slots
 from service.errors import ModelFailed, NotFinite, Problem, QueueFull
 from service.repository import Model
 from service.settings import Settings
+from service.ticks import Advance, Cost, Tick, choose
 
 Array = NDArray[Any]
 
-Result = tuple[Array, list[Array]] | Exception
+_LONG_WAIT_SECONDS = 0.02
 
 log = logging.getLogger("cellserve")
 
 
-@dataclass(slots=True, eq=False)
-class Advance:
-    """Work that waits, or is under way: these time steps for the state in that slot, all of them or none."""
-
-    x: Array  # [time, *features]
-    slot: int  # what it works on: a copy of its home where it takes several ticks, until all is done
-    home: int  # the slot that is to have moved at the end
-    every_output: bool  # whether the outputs of all time steps are wanted, or the last one's
-    done: asyncio.Future[Array]  # gives y: [time, *outputs], or [1, *outputs]
-    applied: Callable[[], None] | None  # told in the very moment when the state has moved
-    position: int = 0  # time steps taken
-    outputs: list[Array] = field(default_factory=list)
-
-    @property
-    def remaining(self) -> int:
-        """Time steps still to take."""
-        return len(self.x) - self.position
-
-
 @dataclass(frozen=True, slots=True)
-class Tick:
-    """One run: the advances that take part, and how many time steps each takes."""
+class Ran:
+    """What came out of a tick: y `[batch, time, *outputs]`, the next states, and the rows that failed."""
 
-    advances: list[Advance]
-    lengths: list[int]
-
-
-def choose(waiting: deque[Advance], max_batch: int, quantum: int) -> Tick:
-    """Chooses the next tick and takes its advances out of the queue.
-
-    The one that has waited longest sets the number of time steps (at most the quantum). The others join in the order of
-    the queue: those with at least as many left take as many, those with a little less are padded (at most a quarter),
-    the rest wait for a tick of their own length. So little padding is computed, and a long sequence holds a short one
-    up for no longer than a tick.
-    """
-    steps = min(waiting[0].remaining, quantum)
-    advances: list[Advance] = []
-    lengths: list[int] = []
-    passed: list[Advance] = []
-    while waiting and len(advances) < max_batch:
-        advance = waiting.popleft()
-        length = min(advance.remaining, steps)
-        if 4 * length >= 3 * steps:
-            advances.append(advance)
-            lengths.append(length)
-        else:
-            passed.append(advance)
-    waiting.extendleft(reversed(passed))
-    return Tick(advances, lengths)
+    y: Array
+    states: list[Array]
+    failed: dict[int, Exception]
 
 
 class Engine:
@@ -98,196 +57,230 @@ class Engine:
         # Sequences in flight have slots too, beside the sessions'.
         self.arena = Arena(model.runtime.signature.states, settings.max_sessions + settings.max_queued_steps)
         exact = model.exactness.proved
-        self._max_batch = settings.max_batch if exact else 1
+        self.max_batch = settings.max_batch if exact else 1
         self._quantum = settings.quantum if exact else 1
         self._inline_seconds = settings.inline_microseconds / 1e6
         self._max_queued = settings.max_queued_steps
         self._executor = executor
-        self._waiting: deque[Advance] = deque()
-        self._queued = 0  # time steps waiting
-        self._running = False  # a tick is scheduled or under way
-        self._seconds: dict[int, float] = {}  # by the power of two of rows x steps: smoothed time of a run
+        self._cost = Cost(model.runtime, self.max_batch)
+        # What a full tick can do in the event loop's time counts as short.
+        full = [steps for steps in range(1, self._quantum + 1) if self._is_cheap(self.max_batch, steps)]
+        self._short_steps = max(full, default=1)
+        self._short: deque[Advance] = deque()
+        self._long: deque[Advance] = deque()
+        self._lanes = [self._short, self._long]
+        self.queued = 0  # time steps that wait, over all slots
+        self._scheduled = False  # a turn of the event loop is to come
+        self._on_thread = False  # a tick is under way on the thread
 
     def submit(
-        self, slot: int, x: Array, every_output: bool, applied: Callable[[], None] | None = None
-    ) -> asyncio.Future[Array]:
+        self, slots: Slots, x: Array, every_output: bool, applied: Callable[[Advance], None] | None = None
+    ) -> Advance:
         """Queues an advance.
 
         Args:
-            slot: The slot to move; no other advance of it may be waiting.
-            x: `[time, *features]`, checked.
+            slots: `[rows]`, the slots to move, `max_batch` at most; no other advance of them may be waiting.
+            x: `[rows, time, *features]`, checked.
             every_output: Whether the outputs of all time steps are wanted.
-            applied: Given for a slot that outlives the request and must move as a whole or not at all; it is called in
-                the moment when the slot has moved, whoever still waits for the answer.
+            applied: Given for slots that outlive the request and must each move as a whole or not at all; it is called
+                in the moment when they have moved, whoever still waits for the answer.
 
         Returns:
-            A future of `y [time, *outputs]` (time is 1 where the last output is wanted). Cancelling it drops what has
-            not been computed. It raises `NotFinite` or `ModelFailed` where nothing has been applied.
+            The advance. Its `done` gives `y [rows, time, *outputs]` (time is 1 where the last output is wanted);
+            cancelling it drops what has not been computed. What befell single rows is in `problems`: they have not
+            moved; where there is one row only, `done` raises it.
 
         Raises:
             QueueFull: More time steps would wait than may.
         """
-        if self._queued and self._queued + len(x) > self._max_queued:
+        rows, steps = x.shape[:2]
+        if self.queued and self.queued + rows * steps > self._max_queued:
             raise QueueFull(
-                f"{self._queued} time steps are waiting for model {self.model.name!r}: try again in a second"
+                f"{self.queued} time steps are waiting for model {self.model.name!r}: try again in a second"
             )
         loop = asyncio.get_running_loop()
-        own = slot if applied is None or len(x) <= self._quantum else self._copied(slot)
-        advance = Advance(x, own, slot, every_output, loop.create_future(), applied)
-        self._waiting.append(advance)
-        self._queued += len(x)
-        if not self._running:
-            self._running = True
-            loop.call_soon(self._tick)
-        return advance.done
+        own = slots if applied is None or steps <= self._quantum else self._copied(slots)
+        advance = Advance(x, own, slots, every_output, loop.create_future(), applied)
+        (self._short if steps <= self._short_steps else self._long).append(advance)
+        self.queued += rows * steps
+        if not self._scheduled:
+            self._scheduled = True
+            loop.call_soon(self._turn)
+        return advance
 
-    def _copied(self, slot: int) -> int:
-        copy = self.arena.take()
-        if copy is None:
+    @property
+    def is_behind(self) -> bool:
+        """Whether what arrives now will wait for so long that its client may be gone before it is computed."""
+        return self.queued > self.max_batch and (
+            self._cost.predict(self.max_batch, self.queued // self.max_batch) > _LONG_WAIT_SECONDS
+        )
+
+    def _is_cheap(self, rows: int, steps: int) -> bool:
+        return self._cost.predict(rows, steps) <= self._inline_seconds
+
+    def _copied(self, slots: Slots) -> Slots:
+        copies = self.arena.take_many(len(slots))
+        if copies is None:
             raise QueueFull(f"too many sequences are in flight for model {self.model.name!r}: try again in a second")
-        self.arena.copy(slot, copy)
-        return copy
+        self.arena.copy(slots, copies)
+        return copies
 
-    def _tick(self) -> None:
-        """Runs one tick, here or on the thread, and schedules the next while there is work."""
-        while self._waiting and self._waiting[0].done.cancelled():
-            dropped = self._waiting.popleft()
-            self._queued -= dropped.remaining
-            self._end(dropped)
-        if not self._waiting:
-            self._running = False
-            return
-        tick = choose(self._waiting, self._max_batch, self._quantum)
-        x, lengths, slots = self._gathered(tick)
+    def _turn(self) -> None:
+        """Runs a tick of each lane that can run now, and comes again while there is work."""
+        self._scheduled = False
+        again = [self._start(lane) for lane in tuple(self._lanes)]
+        if any(again) and not self._scheduled:
+            self._scheduled = True
+            # By way of the event loop, so that what has arrived meanwhile joins the next tick.
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _start(self, lane: deque[Advance]) -> bool:
+        """Runs or begins the next tick of a lane; says whether another could follow at once."""
+        while lane and lane[0].done.cancelled():
+            self._end(lane.popleft())
+        if not lane:
+            return False
+        rows = min(sum(advance.rows for advance in lane) if len(lane) < self.max_batch else self.max_batch,
+                   self.max_batch)  # fmt: skip
+        cheap = self._is_cheap(rows, min(lane[0].remaining, self._quantum))
+        if not cheap and self._on_thread:
+            return False
+        tick = choose(lane, self.max_batch, self._quantum)
+        for advance in tick.dropped:
+            self._end(advance)
+        x, lengths, slots = tick.inputs()
         states = self.arena.gather(slots)
+        if cheap:
+            self._apply(tick, slots, self._run(x, lengths, states))
+            return bool(lane)
+        self._on_thread = True
+        self._lanes.sort(key=lambda other: other is lane)  # where both are costly they take turns
+
+        def finish(run: asyncio.Future[Ran]) -> None:
+            self._on_thread = False
+            self._apply(tick, slots, run.result())
+            self._turn()
+
         loop = asyncio.get_running_loop()
-        size = (x.shape[0] * x.shape[1]).bit_length()
-        if self._predicted(size) <= self._inline_seconds:
-            self._apply(tick, slots, x, lengths, states, self._timed_run(size, x, lengths, states))
-            loop.call_soon(self._tick)
-            return
+        loop.run_in_executor(self._executor, self._run, x, lengths, states).add_done_callback(finish)
+        return False
 
-        def finish(run: asyncio.Future[Result]) -> None:
-            self._apply(tick, slots, x, lengths, states, run.result())
-            self._tick()
-
-        loop.run_in_executor(self._executor, self._timed_run, size, x, lengths, states).add_done_callback(finish)
-
-    def _gathered(self, tick: Tick) -> tuple[Array, NDArray[np.int32], NDArray[np.intp]]:
-        """Puts the time steps of a tick side by side: x `[batch, time, *features]`, lengths and slots `[batch]`."""
-        parts = [
-            advance.x[advance.position : advance.position + length]
-            for advance, length in zip(tick.advances, tick.lengths, strict=True)
-        ]
-        longest = max(tick.lengths)
-        if min(tick.lengths) == longest:
-            x = np.stack(parts)
-        else:
-            x = np.zeros((len(parts), longest, *parts[0].shape[1:]), parts[0].dtype)
-            for row, part in enumerate(parts):
-                x[row, : len(part)] = part
-        return x, np.array(tick.lengths, np.int32), np.array([advance.slot for advance in tick.advances], np.intp)
-
-    def _run(self, x: Array, lengths: NDArray[np.int32], states: list[Array]) -> Result:
-        try:
-            return self.model.runtime.run(x, lengths, states)
-        except Exception as error:
-            return error
-
-    def _timed_run(self, size: int, x: Array, lengths: NDArray[np.int32], states: list[Array]) -> Result:
+    def _run(self, x: Array, lengths: NDArray[np.int32], states: list[Array]) -> Ran:
+        """Runs a tick; one that fails is run again row by row, so that only the guilty rows fail."""
         start = time.perf_counter()
-        result = self._run(x, lengths, states)
-        taken = time.perf_counter() - start
-        self._seconds[size] = 0.8 * self._seconds.get(size, taken) + 0.2 * taken
-        return result
+        try:
+            y, following = self.model.runtime.run(x, lengths, states)
+        except Exception as error:
+            log.error("model %s failed: %s", self.model.name, error)
+            return self._run_rows(x, lengths, states, error)
+        self._cost.learn(x.shape[0], x.shape[1], time.perf_counter() - start)
+        return Ran(y, following, {})
 
-    def _predicted(self, size: int) -> float:
-        """Gives the seconds that a run of `2 ** size` rows x steps is expected to take, from those seen."""
-        for smaller in range(size, -1, -1):
-            if smaller in self._seconds:
-                return self._seconds[smaller] * float(2 ** (size - smaller))
-        return 0.0 if size <= 1 else math.inf
+    def _run_rows(self, x: Array, lengths: NDArray[np.int32], states: list[Array], error: Exception) -> Ran:
+        signature = self.model.runtime.signature
+        y = np.zeros((*x.shape[:2], *signature.outputs[0].shape), signature.outputs[0].dtype)
+        if len(x) == 1:
+            return Ran(y, states, {0: error})
+        following = [state.copy() for state in states]
+        failed: dict[int, Exception] = {}
+        for row, length in enumerate(lengths):
+            own = [np.take(state, [row], spec.batch_axis) for state, spec in zip(states, signature.states, strict=True)]
+            inputs = np.ascontiguousarray(x[row : row + 1, :length]), lengths[row : row + 1], own
+            try:
+                y[row, :length], moved = self.model.runtime.run(*inputs)
+            except Exception as its_own:
+                failed[row] = its_own
+                continue
+            for spec, state, rows in zip(signature.states, following, moved, strict=True):
+                np.moveaxis(state, spec.batch_axis, 0)[row] = np.moveaxis(rows, spec.batch_axis, 0)[0]
+        return Ran(y, following, failed)
 
-    def _apply(
-        self,
-        tick: Tick,
-        slots: NDArray[np.intp],
-        x: Array,
-        lengths: NDArray[np.int32],
-        states: list[Array],
-        result: Result,
-    ) -> None:
-        """Applies a tick that has run; a tick that failed is run again row by row, so that only the guilty fail."""
-        advances = tick.advances
-        if isinstance(result, tuple) and _finite(*result, lengths):
-            y, following = result
-            kept = [row for row, advance in enumerate(advances) if not advance.done.cancelled()]
-            if len(kept) == len(advances):
-                self.arena.scatter(slots, following)
-            else:
-                self.arena.scatter(slots[kept], self._rows(following, kept))
-            for row, advance in enumerate(advances):
-                self._advanced(advance, y[row, : tick.lengths[row]])
-        elif len(advances) > 1:
-            for row, advance in enumerate(advances):
-                length = tick.lengths[row]
-                inputs = x[row : row + 1, :length].copy(), lengths[row : row + 1], self._rows(states, [row])
-                self._apply(Tick([advance], [length]), slots[row : row + 1], *inputs, self._run(*inputs))
-        else:
-            self._queued -= advances[0].remaining
-            self._end(advances[0])
-            if not advances[0].done.cancelled():
-                advances[0].done.set_exception(self._problem(advances[0], x.shape[1], result))
-
-    def _rows(self, states: list[Array], rows: list[int]) -> list[Array]:
-        return [np.take(state, rows, spec.batch_axis) for state, spec in zip(states, self.arena.specs, strict=True)]
+    def _apply(self, tick: Tick, slots: Slots, ran: Ran) -> None:
+        """Moves the states and hands out the outputs; what failed, is not finite or not wanted any more stays."""
+        y, clean = ran.y, not ran.failed and self._all_finite(ran)
+        start, kept = 0, []
+        for advance, length in zip(tick.advances, tick.lengths, strict=True):
+            rows = range(start, start + advance.rows)
+            start = rows.stop
+            if advance.done.cancelled():
+                continue
+            if not clean:
+                self._note_problems(advance, rows, length, ran)
+            kept += [row for row in rows if row - rows.start not in advance.problems]
+        if len(kept) == len(slots):
+            self.arena.scatter(slots, ran.states)
+        elif kept:
+            specs = self.arena.specs
+            states = [np.take(state, kept, spec.batch_axis) for state, spec in zip(ran.states, specs, strict=True)]
+            self.arena.scatter(slots[kept], states)
+        start = 0
+        for advance, length in zip(tick.advances, tick.lengths, strict=True):
+            self._advanced(advance, y[start : start + advance.rows, :length])
+            start += advance.rows
 
     def _advanced(self, advance: Advance, y: Array) -> None:
         """Notes what one tick did for an advance: it has ended, or waits for its next tick."""
-        taken = len(y)
+        taken = y.shape[1]
         advance.position += taken
-        self._queued -= taken
-        if advance.done.cancelled():
-            self._queued -= advance.remaining
+        self.queued -= taken * advance.rows
+        if advance.done.cancelled() or len(advance.problems) == advance.rows:
             self._end(advance)
             return
         if advance.every_output:
             advance.outputs.append(y)
         if advance.remaining:
-            self._waiting.append(advance)
+            (self._short if advance.x.shape[1] <= self._short_steps else self._long).append(advance)
             return
-        if advance.slot != advance.home:
-            self.arena.copy(advance.slot, advance.home)
+        if advance.slots is not advance.homes:
+            moved = [row for row in range(advance.rows) if row not in advance.problems]
+            self.arena.copy(advance.slots[moved], advance.homes[moved])
         self._end(advance)
         if advance.applied:
-            advance.applied()
+            advance.applied(advance)
         if not advance.every_output:
-            y = y[-1:]
+            y = y[:, -1:]
         elif len(advance.outputs) > 1:
-            y = np.concatenate(advance.outputs)
+            y = np.concatenate(advance.outputs, axis=1)
         advance.done.set_result(y)
 
     def _end(self, advance: Advance) -> None:
-        if advance.slot != advance.home:
-            self.arena.give_back(advance.slot)
+        self.queued -= advance.remaining * advance.rows
+        if advance.slots is not advance.homes:
+            self.arena.give_back(advance.slots)
+        if not advance.done.done() and advance.problems:
+            if advance.rows == 1:
+                advance.done.set_exception(advance.problems[0])
+            elif len(advance.problems) == advance.rows:
+                steps = advance.x.shape[1] if advance.every_output else 1
+                advance.done.set_result(np.zeros((advance.rows, steps, *self.model.output_shape)))
 
-    def _problem(self, advance: Advance, steps: int, result: Result) -> Problem:
-        if isinstance(result, Exception):
-            log.error("model %s failed: %s", self.model.name, result)
-            return ModelFailed(f"ONNX Runtime could not run model {self.model.name!r} on this request")
-        first, last = advance.position, advance.position + steps - 1
-        where = f"step {first}" if first == last else f"one of the steps {first} to {last}"
-        return NotFinite(
-            f"the model's output or next state is not finite after {where} of the request, nothing was applied: "
-            f"send inputs (and states) of the size that the model was trained on",
-            step=first,
-        )
+    def _all_finite(self, ran: Ran) -> bool:
+        return all(np.isfinite(array).all() for array in (ran.y, *ran.states))
+
+    def _note_problems(self, advance: Advance, rows: range, length: int, ran: Ran) -> None:
+        """Notes which rows of an advance failed, or are not finite at a valid time step or in a next state."""
+        specs = self.arena.specs
+        for row in rows:
+            place = row - rows.start
+            if place in advance.problems:
+                continue
+            if row in ran.failed:
+                advance.problems[place] = ModelFailed(
+                    f"ONNX Runtime could not run model {self.model.name!r} on this request"
+                )
+                continue
+            finite = np.isfinite(ran.y[row, :length]).reshape(length, -1).all(axis=1)
+            states = (np.take(state, row, spec.batch_axis) for state, spec in zip(ran.states, specs, strict=True))
+            if not finite.all():
+                advance.problems[place] = _not_finite(advance.position + int(np.argmin(finite)), None)
+            elif not all(np.isfinite(state).all() for state in states):
+                advance.problems[place] = _not_finite(advance.position, advance.position + length - 1)
 
 
-def _finite(y: Array, states: list[Array], lengths: NDArray[np.int32]) -> bool:
-    """Says whether all outputs of valid time steps, and all next states, are finite."""
-    if not all(np.isfinite(state).all() for state in states):
-        return False
-    if np.isfinite(y).all():
-        return True
-    return bool(np.isfinite(y[np.arange(y.shape[1]) < lengths[:, None]]).all())
+def _not_finite(first: int, last: int | None) -> Problem:
+    where = f"step {first}" if last is None or last == first else f"one of the steps {first} to {last}"
+    return NotFinite(
+        f"the model's output or next state is not finite after {where} of the request, nothing was applied: "
+        f"send inputs (and states) of the size that the model was trained on",
+        step=first,
+    )

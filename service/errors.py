@@ -54,6 +54,13 @@ class NotJson(Problem):
     title = "The body is not JSON"
 
 
+class NotSafetensors(Problem):
+    """The body cannot be parsed at all."""
+
+    status = 400
+    title = "The body is not in safetensors"
+
+
 class InvalidInput(Problem):
     """The body parses but something in it does not fit; `place` says where."""
 

@@ -40,6 +40,11 @@ class Model:
         )
 
     @property
+    def output_shape(self) -> tuple[int, ...]:
+        """The shape of one time step's output."""
+        return self.runtime.signature.outputs[0].shape
+
+    @property
     def document(self) -> ModelDocument:
         """What the model file says about itself."""
         return self.runtime.document

@@ -24,7 +24,9 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        options = RuntimeOptions(provider=settings.provider, threads=settings.threads)
+        options = RuntimeOptions(
+            settings.provider, settings.threads, settings.spinning, settings.memory_arena, settings.optimization
+        )
         self.repository = Repository(settings.models, options)
         self._executor = ThreadPoolExecutor(1, "tick")
         self.engines = {name: Engine(model, settings, self._executor) for name, model in self.repository.models.items()}

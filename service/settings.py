@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.runtime import Provider
+from service.runtime import Optimization, Provider
 
 ENV_PREFIX = "CELLSERVE_"
 
@@ -22,6 +22,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
     provider: Provider = Field("auto", description="where to run: auto (CUDA where it can be opened), cpu or cuda")
     threads: int = Field(1, ge=1, le=256, description="threads of ONNX Runtime within one run")
+    spinning: bool = Field(False, description="whether ONNX Runtime's threads spin while they wait")
+    memory_arena: bool = Field(True, description="whether ONNX Runtime keeps freed memory for the next run")
+    optimization: Optimization = Field("all", description="how far graphs are optimised: all, extended, basic or off")
     max_batch: int = Field(64, ge=1, le=65536, description="rows of one run, at most")
     quantum: int = Field(32, ge=1, le=65536, description="time steps that one run takes of one row, at most")
     inline_microseconds: int = Field(
@@ -34,5 +37,8 @@ class Settings(BaseSettings):
     session_idle_seconds: float = Field(3600, gt=0, description="a session not used for so long expires")
     tombstone_seconds: float = Field(86400, ge=0, description="for how long a session that is gone is answered 410")
     max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="size of a request's body, at most")
+    stream_window: int = Field(
+        256, ge=1, le=65536, description="frames of one WebSocket that may be under way; then it is read no further"
+    )
     max_sequences: int = Field(4096, ge=1, description="sequences of one request, at most")
     shutdown_seconds: int = Field(30, ge=0, description="for how long a stopping server finishes what it has accepted")

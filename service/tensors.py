@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, TypeVar
 
 import msgspec
@@ -63,13 +64,29 @@ class TensorReader:
         self._sequences = msgspec.json.Decoder(list[steps])
         self._tensors = msgspec.json.Decoder(dict[str, Any])
         self._tensor_list = msgspec.json.Decoder(list[dict[str, Any] | None])
+        self._flat = self.spec.shape[0] if len(self.spec.shape) == 1 else None
         self._features = "x".join(map(str, self.spec.shape))
 
     def sequences(self, raw: msgspec.Raw) -> list[Array]:
         """Reads `sequences`: a list of `[time, *features]`, each of its own length, from the first time step on."""
         place = "sequences"
         read = decode(self._sequences, raw, place)
-        return [self._array(sequence, f"{place}[{number}]") for number, sequence in enumerate(read)]
+        with np.errstate(over="ignore"):
+            return [self._sequence(sequence, f"{place}[{number}]") for number, sequence in enumerate(read)]
+
+    def _sequence(self, values: list[Any], place: str) -> Array:
+        if self._flat and set(map(len, values)) == {self._flat}:
+            # In half the time that np.asarray takes for nested lists.
+            numbers = np.fromiter(chain.from_iterable(values), np.float32, len(values) * self._flat)
+            if np.isfinite(numbers).all():
+                return numbers.reshape(-1, self._flat)
+        return self._array(values, place)
+
+    def single(self, values: list[Any]) -> Array | None:
+        """Makes `[1, features]` of one time step's numbers; None where they do not fit or are no plain list."""
+        if self._flat == len(values) and max(values) <= _FLOAT32_MAX and min(values) >= -_FLOAT32_MAX:
+            return np.array([values], np.float32)
+        return None
 
     def x(self, raw: msgspec.Raw) -> tuple[Array, bool]:
         """Reads `x` of a step: one time step `[*features]` or several `[time, *features]`.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from typing import Any, TypeVar
 
 import orjson
 
@@ -15,6 +16,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+T = TypeVar("T")
+
 log = logging.getLogger("cellserve")
 
 _JSON = [(b"content-type", b"application/json")]
@@ -22,6 +25,25 @@ _JSON = [(b"content-type", b"application/json")]
 
 class ClientGone(Exception):
     """The client closed the connection before its request was whole."""
+
+
+def content_type(scope: Scope) -> bytes:
+    """Gives the media type that a request says its body has, without parameters; empty where it says nothing."""
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            kind: bytes = value.partition(b";")[0].strip().lower()
+            return kind
+    return b""
+
+
+def check_json(kind: bytes) -> None:
+    """Raises UnsupportedMediaType where a content type is not JSON's."""
+    if kind != b"application/json" and not kind.endswith(b"+json"):
+        if not kind:
+            raise UnsupportedMediaType("the body has no content type: send it with Content-Type: application/json")
+        raise UnsupportedMediaType(
+            f"the body has the content type {kind.decode('latin-1')[:100]!r}: send application/json"
+        )
 
 
 async def read_json_body(scope: Scope, receive: Receive, limit: int) -> bytes:
@@ -32,16 +54,7 @@ async def read_json_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         BodyTooLarge: There are more than `limit` bytes.
         ClientGone: It never came whole.
     """
-    for name, value in scope["headers"]:
-        if name == b"content-type":
-            kind = value.partition(b";")[0].strip().lower()
-            if kind != b"application/json" and not kind.endswith(b"+json"):
-                raise UnsupportedMediaType(
-                    f"the body has the content type {value.decode('latin-1')[:100]!r}: send application/json"
-                )
-            break
-    else:
-        raise UnsupportedMediaType("the body has no content type: send it with Content-Type: application/json")
+    check_json(content_type(scope))
     return await read_body(scope, receive, limit)
 
 
@@ -71,6 +84,23 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {limit} bytes: send it in parts", limit=limit)
+
+
+async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """Waits for work, and cancels it where the client goes first; costs a task, so it is for work that has to wait.
+
+    Raises:
+        ClientGone: The client closed the connection.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
 
 
 async def send_json(send: Send, document: Any, status: int = 200, headers: list[tuple[bytes, bytes]] = _JSON) -> None:

@@ -10,7 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.signature import ModelDocument
-from service.api.messages import Receive, Scope, Send, read_json_body, send_json
+from service.api import binary
+from service.api.messages import (
+    Receive,
+    Scope,
+    Send,
+    check_json,
+    content_type,
+    read_body,
+    send_body,
+    send_json,
+    unless_gone,
+)
 from service.engine import Engine
 from service.errors import BodyTooLarge, InvalidInput, NotFinite, QueueFull
 from service.service import Service
@@ -39,30 +50,56 @@ class Predict:
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
-        settings = self.service.settings
-        request = decode(_decoder, await read_json_body(scope, receive, settings.max_body_bytes))
+        """Answers one request, in JSON or in safetensors as it was asked."""
+        kind = content_type(scope)
+        if kind in binary.MEDIA_TYPES:
+            await self._binary(scope, receive, send)
+            return
+        check_json(kind)
+        request = decode(_decoder, await read_body(scope, receive, self.service.settings.max_body_bytes))
         engine = self.service.engine(request.model)
         model = engine.model
         sequences = model.reader.sequences(request.sequences)
         if not sequences:
             raise InvalidInput("sequences: empty: send at least one sequence", place="sequences")
-        if len(sequences) > settings.max_sequences:
-            raise BodyTooLarge(
-                f"sequences: {len(sequences)} of them, a request takes {settings.max_sequences}: send it in parts",
-                limit=settings.max_sequences,
-            )
         states = None
         if bytes(request.states) != b"null":
             states = model.reader.states(request.states, len(sequences))
-        every_output = (request.outputs or model.document.signature.default_output) == "all"
-        outputs, final = await _run(engine, sequences, states, every_output, request.return_states)
+        outputs, every_output, final = await self._advance(engine, receive, sequences, states, request)
         answer: dict[str, Any] = {"model": model.name, "version": model.version}
         answer["outputs"] = outputs if every_output else [y[-1] for y in outputs]
         answer |= labelled(model.document, answer["outputs"])
         if request.return_states:
             answer["states"] = final
         await send_json(send, answer)
+
+    async def _binary(self, scope: Scope, receive: Receive, send: Send) -> None:
+        options = binary.read_options(scope["query_string"])
+        body = await read_body(scope, receive, self.service.settings.max_body_bytes)
+        engine = self.service.engine(options.model)
+        sequences, states = binary.read(body, engine.model)
+        outputs, every_output, final = await self._advance(engine, receive, sequences, states, options)
+        answer = binary.write(engine.model, outputs, every_output, final if options.return_states else None)
+        await send_body(send, 200, [(b"content-type", binary.MEDIA_TYPES[0])], answer)
+
+    async def _advance(
+        self,
+        engine: Engine,
+        receive: Receive,
+        sequences: list[Array],
+        states: list[dict[str, Array] | None] | None,
+        options: PredictRequest | binary.Options,
+    ) -> tuple[list[Array], bool, list[dict[str, Array]]]:
+        """Gives the outputs, whether they are those of all time steps, and the last states."""
+        limit = self.service.settings.max_sequences
+        if len(sequences) > limit:
+            raise BodyTooLarge(
+                f"sequences: {len(sequences)} of them, a request takes {limit}: send it in parts", limit=limit
+            )
+        every_output = (options.outputs or engine.model.document.signature.default_output) == "all"
+        work = _run(engine, sequences, states, every_output, options.return_states)
+        outputs, final = await (unless_gone(work, receive) if engine.is_behind else work)
+        return outputs, every_output, final
 
 
 def labelled(document: ModelDocument, outputs: list[Array]) -> dict[str, Any]:
@@ -93,11 +130,11 @@ async def _run(
             slots.append(slot)
             if states is not None:
                 arena.write(slot, states[number])
-            waiting.append(engine.submit(slot, sequence, every_output))
+            waiting.append(engine.submit(np.array([slot]), sequence[None], every_output).done)
         outputs: list[Array] = []
         for number, done in enumerate(waiting):
             try:
-                outputs.append(await done)
+                outputs.append((await done)[0])
             except NotFinite as problem:
                 place = f"sequences[{number}]"
                 raise NotFinite(f"{place}: {problem.detail}", place=place, **problem.extensions) from None
@@ -106,5 +143,4 @@ async def _run(
         for done in waiting:
             if not done.cancel() and not done.cancelled():
                 done.exception()  # asyncio would log what nobody has looked at
-        for slot in slots:
-            arena.give_back(slot)
+        arena.give_back(np.array(slots, np.intp))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
 
-from service.api.messages import Receive, Scope, Send, read_json_body, send_json
+from service.api.messages import Receive, Scope, Send, read_json_body, send_json, unless_gone
 from service.api.predict import labelled
+from service.repository import Model
 from service.service import Service
-from service.sessions import Session
+from service.sessions import Session, SessionTable
 from service.tensors import decode
+
+Array = NDArray[Any]
 
 
 class CreateRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -21,19 +25,23 @@ class CreateRequest(msgspec.Struct, forbid_unknown_fields=True):
     states: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class StepRequest(msgspec.Struct, forbid_unknown_fields=True):
+X = TypeVar("X")
+
+
+class StepRequest(msgspec.Struct, Generic[X], forbid_unknown_fields=True):
     """The body of `POST /sessions/{id}/step`."""
 
-    x: msgspec.Raw
+    x: X
     outputs: Literal["last", "all"] | None = None
 
 
 _create_decoder = msgspec.json.Decoder(CreateRequest)
-_step_decoder = msgspec.json.Decoder(StepRequest)
+_step_decoder = msgspec.json.Decoder(StepRequest[msgspec.Raw])
+_plain_step_decoder = msgspec.json.Decoder(StepRequest[list[float]])
 
 
 class Step:
-    """`POST /sessions/{id}/step`, plain ASGI: it is one of the two that carry the load."""
+    """`POST /sessions/{id}/step`, plain ASGI: it is one of those that carry the load."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -42,39 +50,64 @@ class Step:
         """Answers one request."""
         table = self.service.sessions
         body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
-        session = table.get(scope["path_params"]["session_id"])
-        model = session.model
-        request = decode(_step_decoder, body)
-        x, single = model.reader.x(request.x)
-        every_output = single or (request.outputs or model.document.signature.default_output) == "all"
-
-        def applied() -> None:
-            session.position += len(x)
-
-        async with table.turn(session):
-            y = await session.engine.submit(session.slot, x, every_output, applied)
-            position = session.position
-        output = y if every_output and not single else y[-1]
-        answer: dict[str, Any] = {"session": session.id, "position": position, "y": output}
-        names = labelled(model.document, [output])
-        if names:
-            answer["label" if output.ndim == y.ndim - 1 else "labels"] = names["labels"][0]
+        session = table.get(scope["path"].rsplit("/", 2)[1])
+        x, single, outputs = _read_step(session.model, body)
+        work = step_answer(table, session, x, single, outputs)
+        answer = await (unless_gone(work, receive) if session.engine.is_behind else work)
         await send_json(send, answer)
+
+
+def _read_step(model: Model, body: bytes) -> tuple[Array, bool, str | None]:
+    """Gives x `[time, *features]`, whether it was one time step without a time axis, and the outputs asked for."""
+    try:
+        # What nearly every step is, in one pass; all else, and every error, takes the long way.
+        plain = _plain_step_decoder.decode(body)
+        x = model.reader.single(plain.x)
+        if x is not None:
+            return x, True, plain.outputs
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        pass
+    request = decode(_step_decoder, body)
+    return *model.reader.x(request.x), request.outputs
+
+
+async def step_answer(
+    table: SessionTable, session: Session, x: Array, single: bool, outputs: str | None
+) -> dict[str, Any]:
+    """Steps a session and gives the answer, whatever the surface.
+
+    Args:
+        table: Holds the session.
+        session: The session.
+        x: `[time, *features]`, checked.
+        single: Whether it was sent without a time axis, as `y` is then answered.
+        outputs: `last`, `all`, or None for the model's own default.
+    """
+    document = session.model.document
+    every_output = single or (outputs or document.signature.default_output) == "all"
+    y, position = await table.step(session, x, every_output)
+    output = y if every_output and not single else y[-1]
+    answer: dict[str, Any] = {"session": session.id, "position": position, "y": output}
+    if document.labels is not None:
+        answer["label" if output.ndim == y.ndim - 1 else "labels"] = labelled(document, [output])["labels"][0]
+    return answer
+
+
+def told(table: SessionTable, session: Session) -> dict[str, Any]:
+    """Gives what every answer about a session says of it."""
+    return {
+        "session": session.id,
+        "model": session.model.name,
+        "version": session.model.version,
+        "position": session.position,
+        "expires_in": table.idle_seconds,
+    }
 
 
 def router(service: Service) -> APIRouter:
     """Makes the routes of everything but the step."""
     routes = APIRouter(tags=["sessions"])
     table = service.sessions
-
-    def told(session: Session) -> dict[str, Any]:
-        return {
-            "session": session.id,
-            "model": session.model.name,
-            "version": session.model.version,
-            "position": session.position,
-            "expires_in": table.idle_seconds,
-        }
 
     @routes.post("/sessions", status_code=201, summary="Create a session")
     async def create(request: Request, response: Response) -> dict[str, Any]:
@@ -84,11 +117,11 @@ def router(service: Service) -> APIRouter:
         states = None if bytes(wanted.states) == b"null" else engine.model.reader.state(wanted.states)
         session = table.create(engine, states)
         response.headers["location"] = f"/sessions/{session.id}"
-        return told(session)
+        return told(table, session)
 
     @routes.get("/sessions/{session_id}", summary="Read where a session is")
     async def read(session_id: str) -> dict[str, Any]:
-        return told(table.get(session_id))
+        return told(table, table.get(session_id))
 
     @routes.delete("/sessions/{session_id}", status_code=204, summary="Delete a session")
     async def delete(session_id: str) -> None:
@@ -99,6 +132,6 @@ def router(service: Service) -> APIRouter:
         async with table.turn(table.get(session_id)) as session:
             session.engine.arena.write(session.slot, None)
             session.position += 1  # a reset is a change too: no position is used twice in a session's life
-            return told(session)
+            return told(table, session)
 
     return routes

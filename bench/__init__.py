@@ -1,0 +1,1 @@
+"""What prints the performance table: `python -m bench`."""

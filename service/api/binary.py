@@ -1,0 +1,115 @@
+"""`POST /predict` in safetensors (https://github.com/huggingface/safetensors, "Format"): tensors without JSON."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+from urllib.parse import parse_qsl
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from service.errors import InvalidInput, NotSafetensors
+from service.repository import Model
+
+Array = NDArray[Any]
+
+MEDIA_TYPES = (b"application/x-safetensors", b"application/octet-stream")
+
+
+class Options(msgspec.Struct, forbid_unknown_fields=True):
+    """The query of a prediction in safetensors."""
+
+    model: str | None = None
+    outputs: Literal["last", "all"] | None = None
+    return_states: bool = False
+
+
+def read_options(query: bytes) -> Options:
+    """Reads the query; raises InvalidInput where it has something else in it."""
+    try:
+        given = dict(parse_qsl(query.decode(), keep_blank_values=True, strict_parsing=bool(query)))
+        return msgspec.convert(given, Options, strict=False)
+    except (ValueError, msgspec.ValidationError) as error:
+        raise InvalidInput(f"the query: {error}: send model, outputs (last or all), return_states (true)") from None
+
+
+def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] | None] | None]:
+    """Reads the tensors of a prediction.
+
+    `x` is `[sequences, time, *features]`, or, with `lengths [sequences]`, all time steps one sequence after the other,
+    `[sum of lengths, *features]`. The model's states, each `[sequences, *shape]`, may be given to start from.
+
+    Returns:
+        The sequences, each `[time, *features]`, and the states of each where they are given.
+
+    Raises:
+        NotSafetensors: It cannot be parsed.
+        InvalidInput: A tensor is missing or does not fit.
+    """
+    try:
+        tensors = load(body)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise NotSafetensors(f"{error}: send what safetensors.numpy.save gives") from None
+    known = {"x", "lengths"} | model.reader.states_spec.keys()
+    if tensors.keys() - known or "x" not in tensors:
+        raise InvalidInput(
+            f"there are the tensors {sorted(tensors)}: send x, and of {sorted(known - {'x'})} what you need"
+        )
+    x, shape = tensors["x"], model.reader.spec.shape
+    _check(x, "x")
+    lengths = tensors.get("lengths")
+    if lengths is None:
+        if x.ndim != 2 + len(shape) or x.shape[2:] != shape or not x.size:
+            raise InvalidInput(
+                f"x: its shape is {list(x.shape)}: send [sequences, time, {_words(shape)}], "
+                f"or [time steps, {_words(shape)}] with lengths",
+                place="x",
+            )
+        sequences = list(x)
+    else:
+        if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not lengths.size or (lengths < 1).any():
+            raise InvalidInput("lengths: send one integer a sequence, each at least 1", place="lengths")
+        if x.shape != (int(lengths.sum()), *shape):
+            raise InvalidInput(
+                f"x: its shape is {list(x.shape)}, lengths ask for [{int(lengths.sum())}, {_words(shape)}]", place="x"
+            )
+        sequences = np.split(x, np.cumsum(lengths)[:-1])
+    given = tensors.keys() & model.reader.states_spec.keys()
+    return sequences, _states(tensors, model, len(sequences)) if given else None
+
+
+def write(model: Model, outputs: list[Array], every_output: bool, states: list[dict[str, Array]] | None) -> bytes:
+    """Writes `y`: `[sequences, *outputs]`, or, of all time steps, `[sum of lengths, *outputs]` with `lengths`."""
+    tensors = {"y": np.concatenate(outputs)}
+    if every_output:
+        tensors["lengths"] = np.array([len(y) for y in outputs], np.int64)
+    for name in model.reader.states_spec if states else ():
+        tensors[name] = np.stack([state[name] for state in states or ()])
+    return save(tensors, {"model": model.name, "version": str(model.version)})
+
+
+def _states(tensors: dict[str, Array], model: Model, count: int) -> list[dict[str, Array] | None]:
+    specs = model.reader.states_spec
+    for name, spec in specs.items():
+        if name not in tensors:
+            raise InvalidInput(f"{name}: missing: send all of the model's states or none", place=name)
+        _check(tensors[name], name)
+        if tensors[name].shape != (count, *spec.shape):
+            shape = list(tensors[name].shape)
+            raise InvalidInput(f"{name}: its shape is {shape}: send {[count, *spec.shape]}", place=name)
+    return [{name: tensors[name][row] for name in specs} for row in range(count)]
+
+
+def _check(tensor: Array, name: str) -> None:
+    if tensor.dtype != np.float32:
+        raise InvalidInput(f"{name}: its type is {tensor.dtype}: send float32", place=name)
+    if not np.isfinite(tensor).all():
+        place = name + "".join(f"[{number}]" for number in np.argwhere(~np.isfinite(tensor))[0])
+        raise InvalidInput(f"{place}: not a finite number", place=place)
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))
