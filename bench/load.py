@@ -99,10 +99,7 @@ class Connection:
         """Waits for an answer."""
         data = b""
         while (size := self.size(data)) is None or len(data) < size:
-            part = self.socket.recv(1 << 20)
-            if not part:
-                raise RuntimeError("the server closed the connection")
-            data += part
+            data += _received(self.socket)
         return data
 
     def ask_json(self, path: str, body: object) -> dict:
@@ -117,7 +114,7 @@ def drive(
     pause: float = 0.0,
     deep: int = 1,
 ) -> Load:
-    """Keeps each connection busy with its requests, over and over, for so many seconds.
+    """Keeps each connection busy with its requests, over and over, for so many seconds, and closes it.
 
     Args:
         connections: The connections.
@@ -142,7 +139,7 @@ def drive(
         for key, _ in selector.select(0.1):
             held = key.data
             sock, own, place, data, size, sent = held
-            data += sock.recv(1 << 20)
+            data += _received(sock)
             while (whole := size(data)) is not None and len(data) >= whole:
                 del data[:whole]
                 if now >= start:
@@ -157,17 +154,16 @@ def drive(
         now = time.perf_counter()
         measured = now - start
     selector.close()
-    for connection, held in zip(connections, state, strict=True):
-        # What is still under way is read, so that the connection can be used again.
-        connection.socket.setblocking(True)
-        rest = deep
-        while rest:
-            while (whole := connection.size(held[3])) is not None and len(held[3]) >= whole and rest:
-                del held[3][:whole]
-                rest -= 1
-            if rest:
-                held[3] += connection.socket.recv(1 << 20)
+    for connection in connections:
+        connection.socket.close()
     return Load(answers, measured, latencies)
+
+
+def _received(sock: socket.socket) -> bytes:
+    part = sock.recv(1 << 20)
+    if not part:
+        raise RuntimeError("the server closed the connection")
+    return part
 
 
 def _send(sock: socket.socket, data: bytes) -> None:

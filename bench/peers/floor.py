@@ -7,7 +7,9 @@ from typing import Any
 
 import uvicorn
 
-ANSWER = b'{"session":"0123456789abcdef0123456789abcdef","position":1234,"y":[0.12345678,0.12345678,0.12345678,0.12345678]}'
+ANSWER = (
+    b'{"session":"0123456789abcdef0123456789abcdef","position":1234,"y":[0.12345678,0.12345678,0.12345678,0.12345678]}'
+)
 HEADERS = [(b"content-type", b"application/json"), (b"content-length", str(len(ANSWER)).encode())]
 
 

@@ -7,16 +7,16 @@ import uuid
 
 from models.quiet import import_tensorflow
 
-tf = import_tensorflow()
+import_tensorflow()
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
 import uvicorn  # noqa: E402
 from fastapi import FastAPI, HTTPException  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 
 from models import cells  # noqa: E402, F401  registers the cells
 
-tf.config.threading.set_intra_op_parallelism_threads(1)
 network = keras.saving.load_model(sys.argv[2], compile=False)
 recurrent, head = network.layers[-2:]
 UNITS = 128
