@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.metadata
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -21,6 +22,8 @@ from service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
 from service.service import Service
 from service.settings import Settings
 
+_YOUNG_OBJECTS = 50_000
+
 
 def create_app(settings: Settings) -> HotPaths:
     """Builds everything from the settings.
@@ -34,6 +37,10 @@ def create_app(settings: Settings) -> HotPaths:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         sweeping = asyncio.create_task(service.sessions.keep_swept())
+        # What has been loaded stays: the collector need not look at it again, nor after every few hundred requests.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(_YOUNG_OBJECTS, 20, 100)
         service.ready = True
         yield
         service.close()

@@ -1,4 +1,7 @@
-"""The arena: the states of one model's slots in contiguous arrays, one array a state tensor, one row a slot."""
+"""The arena: what one model's slots hold, in contiguous arrays: one array a state tensor, one row a slot.
+
+What a session has beside its state stands in columns too, so that a tick moves hundreds of sessions at a time.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,13 @@ class Arena:
         self.capacity = min(_FIRST_ROWS, limit)
         # np.zeros takes memory only as rows are written, so that doubling costs address space, not memory.
         self._arrays = [np.zeros((self.capacity, *spec.shape), spec.dtype) for spec in states]
+        self.position = np.zeros(self.capacity, np.int64)  # of a session: how often it has changed
+        self.used = np.full(self.capacity, np.inf)  # of a session: seconds of the table's clock; of no session: never
+        self.held = np.zeros(self.capacity, bool)  # of a session: whether something that changes it is under way
         self._free: deque[int] = deque(range(self.capacity))
 
     @property
-    def used(self) -> int:
+    def taken(self) -> int:
         """Slots in use."""
         return self.capacity - len(self._free)
 
@@ -92,6 +98,9 @@ class Arena:
             larger = np.zeros((capacity, *array.shape[1:]), array.dtype)
             larger[: self.capacity] = array
             self._arrays[place] = larger
+        self.position = np.append(self.position, np.zeros(capacity - self.capacity, np.int64))
+        self.used = np.append(self.used, np.full(capacity - self.capacity, np.inf))
+        self.held = np.append(self.held, np.zeros(capacity - self.capacity, bool))
         self._free.extend(range(self.capacity, capacity))
         self.capacity = capacity
         return True

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,11 @@ from service.arena import Arena, Slots
 from service.errors import ModelFailed, NotFinite, Problem, QueueFull
 from service.repository import Model
 from service.settings import Settings
-from service.ticks import Advance, Cost, Tick, choose
+from service.ticks import FULL_ROWS, Advance, Cost, Tick, choose
 
 Array = NDArray[Any]
 
+_GATHERING_TURNS = 3  # of the event loop, each a few microseconds where nothing has arrived
 _LONG_WAIT_SECONDS = 0.02
 
 log = logging.getLogger("cellserve")
@@ -64,26 +65,31 @@ class Engine:
         self._executor = executor
         self._cost = Cost(model.runtime, self.max_batch)
         # What a full tick can do in the event loop's time counts as short.
-        full = [steps for steps in range(1, self._quantum + 1) if self._is_cheap(self.max_batch, steps)]
-        self._short_steps = max(full, default=1)
+        rows = min(self.max_batch, FULL_ROWS)
+        self._short_steps = (
+            max((steps for steps in range(self._quantum) if self._is_cheap(rows, steps + 1)), default=0) + 1
+        )
+        self._padding = self._cost.padding if exact else 0
         self._short: deque[Advance] = deque()
         self._long: deque[Advance] = deque()
         self._lanes = [self._short, self._long]
         self.queued = 0  # time steps that wait, over all slots
+        self.settle: Callable[
+            [Slots, Array], Array
+        ]  # told the slots of sessions that have moved, and by how many steps
+        self.release: Callable[[Slots], None]  # told those that have not
         self._scheduled = False  # a turn of the event loop is to come
         self._on_thread = False  # a tick is under way on the thread
 
-    def submit(
-        self, slots: Slots, x: Array, every_output: bool, applied: Callable[[Advance], None] | None = None
-    ) -> Advance:
+    def submit(self, slots: Slots, x: Array, every_output: bool, kept: bool = False) -> Advance:
         """Queues an advance.
 
         Args:
             slots: `[rows]`, the slots to move, `max_batch` at most; no other advance of them may be waiting.
             x: `[rows, time, *features]`, checked.
             every_output: Whether the outputs of all time steps are wanted.
-            applied: Given for slots that outlive the request and must each move as a whole or not at all; it is called
-                in the moment when they have moved, whoever still waits for the answer.
+            kept: Whether they are slots of sessions, which outlive the request and must each move as a whole or not at
+                all; `settle` or `release` is called for each in the moment when it ends, whoever waits for the answer.
 
         Returns:
             The advance. Its `done` gives `y [rows, time, *outputs]` (time is 1 where the last output is wanted);
@@ -99,13 +105,13 @@ class Engine:
                 f"{self.queued} time steps are waiting for model {self.model.name!r}: try again in a second"
             )
         loop = asyncio.get_running_loop()
-        own = slots if applied is None or steps <= self._quantum else self._copied(slots)
-        advance = Advance(x, own, slots, every_output, loop.create_future(), applied)
+        own = self._copied(slots) if kept and steps > self._quantum else slots
+        advance = Advance(x, rows, steps, own, slots, every_output, kept, loop.create_future())
         (self._short if steps <= self._short_steps else self._long).append(advance)
         self.queued += rows * steps
         if not self._scheduled:
             self._scheduled = True
-            loop.call_soon(self._turn)
+            loop.call_soon(self._gather, 0)
         return advance
 
     @property
@@ -125,6 +131,14 @@ class Engine:
         self.arena.copy(slots, copies)
         return copies
 
+    def _gather(self, seen: int, turns: int = 0) -> None:
+        """Lets what has arrived already join the tick: it comes again while that makes the queue grow."""
+        waiting = len(self._short) + len(self._long)
+        if waiting > seen and waiting < self.max_batch and turns < _GATHERING_TURNS:
+            asyncio.get_running_loop().call_soon(self._gather, waiting, turns + 1)
+        else:
+            self._turn()
+
     def _turn(self) -> None:
         """Runs a tick of each lane that can run now, and comes again while there is work."""
         self._scheduled = False
@@ -132,33 +146,33 @@ class Engine:
         if any(again) and not self._scheduled:
             self._scheduled = True
             # By way of the event loop, so that what has arrived meanwhile joins the next tick.
-            asyncio.get_running_loop().call_soon(self._turn)
+            asyncio.get_running_loop().call_soon(self._gather, 0)
 
     def _start(self, lane: deque[Advance]) -> bool:
         """Runs or begins the next tick of a lane; says whether another could follow at once."""
         while lane and lane[0].done.cancelled():
-            self._end(lane.popleft())
+            self._end(lane.popleft(), False)
         if not lane:
             return False
-        rows = min(sum(advance.rows for advance in lane) if len(lane) < self.max_batch else self.max_batch,
-                   self.max_batch)  # fmt: skip
+        # About as many as there will be: most advances have one row.
+        rows = min(max(len(lane), lane[0].rows), self.max_batch)
         cheap = self._is_cheap(rows, min(lane[0].remaining, self._quantum))
         if not cheap and self._on_thread:
             return False
-        tick = choose(lane, self.max_batch, self._quantum)
+        tick = choose(lane, self.max_batch, self._quantum, self._padding)
         for advance in tick.dropped:
-            self._end(advance)
+            self._end(advance, False)
         x, lengths, slots = tick.inputs()
         states = self.arena.gather(slots)
         if cheap:
-            self._apply(tick, slots, self._run(x, lengths, states))
+            self._apply(tick, slots, lengths, self._run(x, lengths, states))
             return bool(lane)
         self._on_thread = True
         self._lanes.sort(key=lambda other: other is lane)  # where both are costly they take turns
 
         def finish(run: asyncio.Future[Ran]) -> None:
             self._on_thread = False
-            self._apply(tick, slots, run.result())
+            self._apply(tick, slots, lengths, run.result())
             self._turn()
 
         loop = asyncio.get_running_loop()
@@ -195,86 +209,118 @@ class Engine:
                 np.moveaxis(state, spec.batch_axis, 0)[row] = np.moveaxis(rows, spec.batch_axis, 0)[0]
         return Ran(y, following, failed)
 
-    def _apply(self, tick: Tick, slots: Slots, ran: Ran) -> None:
+    def _apply(self, tick: Tick, slots: Slots, lengths: NDArray[np.int32], ran: Ran) -> None:
         """Moves the states and hands out the outputs; what failed, is not finite or not wanted any more stays."""
-        y, clean = ran.y, not ran.failed and self._all_finite(ran)
+        y = ran.y
+        if not (ran.failed or any(advance.done.cancelled() for advance in tick.advances)) and _all_finite(ran):
+            self.arena.scatter(slots, ran.states)
+        else:
+            self._scatter_good(tick, slots, ran)
+            tick = replace(tick, whole=False)
+        if tick.whole:
+            self._finish(tick, slots, lengths, y)
+            return
+        start = 0
+        for advance, length in zip(tick.advances, tick.lengths, strict=True):
+            stop = start + advance.rows
+            self._advanced(advance, y[start:stop, :length], length)
+            start = stop
+
+    def _finish(self, tick: Tick, slots: Slots, lengths: NDArray[np.int32], y: Array) -> None:
+        """Ends all advances of a tick at once: what nearly every tick of single steps comes to."""
+        self.queued -= int(lengths.sum())
+        if all([advance.kept for advance in tick.advances]):  # noqa: C419  a list is the faster here
+            reached = self.settle(slots, lengths)
+        else:
+            kept = np.repeat([advance.kept for advance in tick.advances], [advance.rows for advance in tick.advances])
+            reached = np.zeros(len(slots), np.int64)
+            if kept.any():
+                reached[kept] = self.settle(slots[kept], lengths[kept])
+        start = 0
+        for advance, length in zip(tick.advances, tick.lengths, strict=True):
+            stop = start + advance.rows
+            advance.reached = reached[start:stop]
+            first = 0 if advance.every_output else length - 1
+            advance.done.set_result(y[start:stop, first:length])
+            start = stop
+
+    def _scatter_good(self, tick: Tick, slots: Slots, ran: Ran) -> None:
         start, kept = 0, []
         for advance, length in zip(tick.advances, tick.lengths, strict=True):
             rows = range(start, start + advance.rows)
             start = rows.stop
-            if advance.done.cancelled():
-                continue
-            if not clean:
+            if not advance.done.cancelled():
                 self._note_problems(advance, rows, length, ran)
-            kept += [row for row in rows if row - rows.start not in advance.problems]
-        if len(kept) == len(slots):
-            self.arena.scatter(slots, ran.states)
-        elif kept:
+                kept += [row for row in rows if row - rows.start not in (advance.problems or ())]
+        if kept:
             specs = self.arena.specs
             states = [np.take(state, kept, spec.batch_axis) for state, spec in zip(ran.states, specs, strict=True)]
             self.arena.scatter(slots[kept], states)
-        start = 0
-        for advance, length in zip(tick.advances, tick.lengths, strict=True):
-            self._advanced(advance, y[start : start + advance.rows, :length])
-            start += advance.rows
 
-    def _advanced(self, advance: Advance, y: Array) -> None:
+    def _advanced(self, advance: Advance, y: Array, taken: int) -> None:
         """Notes what one tick did for an advance: it has ended, or waits for its next tick."""
-        taken = y.shape[1]
         advance.position += taken
+        advance.remaining -= taken
         self.queued -= taken * advance.rows
-        if advance.done.cancelled() or len(advance.problems) == advance.rows:
-            self._end(advance)
+        if advance.done.cancelled() or (advance.problems and len(advance.problems) == advance.rows):
+            self._end(advance, False)
             return
-        if advance.every_output:
-            advance.outputs.append(y)
         if advance.remaining:
+            if advance.every_output:
+                advance.outputs = [*(advance.outputs or ()), y]
             (self._short if advance.x.shape[1] <= self._short_steps else self._long).append(advance)
             return
         if advance.slots is not advance.homes:
-            moved = [row for row in range(advance.rows) if row not in advance.problems]
+            moved = [row for row in range(advance.rows) if row not in (advance.problems or ())]
             self.arena.copy(advance.slots[moved], advance.homes[moved])
-        self._end(advance)
-        if advance.applied:
-            advance.applied(advance)
         if not advance.every_output:
             y = y[:, -1:]
-        elif len(advance.outputs) > 1:
-            y = np.concatenate(advance.outputs, axis=1)
+        elif advance.outputs:
+            y = np.concatenate([*advance.outputs, y], axis=1)
+        self._end(advance, True)
         advance.done.set_result(y)
 
-    def _end(self, advance: Advance) -> None:
+    def _end(self, advance: Advance, moved: bool) -> None:
         self.queued -= advance.remaining * advance.rows
         if advance.slots is not advance.homes:
             self.arena.give_back(advance.slots)
-        if not advance.done.done() and advance.problems:
+        if advance.kept:
+            still = range(advance.rows) if not moved else advance.problems or ()
+            if len(still) < advance.rows:
+                rows = [row for row in range(advance.rows) if row not in still]
+                self.settle(advance.homes[rows], np.full(len(rows), advance.position))
+            if still:
+                self.release(advance.homes[list(still)])
+            advance.reached = self.arena.position[advance.homes]
+        if not moved and advance.problems and not advance.done.done():
             if advance.rows == 1:
                 advance.done.set_exception(advance.problems[0])
-            elif len(advance.problems) == advance.rows:
+            else:
                 steps = advance.x.shape[1] if advance.every_output else 1
-                advance.done.set_result(np.zeros((advance.rows, steps, *self.model.output_shape)))
-
-    def _all_finite(self, ran: Ran) -> bool:
-        return all(np.isfinite(array).all() for array in (ran.y, *ran.states))
+                advance.done.set_result(np.zeros((advance.rows, steps, *self.model.output_shape), np.float32))
 
     def _note_problems(self, advance: Advance, rows: range, length: int, ran: Ran) -> None:
         """Notes which rows of an advance failed, or are not finite at a valid time step or in a next state."""
         specs = self.arena.specs
+        problems: dict[int, Problem] = advance.problems or {}
         for row in rows:
             place = row - rows.start
-            if place in advance.problems:
+            if place in problems:
                 continue
             if row in ran.failed:
-                advance.problems[place] = ModelFailed(
-                    f"ONNX Runtime could not run model {self.model.name!r} on this request"
-                )
+                problems[place] = ModelFailed(f"ONNX Runtime could not run model {self.model.name!r} on this request")
                 continue
             finite = np.isfinite(ran.y[row, :length]).reshape(length, -1).all(axis=1)
             states = (np.take(state, row, spec.batch_axis) for state, spec in zip(ran.states, specs, strict=True))
             if not finite.all():
-                advance.problems[place] = _not_finite(advance.position + int(np.argmin(finite)), None)
+                problems[place] = _not_finite(advance.position + int(np.argmin(finite)), None)
             elif not all(np.isfinite(state).all() for state in states):
-                advance.problems[place] = _not_finite(advance.position, advance.position + length - 1)
+                problems[place] = _not_finite(advance.position, advance.position + length - 1)
+        advance.problems = problems or None
+
+
+def _all_finite(ran: Ran) -> bool:
+    return all(np.isfinite(array).all() for array in (ran.y, *ran.states))
 
 
 def _not_finite(first: int, last: int | None) -> Problem:

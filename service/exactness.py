@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,12 @@ class Effort:
     compositions: int  # a sequence of this many steps is cut in every way there is: 2 ** (compositions - 1)
     long: int  # steps of one more run that is cut at random
 
+    def up_to(self, batch: int) -> Effort:
+        """Gives the effort that tries a largest batch."""
+        return replace(self, batches=(*(size for size in self.batches if size < batch), batch))
 
-WHOLE = Effort(batches=range(1, 65), time=12, compositions=7, long=200)
+
+WHOLE = Effort(batches=(*range(1, 65), 128, 256), time=12, compositions=7, long=200)
 SHORT = Effort(batches=(1, 2, 3, 5, 8, 16, 33, 64), time=5, compositions=3, long=0)
 
 

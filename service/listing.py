@@ -30,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here and not above, so that --help answers at once.
     from service.repository import BrokenModel, Repository
     from service.runtime import RuntimeOptions
+    from service.settings import Settings
 
     try:
-        repository = Repository(folder, RuntimeOptions())
+        repository = Repository(folder, RuntimeOptions(), Settings().max_batch)
     except BrokenModel as broken:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"cellserve models: {broken}", markup=False)
         return 1

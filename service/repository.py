@@ -29,14 +29,15 @@ class Model:
         version: The number of its folder.
         digest: SHA-256 of its model file: what sessions are bound to.
         runtime: Runs it.
+        max_batch: Rows of its largest run.
     """
 
-    def __init__(self, name: str, version: int, digest: str, runtime: Runtime) -> None:
+    def __init__(self, name: str, version: int, digest: str, runtime: Runtime, max_batch: int) -> None:
         self.name, self.version, self.digest, self.runtime = name, version, digest, runtime
         self.reader = TensorReader(runtime.signature)
         # Kernels differ between processors: what was proved where it was exported is proved again where it runs.
         self.exactness: Exactness = (
-            prove([runtime], SHORT) if self.document.exactness.proved else self.document.exactness
+            prove([runtime], SHORT.up_to(max_batch)) if self.document.exactness.proved else self.document.exactness
         )
 
     @property
@@ -56,18 +57,19 @@ class Repository:
     Args:
         folder: Holds NAME/VERSION/model.onnx and NAME/VERSION/manifest.json.
         options: How to run them.
+        max_batch: Rows of their largest runs.
 
     Raises:
         RuntimeUnavailable: The provider that was asked for is not to be had.
         BrokenModel: The folder holds no model that can be served.
     """
 
-    def __init__(self, folder: Path, options: RuntimeOptions) -> None:
+    def __init__(self, folder: Path, options: RuntimeOptions, max_batch: int) -> None:
         self.models: dict[str, Model] = {}
         for name, versions in sorted(_found(folder)):
             for path in versions:
                 try:
-                    self.models[name] = load(name, path, options)
+                    self.models[name] = load(name, path, options, max_batch)
                     break
                 except BrokenModel as broken:
                     log.error("%s is not served: %s", path, broken)
@@ -93,7 +95,7 @@ class Repository:
         return model
 
 
-def load(name: str, path: Path, options: RuntimeOptions) -> Model:
+def load(name: str, path: Path, options: RuntimeOptions, max_batch: int) -> Model:
     """Checks the files of one version against its manifest and opens it.
 
     Raises:
@@ -115,7 +117,7 @@ def load(name: str, path: Path, options: RuntimeOptions) -> Model:
         if options.provider == "cuda":
             raise
         raise BrokenModel(str(error)) from None
-    model = Model(name, int(path.name), digests[MODEL_NAME], runtime)
+    model = Model(name, int(path.name), digests[MODEL_NAME], runtime, max_batch)
     log.info("%s version %s on %s, exact: %s", name, path.name, runtime.provider, model.exactness.proved)
     return model
 

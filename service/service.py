@@ -27,10 +27,12 @@ class Service:
         options = RuntimeOptions(
             settings.provider, settings.threads, settings.spinning, settings.memory_arena, settings.optimization
         )
-        self.repository = Repository(settings.models, options)
+        self.repository = Repository(settings.models, options, settings.max_batch)
         self._executor = ThreadPoolExecutor(1, "tick")
         self.engines = {name: Engine(model, settings, self._executor) for name, model in self.repository.models.items()}
         self.sessions = SessionTable(settings.max_sessions, settings.session_idle_seconds, settings.tombstone_seconds)
+        for engine in self.engines.values():
+            self.sessions.serve(engine)
         self.ready = False
 
     def engine(self, model: str | None) -> Engine:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.arena import Slots
 from service.engine import Engine
 from service.errors import Problem, ServerFull, SessionGone, UnknownSession
 from service.repository import Model
@@ -22,32 +23,27 @@ from service.ticks import Advance
 
 Array = NDArray[Any]
 
-log = logging.getLogger("cellserve")
-
 _SWEEP_SECONDS = 1.0
 
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One session. What changes it comes one after the other, in the order of arrival."""
+    """One session; its position and its state are in the slot. Its changes come one by one, in order of arrival."""
 
     id: str
     engine: Engine
     slot: int
-    used: float  # seconds of the table's clock
-    position: int = 0
     alive: bool = True
-    last: asyncio.Future[Any] | None = None  # is done when all that came so far is done
-
-    @property
-    def busy(self) -> bool:
-        """Whether something that changes it is under way or waits."""
-        return self.last is not None and not self.last.done()
 
     @property
     def model(self) -> Model:
         """The version of the model that it began with and stays on."""
         return self.engine.model
+
+    @property
+    def position(self) -> int:
+        """Counts what has changed it: its steps by their number, a reset by one."""
+        return int(self.engine.arena.position[self.slot])
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +53,12 @@ class Tombstone:
     reason: str
     position: int
     until: float  # seconds of the table's clock
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    ready: asyncio.Future[None]
+    missing: int = 0  # sessions that others hold still
 
 
 class SessionTable:
@@ -80,8 +82,10 @@ class SessionTable:
         self.idle_seconds = idle_seconds
         self._tombstone_seconds = tombstone_seconds
         self._clock = clock
-        self._live: OrderedDict[str, Session] = OrderedDict()  # the longest idle first
+        self._live: dict[str, Session] = {}
+        self._by_slot: dict[Engine, dict[int, Session]] = {}
         self._gone: OrderedDict[str, Tombstone] = OrderedDict()  # the oldest first
+        self._queues: dict[Session, deque[_Waiter]] = {}  # where two requests meet; most never do
 
     def __len__(self) -> int:
         return len(self._live)
@@ -92,16 +96,21 @@ class SessionTable:
         Raises:
             ServerFull: There are as many sessions as may be.
         """
-        self.sweep()
         slot = engine.arena.take() if len(self._live) < self.max_sessions else None
+        if slot is None:
+            self.sweep()
+            slot = engine.arena.take() if len(self._live) < self.max_sessions else None
         if slot is None:
             raise ServerFull(
                 f"there are {len(self._live)} live sessions, as many as may be: delete some, or try again when one has "
                 f"been idle for {self.idle_seconds:g} seconds"
             )
-        engine.arena.write(slot, states)
-        session = Session(secrets.token_hex(16), engine, slot, self._clock())
-        self._live[session.id] = session
+        arena = engine.arena
+        if states is not None:
+            arena.write(slot, states)
+        arena.position[slot], arena.used[slot] = 0, self._clock()
+        session = Session(secrets.token_hex(16), engine, slot)
+        self._live[session.id] = self._by_slot[engine][slot] = session
         return session
 
     def get(self, session_id: str) -> Session:
@@ -112,12 +121,13 @@ class SessionTable:
             SessionGone: It was deleted or has expired.
         """
         session = self._live.get(session_id)
-        now = self._clock()
-        if session is None or self._expired(session, now):
-            self.sweep()
+        if session is None:
             raise self._missing(session_id)
-        session.used = now
-        self._live.move_to_end(session_id)
+        arena, now = session.engine.arena, self._clock()
+        if arena.used[session.slot] + self.idle_seconds <= now and not arena.held[session.slot]:
+            self._end(session, "expired")
+            raise self._missing(session_id)
+        arena.used[session.slot] = now
         return session
 
     async def step(self, session: Session, x: Array, every_output: bool) -> tuple[Array, int]:
@@ -135,18 +145,13 @@ class SessionTable:
             SessionGone: It was deleted meanwhile.
             NotFinite: The outputs or the next state would not be finite.
         """
-        own = await self._turn([session]) if session.busy else None
-        try:
-            if not session.alive:
-                raise self._missing(session.id)
-            advance, positions = self._submit([session], x[None], every_output)
-            y = await advance.done
-        finally:
-            if own:
-                own.set_result(None)
-        return y[0], positions[0]
+        slots = np.array((session.slot,))
+        await self._enter((session,), slots)
+        advance = self._submit(session.engine, slots, x[None], every_output)
+        y = await advance.done
+        return y[0], int(advance.reached[0])  # type: ignore[index]
 
-    async def step_many(self, sessions: Sequence[Session], x: Array) -> tuple[Array, list[int], dict[int, Problem]]:
+    async def step_many(self, sessions: Sequence[Session], x: Array) -> tuple[Array, Array, dict[int, Problem]]:
         """Steps different sessions of one model by as many time steps each, when those before have had their turn.
 
         Args:
@@ -154,74 +159,35 @@ class SessionTable:
             x: `[sessions, time, *features]`, checked.
 
         Returns:
-            `y [sessions, time, *outputs]`, the positions after it, and by row why a session has not moved.
+            `y [sessions, time, *outputs]`, the positions `[sessions]` after it, and by row why a session has not moved.
         """
-        own = await self._turn(sessions) if any(session.busy for session in sessions) else None
-        y = np.zeros((*x.shape[:2], *sessions[0].model.output_shape), np.float32)
-        positions = [session.position for session in sessions]
+        engine = sessions[0].engine
+        slots = np.array([session.slot for session in sessions])
         problems: dict[int, Problem] = {}
-        under_way: list[tuple[list[int], Advance, list[int]]] = []
-        try:
-            for start in range(0, len(sessions), sessions[0].engine.max_batch):
-                rows = list(range(start, min(start + sessions[0].engine.max_batch, len(sessions))))
-                gone = {row: self._missing(sessions[row].id) for row in rows if not sessions[row].alive}
-                problems |= gone
-                rows = [row for row in rows if row not in gone]
-                try:
-                    under_way.append((rows, *self._submit([sessions[row] for row in rows], x[rows], True)))
-                except Problem as problem:
-                    problems |= dict.fromkeys(rows, problem)
-            for rows, advance, reached in under_way:
-                try:
-                    y[rows] = await advance.done
-                except Problem as problem:
-                    problems |= dict.fromkeys(rows, problem)
-                    continue
-                problems |= {rows[place]: problem for place, problem in advance.problems.items()}
-                for row, position in zip(rows, reached, strict=True):
-                    positions[row] = position
-        finally:
-            if own:
-                own.set_result(None)
+        if not all(session.alive for session in sessions):
+            problems = {row: self._missing(session.id) for row, session in enumerate(sessions) if not session.alive}
+        alive = [row for row in range(len(sessions)) if row not in problems] if problems else range(len(sessions))
+        y = np.zeros((*x.shape[:2], *engine.model.output_shape), np.float32)
+        positions = np.zeros(len(sessions), np.int64)
+        parts = [alive[start : start + engine.max_batch] for start in range(0, len(alive), engine.max_batch)]
+        under_way: list[tuple[Any, Advance]] = []
+        for part in parts:
+            rows: Any = slice(part.start, part.stop) if isinstance(part, range) else part
+            own = [sessions[row] for row in part]
+            try:
+                await self._enter(own, slots[rows])
+                under_way.append((rows, self._submit(engine, slots[rows], x[rows], True)))
+            except Problem as problem:
+                problems |= dict.fromkeys(part, problem)
+        for rows, advance in under_way:
+            part = range(len(sessions))[rows] if isinstance(rows, slice) else rows
+            try:
+                y[rows] = await advance.done
+            except Problem as problem:
+                problems[part[0]] = problem
+            problems |= {part[row]: problem for row, problem in (advance.problems or {}).items()}
+            positions[rows] = advance.reached
         return y, positions, problems
-
-    def _submit(self, sessions: Sequence[Session], x: Array, every_output: bool) -> tuple[Advance, list[int]]:
-        """Queues a step of sessions whose turn it is; gives the advance, and the positions, filled when it is done."""
-        steps = x.shape[1]
-        positions: list[int] = []
-
-        def applied(advance: Advance) -> None:
-            now = self._clock()
-            for row, session in enumerate(sessions):
-                if row not in advance.problems:
-                    session.position += steps
-                if session.alive:
-                    session.used = now
-                    self._live.move_to_end(session.id)
-                positions.append(session.position)
-
-        slots = np.array([session.slot for session in sessions], np.intp)
-        advance = sessions[0].engine.submit(slots, x, every_output, applied)
-        for session in sessions:
-            if not session.busy:
-                session.last = advance.done
-        return advance, positions
-
-    async def _turn(self, sessions: Iterable[Session]) -> asyncio.Future[None]:
-        """Waits for what came before; gives the future that those who come later wait for: its holder ends it.
-
-        All sessions are joined at once, so that who waits always waits for those who came before, never in a circle.
-        """
-        own: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        before = [session.last for session in sessions if session.last is not None]
-        for session in sessions:
-            session.last = own
-        try:
-            await asyncio.wait(before)
-        except asyncio.CancelledError:
-            own.set_result(None)
-            raise
-        return own
 
     @asynccontextmanager
     async def turn(self, session: Session) -> AsyncIterator[Session]:
@@ -230,17 +196,13 @@ class SessionTable:
         Raises:
             SessionGone: It was deleted meanwhile.
         """
-        own: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if session.busy:
-            own = await self._turn([session])
-        else:
-            session.last = own
+        slots = np.array((session.slot,))
+        await self._enter((session,), slots)
         try:
-            if not session.alive:
-                raise self._missing(session.id)
             yield session
         finally:
-            own.set_result(None)
+            if session.alive:
+                self._leave(session.engine, slots)
 
     async def delete(self, session_id: str) -> None:
         """Deletes a session when those before it have had their turn; a repeated call changes nothing.
@@ -257,11 +219,10 @@ class SessionTable:
     def sweep(self) -> None:
         """Ends the sessions that have been idle for too long, and forgets old tombstones."""
         now = self._clock()
-        while self._live:
-            session = next(iter(self._live.values()))
-            if not self._expired(session, now):
-                break
-            self._end(session, "expired")
+        for engine, sessions in self._by_slot.items():
+            arena = engine.arena
+            for slot in np.flatnonzero((arena.used <= now - self.idle_seconds) & ~arena.held).tolist():
+                self._end(sessions[slot], "expired")
         while self._gone and next(iter(self._gone.values())).until <= now:
             self._gone.popitem(last=False)
 
@@ -271,14 +232,93 @@ class SessionTable:
             await asyncio.sleep(min(_SWEEP_SECONDS, self.idle_seconds))
             self.sweep()
 
-    def _expired(self, session: Session, now: float) -> bool:
-        return not session.busy and session.used + self.idle_seconds <= now
+    def serve(self, engine: Engine) -> None:
+        """Takes charge of an engine's sessions."""
+        self._by_slot[engine] = {}
+        engine.settle = partial(self._settle, engine)
+        engine.release = partial(self._leave, engine)
+
+    def _submit(self, engine: Engine, slots: Slots, x: Array, every_output: bool) -> Advance:
+        """Queues a step of sessions that are held; they are left when it ends."""
+        try:
+            return engine.submit(slots, x, every_output, kept=True)
+        except Problem:
+            self._leave(engine, slots)
+            raise
+
+    def _settle(self, engine: Engine, slots: Slots, steps: Array) -> Array:
+        """Notes that sessions have moved by so many steps, and leaves them; gives their positions."""
+        arena = engine.arena
+        positions: Array = arena.position[slots] + steps
+        arena.position[slots] = positions
+        arena.used[slots] = self._clock()
+        self._leave(engine, slots)
+        return positions
+
+    async def _enter(self, sessions: Sequence[Session], slots: Slots) -> None:
+        """Holds sessions of one engine; waits for those who came before, all of whom are known from the start.
+
+        So who waits always waits for those who came before, never in a circle.
+
+        Raises:
+            SessionGone: One was deleted meanwhile.
+        """
+        held = sessions[0].engine.arena.held
+        if not held[slots].any():
+            held[slots] = True
+            return
+        waiter = _Waiter(asyncio.get_running_loop().create_future())
+        for session in sessions:
+            if held[session.slot]:
+                self._queues.setdefault(session, deque()).append(waiter)
+                waiter.missing += 1
+            else:
+                held[session.slot] = True
+        try:
+            await waiter.ready
+        except asyncio.CancelledError:
+            for session in sessions:
+                queue = self._queues.get(session)
+                if queue and waiter in queue:
+                    queue.remove(waiter)
+                elif session.alive:
+                    self._leave(session.engine, np.array((session.slot,)))
+            raise
+        gone = [session for session in sessions if not session.alive]
+        if gone:
+            self._leave(sessions[0].engine, np.array([session.slot for session in sessions if session.alive], np.intp))
+            raise self._missing(gone[0].id)
+
+    def _leave(self, engine: Engine, slots: Slots) -> None:
+        """Hands sessions to whoever waits for them."""
+        held = engine.arena.held
+        if not self._queues:
+            held[slots] = False
+            return
+        for slot in slots.tolist():
+            queue = self._queues.get(self._by_slot[engine][slot])
+            if queue:
+                self._hand(queue.popleft())
+            else:
+                self._queues.pop(self._by_slot[engine][slot], None)
+                held[slot] = False
+
+    def _hand(self, waiter: _Waiter) -> None:
+        waiter.missing -= 1
+        if not waiter.missing and not waiter.ready.done():
+            waiter.ready.set_result(None)
 
     def _end(self, session: Session, reason: str) -> None:
-        del self._live[session.id]
+        """Ends a session that nobody else holds; who waits for it is told that it is gone."""
+        arena, slot = session.engine.arena, session.slot
         session.alive = False
-        self._gone[session.id] = Tombstone(reason, session.position, self._clock() + self._tombstone_seconds)
-        session.engine.arena.give_back(np.array([session.slot]))
+        del self._live[session.id], self._by_slot[session.engine][slot]
+        position = int(arena.position[slot])
+        self._gone[session.id] = Tombstone(reason, position, self._clock() + self._tombstone_seconds)
+        arena.used[slot], arena.held[slot] = np.inf, False
+        arena.give_back(np.array((slot,)))
+        for waiter in self._queues.pop(session, ()):
+            self._hand(waiter)
 
     def _missing(self, session_id: str) -> UnknownSession | SessionGone:
         tombstone = self._gone.get(session_id)

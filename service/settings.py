@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     spinning: bool = Field(False, description="whether ONNX Runtime's threads spin while they wait")
     memory_arena: bool = Field(True, description="whether ONNX Runtime keeps freed memory for the next run")
     optimization: Optimization = Field("all", description="how far graphs are optimised: all, extended, basic or off")
-    max_batch: int = Field(64, ge=1, le=65536, description="rows of one run, at most")
+    max_batch: int = Field(256, ge=1, le=65536, description="rows of one run, at most")
     quantum: int = Field(32, ge=1, le=65536, description="time steps that one run takes of one row, at most")
     inline_microseconds: int = Field(
         1000, ge=0, description="runs predicted to take no longer are made in the event loop, others on a thread"

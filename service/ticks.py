@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,10 @@ from service.runtime import Runtime
 
 Array = NDArray[Any]
 
+FULL_ROWS = 64  # rows that may take a whole quantum in one tick; of fewer time steps more rows may
+_LOOKED_AT = 4  # batches of the queue that are looked through for rows that fit
 _PROBE_STEPS = 8
+_TICK_SECONDS = 60e-6  # what a tick costs beside the run
 
 
 @dataclass(slots=True, eq=False)
@@ -25,24 +27,17 @@ class Advance:
     """Work that waits, or is under way: move the states in some slots by these time steps, each wholly or not."""
 
     x: Array  # [rows, time, *features]
+    rows: int
+    remaining: int  # time steps still to take
     slots: Slots  # [rows], what it works on: copies of its homes where it takes several ticks, until all is done
     homes: Slots  # [rows], the slots that are to have moved at the end
     every_output: bool  # whether the outputs of all time steps are wanted, or the last one's
+    kept: bool  # whether the slots are sessions', which outlive the request
     done: asyncio.Future[Array]  # gives y: [rows, time, *outputs], or [rows, 1, *outputs]
-    applied: Callable[[Advance], None] | None  # told in the very moment when the states have moved
     position: int = 0  # time steps taken
-    outputs: list[Array] = field(default_factory=list)
-    problems: dict[int, Problem] = field(default_factory=dict)  # by row: why it has not moved
-
-    @property
-    def rows(self) -> int:
-        """Slots that it moves."""
-        return len(self.slots)
-
-    @property
-    def remaining(self) -> int:
-        """Time steps still to take."""
-        return int(self.x.shape[1]) - self.position
+    outputs: list[Array] | None = None
+    problems: dict[int, Problem] | None = None  # by row: why it has not moved
+    reached: Array | None = None  # [rows], the sessions' positions after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +47,7 @@ class Tick:
     advances: list[Advance]
     lengths: list[int]
     dropped: list[Advance]  # nobody waits for these any more
+    whole: bool  # whether all of them begin and end with it
 
     def inputs(self) -> tuple[Array, NDArray[np.int32], Slots]:
         """Puts everything side by side: x `[batch, time, *features]`, lengths and slots `[batch]`."""
@@ -60,12 +56,18 @@ class Tick:
             x = np.ascontiguousarray(advance.x[:, advance.position : advance.position + steps])
             return x, np.full(advance.rows, steps, np.int32), advance.slots
         slots = np.concatenate([advance.slots for advance in self.advances])
+        longest = max(self.lengths)
+        if self.whole and min(self.lengths) == longest:
+            return (
+                np.concatenate([advance.x for advance in self.advances]),
+                np.full(len(slots), longest, np.int32),
+                slots,
+            )
         rows = [advance.rows for advance in self.advances]
         parts = [
             advance.x[:, advance.position : advance.position + steps]
             for advance, steps in zip(self.advances, self.lengths, strict=True)
         ]
-        longest = max(self.lengths)
         if min(self.lengths) == longest:
             return np.concatenate(parts), np.full(len(slots), longest, np.int32), slots
         x = np.zeros((len(slots), longest, *parts[0].shape[2:]), parts[0].dtype)
@@ -76,33 +78,44 @@ class Tick:
         return x, np.repeat(np.array(self.lengths, np.int32), rows), slots
 
 
-def choose(waiting: deque[Advance], max_batch: int, quantum: int) -> Tick:
+def choose(waiting: deque[Advance], max_batch: int, quantum: int, padding: int = 0) -> Tick:
     """Chooses the next tick and takes its advances out of the queue, whose first one is wanted.
 
     The one that has waited longest sets the number of time steps (at most the quantum). The others join in the order of
-    the queue: those with at least as many left take as many, those with a little less are padded (at most a quarter),
-    the rest wait for a tick of their own length. So little padding is computed, and a long sequence holds a short one
-    up for no longer than a tick.
+    the queue: those with at least as many left take as many, those with a little less are padded (by a quarter, or as
+    many steps as cost less than a tick of their own), the rest wait for a tick of their own length. So little padding
+    is computed, and a long sequence holds a short one up for no longer than a tick.
+
+    Args:
+        waiting: The queue.
+        max_batch: Rows of a tick, at most; as many as make up `_FULL_ROWS` whole quanta where they are long.
+        quantum: Time steps of a tick, at most.
+        padding: Time steps that a row may be padded by in any case.
     """
     steps = min(waiting[0].remaining, quantum)
+    enough = min(3 * steps / 4, steps - padding)
     advances: list[Advance] = []
     lengths: list[int] = []
     passed: list[Advance] = []
     dropped: list[Advance] = []
-    room = max_batch
-    while waiting and room > 0:
+    whole = True
+    room = max(waiting[0].rows, min(max_batch, FULL_ROWS * quantum // steps))
+    for _ in range(min(len(waiting), _LOOKED_AT * max_batch)):
+        if not room:
+            break
         advance = waiting.popleft()
         length = min(advance.remaining, steps)
         if advance.done.cancelled():
             dropped.append(advance)
-        elif 4 * length >= 3 * steps and advance.rows <= room:
+        elif length >= enough and advance.rows <= room:
+            whole = whole and length == advance.remaining and not advance.position
             advances.append(advance)
             lengths.append(length)
             room -= advance.rows
         else:
             passed.append(advance)
     waiting.extendleft(reversed(passed))
-    return Tick(advances, lengths, dropped)
+    return Tick(advances, lengths, dropped, whole)
 
 
 class Cost:
@@ -124,6 +137,11 @@ class Cost:
     def predict(self, rows: int, steps: int) -> float:
         """Gives the seconds that a run is expected to take."""
         return self._factor * (self._call + steps * (self._step + rows * self._row))
+
+    @property
+    def padding(self) -> int:
+        """Time steps of padding that cost half of what a tick of one's own would."""
+        return int((_TICK_SECONDS + self._call) / (2 * max(self._row, 1e-9)))
 
     def learn(self, rows: int, steps: int, seconds: float) -> None:
         """Takes the seconds that a run took into account, slowly: one run that was interrupted says little."""

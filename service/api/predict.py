@@ -120,17 +120,15 @@ async def _run(
 ) -> tuple[list[Array], list[dict[str, Array]]]:
     """Gives each sequence a slot for the time of the call, advances all of them, and reads their last states."""
     arena = engine.arena
-    slots: list[int] = []
+    slots = arena.take_many(len(sequences))
+    if slots is None:
+        raise QueueFull("too many sequences are in flight: try again in a second")
     waiting: list[asyncio.Future[Array]] = []
     try:
         for number, sequence in enumerate(sequences):
-            slot = arena.take()
-            if slot is None:
-                raise QueueFull("too many sequences are in flight: try again in a second")
-            slots.append(slot)
             if states is not None:
-                arena.write(slot, states[number])
-            waiting.append(engine.submit(np.array([slot]), sequence[None], every_output).done)
+                arena.write(int(slots[number]), states[number])
+            waiting.append(engine.submit(slots[number : number + 1], sequence[None], every_output).done)
         outputs: list[Array] = []
         for number, done in enumerate(waiting):
             try:
@@ -138,9 +136,9 @@ async def _run(
             except NotFinite as problem:
                 place = f"sequences[{number}]"
                 raise NotFinite(f"{place}: {problem.detail}", place=place, **problem.extensions) from None
-        return outputs, [arena.read(slot) for slot in slots] if return_states else []
+        return outputs, [arena.read(int(slot)) for slot in slots] if return_states else []
     finally:
         for done in waiting:
             if not done.cancel() and not done.cancelled():
                 done.exception()  # asyncio would log what nobody has looked at
-        arena.give_back(np.array(slots, np.intp))
+        arena.give_back(slots)

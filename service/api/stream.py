@@ -53,6 +53,12 @@ class Step(_Frame, tag="step", kw_only=True):
     outputs: Literal["last", "all"] | None = None
 
 
+class _PlainStep(_Frame, tag="step", kw_only=True):
+    session: int | str
+    x: list[float]
+    outputs: Literal["last", "all"] | None = None
+
+
 class Close(_Frame, tag="close", kw_only=True):
     """Deletes a session."""
 
@@ -60,6 +66,9 @@ class Close(_Frame, tag="close", kw_only=True):
 
 
 _decoder: msgspec.json.Decoder[Open | Attach | Step | Close] = msgspec.json.Decoder(Open | Attach | Step | Close)
+
+
+_plain_decoder = msgspec.json.Decoder(_PlainStep)
 
 
 class _Ref(msgspec.Struct):
@@ -96,14 +105,16 @@ class _Socket:
         self.sessions: list[Session] = []  # by handle
         self.handles: dict[str, int] = {}
         self.under_way: set[asyncio.Task[None]] = set()
-        self.room = asyncio.Semaphore(service.settings.stream_window)
+        self.window = service.settings.stream_window
 
     async def serve(self, receive: Receive) -> None:
         """Reads frames until the socket is closed; what nobody waits for any more is dropped."""
+        loop = asyncio.get_running_loop()
         try:
             while (message := await receive())["type"] == "websocket.receive":
-                await self.room.acquire()
-                task = asyncio.create_task(self._answer(message))
+                while len(self.under_way) >= self.window:
+                    await asyncio.wait(self.under_way, return_when=asyncio.FIRST_COMPLETED)
+                task = loop.create_task(self._answer(message))
                 self.under_way.add(task)
                 task.add_done_callback(self._ended)
         finally:
@@ -112,7 +123,6 @@ class _Socket:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self.under_way.discard(task)
-        self.room.release()
         if not task.cancelled():
             task.exception()  # the socket is gone: there is nobody to tell
 
@@ -128,9 +138,19 @@ class _Socket:
             await self._send_json(_problem(_ref_of(text, binary), problem))
 
     async def _text(self, body: bytes) -> dict[str, Any]:
-        frame = decode(_decoder, body)
         table = self.service.sessions
-        answer: dict[str, Any] = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
+        try:
+            # What nearly every frame is, in one pass; all else, and every error, takes the long way.
+            plain = _plain_decoder.decode(body)
+            session = self._session(plain.session)
+            plain_x = session.model.reader.single(plain.x)
+            if plain_x is not None:
+                answer: dict[str, Any] = {"op": "step", "ref": orjson.Fragment(bytes(plain.ref))}
+                return answer | await step_answer(table, session, plain_x, True, plain.outputs)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            pass
+        frame = decode(_decoder, body)
+        answer = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
         match frame:
             case Step():
                 session = self._session(frame.session)
@@ -168,8 +188,8 @@ class _Socket:
         statuses = np.zeros(count, "<u4")
         for row, problem in problems.items():
             statuses[row] = problem.status
-        parts = _HEADER.pack(STEPPED, ref, count, steps), np.array(positions, "<u8"), statuses, y.astype("<f4")
-        await self.send({"type": "websocket.send", "bytes": b"".join(bytes(part) for part in parts)})
+        parts = _HEADER.pack(STEPPED, ref, count, steps), positions.astype("<u8"), statuses, y.astype("<f4")
+        await self.send({"type": "websocket.send", "bytes": b"".join([bytes(part) for part in parts])})
         for row, problem in problems.items():
             await self._send_json(_problem(ref, problem, session=sessions[row].id, row=row))
 
