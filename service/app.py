@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.metadata
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request, Response
@@ -55,7 +55,7 @@ def create_app(settings: Settings) -> HotPaths:
         lifespan=lifespan,
         redoc_url=None,
     )
-    predict, step = AnsweringProblems(Predict(service)), AnsweringProblems(sessions.Step(service))
+    predict, step = AnsweringProblems(Predict(service)), sessions.Step(service)
     app.router.routes.append(Route("/predict", predict, methods=["POST"]))
     app.router.routes.append(Route("/sessions/{session_id}/step", step, methods=["POST"]))
     app.router.routes.append(WebSocketRoute("/stream", Stream(service)))
@@ -75,15 +75,15 @@ class HotPaths:
     def __init__(self, app: FastAPI, predict: Endpoint, step: Endpoint) -> None:
         self.app, self.predict, self.step = app, predict, step
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serves one connection."""
         if scope["type"] == "http" and scope["method"] == "POST":
             path = scope["path"]
             if path == "/predict":
-                return await self.predict(scope, receive, send)
+                return self.predict(scope, receive, send)
             if path.endswith("/step") and path.startswith("/sessions/") and path.count("/") == 3:
-                return await self.step(scope, receive, send)
-        return await self.app(scope, receive, send)
+                return self.step(scope, receive, send)
+        return self.app(scope, receive, send)
 
 
 def _answer_problems(app: FastAPI) -> None:

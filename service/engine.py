@@ -74,9 +74,7 @@ class Engine:
         self._long: deque[Advance] = deque()
         self._lanes = [self._short, self._long]
         self.queued = 0  # time steps that wait, over all slots
-        self.settle: Callable[
-            [Slots, Array], Array
-        ]  # told the slots of sessions that have moved, and by how many steps
+        self.settle: Callable[[Slots, Array], Array]  # told the slots of sessions that have moved and how far
         self.release: Callable[[Slots], None]  # told those that have not
         self._scheduled = False  # a turn of the event loop is to come
         self._on_thread = False  # a tick is under way on the thread
@@ -230,12 +228,13 @@ class Engine:
         """Ends all advances of a tick at once: what nearly every tick of single steps comes to."""
         self.queued -= int(lengths.sum())
         if all([advance.kept for advance in tick.advances]):  # noqa: C419  a list is the faster here
-            reached = self.settle(slots, lengths)
+            reached = self.settle(slots, lengths).tolist()
         else:
             kept = np.repeat([advance.kept for advance in tick.advances], [advance.rows for advance in tick.advances])
-            reached = np.zeros(len(slots), np.int64)
+            positions = np.zeros(len(slots), np.int64)
             if kept.any():
-                reached[kept] = self.settle(slots[kept], lengths[kept])
+                positions[kept] = self.settle(slots[kept], lengths[kept])
+            reached = positions.tolist()
         start = 0
         for advance, length in zip(tick.advances, tick.lengths, strict=True):
             stop = start + advance.rows
@@ -291,7 +290,7 @@ class Engine:
                 self.settle(advance.homes[rows], np.full(len(rows), advance.position))
             if still:
                 self.release(advance.homes[list(still)])
-            advance.reached = self.arena.position[advance.homes]
+            advance.reached = self.arena.position[advance.homes].tolist()
         if not moved and advance.problems and not advance.done.done():
             if advance.rows == 1:
                 advance.done.set_exception(advance.problems[0])

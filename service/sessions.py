@@ -33,6 +33,7 @@ class Session:
     id: str
     engine: Engine
     slot: int
+    slots: Slots  # the slot again, as the engine takes it
     alive: bool = True
 
     @property
@@ -109,12 +110,12 @@ class SessionTable:
         if states is not None:
             arena.write(slot, states)
         arena.position[slot], arena.used[slot] = 0, self._clock()
-        session = Session(secrets.token_hex(16), engine, slot)
+        session = Session(secrets.token_hex(16), engine, slot, np.array((slot,)))
         self._live[session.id] = self._by_slot[engine][slot] = session
         return session
 
     def get(self, session_id: str) -> Session:
-        """Gives a live session, and counts as using it.
+        """Gives a live session; one that has been idle for too long is live until the next sweep.
 
         Raises:
             UnknownSession: None of that id is known.
@@ -123,12 +124,25 @@ class SessionTable:
         session = self._live.get(session_id)
         if session is None:
             raise self._missing(session_id)
-        arena, now = session.engine.arena, self._clock()
-        if arena.used[session.slot] + self.idle_seconds <= now and not arena.held[session.slot]:
-            self._end(session, "expired")
-            raise self._missing(session_id)
-        arena.used[session.slot] = now
         return session
+
+    def touch(self, session: Session) -> None:
+        """Counts as using a session, as stepping it does."""
+        session.engine.arena.used[session.slot] = self._clock()
+
+    def begin(self, session: Session, x: Array, every_output: bool) -> Advance | None:
+        """Queues a step of a session at once, or gives None where others came first: then `step` waits for them.
+
+        Args:
+            session: The session.
+            x: `[time, *features]`, checked.
+            every_output: Whether the outputs of all time steps are wanted, or the last one's.
+        """
+        held = session.engine.arena.held
+        if held[session.slot]:
+            return None
+        held[session.slot] = True
+        return self._submit(session.engine, session.slots, x[None], every_output)
 
     async def step(self, session: Session, x: Array, every_output: bool) -> tuple[Array, int]:
         """Steps a session when those before it have had their turn.
@@ -145,11 +159,12 @@ class SessionTable:
             SessionGone: It was deleted meanwhile.
             NotFinite: The outputs or the next state would not be finite.
         """
-        slots = np.array((session.slot,))
-        await self._enter((session,), slots)
-        advance = self._submit(session.engine, slots, x[None], every_output)
+        advance = self.begin(session, x, every_output)
+        if advance is None:
+            await self._enter((session,), session.slots)
+            advance = self._submit(session.engine, session.slots, x[None], every_output)
         y = await advance.done
-        return y[0], int(advance.reached[0])  # type: ignore[index]
+        return y[0], advance.reached[0]
 
     async def step_many(self, sessions: Sequence[Session], x: Array) -> tuple[Array, Array, dict[int, Problem]]:
         """Steps different sessions of one model by as many time steps each, when those before have had their turn.
@@ -196,13 +211,13 @@ class SessionTable:
         Raises:
             SessionGone: It was deleted meanwhile.
         """
-        slots = np.array((session.slot,))
-        await self._enter((session,), slots)
+        await self._enter((session,), session.slots)
         try:
             yield session
         finally:
             if session.alive:
-                self._leave(session.engine, slots)
+                self.touch(session)
+                self._leave(session.engine, session.slots)
 
     async def delete(self, session_id: str) -> None:
         """Deletes a session when those before it have had their turn; a repeated call changes nothing.
@@ -282,7 +297,7 @@ class SessionTable:
                 if queue and waiter in queue:
                     queue.remove(waiter)
                 elif session.alive:
-                    self._leave(session.engine, np.array((session.slot,)))
+                    self._leave(session.engine, session.slots)
             raise
         gone = [session for session in sessions if not session.alive]
         if gone:
@@ -316,7 +331,7 @@ class SessionTable:
         position = int(arena.position[slot])
         self._gone[session.id] = Tombstone(reason, position, self._clock() + self._tombstone_seconds)
         arena.used[slot], arena.held[slot] = np.inf, False
-        arena.give_back(np.array((slot,)))
+        arena.give_back(session.slots)
         for waiter in self._queues.pop(session, ()):
             self._hand(waiter)
 

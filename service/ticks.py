@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Advance:
     position: int = 0  # time steps taken
     outputs: list[Array] | None = None
     problems: dict[int, Problem] | None = None  # by row: why it has not moved
-    reached: Array | None = None  # [rows], the sessions' positions after it
+    reached: Sequence[int] = ()  # by row: the session's position after it
 
 
 @dataclass(frozen=True, slots=True)

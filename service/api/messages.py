@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 log = logging.getLogger("cellserve")
 
-_JSON = [(b"content-type", b"application/json")]
+_JSON = (b"content-type", b"application/json")
 
 
 class ClientGone(Exception):
@@ -55,20 +55,23 @@ async def read_json_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         ClientGone: It never came whole.
     """
     check_json(content_type(scope))
-    return await read_body(scope, receive, limit)
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if message["type"] == "http.request" and not message.get("more_body") and len(body) <= limit:
+        return body  # as nearly always, without a coroutine more
+    return await read_rest(message, scope, receive, limit)
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """Reads the whole body of a request, `limit` bytes at most; raises as `read_json_body` does."""
+    return await read_rest(await receive(), scope, receive, limit)
+
+
+async def read_rest(message: MutableMapping[str, Any], scope: Scope, receive: Receive, limit: int) -> bytes:
+    """Reads what follows the first message of a body."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > limit:
             raise _too_large(limit)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body"):
-        body: bytes = message.get("body", b"")
-        if len(body) > limit:
-            raise _too_large(limit)
-        return body
     parts, size = [], 0
     while True:
         if message["type"] == "http.disconnect":
@@ -103,15 +106,17 @@ async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
         gone.cancel()
 
 
-async def send_json(send: Send, document: Any, status: int = 200, headers: list[tuple[bytes, bytes]] = _JSON) -> None:
+async def send_json(send: Send, document: Any) -> None:
     """Sends a document; NumPy arrays in it are written with the fewest digits that give the same float32."""
     body = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-    await send_body(send, status, headers, body)
+    headers = [_JSON, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def send_body(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
     """Sends an answer whole."""
-    length = (b"content-length", str(len(body)).encode())
+    length = (b"content-length", b"%d" % len(body))
     await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
     await send({"type": "http.response.body", "body": body})
 

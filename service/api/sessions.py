@@ -8,7 +8,17 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 
-from service.api.messages import Receive, Scope, Send, read_json_body, send_json, unless_gone
+from service.api.messages import (
+    ClientGone,
+    Receive,
+    Scope,
+    Send,
+    as_problem,
+    read_json_body,
+    send_json,
+    send_problem,
+    unless_gone,
+)
 from service.api.predict import labelled
 from service.repository import Model
 from service.service import Service
@@ -48,13 +58,20 @@ class Step:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
-        table = self.service.sessions
-        body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
-        session = table.get(scope["path"].rsplit("/", 2)[1])
-        x, single, outputs = _read_step(session.model, body)
-        work = step_answer(table, session, x, single, outputs)
-        answer = await (unless_gone(work, receive) if session.engine.is_behind else work)
-        await send_json(send, answer)
+        try:
+            table = self.service.sessions
+            body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
+            session = table.get(scope["path"][len("/sessions/") : -len("/step")])
+            x, single, outputs = _read_step(session.model, body)
+            if session.engine.is_behind:
+                answer = await unless_gone(step_answer(table, session, x, single, outputs), receive)
+            else:
+                answer = await step_answer(table, session, x, single, outputs)
+            await send_json(send, answer)
+        except ClientGone:
+            pass
+        except Exception as error:
+            await send_problem(send, as_problem(error, scope))
 
 
 def _read_step(model: Model, body: bytes) -> tuple[Array, bool, str | None]:
@@ -83,11 +100,24 @@ async def step_answer(
         single: Whether it was sent without a time axis, as `y` is then answered.
         outputs: `last`, `all`, or None for the model's own default.
     """
-    document = session.model.document
-    every_output = single or (outputs or document.signature.default_output) == "all"
+    every_output = single or wants_all(session, outputs)
+    advance = table.begin(session, x, every_output)
+    if advance is not None:  # nobody else was there: without a coroutine more
+        return written(session, (await advance.done)[0], advance.reached[0], single, every_output)
     y, position = await table.step(session, x, every_output)
+    return written(session, y, position, single, every_output)
+
+
+def wants_all(session: Session, outputs: str | None) -> bool:
+    """Says whether the outputs of all time steps are wanted, where `outputs` says `last`, `all` or nothing."""
+    return (outputs or session.model.document.signature.default_output) == "all"
+
+
+def written(session: Session, y: Array, position: int, single: bool, every_output: bool) -> dict[str, Any]:
+    """Writes the answer to a step that has given y `[time, *outputs]`."""
     output = y if every_output and not single else y[-1]
     answer: dict[str, Any] = {"session": session.id, "position": position, "y": output}
+    document = session.model.document
     if document.labels is not None:
         answer["label" if output.ndim == y.ndim - 1 else "labels"] = labelled(document, [output])["labels"][0]
     return answer
@@ -121,7 +151,9 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/sessions/{session_id}", summary="Read where a session is")
     async def read(session_id: str) -> dict[str, Any]:
-        return told(table, table.get(session_id))
+        session = table.get(session_id)
+        table.touch(session)
+        return told(table, session)
 
     @routes.delete("/sessions/{session_id}", status_code=204, summary="Delete a session")
     async def delete(session_id: str) -> None:

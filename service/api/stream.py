@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from typing import Any, ClassVar, Literal
+from collections import deque
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -15,7 +16,7 @@ import orjson
 from numpy.typing import NDArray
 
 from service.api.messages import Receive, Scope, Send, as_problem
-from service.api.sessions import step_answer, told
+from service.api.sessions import step_answer, told, written
 from service.errors import InvalidInput, Problem, UnknownSession
 from service.service import Service
 from service.sessions import Session
@@ -26,6 +27,7 @@ Array = NDArray[Any]
 # A binary frame: kind, ref, number of sessions, time steps; all that follows is little-endian too.
 _HEADER = struct.Struct("<4I")
 STEP, STEPPED = 1, 0x81
+_SCOPE = {"method": "WS", "path": "/stream"}  # for the log
 
 
 class _Frame(msgspec.Struct, tag_field="op", kw_only=True, forbid_unknown_fields=True):
@@ -97,60 +99,104 @@ class _Socket:
     A client that does not read its answers fills the window, and its frames are not read until it does.
     """
 
-    kinds: ClassVar[dict[int, str]] = {STEP: "step"}
-
     def __init__(self, service: Service, send: Send) -> None:
         self.service = service
         self.send = send
         self.sessions: list[Session] = []  # by handle
         self.handles: dict[str, int] = {}
-        self.under_way: set[asyncio.Task[None]] = set()
         self.window = service.settings.stream_window
+        self.under_way = 0  # frames that are not answered yet
+        self.outbox: deque[dict[str, Any]] = deque()
+        self.stirred: asyncio.Future[None] | None = None  # the writer waits for something to send
+        self.room: asyncio.Future[None] | None = None  # the reader waits for the window to open
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.waiting: set[asyncio.Future[Array]] = set()
 
     async def serve(self, receive: Receive) -> None:
         """Reads frames until the socket is closed; what nobody waits for any more is dropped."""
         loop = asyncio.get_running_loop()
+        writing = loop.create_task(self._write())
         try:
             while (message := await receive())["type"] == "websocket.receive":
-                while len(self.under_way) >= self.window:
-                    await asyncio.wait(self.under_way, return_when=asyncio.FIRST_COMPLETED)
-                task = loop.create_task(self._answer(message))
-                self.under_way.add(task)
-                task.add_done_callback(self._ended)
+                self.under_way += 1
+                text = message.get("text")
+                if text is None or not self._step_at_once(text):
+                    task = loop.create_task(self._answer(message))
+                    self.tasks.add(task)
+                    task.add_done_callback(self.tasks.discard)
+                while self.under_way >= self.window and not writing.done():
+                    self.room = loop.create_future()
+                    await asyncio.wait((self.room, writing), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in self.under_way:
+            writing.cancel()
+            for task in self.tasks:
                 task.cancel()
+            for done in self.waiting:
+                done.cancel()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self.under_way.discard(task)
-        if not task.cancelled():
-            task.exception()  # the socket is gone: there is nobody to tell
+    async def _write(self) -> None:
+        """Sends the answers; where the client does not read them, this waits, and the window fills."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while self.outbox:
+                await self.send(self.outbox.popleft())
+            self.stirred = loop.create_future()
+            await self.stirred
+
+    def _put(self, message: dict[str, Any], last: bool = True) -> None:
+        """Gives an answer to be sent, the last one or not of what a frame is answered."""
+        self.outbox.append(message)
+        if last:
+            self.under_way -= 1
+            if self.room and not self.room.done():
+                self.room.set_result(None)
+        if self.stirred and not self.stirred.done():
+            self.stirred.set_result(None)
+
+    def _put_json(self, document: Any, last: bool = True) -> None:
+        text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+        self._put({"type": "websocket.send", "text": text}, last)
+
+    def _step_at_once(self, text: str) -> bool:
+        """Begins what nearly every frame is, a step of a session that nobody else holds, without a task of its own."""
+        try:
+            frame = _plain_decoder.decode(text)
+            session = self._session(frame.session)
+            x = session.model.reader.single(frame.x)
+            advance = None if x is None else self.service.sessions.begin(session, x, True)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError, Problem):
+            return False  # the long way finds out what is wrong and says it
+        if advance is None:
+            return False
+        self.waiting.add(advance.done)
+
+        def answer(done: asyncio.Future[Array]) -> None:
+            self.waiting.discard(done)
+            if done.cancelled():
+                return
+            try:
+                told = written(session, done.result()[0], advance.reached[0], True, True)
+                self._put_json({"op": "step", "ref": orjson.Fragment(bytes(frame.ref)), **told})
+            except Exception as error:
+                self._put_json(_problem(orjson.Fragment(bytes(frame.ref)), as_problem(error, _SCOPE)))
+
+        advance.done.add_done_callback(answer)
+        return True
 
     async def _answer(self, message: Any) -> None:
         text, binary = message.get("text"), message.get("bytes")
         try:
             if text is not None:
-                await self._send_json(await self._text(text.encode()))
+                self._put_json(await self._text(text.encode()))
             else:
                 await self._binary(binary)
         except Exception as error:
-            problem = as_problem(error, {"method": "WS", "path": "/stream"})
-            await self._send_json(_problem(_ref_of(text, binary), problem))
+            self._put_json(_problem(_ref_of(text, binary), as_problem(error, _SCOPE)))
 
     async def _text(self, body: bytes) -> dict[str, Any]:
         table = self.service.sessions
-        try:
-            # What nearly every frame is, in one pass; all else, and every error, takes the long way.
-            plain = _plain_decoder.decode(body)
-            session = self._session(plain.session)
-            plain_x = session.model.reader.single(plain.x)
-            if plain_x is not None:
-                answer: dict[str, Any] = {"op": "step", "ref": orjson.Fragment(bytes(plain.ref))}
-                return answer | await step_answer(table, session, plain_x, True, plain.outputs)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            pass
         frame = decode(_decoder, body)
-        answer = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
+        answer: dict[str, Any] = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
         match frame:
             case Step():
                 session = self._session(frame.session)
@@ -189,16 +235,16 @@ class _Socket:
         for row, problem in problems.items():
             statuses[row] = problem.status
         parts = _HEADER.pack(STEPPED, ref, count, steps), positions.astype("<u8"), statuses, y.astype("<f4")
-        await self.send({"type": "websocket.send", "bytes": b"".join([bytes(part) for part in parts])})
         for row, problem in problems.items():
-            await self._send_json(_problem(ref, problem, session=sessions[row].id, row=row))
+            self._put_json(_problem(ref, problem, session=sessions[row].id, row=row), last=False)
+        self._put({"type": "websocket.send", "bytes": b"".join([bytes(part) for part in parts])})
 
     def _steps(self, body: bytes) -> tuple[int, list[Session], Array]:
         """Reads a binary frame: its ref, the sessions and x `[sessions, time, *features]`."""
         if len(body) < _HEADER.size:
             raise InvalidInput(f"the frame has {len(body)} bytes: its header alone has {_HEADER.size}")
         kind, ref, count, steps = _HEADER.unpack_from(body)
-        if kind not in self.kinds:
+        if kind != STEP:
             raise InvalidInput(f"kind: {kind} is none: send {STEP} to step")
         if not count or not steps:
             raise InvalidInput(f"the frame has {count} sessions and {steps} time steps: send at least one of each")
@@ -225,10 +271,6 @@ class _Socket:
             place = "x" + "".join(f"[{number}]" for number in np.argwhere(~np.isfinite(x))[0])
             raise InvalidInput(f"{place}: not a finite number", place=place)
         return ref, sessions, x
-
-    async def _send_json(self, document: Any) -> None:
-        text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY).decode()
-        await self.send({"type": "websocket.send", "text": text})
 
 
 def _problem(ref: Any, problem: Problem, **more: Any) -> dict[str, Any]:
