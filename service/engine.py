@@ -11,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from service.arena import Arena, Slots
 from service.errors import ModelFailed, NotFinite, Problem, QueueFull
 from service.repository import Model
 from service.settings import Settings
-from service.ticks import FULL_ROWS, Advance, Cost, Tick, choose
+from service.ticks import FULL_ROWS, Advance, Cost, Lane, Tick
 
 Array = NDArray[Any]
 
@@ -69,9 +68,9 @@ class Engine:
         self._short_steps = (
             max((steps for steps in range(self._quantum) if self._is_cheap(rows, steps + 1)), default=0) + 1
         )
-        self._padding = self._cost.padding if exact else 0
-        self._short: deque[Advance] = deque()
-        self._long: deque[Advance] = deque()
+        padding = self._cost.padding if exact else 0
+        self._short = Lane(self.max_batch, self._quantum, padding)
+        self._long = Lane(self.max_batch, self._quantum, padding)
         self._lanes = [self._short, self._long]
         self.queued = 0  # time steps that wait, over all slots
         self.settle: Callable[[Slots, Array], Array]  # told the slots of sessions that have moved and how far
@@ -131,7 +130,7 @@ class Engine:
 
     def _gather(self, seen: int, turns: int = 0) -> None:
         """Lets what has arrived already join the tick: it comes again while that makes the queue grow."""
-        waiting = len(self._short) + len(self._long)
+        waiting = self._short.waiting + self._long.waiting
         if waiting > seen and waiting < self.max_batch and turns < _GATHERING_TURNS:
             asyncio.get_running_loop().call_soon(self._gather, waiting, turns + 1)
         else:
@@ -146,25 +145,23 @@ class Engine:
             # By way of the event loop, so that what has arrived meanwhile joins the next tick.
             asyncio.get_running_loop().call_soon(self._gather, 0)
 
-    def _start(self, lane: deque[Advance]) -> bool:
+    def _start(self, lane: Lane) -> bool:
         """Runs or begins the next tick of a lane; says whether another could follow at once."""
-        while lane and lane[0].done.cancelled():
-            self._end(lane.popleft(), False)
-        if not lane:
+        if not lane.waiting:
             return False
-        # About as many as there will be: most advances have one row.
-        rows = min(max(len(lane), lane[0].rows), self.max_batch)
-        cheap = self._is_cheap(rows, min(lane[0].remaining, self._quantum))
+        cheap = self._is_cheap(*lane.first)
         if not cheap and self._on_thread:
             return False
-        tick = choose(lane, self.max_batch, self._quantum, self._padding)
+        tick = lane.take()
         for advance in tick.dropped:
             self._end(advance, False)
+        if not tick.advances:
+            return lane.waiting > 0
         x, lengths, slots = tick.inputs()
         states = self.arena.gather(slots)
         if cheap:
             self._apply(tick, slots, lengths, self._run(x, lengths, states))
-            return bool(lane)
+            return lane.waiting > 0
         self._on_thread = True
         self._lanes.sort(key=lambda other: other is lane)  # where both are costly they take turns
 
@@ -214,7 +211,7 @@ class Engine:
             self.arena.scatter(slots, ran.states)
         else:
             self._scatter_good(tick, slots, ran)
-            tick = replace(tick, whole=False)
+            tick.whole = False
         if tick.whole:
             self._finish(tick, slots, lengths, y)
             return

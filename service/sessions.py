@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from service.ticks import Advance
 Array = NDArray[Any]
 
 _SWEEP_SECONDS = 1.0
+_is_alive = attrgetter("alive")
 
 
 @dataclass(slots=True, eq=False)
@@ -166,20 +168,22 @@ class SessionTable:
         y = await advance.done
         return y[0], advance.reached[0]
 
-    async def step_many(self, sessions: Sequence[Session], x: Array) -> tuple[Array, Array, dict[int, Problem]]:
+    async def step_many(
+        self, sessions: Sequence[Session], slots: Slots, x: Array
+    ) -> tuple[Array, Array, dict[int, Problem]]:
         """Steps different sessions of one model by as many time steps each, when those before have had their turn.
 
         Args:
             sessions: The sessions.
+            slots: Their slots.
             x: `[sessions, time, *features]`, checked.
 
         Returns:
             `y [sessions, time, *outputs]`, the positions `[sessions]` after it, and by row why a session has not moved.
         """
         engine = sessions[0].engine
-        slots = np.array([session.slot for session in sessions])
         problems: dict[int, Problem] = {}
-        if not all(session.alive for session in sessions):
+        if not all(map(_is_alive, sessions)):
             problems = {row: self._missing(session.id) for row, session in enumerate(sessions) if not session.alive}
         alive = [row for row in range(len(sessions)) if row not in problems] if problems else range(len(sessions))
         y = np.zeros((*x.shape[:2], *engine.model.output_shape), np.float32)
@@ -188,7 +192,7 @@ class SessionTable:
         under_way: list[tuple[Any, Advance]] = []
         for part in parts:
             rows: Any = slice(part.start, part.stop) if isinstance(part, range) else part
-            own = [sessions[row] for row in part]
+            own = sessions if len(part) == len(sessions) else [sessions[row] for row in part]
             try:
                 await self._enter(own, slots[rows])
                 under_way.append((rows, self._submit(engine, slots[rows], x[rows], True)))

@@ -18,7 +18,6 @@ from service.runtime import Runtime
 Array = NDArray[Any]
 
 FULL_ROWS = 64  # rows that may take a whole quantum in one tick; of fewer time steps more rows may
-_LOOKED_AT = 4  # batches of the queue that are looked through for rows that fit
 _PROBE_STEPS = 8
 _TICK_SECONDS = 60e-6  # what a tick costs beside the run
 
@@ -36,19 +35,26 @@ class Advance:
     kept: bool  # whether the slots are sessions', which outlive the request
     done: asyncio.Future[Array]  # gives y: [rows, time, *outputs], or [rows, 1, *outputs]
     position: int = 0  # time steps taken
+    number: int = 0  # the order of arrival in its lane
     outputs: list[Array] | None = None
     problems: dict[int, Problem] | None = None  # by row: why it has not moved
     reached: Sequence[int] = ()  # by row: the session's position after it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tick:
     """One run: the advances that take part, and how many time steps each takes."""
 
     advances: list[Advance]
     lengths: list[int]
     dropped: list[Advance]  # nobody waits for these any more
-    whole: bool  # whether all of them begin and end with it
+    whole: bool = True  # whether all of them begin and end with it
+
+    def add(self, advance: Advance, length: int) -> None:
+        """Lets an advance take part."""
+        self.advances.append(advance)
+        self.lengths.append(length)
+        self.whole = self.whole and length == advance.remaining and not advance.position
 
     def inputs(self) -> tuple[Array, NDArray[np.int32], Slots]:
         """Puts everything side by side: x `[batch, time, *features]`, lengths and slots `[batch]`."""
@@ -79,44 +85,70 @@ class Tick:
         return x, np.repeat(np.array(self.lengths, np.int32), rows), slots
 
 
-def choose(waiting: deque[Advance], max_batch: int, quantum: int, padding: int = 0) -> Tick:
-    """Chooses the next tick and takes its advances out of the queue, whose first one is wanted.
-
-    The one that has waited longest sets the number of time steps (at most the quantum). The others join in the order of
-    the queue: those with at least as many left take as many, those with a little less are padded (by a quarter, or as
-    many steps as cost less than a tick of their own), the rest wait for a tick of their own length. So little padding
-    is computed, and a long sequence holds a short one up for no longer than a tick.
+class Lane:
+    """Advances that wait, in the order of their arrival, kept apart by the time steps of their next tick.
 
     Args:
-        waiting: The queue.
-        max_batch: Rows of a tick, at most; as many as make up `_FULL_ROWS` whole quanta where they are long.
+        max_batch: Rows of a tick, at most; as many as make up `FULL_ROWS` whole quanta where they are long.
         quantum: Time steps of a tick, at most.
         padding: Time steps that a row may be padded by in any case.
     """
-    steps = min(waiting[0].remaining, quantum)
-    enough = min(3 * steps / 4, steps - padding)
-    advances: list[Advance] = []
-    lengths: list[int] = []
-    passed: list[Advance] = []
-    dropped: list[Advance] = []
-    whole = True
-    room = max(waiting[0].rows, min(max_batch, FULL_ROWS * quantum // steps))
-    for _ in range(min(len(waiting), _LOOKED_AT * max_batch)):
-        if not room:
-            break
-        advance = waiting.popleft()
-        length = min(advance.remaining, steps)
-        if advance.done.cancelled():
-            dropped.append(advance)
-        elif length >= enough and advance.rows <= room:
-            whole = whole and length == advance.remaining and not advance.position
-            advances.append(advance)
-            lengths.append(length)
-            room -= advance.rows
-        else:
-            passed.append(advance)
-    waiting.extendleft(reversed(passed))
-    return Tick(advances, lengths, dropped, whole)
+
+    def __init__(self, max_batch: int, quantum: int, padding: int = 0) -> None:
+        self._max_batch, self._quantum, self._padding = max_batch, quantum, padding
+        self._buckets: dict[int, deque[Advance]] = {}  # by min(remaining, quantum); none is empty
+        self._arrivals = 0
+        self.waiting = 0
+
+    def append(self, advance: Advance) -> None:
+        """Queues an advance, or queues it again when it has had a tick."""
+        self._arrivals += 1
+        advance.number = self._arrivals
+        steps = min(advance.remaining, self._quantum)
+        bucket = self._buckets.get(steps)
+        if bucket is None:
+            self._buckets[steps] = bucket = deque()
+        bucket.append(advance)
+        self.waiting += 1
+
+    @property
+    def first(self) -> tuple[int, int]:
+        """Tells of the next tick, while something waits, about how many rows and time steps it will have."""
+        steps, bucket = self._oldest()
+        return min(max(self.waiting, bucket[0].rows), self._room(steps)), steps
+
+    def take(self) -> Tick:
+        """Chooses the next tick and takes its advances out; there may be none, where all that waited was cancelled.
+
+        The one that has waited longest sets the number of time steps. Others join it that have as many left, or that
+        would take nearly as many (three quarters) in a tick of their own: the longer ones take less than they could,
+        the shorter ones are padded, also where that costs less than a tick of their own. So little padding is computed,
+        and a long sequence holds a short one up for no longer than a tick.
+        """
+        steps, _ = self._oldest()
+        tick = Tick([], [], [])
+        room = self._room(steps)
+        most, least = 4 * steps // 3, min(-(-3 * steps // 4), steps - self._padding)
+        fitting = [key for key in self._buckets if least <= key <= most]
+        for key in sorted(fitting, key=lambda key: (key != steps, -key)):
+            bucket = self._buckets[key]
+            while bucket and (room >= bucket[0].rows or not tick.advances):
+                advance = bucket.popleft()
+                self.waiting -= 1
+                if advance.done.cancelled():
+                    tick.dropped.append(advance)
+                    continue
+                tick.add(advance, min(advance.remaining, steps))
+                room -= advance.rows
+            if not bucket:
+                del self._buckets[key]
+        return tick
+
+    def _oldest(self) -> tuple[int, deque[Advance]]:
+        return min(self._buckets.items(), key=lambda item: item[1][0].number)
+
+    def _room(self, steps: int) -> int:
+        return min(self._max_batch, FULL_ROWS * self._quantum // steps)
 
 
 class Cost:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from service.api.messages import Receive, Scope, Send, as_problem
 from service.api.sessions import step_answer, told, written
+from service.arena import Slots
 from service.errors import InvalidInput, Problem, UnknownSession
 from service.service import Service
 from service.sessions import Session
@@ -27,6 +28,7 @@ Array = NDArray[Any]
 # A binary frame: kind, ref, number of sessions, time steps; all that follows is little-endian too.
 _HEADER = struct.Struct("<4I")
 STEP, STEPPED = 1, 0x81
+_GROUPS = 64  # of sessions that a socket has stepped together are remembered
 _SCOPE = {"method": "WS", "path": "/stream"}  # for the log
 
 
@@ -104,6 +106,7 @@ class _Socket:
         self.send = send
         self.sessions: list[Session] = []  # by handle
         self.handles: dict[str, int] = {}
+        self.groups: dict[bytes, tuple[list[Session], Slots]] = {}  # by the handles of a binary frame
         self.window = service.settings.stream_window
         self.under_way = 0  # frames that are not answered yet
         self.outbox: deque[dict[str, Any]] = deque()
@@ -228,8 +231,8 @@ class _Socket:
         return self.service.sessions.get(self.sessions[name].id)
 
     async def _binary(self, body: bytes) -> None:
-        ref, sessions, x = self._steps(body)
-        y, positions, problems = await self.service.sessions.step_many(sessions, x)
+        ref, sessions, slots, x = self._steps(body)
+        y, positions, problems = await self.service.sessions.step_many(sessions, slots, x)
         count, steps = x.shape[:2]
         statuses = np.zeros(count, "<u4")
         for row, problem in problems.items():
@@ -239,8 +242,8 @@ class _Socket:
             self._put_json(_problem(ref, problem, session=sessions[row].id, row=row), last=False)
         self._put({"type": "websocket.send", "bytes": b"".join([bytes(part) for part in parts])})
 
-    def _steps(self, body: bytes) -> tuple[int, list[Session], Array]:
-        """Reads a binary frame: its ref, the sessions and x `[sessions, time, *features]`."""
+    def _steps(self, body: bytes) -> tuple[int, list[Session], Slots, Array]:
+        """Reads a binary frame: its ref, the sessions, their slots and x `[sessions, time, *features]`."""
         if len(body) < _HEADER.size:
             raise InvalidInput(f"the frame has {len(body)} bytes: its header alone has {_HEADER.size}")
         kind, ref, count, steps = _HEADER.unpack_from(body)
@@ -254,13 +257,8 @@ class _Socket:
         handles = np.frombuffer(body, "<u4", count, _HEADER.size)
         if int(handles.max()) >= len(self.sessions):
             raise UnknownSession(f"no handle {int(handles.max())} on this socket: open or attach the session first")
-        named = handles.tolist()
-        if len(set(named)) < count:
-            raise InvalidInput("a session stands in the frame twice: send its time steps side by side, or two frames")
-        sessions = [self.sessions[handle] for handle in named]
+        sessions, slots = self._group(handles)
         engine = sessions[0].engine
-        if any(session.engine is not engine for session in sessions):
-            raise InvalidInput("the sessions are of several models: send a frame for each model")
         shape = count, steps, *engine.model.reader.spec.shape
         x = np.frombuffer(body, "<f4", offset=start) if (len(body) - start) % 4 == 0 else np.empty(0, "<f4")
         if x.size != np.prod(shape):
@@ -270,7 +268,23 @@ class _Socket:
         if not np.isfinite(x).all():
             place = "x" + "".join(f"[{number}]" for number in np.argwhere(~np.isfinite(x))[0])
             raise InvalidInput(f"{place}: not a finite number", place=place)
-        return ref, sessions, x
+        return ref, sessions, slots, x
+
+    def _group(self, handles: NDArray[np.uint32]) -> tuple[list[Session], Slots]:
+        """Gives the sessions of some handles and their slots; mostly the same as in a frame before."""
+        key = handles.tobytes()
+        group = self.groups.get(key)
+        if group is None:
+            named = handles.tolist()
+            if len(set(named)) < len(named):
+                raise InvalidInput("a session is in the frame twice: send its time steps side by side, or two frames")
+            sessions = [self.sessions[handle] for handle in named]
+            if any(session.engine is not sessions[0].engine for session in sessions):
+                raise InvalidInput("the sessions are of several models: send a frame for each model")
+            if len(self.groups) >= _GROUPS:
+                self.groups.clear()
+            self.groups[key] = group = sessions, np.array([session.slot for session in sessions])
+        return group
 
 
 def _problem(ref: Any, problem: Problem, **more: Any) -> dict[str, Any]:
