@@ -164,6 +164,8 @@ class SessionTable:
         advance = self.begin(session, x, every_output)
         if advance is None:
             await self._enter((session,), session.slots)
+            if not session.alive:
+                raise self._missing(session.id)
             advance = self._submit(session.engine, session.slots, x[None], every_output)
         y = await advance.done
         return y[0], advance.reached[0]
@@ -182,19 +184,22 @@ class SessionTable:
             `y [sessions, time, *outputs]`, the positions `[sessions]` after it, and by row why a session has not moved.
         """
         engine = sessions[0].engine
+        live = range(len(sessions)) if all(map(_is_alive, sessions)) else _living(sessions)
+        if len(live) == len(sessions):
+            await self._enter(sessions, slots)
+        else:
+            await self._enter([sessions[row] for row in live], slots[live])
         problems: dict[int, Problem] = {}
         if not all(map(_is_alive, sessions)):
+            live = _living(sessions)
             problems = {row: self._missing(session.id) for row, session in enumerate(sessions) if not session.alive}
-        alive = [row for row in range(len(sessions)) if row not in problems] if problems else range(len(sessions))
         y = np.zeros((*x.shape[:2], *engine.model.output_shape), np.float32)
         positions = np.zeros(len(sessions), np.int64)
-        parts = [alive[start : start + engine.max_batch] for start in range(0, len(alive), engine.max_batch)]
+        parts = [live[start : start + engine.max_batch] for start in range(0, len(live), engine.max_batch)]
         under_way: list[tuple[Any, Advance]] = []
         for part in parts:
             rows: Any = slice(part.start, part.stop) if isinstance(part, range) else part
-            own = sessions if len(part) == len(sessions) else [sessions[row] for row in part]
             try:
-                await self._enter(own, slots[rows])
                 under_way.append((rows, self._submit(engine, slots[rows], x[rows], True)))
             except Problem as problem:
                 problems |= dict.fromkeys(part, problem)
@@ -216,6 +221,8 @@ class SessionTable:
             SessionGone: It was deleted meanwhile.
         """
         await self._enter((session,), session.slots)
+        if not session.alive:
+            raise self._missing(session.id)
         try:
             yield session
         finally:
@@ -275,13 +282,13 @@ class SessionTable:
         return positions
 
     async def _enter(self, sessions: Sequence[Session], slots: Slots) -> None:
-        """Holds sessions of one engine; waits for those who came before, all of whom are known from the start.
+        """Holds live sessions of one engine; waits for those who came before, all of whom are known from the start.
 
-        So who waits always waits for those who came before, never in a circle.
-
-        Raises:
-            SessionGone: One was deleted meanwhile.
+        So who waits always waits for those who came before, never in a circle. Those that have been deleted meanwhile
+        are not held.
         """
+        if not len(slots):
+            return
         held = sessions[0].engine.arena.held
         if not held[slots].any():
             held[slots] = True
@@ -303,10 +310,6 @@ class SessionTable:
                 elif session.alive:
                     self._leave(session.engine, session.slots)
             raise
-        gone = [session for session in sessions if not session.alive]
-        if gone:
-            self._leave(sessions[0].engine, np.array([session.slot for session in sessions if session.alive], np.intp))
-            raise self._missing(gone[0].id)
 
     def _leave(self, engine: Engine, slots: Slots) -> None:
         """Hands sessions to whoever waits for them."""
@@ -350,3 +353,7 @@ class SessionTable:
             reason=tombstone.reason,
             position=tombstone.position,
         )
+
+
+def _living(sessions: Sequence[Session]) -> list[int]:
+    return [row for row, session in enumerate(sessions) if session.alive]

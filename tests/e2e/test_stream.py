@@ -1,0 +1,209 @@
+"""`WS /stream` over a real socket, as docs/protocol.md has it: JSON frames, binary frames, errors, back-pressure."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.sync.client import ClientConnection, connect
+
+from tests.conftest import Server
+from tests.e2e.test_predict_and_sessions import create, frames
+from tests.networks import FEATURES, OUTPUTS
+
+
+@pytest.fixture
+def stream(server: Server) -> Iterator[ClientConnection]:
+    with connect(server.url.replace("http", "ws") + "/stream", max_size=None) as socket:
+        yield socket
+
+
+def ask(stream: ClientConnection, **frame: Any) -> dict[str, Any]:
+    stream.send(json.dumps(frame))
+    return dict(json.loads(stream.recv(timeout=30)))
+
+
+def binary(handles: list[int], x: np.ndarray, ref: int = 5) -> bytes:
+    head = struct.pack("<4I", 1, ref, len(handles), x.shape[1])
+    return head + np.array(handles, "<u4").tobytes() + x.astype("<f4").tobytes()
+
+
+def answered(message: str | bytes, outputs: int = OUTPUTS) -> tuple[int, list[int], list[int], np.ndarray]:
+    assert isinstance(message, bytes)
+    kind, ref, count, steps = struct.unpack_from("<4I", message)
+    assert kind == 0x81
+    positions = np.frombuffer(message, "<u8", count, 16).tolist()
+    statuses = np.frombuffer(message, "<u4", count, 16 + 8 * count).tolist()
+    y = np.frombuffer(message, "<f4", offset=16 + 12 * count).reshape(count, steps, outputs)
+    return ref, positions, statuses, y
+
+
+def whole(server: Server, model: str, x: list[list[float]]) -> list[list[float]]:
+    with server.client() as client:
+        body = {"model": model, "sequences": [x], "outputs": "all"}
+        return list(client.post("/predict", json=body).json()["outputs"][0])
+
+
+def test_a_session_is_opened_stepped_and_closed(server: Server, stream: ClientConnection) -> None:
+    x = frames(5)
+    opened = ask(stream, op="open", model="lstm", ref="a")
+    assert (opened["op"], opened["ref"], opened["handle"], opened["position"]) == ("open", "a", 0, 0)
+    first = ask(stream, op="step", session=0, x=x[0], ref={"any": ["thing"]})
+    assert first == {
+        "op": "step",
+        "ref": {"any": ["thing"]},
+        "session": opened["session"],
+        "position": 1,
+        "y": first["y"],
+    }
+    rest = ask(stream, op="step", session=opened["session"], x=x[1:], outputs="all")
+    assert [first["y"], *rest["y"]] == whole(server, "lstm", x)
+    assert rest["position"] == 5
+    assert ask(stream, op="close", session=0)["session"] == opened["session"]
+    gone = ask(stream, op="step", session=0, x=x[0], ref=9)
+    assert (gone["op"], gone["ref"], gone["problem"]["status"]) == ("error", 9, 410)
+
+
+def test_a_session_from_elsewhere_is_attached_and_outlives_the_socket(server: Server) -> None:
+    x = frames(4)
+    with server.client() as client:
+        session = create(client, "rnn")
+        ys = [client.post(f"/sessions/{session}/step", json={"x": x[0]}).json()["y"]]
+        for row in x[1:3]:
+            with connect(server.url.replace("http", "ws") + "/stream") as socket:
+                attached = ask(socket, op="attach", session=session)
+                assert attached["position"] == len(ys)
+                ys.append(ask(socket, op="step", session=attached["handle"], x=row)["y"])
+        ys.append(client.post(f"/sessions/{session}/step", json={"x": x[3]}).json()["y"])
+    assert ys == whole(server, "rnn", x)
+
+
+@pytest.mark.parametrize(
+    ("frame", "status", "told"),
+    [
+        ("{", 400, "JSON"),
+        ('{"op": "fly"}', 422, "fly"),
+        ('{"op": "step", "session": 7, "x": [1]}', 404, "no handle 7"),
+        ('{"op": "step", "session": 0, "x": [1, 2], "ref": 3}', 422, "x: 2 numbers where the model takes 5"),
+        ('{"op": "step", "session": 0, "x": [1, 2, 3, 4, 1e39]}', 422, "x[4]: not a finite number"),
+        ('{"op": "step", "session": 0, "x": [1, 2, "3", 4, 5]}', 422, "x[2]: expected a number"),
+        ('{"op": "open", "model": "nobody"}', 404, "nobody"),
+        ('{"op": "attach", "session": "nobody"}', 404, "no session"),
+        (b"", 422, "0 bytes"),
+        (struct.pack("<4I", 9, 5, 1, 1) + bytes(24), 422, "kind: 9"),
+        (struct.pack("<4I", 1, 5, 0, 1), 422, "0 sessions"),
+        (struct.pack("<4I", 1, 5, 4_000_000_000, 4_000_000_000), 422, "handles alone need"),
+        (binary([0, 0], np.zeros((2, 1, FEATURES))), 422, "twice"),
+        (binary([0, 1], np.zeros((2, 1, FEATURES))), 422, "several models"),
+        (binary([3], np.zeros((1, 1, FEATURES))), 404, "no handle 3"),
+        (binary([0], np.zeros((1, 2, FEATURES)))[:-1], 422, "makes it 60"),
+        (binary([0], np.array([[[0, 0, np.nan, 0, 0]]])), 422, "x[0][0][2]: not a finite number"),
+    ],
+    ids=range(17),
+)
+def test_a_frame_that_does_not_fit_is_answered_and_the_socket_stays_open(
+    server: Server, stream: ClientConnection, frame: str | bytes, status: int, told: str
+) -> None:
+    ask(stream, op="open", model="lstm")
+    ask(stream, op="open", model="rnn")
+    stream.send(frame)
+    error = json.loads(stream.recv(timeout=30))
+    assert error["op"] == "error"
+    assert error["problem"]["status"] == status
+    assert told in error["problem"]["detail"]
+    if isinstance(frame, bytes) and frame:
+        assert error["ref"] == 5
+    step = ask(stream, op="step", session=0, x=frames(1)[0])
+    assert (step["position"], [step["y"]]) == (1, whole(server, "lstm", frames(1)))
+
+
+def test_binary_frames_step_many_sessions_at_once_each_to_the_bits_of_one_run(
+    server: Server, stream: ClientConnection
+) -> None:
+    count = 300  # more than one tick takes
+    x = np.random.default_rng(3).normal(size=(count, 9, FEATURES)).astype(np.float32)
+    for _ in range(count):
+        ask(stream, op="open", model="lstm")
+    ys, done = [], 0
+    for steps in (1, 5, 3):
+        order = np.random.default_rng(done).permutation(count)
+        stream.send(binary(order.tolist(), x[order, done : done + steps]))
+        ref, positions, statuses, y = answered(stream.recv(timeout=30))
+        done += steps
+        assert (ref, set(positions), set(statuses)) == (5, {done}, {0})
+        ys.append(y[np.argsort(order)])
+    stepped = np.concatenate(ys, axis=1)
+    with server.client() as client:
+        body = {"model": "lstm", "sequences": x.tolist(), "outputs": "all"}
+        expected = np.array(client.post("/predict", json=body).json()["outputs"], np.float32)
+    assert stepped.tobytes() == expected.tobytes()
+
+
+def test_in_a_binary_frame_an_error_concerns_its_own_session(server: Server, stream: ClientConnection) -> None:
+    sessions = [ask(stream, op="open", model="rnn")["session"] for _ in range(3)]
+    with server.client() as client:
+        client.delete(f"/sessions/{sessions[1]}")
+    x = np.random.default_rng(0).normal(size=(3, 2, FEATURES)).astype(np.float32)
+    stream.send(binary([0, 1, 2], x))
+    error = json.loads(stream.recv(timeout=30))
+    assert (error["ref"], error["row"], error["session"]) == (5, 1, sessions[1])
+    assert error["problem"]["status"] == 410
+    _, positions, statuses, y = answered(stream.recv(timeout=30))
+    assert statuses == [0, 410, 0]
+    assert (positions[0], positions[2]) == (2, 2)
+    for row in (0, 2):
+        assert y[row].tolist() == np.array(whole(server, "rnn", x[row].tolist()), np.float32).tolist()
+
+
+def test_frames_may_be_sent_ahead_and_a_session_takes_them_in_their_order(
+    server: Server, stream: ClientConnection
+) -> None:
+    x = frames(500)
+    ask(stream, op="open", model="decaying")
+    for number, row in enumerate(x):
+        stream.send(json.dumps({"op": "step", "session": 0, "x": row, "ref": number}))
+    answers = [json.loads(stream.recv(timeout=30)) for _ in x]
+    assert [answer["ref"] for answer in answers] == list(range(500))
+    assert [answer["position"] for answer in answers] == list(range(1, 501))
+    assert [answer["y"] for answer in answers] == whole(server, "decaying", x)
+
+
+def test_a_client_that_does_not_read_is_not_read_and_holds_nobody_up(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.connect((host, int(port)))
+    slow.sendall(
+        b"GET /stream HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    while b"\r\n\r\n" not in slow.recv(4096):
+        pass
+
+    def frame(payload: bytes) -> bytes:
+        return bytes((0x81, 0x80 | 126)) + struct.pack(">H", len(payload)) + bytes(4) + payload
+
+    slow.sendall(frame(b'{"op": "open", "model": "lstm"}'))
+    # Its ref comes back with each answer, so that the answers fill the buffers soon.
+    step = frame(json.dumps({"op": "step", "session": 0, "x": [0] * FEATURES, "ref": "r" * 20_000}).encode())
+    slow.settimeout(2)
+    sent = 0
+    with pytest.raises(TimeoutError):
+        for _ in range(20_000):  # 400 MB: far more than all buffers hold
+            slow.sendall(step)
+            sent += 1
+    assert sent < 20_000
+    with server.client(timeout=5) as client:
+        assert client.post("/predict", json={"model": "lstm", "sequences": [frames(3)]}).status_code == 200
+        slow.close()
+        assert client.get("/readyz").status_code == 200
+
+
+def test_an_unknown_path_is_no_socket(server: Server) -> None:
+    with pytest.raises(Exception, match="40[34]"), connect(server.url.replace("http", "ws") + "/nothing"):
+        pass

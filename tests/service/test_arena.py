@@ -1,0 +1,72 @@
+"""The arena: rows never mix, and what is freed is never seen again."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.signature import StateSpec
+from service.arena import Arena
+
+SPECS = (
+    StateSpec(name="h", next_name="h.next", shape=(3,)),
+    StateSpec(name="c", next_name="c.next", shape=(2, 2), batch_axis=1),
+)
+
+
+@given(st.lists(st.one_of(st.just("take"), st.tuples(st.just("give"), st.integers(0, 1000))), max_size=300))
+def test_a_new_slot_is_zero_and_others_keep_what_they_have(acts: list) -> None:
+    arena = Arena(SPECS, 100)
+    held: dict[int, float] = {}
+    for number, act in enumerate(acts, start=1):
+        if act == "take":
+            slot = arena.take()
+            if slot is None:
+                assert len(held) == 100
+                continue
+            assert slot not in held
+            assert all((state == 0).all() for state in arena.read(slot).values())
+            arena.write(slot, {"h": np.full(3, number), "c": np.full((2, 2), number)})
+            held[slot] = number
+        elif held:
+            slot = sorted(held)[act[1] % len(held)]
+            arena.give_back(np.array([slot]))
+            del held[slot]
+        assert arena.taken == len(held)
+    for slot, value in held.items():
+        assert all((state == value).all() for state in arena.read(slot).values())
+
+
+def test_growing_keeps_states_positions_and_holds() -> None:
+    arena = Arena(SPECS, 1000)
+    first = arena.take()
+    assert first is not None
+    arena.write(first, {"h": np.arange(3), "c": np.ones((2, 2))})
+    arena.position[first], arena.used[first], arena.held[first] = 7, 1.5, True
+    capacity = arena.capacity
+    slots = arena.take_many(500)
+    assert slots is not None
+    assert first not in slots
+    assert arena.capacity > capacity
+    assert arena.read(first)["h"].tolist() == [0, 1, 2]
+    assert (arena.position[first], arena.used[first], arena.held[first]) == (7, 1.5, True)
+    assert np.isinf(arena.used[slots]).all()
+    assert arena.take_many(1000) is None
+    assert arena.taken == 501
+
+
+def test_gather_and_scatter_put_the_batch_where_the_model_has_it() -> None:
+    arena = Arena(SPECS, 10)
+    slots = arena.take_many(3)
+    assert slots is not None
+    states = [np.arange(9.0).reshape(3, 3), np.arange(12.0).reshape(2, 3, 2)]
+    arena.scatter(slots, states)
+    back = arena.gather(slots)
+    assert [state.shape for state in back] == [(3, 3), (2, 3, 2)]
+    assert all((one == other).all() for one, other in zip(back, states, strict=True))
+    assert (arena.read(int(slots[1]))["c"] == states[1][:, 1]).all()
+    other = arena.take_many(1)
+    assert other is not None
+    arena.copy(slots[:1], other)
+    assert (arena.read(int(other[0]))["c"] == states[1][:, 0]).all()

@@ -1,0 +1,273 @@
+"""The engine: whoever is in a tick, each gets what one run over its own sequence gives, and only the guilty fail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.engine import Engine
+from service.errors import ModelFailed, NotFinite, QueueFull, SessionGone
+from service.sessions import SessionTable
+from tests.service.conftest import BROKEN, INFINITE, truth
+
+Make = Callable[..., tuple[Engine, SessionTable]]
+
+any_make = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def drawn(steps: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(steps, 2)).astype(np.float32)
+
+
+@any_make
+@given(
+    sequences=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=12),
+    max_batch=st.integers(1, 8),
+    quantum=st.integers(1, 16),
+    costly=st.booleans(),
+)
+def test_any_chunks_in_any_company_give_the_bits_of_one_run(
+    make: Make, sequences: list[list[int]], max_batch: int, quantum: int, costly: bool
+) -> None:
+    engine, table = make(max_batch=max_batch, quantum=quantum, step_seconds=1e-2 if costly else 1e-6)
+
+    async def client(number: int, chunks: list[int]) -> None:
+        x = drawn(sum(chunks), number)
+        session, done, ys = table.create(engine, None), 0, []
+        for chunk in chunks:
+            y, position = await table.step(session, x[done : done + chunk], True)
+            done += chunk
+            assert position == done
+            ys.append(y)
+        assert np.concatenate(ys).tobytes() == truth(x).tobytes()
+        await table.delete(session.id)
+
+    async def everyone() -> None:
+        await asyncio.gather(*(client(number, chunks) for number, chunks in enumerate(sequences)))
+
+    asyncio.run(everyone())
+    assert engine.queued == 0
+    assert engine.arena.taken == 0
+    runs = engine.model.runtime.runs  # type: ignore[attr-defined]
+    assert max(rows for rows, _ in runs) <= max(1, max_batch)
+    assert max(steps for _, steps in runs) <= quantum
+
+
+def test_what_waits_together_runs_together(make: Make) -> None:
+    engine, table = make()
+
+    async def scenario() -> None:
+        sessions = [table.create(engine, None) for _ in range(50)]
+        await asyncio.gather(*(table.step(session, drawn(1, 0), True) for session in sessions))
+
+    asyncio.run(scenario())
+    assert engine.model.runtime.runs == [(50, 1)]  # type: ignore[attr-defined]
+
+
+def test_a_model_that_is_not_exact_runs_one_row_and_one_step_at_a_time(make: Make) -> None:
+    engine, table = make(exact=False)
+
+    async def scenario() -> None:
+        sessions = [table.create(engine, None) for _ in range(3)]
+        await asyncio.gather(*(table.step(session, drawn(4, 0), True) for session in sessions))
+
+    asyncio.run(scenario())
+    assert set(engine.model.runtime.runs) == {(1, 1)}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("poison", "problem"), [(BROKEN, ModelFailed), (INFINITE, NotFinite)])
+@pytest.mark.parametrize("costly", [False, True])
+def test_a_poisoned_step_fails_alone_and_moves_nothing(
+    make: Make, poison: float, problem: type[Exception], costly: bool
+) -> None:
+    engine, table = make(step_seconds=1e-2 if costly else 1e-6, quantum=4)
+    x = drawn(10, 1)
+    bad = x.copy()
+    bad[7, 1] = poison
+
+    async def scenario() -> None:
+        guilty = table.create(engine, None)
+        others = [table.create(engine, None) for _ in range(5)]
+        await table.step(guilty, x[:3], True)
+        results = await asyncio.gather(
+            table.step(guilty, bad, True), *(table.step(other, x, True) for other in others), return_exceptions=True
+        )
+        assert isinstance(results[0], problem)
+        if poison == INFINITE:
+            assert results[0].extensions["step"] == 7  # type: ignore[union-attr]
+        for result in results[1:]:
+            assert result[0].tobytes() == truth(x).tobytes()  # type: ignore[index]
+        assert guilty.position == 3
+        y, position = await table.step(guilty, x[3:], True)
+        assert y.tobytes() == truth(x)[3:].tobytes()
+        assert position == 10
+
+    asyncio.run(scenario())
+    assert engine.queued == 0
+
+
+def test_poison_in_a_block_fails_its_row_alone(make: Make) -> None:
+    engine, table = make(max_batch=8)
+    x = np.stack([drawn(3, row) for row in range(20)])
+    x[5, 1, 0], x[13, 2, 0] = BROKEN, INFINITE
+
+    async def scenario() -> tuple[Any, ...]:
+        sessions = [table.create(engine, None) for _ in range(20)]
+        await table.delete(sessions[2].id)
+        slots = np.array([session.slot for session in sessions])
+        return await table.step_many(sessions, slots, x)
+
+    y, positions, problems = asyncio.run(scenario())
+    assert {row: type(problem) for row, problem in problems.items()} == {
+        2: SessionGone,
+        5: ModelFailed,
+        13: NotFinite,
+    }
+    for row in set(range(20)) - set(problems):
+        assert y[row].tobytes() == truth(x[row]).tobytes()
+        assert positions[row] == 3
+    assert (positions[5], positions[13]) == (0, 0)
+
+
+def test_a_cancelled_step_is_dropped_before_it_is_computed_and_moves_nothing(make: Make) -> None:
+    engine, table = make(step_seconds=1e-2)
+    runtime: Any = engine.model.runtime
+
+    async def scenario() -> None:
+        busy, gone, after = (table.create(engine, None) for _ in range(3))
+        runtime.gate.clear()
+        first = asyncio.ensure_future(table.step(busy, drawn(30, 1), True))
+        await asyncio.sleep(0.05)
+        leaving = asyncio.ensure_future(table.step(gone, drawn(17, 2), True))
+        behind = asyncio.ensure_future(table.step(gone, drawn(5, 3), True))
+        staying = asyncio.ensure_future(table.step(after, drawn(17, 4), True))
+        await asyncio.sleep(0.05)
+        leaving.cancel()
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        y, position = await behind
+        assert (y.tobytes(), position) == (truth(drawn(5, 3)).tobytes(), 5)
+        assert (await staying)[0].tobytes() == truth(drawn(17, 4)).tobytes()
+        await first
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+
+    asyncio.run(scenario())
+    assert sum(rows * steps for rows, steps in runtime.runs) <= 30 + 17 + 5 + 17 // 4
+    assert engine.queued == 0
+
+
+def test_the_queue_is_bounded_and_what_was_accepted_is_answered(make: Make) -> None:
+    engine, table = make(max_queued_steps=100, step_seconds=1e-2)
+
+    async def scenario() -> list[Any]:
+        engine.model.runtime.gate.clear()  # type: ignore[attr-defined]
+        sessions = [table.create(engine, None) for _ in range(10)]
+        waiting = [asyncio.ensure_future(table.step(session, drawn(30, 0), True)) for session in sessions]
+        await asyncio.sleep(0.05)
+        engine.model.runtime.gate.set()  # type: ignore[attr-defined]
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        # Who was refused can go on.
+        await asyncio.gather(*(table.step(session, drawn(1, 0), True) for session in sessions))
+        return results
+
+    results = asyncio.run(scenario())
+    refused = [result for result in results if isinstance(result, QueueFull)]
+    answered = [result for result in results if not isinstance(result, Exception)]
+    assert len(answered) == 3
+    assert len(refused) == 7
+    assert all(y.tobytes() == truth(drawn(30, 0)).tobytes() for y, _ in answered)
+
+
+def test_a_long_sequence_on_the_thread_does_not_hold_up_single_steps(make: Make) -> None:
+    engine, table = make(step_seconds=1e-4)
+    runtime: Any = engine.model.runtime
+
+    async def scenario() -> None:
+        long, short = table.create(engine, None), table.create(engine, None)
+        await table.step(short, drawn(1, 0), True)  # runs in the event loop
+        free, runtime.gate = runtime.gate, type(runtime.gate)()
+        held = asyncio.ensure_future(table.step(long, drawn(500, 0), True))
+        await asyncio.sleep(0.05)
+        assert not held.done()
+        stuck, runtime.gate = runtime.gate, free  # the thread is held up, those who come now are not
+        _, position = await asyncio.wait_for(table.step(short, drawn(1, 1), True), 5)
+        assert position == 2
+        assert not held.done()
+        stuck.set()
+        assert (await held)[0].tobytes() == truth(drawn(500, 0)).tobytes()
+
+    asyncio.run(scenario())
+
+
+@any_make
+@given(st.lists(st.tuples(st.sampled_from(["one", "many", "reset", "delete"]), st.integers(0, 3)), max_size=25))
+def test_changes_of_a_session_come_one_by_one_in_order_of_arrival(make: Make, acts: list[tuple[str, int]]) -> None:
+    engine, table = make(max_batch=2)
+    x = np.ones((1, 2), np.float32)
+
+    async def scenario() -> None:
+        sessions = [table.create(engine, None) for _ in range(4)]
+        expected: list[list[float]] = [[] for _ in sessions]  # the state after each step that is to come
+        states = [0.0] * 4
+        dead = [False] * 4
+        answers: list[tuple[int, Any]] = []
+
+        async def act(kind: str, which: int) -> Any:
+            session = sessions[which]
+            if kind == "reset":
+                async with table.turn(session):
+                    engine.arena.write(session.slot, None)
+            elif kind == "delete":
+                await table.delete(session.id)
+            elif kind == "one":
+                return (await table.step(session, x, True))[0][0, 0]
+            return None
+
+        waiting = []
+        for kind, which in acts:
+            if kind == "many":
+                live = [number for number in range(4) if not dead[number]]
+                if not live:
+                    continue
+                chosen = [sessions[number] for number in live]
+                slots = np.array([session.slot for session in chosen])
+                waiting.append(
+                    asyncio.ensure_future(table.step_many(chosen, slots, np.ones((len(live), 1, 2), np.float32)))
+                )
+                answers.append((-1, live))
+                for number in live:
+                    states[number] = states[number] / 2 + 1
+                    expected[number].append(states[number])
+                continue
+            if dead[which]:
+                continue
+            waiting.append(asyncio.ensure_future(act(kind, which)))
+            answers.append((which, kind))
+            if kind == "one":
+                states[which] = states[which] / 2 + 1
+                expected[which].append(states[which])
+            elif kind == "reset":
+                states[which] = 0.0
+            else:
+                dead[which] = True
+            await asyncio.sleep(0)
+        results = await asyncio.wait_for(asyncio.gather(*waiting), 20)
+        got: list[list[float]] = [[] for _ in sessions]
+        for (which, what), result in zip(answers, results, strict=True):
+            if which == -1:
+                assert not result[2]
+                for row, number in enumerate(what):
+                    got[number].append(float(result[0][row, 0, 0]))
+            elif what == "one":
+                got[which].append(float(result))
+        assert got == [[float(np.float32(value)) for value in values] for values in expected]
+
+    asyncio.run(scenario())
+    assert not table._queues
