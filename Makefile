@@ -6,7 +6,7 @@ EXAMPLES := vowels sunspots sunspots-jordan
 # What builds and runs images; another engine with the same verbs will do.
 DOCKER ?= docker
 
-.PHONY: setup serve test check container-test
+.PHONY: setup serve test check bench container-test
 .DELETE_ON_ERROR:
 
 serve: setup
@@ -23,6 +23,10 @@ check: $(BIN)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Measures Cellserve beside what else there is and prints the table, within five minutes.
+bench: $(BIN)/.bench
+	$(BIN)/python -m bench --json bench.json
+
 # Builds the image and sees it serve, as another user, on a read-only file system.
 container-test:
 	DOCKER="$(DOCKER)" sh tests/container.sh
@@ -38,7 +42,7 @@ $(BIN)/python:
 	|| { rm -rf .venv; $(PYTHON) -m pip install -q virtualenv && $(PYTHON) -m virtualenv -q .venv; } \
 	|| { rm -rf .venv; apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv .venv; }
 
-# $(BIN)/.export and $(BIN)/.dev note that the extra of that name is installed.
+# $(BIN)/.export, $(BIN)/.dev and $(BIN)/.bench note that the extra of that name is installed.
 $(BIN)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$*]'
 	touch $@

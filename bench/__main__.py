@@ -65,8 +65,9 @@ class Rounds:
 def measure(folder: Path, rounds: int, seconds: float, step: Callable[[str], None]) -> tuple[list[Row], Rounds]:
     """Runs everything; gives the table and the figures behind it."""
     step("exporting the network")
-    command = f"import json; from bench.network import make; from pathlib import Path; print(json.dumps(make(Path({str(folder)!r}))))"
-    made = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, "-m", "bench.network", str(folder)], cwd=ROOT, capture_output=True, text=True
+    )
     if made.returncode:
         raise RuntimeError(made.stderr[-2000:])
     timings = json.loads(made.stdout.splitlines()[-1])["1x50"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +32,7 @@ def make(folder: Path) -> dict[str, Any]:
     network.save(folder / "bench.keras")
     made = export(Request(folder / "bench.keras", "bench", folder / "artifacts"), Console(quiet=True))
     return dict(Runtime(made / "model.onnx").document.timings)
+
+
+if __name__ == "__main__":
+    print(json.dumps(make(Path(sys.argv[1]))))

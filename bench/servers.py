@@ -33,7 +33,7 @@ class Server:
     def __init__(self, name: str, *command: str) -> None:
         self.name = name
         self.port = free_port()
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
         start = time.perf_counter()
         self.process = subprocess.Popen(
             [sys.executable, *(part.format(port=self.port) for part in command)],

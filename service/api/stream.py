@@ -108,8 +108,8 @@ class _Socket:
         self.handles: dict[str, int] = {}
         self.groups: dict[bytes, tuple[list[Session], Slots]] = {}  # by the handles of a binary frame
         self.window = service.settings.stream_window
-        self.under_way = 0  # frames that are not answered yet
-        self.outbox: deque[dict[str, Any]] = deque()
+        self.under_way = 0  # frames whose answers have not been sent yet
+        self.outbox: deque[tuple[dict[str, Any], bool]] = deque()
         self.stirred: asyncio.Future[None] | None = None  # the writer waits for something to send
         self.room: asyncio.Future[None] | None = None  # the reader waits for the window to open
         self.tasks: set[asyncio.Task[None]] = set()
@@ -142,17 +142,18 @@ class _Socket:
         loop = asyncio.get_running_loop()
         while True:
             while self.outbox:
-                await self.send(self.outbox.popleft())
+                message, last = self.outbox.popleft()
+                await self.send(message)
+                if last:
+                    self.under_way -= 1
+                    if self.room and not self.room.done():
+                        self.room.set_result(None)
             self.stirred = loop.create_future()
             await self.stirred
 
     def _put(self, message: dict[str, Any], last: bool = True) -> None:
         """Gives an answer to be sent, the last one or not of what a frame is answered."""
-        self.outbox.append(message)
-        if last:
-            self.under_way -= 1
-            if self.room and not self.room.done():
-                self.room.set_result(None)
+        self.outbox.append((message, last))
         if self.stirred and not self.stirred.done():
             self.stirred.set_result(None)
 

@@ -30,7 +30,7 @@ def test_sequences_side_by_side_and_one_after_the_other(server: Server, tmp_path
             "outputs": "all",
             "return_states": True,
         }
-        json_answer = client.post("/predict", json=ask).json()
+        json_answer = client.post("/predict", json={**ask, "sequences": [one.tolist() for one in sequences]}).json()
         body = save({"x": packed, "lengths": np.array(lengths, np.int32)})
         answer = client.post("/predict?model=lstm&outputs=all&return_states=true", content=body, headers=TYPE)
         last = client.post("/predict?model=lstm&outputs=last", content=body, headers=TYPE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import struct
@@ -52,7 +53,7 @@ def chunks(random_: random.Random) -> list[int]:
 
 @asynccontextmanager
 async def traffic(server: Server) -> AsyncIterator[None]:
-    """Random predictions, clients that leave before their answer, and bodies that do not fit, for as long as it runs."""
+    """Random predictions, clients that leave before their answer, bodies that do not fit, for as long as it runs."""
     stop = asyncio.Event()
 
     async def predict(seed: int) -> None:
@@ -68,10 +69,8 @@ async def traffic(server: Server) -> AsyncIterator[None]:
         random_ = random.Random(seed)
         while not stop.is_set():
             async with httpx.AsyncClient(base_url=server.url, timeout=random_.choice((0.001, 0.01, 0.05))) as client:
-                try:
+                with contextlib.suppress(httpx.TimeoutException):
                     await client.post("/predict", json={"model": "lstm", "sequences": [sequence(1, 3000).tolist()] * 3})
-                except httpx.TimeoutException:
-                    pass
             await asyncio.sleep(0.02)
 
     async def poison(seed: int) -> None:

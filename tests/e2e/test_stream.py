@@ -192,18 +192,16 @@ def test_a_client_that_does_not_read_is_not_read_and_holds_nobody_up(server: Ser
     # Its ref comes back with each answer, so that the answers fill the buffers soon.
     step = frame(json.dumps({"op": "step", "session": 0, "x": [0] * FEATURES, "ref": "r" * 20_000}).encode())
     slow.settimeout(2)
-    sent = 0
-    with pytest.raises(TimeoutError):
-        for _ in range(20_000):  # 400 MB: far more than all buffers hold
-            slow.sendall(step)
-            sent += 1
-    assert sent < 20_000
-    with server.client(timeout=5) as client:
-        assert client.post("/predict", json={"model": "lstm", "sequences": [frames(3)]}).status_code == 200
-        slow.close()
+    with slow:
+        with pytest.raises(TimeoutError):
+            for _ in range(20_000):  # 400 MB: far more than all buffers hold
+                slow.sendall(step)
+        with server.client() as client:
+            assert client.post("/predict", json={"model": "lstm", "sequences": [frames(3)]}).status_code == 200
+    with server.client() as client:
         assert client.get("/readyz").status_code == 200
 
 
 def test_an_unknown_path_is_no_socket(server: Server) -> None:
-    with pytest.raises(Exception, match="40[34]"), connect(server.url.replace("http", "ws") + "/nothing"):
+    with pytest.raises(Exception, match=r"40[34]"), connect(server.url.replace("http", "ws") + "/nothing"):
         pass
