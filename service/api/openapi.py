@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from service.api.binary import MEDIA_TYPES
 from service.service import Service
 
 _SESSION = {"session": "0b54b1fd5d2a4f3f9d63a3a1e6a1c0de", "model": "sunspots", "version": 1, "position": 0,
@@ -15,6 +16,8 @@ _STATES = {"type": "object", "description": "one array a state, by its tensor's 
 _OUTPUTS = {"enum": ["last", "all", None], "description": "outputs of the last or of all time steps; the model's own "
             "default where it is missing"}  # fmt: skip
 _MODEL = {"type": ["string", "null"], "description": "may be left out where one model is served"}
+
+_SAFETENSORS = MEDIA_TYPES[0].decode()
 
 
 def install(app: FastAPI, service: Service) -> None:
@@ -52,6 +55,19 @@ def install(app: FastAPI, service: Service) -> None:
 
 
 def _predict() -> dict[str, Any]:
+    operation = _predict_json()
+    operation["description"] = "Also in safetensors, with the options in the query: docs/protocol.md has the tensors."
+    tensors = {"schema": {"type": "string", "format": "binary"}}
+    operation["requestBody"]["content"][_SAFETENSORS] = tensors
+    operation["responses"]["200"]["content"][_SAFETENSORS] = tensors
+    operation["parameters"] = [
+        {"name": name, "in": "query", "schema": schema, "description": "of a body in safetensors"}
+        for name, schema in (("model", _MODEL), ("outputs", _OUTPUTS), ("return_states", {"type": "boolean"}))
+    ]
+    return operation
+
+
+def _predict_json() -> dict[str, Any]:
     return {
         "tags": ["predict"],
         "summary": "Predict whole sequences",
