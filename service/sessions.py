@@ -139,7 +139,13 @@ class SessionTable:
             session: The session.
             x: `[time, *features]`, checked.
             every_output: Whether the outputs of all time steps are wanted, or the last one's.
+
+        Raises:
+            SessionGone: It has ended since it was looked up; its slot may be another's by now.
+            QueueFull: Too much is waiting.
         """
+        if not session.alive:
+            raise self._missing(session.id)
         held = session.engine.arena.held
         if held[session.slot]:
             return None

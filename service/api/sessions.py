@@ -163,9 +163,8 @@ def router(service: Service) -> APIRouter:
     async def reset(session_id: str) -> dict[str, Any]:
         async with table.turn(table.get(session_id)) as session:
             session.engine.arena.write(session.slot, None)
-            session.engine.arena.position[session.slot] += (
-                1  # a reset is a change too: no position is used twice in a session's life
-            )
+            # A reset is a change too: no position is used twice in a session's life.
+            session.engine.arena.position[session.slot] += 1
             return told(table, session)
 
     return routes

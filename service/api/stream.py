@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 from collections import deque
 from typing import Any, Literal
@@ -28,7 +29,7 @@ Array = NDArray[Any]
 # A binary frame: kind, ref, number of sessions, time steps; all that follows is little-endian too.
 _HEADER = struct.Struct("<4I")
 STEP, STEPPED = 1, 0x81
-_GROUPS = 64  # of sessions that a socket has stepped together are remembered
+_GROUPS = 8  # of sessions that a socket has stepped together are remembered
 _SCOPE = {"method": "WS", "path": "/stream"}  # for the log
 
 
@@ -262,8 +263,8 @@ class _Socket:
         engine = sessions[0].engine
         shape = count, steps, *engine.model.reader.spec.shape
         x = np.frombuffer(body, "<f4", offset=start) if (len(body) - start) % 4 == 0 else np.empty(0, "<f4")
-        if x.size != np.prod(shape):
-            whole = start + 4 * int(np.prod(shape, dtype=np.int64))
+        if x.size != math.prod(shape):  # of Python's integers, which no header makes overflow
+            whole = start + 4 * math.prod(shape)
             raise InvalidInput(f"the frame has {len(body)} bytes: x of shape {list(shape)} in float32 makes it {whole}")
         x = x.reshape(shape)
         if not np.isfinite(x).all():

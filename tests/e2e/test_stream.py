@@ -98,13 +98,14 @@ def test_a_session_from_elsewhere_is_attached_and_outlives_the_socket(server: Se
         (struct.pack("<4I", 9, 5, 1, 1) + bytes(24), 422, "kind: 9"),
         (struct.pack("<4I", 1, 5, 0, 1), 422, "0 sessions"),
         (struct.pack("<4I", 1, 5, 4_000_000_000, 4_000_000_000), 422, "handles alone need"),
+        (struct.pack("<5I", 1, 5, 1, 0x80000000, 0), 422, "makes it"),
         (binary([0, 0], np.zeros((2, 1, FEATURES))), 422, "twice"),
         (binary([0, 1], np.zeros((2, 1, FEATURES))), 422, "several models"),
         (binary([3], np.zeros((1, 1, FEATURES))), 404, "no handle 3"),
         (binary([0], np.zeros((1, 2, FEATURES)))[:-1], 422, "makes it 60"),
         (binary([0], np.array([[[0, 0, np.nan, 0, 0]]])), 422, "x[0][0][2]: not a finite number"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_a_frame_that_does_not_fit_is_answered_and_the_socket_stays_open(
     server: Server, stream: ClientConnection, frame: str | bytes, status: int, told: str

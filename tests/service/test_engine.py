@@ -135,6 +135,22 @@ def test_poison_in_a_block_fails_its_row_alone(make: Make) -> None:
     assert (positions[5], positions[13]) == (0, 0)
 
 
+def test_a_session_that_ended_after_it_was_looked_up_never_moves_its_slots_next_owner(make: Make) -> None:
+    engine, table = make()
+
+    async def scenario() -> None:
+        ended = table.create(engine, None)
+        await table.delete(ended.id)
+        while (heir := table.create(engine, None)).slot != ended.slot:
+            pass
+        with pytest.raises(SessionGone):
+            await table.step(ended, drawn(1, 0), True)
+        y, position = await table.step(heir, drawn(3, 1), True)
+        assert (y.tobytes(), position) == (truth(drawn(3, 1)).tobytes(), 3)
+
+    asyncio.run(scenario())
+
+
 def test_a_cancelled_step_is_dropped_before_it_is_computed_and_moves_nothing(make: Make) -> None:
     engine, table = make(step_seconds=1e-2)
     runtime: Any = engine.model.runtime
