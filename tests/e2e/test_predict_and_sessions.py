@@ -160,10 +160,13 @@ def test_idle_sessions_expire_and_a_full_server_says_so(repository: Path, serve:
 def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path, serve: Callable[..., Server]) -> None:
     server = serve("--models", str(repository))
     answers: list[int] = []
+    # Made before the clock runs: on a busy machine it takes longer than the wait below.
+    body = {"model": "lstm", "sequences": [frames(4000, seed) for seed in range(8)]}
+    client = server.client()
+    assert client.get("/readyz").status_code == 200
 
     def ask() -> None:
-        with server.client() as client:
-            body = {"model": "lstm", "sequences": [frames(4000, seed) for seed in range(8)]}
+        with client:
             answers.append(client.post("/predict", json=body).status_code)
 
     asking = threading.Thread(target=ask)
