@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -161,13 +162,14 @@ def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path, s
     server = serve("--models", str(repository))
     answers: list[int] = []
     # Made before the clock runs: on a busy machine it takes longer than the wait below.
-    body = {"model": "lstm", "sequences": [frames(4000, seed) for seed in range(8)]}
+    body = json.dumps({"model": "lstm", "sequences": [frames(4000, seed) for seed in range(8)]}).encode()
     client = server.client()
     assert client.get("/readyz").status_code == 200
 
     def ask() -> None:
         with client:
-            answers.append(client.post("/predict", json=body).status_code)
+            headers = {"content-type": "application/json"}
+            answers.append(client.post("/predict", content=body, headers=headers).status_code)
 
     asking = threading.Thread(target=ask)
     asking.start()
