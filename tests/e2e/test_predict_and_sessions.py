@@ -163,18 +163,17 @@ def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path, s
     answers: list[int] = []
     # Made before the clock runs: on a busy machine it takes longer than the wait below.
     body = json.dumps({"model": "lstm", "sequences": [frames(4000, seed) for seed in range(8)]}).encode()
-    client = server.client()
-    assert client.get("/readyz").status_code == 200
+    with server.client() as client:
+        assert client.get("/readyz").status_code == 200
 
-    def ask() -> None:
-        with client:
+        def ask() -> None:
             headers = {"content-type": "application/json"}
             answers.append(client.post("/predict", content=body, headers=headers).status_code)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
-    time.sleep(0.3)
-    os.kill(server.process.pid, signal.SIGTERM)
-    asking.join()
+        asking = threading.Thread(target=ask)
+        asking.start()
+        time.sleep(0.3)
+        os.kill(server.process.pid, signal.SIGTERM)
+        asking.join()
     assert server.process.wait(timeout=60) == 0
     assert answers == [200]
