@@ -63,7 +63,7 @@ def create_app(settings: Settings) -> HotPaths:
     app.include_router(operations.router(service))
     _answer_problems(app)
     openapi.install(app, service)
-    return HotPaths(app, predict, step)
+    return HotPaths(app, service, predict, step)
 
 
 class HotPaths:
@@ -72,8 +72,8 @@ class HotPaths:
     FastAPI's middleware and routing would cost more than the model's step.
     """
 
-    def __init__(self, app: FastAPI, predict: Endpoint, step: Endpoint) -> None:
-        self.app, self.predict, self.step = app, predict, step
+    def __init__(self, app: FastAPI, service: Service, predict: Endpoint, step: Endpoint) -> None:
+        self.app, self.service, self.predict, self.step = app, service, predict, step
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serves one connection."""

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 
 from pydantic import ValidationError
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here and not above, so that --help and a mistyped flag answer at once.
     import uvicorn
 
+    from service.api.short_way import ShortWay
     from service.app import create_app
     from service.repository import BrokenModel
     from service.runtime import RuntimeUnavailable
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         server_header=False,
         proxy_headers=False,  # nothing here asks who the client is
         interface="asgi3",
+        http=partial(ShortWay, app.service),  # type: ignore[arg-type]
         ws="websockets-sansio",
         ws_max_size=settings.max_body_bytes,
         ws_per_message_deflate=False,

@@ -23,10 +23,12 @@ from service.arena import Arena, Slots
 from service.errors import ModelFailed, NotFinite, Problem, QueueFull
 from service.repository import Model
 from service.settings import Settings
-from service.ticks import FULL_ROWS, Advance, Cost, Lane, Tick
+from service.ticks import Advance, Cost, Lane, Tick
 
 Array = NDArray[Any]
 
+_FULL_ROWS = 64
+_SLACK = 0.75  # of the time that the event loop has for a tick is planned for: predictions are not exact
 _GATHERING_TURNS = 3  # of the event loop, each a few microseconds where nothing has arrived
 _LONG_WAIT_SECONDS = 0.02
 
@@ -64,13 +66,13 @@ class Engine:
         self._executor = executor
         self._cost = Cost(model.runtime, self.max_batch)
         # What a full tick can do in the event loop's time counts as short.
-        rows = min(self.max_batch, FULL_ROWS)
+        rows = min(self.max_batch, _FULL_ROWS)
         self._short_steps = (
             max((steps for steps in range(self._quantum) if self._is_cheap(rows, steps + 1)), default=0) + 1
         )
-        padding = self._cost.padding if exact else 0
-        self._short = Lane(self.max_batch, self._quantum, padding)
-        self._long = Lane(self.max_batch, self._quantum, padding)
+        cheap_seconds = _SLACK * self._inline_seconds
+        self._short = Lane(self._cost, self.max_batch, self._quantum, cheap_seconds)
+        self._long = Lane(self._cost, self.max_batch, self._quantum, cheap_seconds)
         self._lanes = [self._short, self._long]
         self.queued = 0  # time steps that wait, over all slots
         self.settle: Callable[[Slots, Array], Array]  # told the slots of sessions that have moved and how far
@@ -149,10 +151,11 @@ class Engine:
         """Runs or begins the next tick of a lane; says whether another could follow at once."""
         if not lane.waiting:
             return False
-        cheap = self._is_cheap(*lane.first)
+        steps, rows = lane.plan()
+        cheap = self._is_cheap(rows, steps)
         if not cheap and self._on_thread:
             return False
-        tick = lane.take()
+        tick = lane.take(steps)
         for advance in tick.dropped:
             self._end(advance, False)
         if not tick.advances:

@@ -69,10 +69,12 @@ class TensorReader:
 
     def sequences(self, raw: msgspec.Raw) -> list[Array]:
         """Reads `sequences`: a list of `[time, *features]`, each of its own length, from the first time step on."""
-        place = "sequences"
-        read = decode(self._sequences, raw, place)
+        return self.arrays(decode(self._sequences, raw, "sequences"))
+
+    def arrays(self, sequences: list[list[Any]]) -> list[Array]:
+        """Makes arrays `[time, *features]` of sequences in nested lists of numbers."""
         with np.errstate(over="ignore"):
-            return [self._sequence(sequence, f"{place}[{number}]") for number, sequence in enumerate(read)]
+            return [self._sequence(sequence, f"sequences[{number}]") for number, sequence in enumerate(sequences)]
 
     def _sequence(self, values: list[Any], place: str) -> Array:
         if self._flat and set(map(len, values)) == {self._flat}:

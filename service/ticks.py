@@ -17,9 +17,11 @@ from service.runtime import Runtime
 
 Array = NDArray[Any]
 
-FULL_ROWS = 64  # rows that may take a whole quantum in one tick; of fewer time steps more rows may
 _PROBE_STEPS = 8
-_TICK_SECONDS = 60e-6  # what a tick costs beside the run
+_TICK_SECONDS = 100e-6  # what a tick costs beside the run
+_ROW_SECONDS = 3e-6  # and each row of it
+_FIXED_SHARE = 0.25  # of what a row costs by itself: more than that is too much to pay for what all rows share
+_MOST_PADDING = 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -86,17 +88,20 @@ class Tick:
 
 
 class Lane:
-    """Advances that wait, in the order of their arrival, kept apart by the time steps of their next tick.
+    """Advances that wait, in the order of their arrival, kept apart by the time steps that they could take in a tick.
 
     Args:
-        max_batch: Rows of a tick, at most; as many as make up `FULL_ROWS` whole quanta where they are long.
+        cost: What ticks cost.
+        max_batch: Rows of a tick, at most.
         quantum: Time steps of a tick, at most.
-        padding: Time steps that a row may be padded by in any case.
+        cheap_seconds: What a tick should not take longer than, where that costs little throughput.
     """
 
-    def __init__(self, max_batch: int, quantum: int, padding: int = 0) -> None:
-        self._max_batch, self._quantum, self._padding = max_batch, quantum, padding
+    def __init__(self, cost: Cost, max_batch: int, quantum: int, cheap_seconds: float) -> None:
+        self._cost, self._quantum = cost, quantum
+        self._room = cost.room(max_batch, quantum, cheap_seconds)
         self._buckets: dict[int, deque[Advance]] = {}  # by min(remaining, quantum); none is empty
+        self._rows = np.zeros(quantum + 1, np.intp)  # that wait, by the same
         self._arrivals = 0
         self.waiting = 0
 
@@ -104,51 +109,61 @@ class Lane:
         """Queues an advance, or queues it again when it has had a tick."""
         self._arrivals += 1
         advance.number = self._arrivals
-        steps = min(advance.remaining, self._quantum)
+        steps = advance.remaining
+        if steps > self._quantum:
+            steps = self._quantum
         bucket = self._buckets.get(steps)
         if bucket is None:
             self._buckets[steps] = bucket = deque()
         bucket.append(advance)
+        self._rows[steps] += advance.rows
         self.waiting += 1
 
-    @property
-    def first(self) -> tuple[int, int]:
-        """Tells of the next tick, while something waits, about how many rows and time steps it will have."""
-        steps, bucket = self._oldest()
-        return min(max(self.waiting, bucket[0].rows), self._room(steps)), steps
+    def plan(self) -> tuple[int, int]:
+        """Gives the next tick's time steps and about how many rows it will have."""
+        if len(self._buckets) == 1:
+            (steps,) = self._buckets
+        else:
+            steps = self._cost.best_steps(self._rows, self._room)
+        return steps, min(int(self._rows[steps:].sum()), int(self._room[steps]))
 
-    def take(self) -> Tick:
-        """Chooses the next tick and takes its advances out; there may be none, where all that waited was cancelled.
+    def take(self, steps: int) -> Tick:
+        """Takes the next tick's advances out; there may be none, where all that waited was cancelled.
 
-        The one that has waited longest sets the number of time steps. Others join it that have as many left, or that
-        would take nearly as many (three quarters) in a tick of their own: the longer ones take less than they could,
-        the shorter ones are padded, also where that costs less than a tick of their own. So little padding is computed,
-        and a long sequence holds a short one up for no longer than a tick.
+        The one that has waited longest takes part always. Others join that can take as many time steps or more, the
+        shortest first; those that can take nearly as many are padded, as far as that costs less than it gains.
         """
-        steps, _ = self._oldest()
         tick = Tick([], [], [])
-        room = self._room(steps)
-        most, least = 4 * steps // 3, min(-(-3 * steps // 4), steps - self._padding)
-        fitting = [key for key in self._buckets if least <= key <= most]
-        for key in sorted(fitting, key=lambda key: (key != steps, -key)):
-            bucket = self._buckets[key]
-            while bucket and (room >= bucket[0].rows or not tick.advances):
-                advance = bucket.popleft()
-                self.waiting -= 1
-                if advance.done.cancelled():
-                    tick.dropped.append(advance)
-                    continue
-                tick.add(advance, min(advance.remaining, steps))
-                room -= advance.rows
-            if not bucket:
-                del self._buckets[key]
+        room = int(self._room[steps])
+        if len(self._buckets) == 1:
+            self._fill(tick, steps, steps, room)
+            return tick
+        oldest = min(self._buckets, key=lambda key: self._buckets[key][0].number)
+        room -= self._fill(tick, oldest, steps, 1)
+        worth = self._cost.worth_padding(steps)
+        longer = sorted(key for key in self._buckets if key >= steps)
+        shorter = sorted((key for key in self._buckets if worth <= key < steps), reverse=True)
+        for key in (*longer, *shorter):
+            if room <= 0:
+                break
+            room -= self._fill(tick, key, steps, room)
         return tick
 
-    def _oldest(self) -> tuple[int, deque[Advance]]:
-        return min(self._buckets.items(), key=lambda item: item[1][0].number)
-
-    def _room(self, steps: int) -> int:
-        return min(self._max_batch, FULL_ROWS * self._quantum // steps)
+    def _fill(self, tick: Tick, key: int, steps: int, room: int) -> int:
+        """Moves advances of a bucket to a tick while there is room, the first in any case; gives their rows."""
+        bucket, rows = self._buckets[key], 0
+        while bucket and rows < room and (rows + bucket[0].rows <= room or not tick.advances):
+            advance = bucket.popleft()
+            self._rows[key] -= advance.rows
+            self.waiting -= 1
+            if advance.done.cancelled():
+                tick.dropped.append(advance)
+            else:
+                tick.add(advance, min(advance.remaining, steps))
+                rows += advance.rows
+        if not bucket:
+            del self._buckets[key]
+        return rows
 
 
 class Cost:
@@ -162,7 +177,7 @@ class Cost:
     def __init__(self, runtime: Runtime, max_batch: int) -> None:
         one, many, long = (runtime.seconds(rows, steps) for rows, steps in ((1, 1), (max_batch, 1), (1, _PROBE_STEPS)))
         step = max(0.0, long - one) / (_PROBE_STEPS - 1)
-        self._row = max(0.0, many - one) / max(1, max_batch - 1)
+        self._row = max(1e-9, many - one) / max(1, max_batch - 1)
         self._step = max(0.0, step - self._row)
         self._call = max(0.0, one - self._step - self._row)
         self._factor = 1.0
@@ -171,10 +186,38 @@ class Cost:
         """Gives the seconds that a run is expected to take."""
         return self._factor * (self._call + steps * (self._step + rows * self._row))
 
-    @property
-    def padding(self) -> int:
-        """Time steps of padding that cost half of what a tick of one's own would."""
-        return int((_TICK_SECONDS + self._call) / (2 * max(self._row, 1e-9)))
+    def room(self, max_batch: int, quantum: int, cheap_seconds: float) -> NDArray[np.intp]:
+        """Gives the rows that a tick should have at most, by its time steps: `[quantum + 1]`.
+
+        As many as `cheap_seconds` allow, where a row then costs little more than it must; otherwise as many as bring
+        it near that.
+        """
+        steps = np.arange(quantum + 1)
+        steps[0] = 1
+        fixed = _TICK_SECONDS + self._call + steps * self._step
+        row = _ROW_SECONDS + steps * self._row
+        cheap = np.maximum(1, (cheap_seconds - fixed) // row)
+        enough = np.where(fixed / cheap <= _FIXED_SHARE * row, cheap, np.ceil(fixed / (_FIXED_SHARE * row)))
+        return np.clip(enough, 1, max_batch).astype(np.intp)
+
+    def best_steps(self, rows: NDArray[np.intp], room: NDArray[np.intp]) -> int:
+        """Gives the time steps of the tick that does most in a second.
+
+        Args:
+            rows: `[quantum + 1]`, rows that wait, by the time steps that they can take.
+            room: `[quantum + 1]`, rows that may take part, by the time steps of the tick.
+        """
+        steps = np.arange(len(rows))
+        taking = np.minimum(rows[::-1].cumsum()[::-1], room)
+        fixed = _TICK_SECONDS + self._call + steps * self._step
+        return int(np.argmax(taking * steps / (fixed + taking * (_ROW_SECONDS + steps * self._row))))
+
+    def worth_padding(self, steps: int) -> int:
+        """Gives how many time steps a row must take at least to be padded to so many.
+
+        It would cost more in a tick of its own.
+        """
+        return steps - int(min(_MOST_PADDING * steps, (_TICK_SECONDS + self._call) / (2 * self._row)))
 
     def learn(self, rows: int, steps: int, seconds: float) -> None:
         """Takes the seconds that a run took into account, slowly: one run that was interrupted says little."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any, TypeVar
 
@@ -87,6 +88,34 @@ async def read_rest(message: MutableMapping[str, Any], scope: Scope, receive: Re
 
 def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {limit} bytes: send it in parts", limit=limit)
+
+
+class OneATurn:
+    """Lets requests through one a turn of the event loop, so that many large bodies hold up nothing that is small."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._passed = False  # one has, in this turn
+
+    async def __call__(self) -> None:
+        """Waits for its turn; the order is that of arrival."""
+        loop = asyncio.get_running_loop()
+        if not self._passed:
+            self._passed = True
+            loop.call_soon(self._next, loop)
+        else:
+            waiter = loop.create_future()
+            self._waiting.append(waiter)
+            await waiter
+
+    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():  # whose client has not gone
+                waiter.set_result(None)
+                loop.call_soon(self._next, loop)
+                return
+        self._passed = False
 
 
 async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:

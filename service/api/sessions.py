@@ -74,14 +74,20 @@ class Step:
             await send_problem(send, as_problem(error, scope))
 
 
+def plain_step(model: Model, body: bytes) -> Array | None:
+    """Reads what nearly every step is, one time step, in one pass: gives `[1, features]`.
+
+    All else, and every error, takes the long way: gives None, or raises what msgspec raises.
+    """
+    return model.reader.single(_plain_step_decoder.decode(body).x)
+
+
 def _read_step(model: Model, body: bytes) -> tuple[Array, bool, str | None]:
     """Gives x `[time, *features]`, whether it was one time step without a time axis, and the outputs asked for."""
     try:
-        # What nearly every step is, in one pass; all else, and every error, takes the long way.
-        plain = _plain_step_decoder.decode(body)
-        x = model.reader.single(plain.x)
+        x = plain_step(model, body)
         if x is not None:
-            return x, True, plain.outputs
+            return x, True, None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         pass
     request = decode(_step_decoder, body)

@@ -1,4 +1,4 @@
-"""How a tick is chosen: in order of arrival, with little padding, within its bounds."""
+"""How a tick is chosen: so that it does most in its time, with little padding, and nobody waits for long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.ticks import Advance, Lane
+from service.ticks import Advance, Cost, Lane, Tick
 
 
 @pytest.fixture(autouse=True)
@@ -28,36 +28,64 @@ def advance(steps: int, rows: int = 1) -> Advance:
     return Advance(np.zeros((rows, steps, 2), np.float32), rows, steps, slots, slots, True, False, done)
 
 
-def test_the_one_that_waited_longest_sets_the_steps_and_those_alike_join() -> None:
-    lane = Lane(max_batch=8, quantum=16)
-    waiting = [advance(steps) for steps in (12, 3, 100, 9, 8, 12, 16, 17)]
-    for one in waiting:
-        lane.append(one)
-    tick = lane.take()
-    assert {one.x.shape[1]: length for one, length in zip(tick.advances, tick.lengths, strict=True)} == {
-        12: 12, 100: 12, 9: 9, 16: 12, 17: 12,
-    }  # fmt: skip
-    assert [one.x.shape[1] for one in lane.take().advances] == [3]
-    assert [one.x.shape[1] for one in lane.take().advances] == [8]
-    assert lane.waiting == 0
+class Costing:
+    """A runtime whose runs cost what is said: `call + steps * (step + rows * row)` seconds."""
+
+    def __init__(self, call: float, step: float, row: float) -> None:
+        self.call, self.step, self.row = call, step, row
+
+    def seconds(self, batch: int, time_steps: int) -> float:
+        return self.call + time_steps * (self.step + batch * self.row)
 
 
-def test_padding_is_allowed_where_it_costs_less_than_a_tick() -> None:
-    lane = Lane(max_batch=8, quantum=16, padding=10)
-    for steps in (16, 6, 5):
-        lane.append(advance(steps))
-    assert sorted(lane.take().lengths) == [6, 16]
-    assert lane.take().lengths == [5]
+def lane(max_batch: int, quantum: int, call: float = 0.0, step: float = 0.0, row: float = 1e-3) -> Lane:
+    runtime: Any = Costing(call, step, row)
+    return Lane(Cost(runtime, max_batch), max_batch, quantum, cheap_seconds=1.0)
+
+
+def next_tick(waiting: Lane) -> Tick:
+    return waiting.take(waiting.plan()[0])
+
+
+def lengths(tick: Tick) -> dict[int, int]:
+    return {one.x.shape[1]: length for one, length in zip(tick.advances, tick.lengths, strict=True)}
+
+
+def test_where_rows_are_dear_those_run_together_that_need_little_padding() -> None:
+    waiting = lane(max_batch=8, quantum=16, row=1e-2)
+    for steps in (3, 100, 16, 15, 17):
+        waiting.append(advance(steps))
+    ran = lengths(next_tick(waiting))
+    assert ran.pop(3) == 3  # it has waited longest, and takes part in any case
+    assert ran == {100: 15, 16: 15, 15: 15, 17: 15} or ran == {100: 16, 16: 16, 17: 16}
+
+
+def test_where_runs_are_dear_and_rows_are_not_many_run_together() -> None:
+    waiting = lane(max_batch=8, quantum=16, call=1.0, row=1e-6)
+    for steps in (16, 6, 5, 4, 3):
+        waiting.append(advance(steps))
+    tick = next_tick(waiting)
+    assert len(tick.advances) == 5 or set(tick.lengths) == {max(tick.lengths)}
+
+
+def test_long_sequences_share_a_tick_that_is_as_long_as_the_loop_allows() -> None:
+    runtime: Any = Costing(1e-5, 1e-6, 2e-6)
+    waiting = Lane(Cost(runtime, 256), 256, 32, cheap_seconds=1e-3)
+    for _ in range(200):
+        waiting.append(advance(100))
+    steps, rows = waiting.plan()
+    assert steps == 32
+    assert 5e-4 < runtime.seconds(rows, steps) <= 1e-3
 
 
 def test_those_whom_nobody_waits_for_are_dropped() -> None:
-    lane = Lane(max_batch=8, quantum=16)
+    queue = lane(max_batch=8, quantum=16)
     waiting = [advance(4) for _ in range(3)]
     for one in waiting:
-        lane.append(one)
+        queue.append(one)
     waiting[0].done.cancel()
     waiting[2].done.cancel()
-    tick = lane.take()
+    tick = next_tick(queue)
     assert tick.advances == [waiting[1]]
     assert tick.dropped == [waiting[0], waiting[2]]
 
@@ -66,29 +94,33 @@ def test_those_whom_nobody_waits_for_are_dropped() -> None:
     st.lists(st.tuples(st.integers(1, 100), st.integers(1, 4)), min_size=1, max_size=60),
     st.integers(4, 16),
     st.integers(1, 32),
-    st.integers(0, 12),
+    st.tuples(*(st.sampled_from((1e-6, 1e-4, 1e-2)) for _ in range(3))),
 )
 def test_all_that_waits_is_run_within_the_bounds_and_nobody_is_passed_over_for_long(
-    waiting: list[tuple[int, int]], max_batch: int, quantum: int, padding: int
+    waiting: list[tuple[int, int]], max_batch: int, quantum: int, costs: tuple[float, float, float]
 ) -> None:
-    lane = Lane(max_batch, quantum, padding)
+    queue = lane(max_batch, quantum, *costs)
     for steps, rows in waiting:
-        lane.append(advance(steps, rows))
+        queue.append(advance(steps, rows))
     done: set[int] = set()
-    while lane.waiting:
-        oldest = min(bucket[0].number for bucket in lane._buckets.values())
-        tick = lane.take()
+    while queue.waiting:
+        oldest = min(bucket[0].number for bucket in queue._buckets.values())
+        tick = next_tick(queue)
         assert oldest in {one.number for one in tick.advances}
         assert sum(one.rows for one in tick.advances) <= max_batch
         assert max(tick.lengths) <= quantum
-        longest = max(tick.lengths)
+        padded = [
+            one for one, length in zip(tick.advances, tick.lengths, strict=True) if 4 * length < 3 * max(tick.lengths)
+        ]
+        assert all(one.number == oldest for one in padded)
         for one, length in zip(tick.advances, tick.lengths, strict=True):
-            assert length == longest or 4 * length >= 3 * longest or longest - length <= padding
+            assert 4 * length >= 3 * longest or one.number == oldest
             assert id(one) not in done
             one.position += length
             one.remaining -= length
             if one.remaining:
-                lane.append(one)
+                queue.append(one)
             else:
                 done.add(id(one))
     assert len(done) == len(waiting)
+    assert not queue._rows.any()

@@ -1,0 +1,147 @@
+"""A short way for the request that carries the load, a step of one time step: no task, no ASGI messages.
+
+It is uvicorn's own HTTP/1.1 protocol otherwise. A request that is not plainly such a step, or that anything is wrong
+with, is handed over whole to the ASGI application, which finds out what it is and says it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+import msgspec
+import orjson
+from numpy.typing import NDArray
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.api.messages import as_problem
+from service.api.sessions import plain_step, written
+from service.errors import Problem
+from service.service import Service
+from service.sessions import Session
+from service.ticks import Advance
+
+_BEGIN, _END = b"/sessions/", b"/step"
+_JSON = (b"content-type", b"application/json")
+_LARGEST_BODY = 64 * 1024
+_SCOPE = {"method": "POST", "path": "/sessions/{id}/step"}  # for the log
+
+
+class _Step:
+    """A request under way; uvicorn asks of it what it asks of its own cycles of request and response."""
+
+    def __init__(self) -> None:
+        self.body = b""
+        self.response_complete = False
+        self.disconnected = False
+        self.keep_alive = True
+        self.message_event = self
+        self.advance: Advance | None = None
+
+    def set(self) -> None:
+        """Is called when the client has gone: what has not been computed is dropped."""
+        if self.disconnected and self.advance:
+            self.advance.done.cancel()
+
+
+class ShortWay(HttpToolsProtocol):
+    """One connection.
+
+    Args:
+        service: Holds the sessions.
+        more: What uvicorn gives to a protocol.
+    """
+
+    def __init__(self, service: Service, **more: Any) -> None:
+        super().__init__(**more)
+        self._sessions = service.sessions
+        self._step: _Step | None = None  # whose body is being received
+
+    def on_message_begin(self) -> None:
+        """Begins a request; its scope is made where it is handed over."""
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
+
+    def on_headers_complete(self) -> None:
+        """Chooses the way."""
+        url, parser = self.url, self.parser
+        if (
+            url.startswith(_BEGIN)
+            and url.endswith(_END)
+            and _JSON in self.headers
+            and (self.cycle is None or self.cycle.response_complete)
+            and parser.get_method() == b"POST"
+            and parser.get_http_version() == "1.1"
+            and parser.should_keep_alive()
+            and not parser.should_upgrade()
+            and not self.expect_100_continue
+        ):
+            self._step = self.cycle = _Step()  # type: ignore[assignment]
+        else:
+            self._hand_over()
+
+    def on_body(self, body: bytes) -> None:
+        """Takes a part of the body."""
+        step = self._step
+        if step is None:
+            super().on_body(body)
+            return
+        step.body += body
+        if len(step.body) > _LARGEST_BODY:
+            self._hand_over_step(step)
+
+    def on_message_complete(self) -> None:
+        """Begins the step."""
+        step = self._step
+        if step is None:
+            super().on_message_complete()
+            return
+        try:
+            session = self._sessions.get(self.url[len(_BEGIN) : -len(_END)].decode())
+            x = plain_step(session.model, step.body)
+            advance = None if x is None else self._sessions.begin(session, x, True)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, Problem):
+            advance = None
+        if advance is None:
+            self._hand_over_step(step)
+            super().on_message_complete()
+            return
+        self._step = None
+        step.advance = advance
+        advance.done.add_done_callback(partial(self._answer, step, session))
+
+    def _answer(self, step: _Step, session: Session, done: asyncio.Future[NDArray[Any]]) -> None:
+        if step.disconnected or done.cancelled() or self.transport.is_closing():
+            return
+        assert step.advance is not None
+        try:
+            answer = written(session, done.result()[0], step.advance.reached[0], True, True)
+            body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+            status, headers = 200, [_JSON]
+        except Exception as error:
+            problem = as_problem(error, _SCOPE)
+            status, headers, body = problem.status, problem.headers(), problem.document()
+        lines = [b"%b: %b\r\n" % header for header in (*self.server_state.default_headers, *headers)]
+        self.transport.write(
+            b"%b%bcontent-length: %d\r\n\r\n%b" % (STATUS_LINE[status], b"".join(lines), len(body), body)
+        )
+        step.response_complete = True
+        if not step.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def _hand_over(self) -> None:
+        """Goes uvicorn's way from the end of the headers on."""
+        url, headers, expect = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expect
+        self.headers += headers  # the scope has this list
+        super().on_headers_complete()
+
+    def _hand_over_step(self, step: _Step) -> None:
+        """Goes uvicorn's way with as much of the body as there is."""
+        self._step = self.cycle = None  # type: ignore[assignment]
+        self._hand_over()
+        super().on_body(step.body)
