@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -160,17 +161,21 @@ class Engine:
             self._end(advance, False)
         if not tick.advances:
             return lane.waiting > 0
-        x, lengths, slots = tick.inputs()
-        states = self.arena.gather(slots)
+        try:
+            x, lengths, slots = tick.inputs()
+            states = self.arena.gather(slots)
+        except Exception as error:
+            self._fail(tick, error)
+            return lane.waiting > 0
         if cheap:
-            self._apply(tick, slots, lengths, self._run(x, lengths, states))
+            self._apply(tick, slots, lengths, states, self._run(x, lengths, states))
             return lane.waiting > 0
         self._on_thread = True
         self._lanes.sort(key=lambda other: other is lane)  # where both are costly they take turns
 
         def finish(run: asyncio.Future[Ran]) -> None:
             self._on_thread = False
-            self._apply(tick, slots, lengths, run.result())
+            self._apply(tick, slots, lengths, states, run.result())
             self._turn()
 
         loop = asyncio.get_running_loop()
@@ -207,14 +212,19 @@ class Engine:
                 np.moveaxis(state, spec.batch_axis, 0)[row] = np.moveaxis(rows, spec.batch_axis, 0)[0]
         return Ran(y, following, failed)
 
-    def _apply(self, tick: Tick, slots: Slots, lengths: NDArray[np.int32], ran: Ran) -> None:
+    def _apply(self, tick: Tick, slots: Slots, lengths: NDArray[np.int32], before: list[Array], ran: Ran) -> None:
         """Moves the states and hands out the outputs; what failed, is not finite or not wanted any more stays."""
         y = ran.y
-        if not (ran.failed or any(advance.done.cancelled() for advance in tick.advances)) and _all_finite(ran):
-            self.arena.scatter(slots, ran.states)
-        else:
-            self._scatter_good(tick, slots, ran)
-            tick.whole = False
+        try:
+            if not (ran.failed or any(advance.done.cancelled() for advance in tick.advances)) and _all_finite(ran):
+                self.arena.scatter(slots, ran.states)
+            else:
+                self._scatter_good(tick, slots, ran)
+                tick.whole = False
+        except Exception as error:
+            self.arena.scatter(slots, before)
+            self._fail(tick, error)
+            return
         if tick.whole:
             self._finish(tick, slots, lengths, y)
             return
@@ -242,6 +252,16 @@ class Engine:
             first = 0 if advance.every_output else length - 1
             advance.done.set_result(y[start:stop, first:length])
             start = stop
+
+    def _fail(self, tick: Tick, error: Exception) -> None:
+        """Ends all advances of a tick that could not be made; none has moved."""
+        log.error("a tick of model %s failed", self.model.name, exc_info=error)
+        for advance in tick.advances:
+            advance.problems = dict.fromkeys(range(advance.rows), self._failed())
+            self._end(advance, False)
+
+    def _failed(self) -> ModelFailed:
+        return ModelFailed(f"ONNX Runtime could not run model {self.model.name!r} on this request: nothing was applied")
 
     def _scatter_good(self, tick: Tick, slots: Slots, ran: Ran) -> None:
         start, kept = 0, []
@@ -307,7 +327,7 @@ class Engine:
             if place in problems:
                 continue
             if row in ran.failed:
-                problems[place] = ModelFailed(f"ONNX Runtime could not run model {self.model.name!r} on this request")
+                problems[place] = self._failed()
                 continue
             finite = np.isfinite(ran.y[row, :length]).reshape(length, -1).all(axis=1)
             states = (np.take(state, row, spec.batch_axis) for state, spec in zip(ran.states, specs, strict=True))
@@ -319,7 +339,9 @@ class Engine:
 
 
 def _all_finite(ran: Ran) -> bool:
-    return all(np.isfinite(array).all() for array in (ran.y, *ran.states))
+    with np.errstate(invalid="ignore", over="ignore"):
+        # A sum that is finite has only finite summands, and costs half as much as looking at each.
+        return all(math.isfinite(array.sum()) or np.isfinite(array).all() for array in (ran.y, *ran.states))
 
 
 def _not_finite(first: int, last: int | None) -> Problem:

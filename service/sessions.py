@@ -88,6 +88,7 @@ class SessionTable:
         self._live: dict[str, Session] = {}
         self._by_slot: dict[Engine, dict[int, Session]] = {}
         self._gone: OrderedDict[str, Tombstone] = OrderedDict()  # the oldest first
+        self.endings = 0  # of sessions, so far
         self._queues: dict[Session, deque[_Waiter]] = {}  # where two requests meet; most never do
 
     def __len__(self) -> int:
@@ -151,6 +152,23 @@ class SessionTable:
             return None
         held[session.slot] = True
         return self._submit(session.engine, session.slots, x[None], every_output)
+
+    def begin_many(self, engine: Engine, slots: Slots, x: Array) -> Advance | None:
+        """Queues a step of different live sessions at once; gives None where they are held or too many for one run.
+
+        Args:
+            engine: Of the sessions.
+            slots: Their slots.
+            x: `[sessions, time, *features]`, checked.
+
+        Raises:
+            QueueFull: Too much is waiting.
+        """
+        held = engine.arena.held
+        if len(slots) > engine.max_batch or held[slots].any():
+            return None
+        held[slots] = True
+        return self._submit(engine, slots, x, True)
 
     async def step(self, session: Session, x: Array, every_output: bool) -> tuple[Array, int]:
         """Steps a session when those before it have had their turn.
@@ -340,6 +358,7 @@ class SessionTable:
         """Ends a session that nobody else holds; who waits for it is told that it is gone."""
         arena, slot = session.engine.arena, session.slot
         session.alive = False
+        self.endings += 1
         del self._live[session.id], self._by_slot[session.engine][slot]
         position = int(arena.position[slot])
         self._gone[session.id] = Tombstone(reason, position, self._clock() + self._tombstone_seconds)

@@ -9,6 +9,8 @@ import asyncio
 import math
 import struct
 from collections import deque
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -23,6 +25,7 @@ from service.errors import InvalidInput, Problem, UnknownSession
 from service.service import Service
 from service.sessions import Session
 from service.tensors import decode
+from service.ticks import Advance
 
 Array = NDArray[Any]
 
@@ -83,6 +86,15 @@ class _Ref(msgspec.Struct):
 _ref_decoder = msgspec.json.Decoder(_Ref)
 
 
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Sessions that stand in a binary frame together."""
+
+    sessions: list[Session]
+    slots: Slots
+    endings: int = -1  # how many sessions had ended when all of these were seen alive
+
+
 class Stream:
     """The endpoint, plain ASGI: one instance serves all sockets."""
 
@@ -107,7 +119,7 @@ class _Socket:
         self.send = send
         self.sessions: list[Session] = []  # by handle
         self.handles: dict[str, int] = {}
-        self.groups: dict[bytes, tuple[list[Session], Slots]] = {}  # by the handles of a binary frame
+        self.groups: dict[bytes, _Group] = {}  # by the handles of a binary frame
         self.window = service.settings.stream_window
         self.under_way = 0  # frames whose answers have not been sent yet
         self.outbox: deque[tuple[dict[str, Any], bool]] = deque()
@@ -124,7 +136,7 @@ class _Socket:
             while (message := await receive())["type"] == "websocket.receive":
                 self.under_way += 1
                 text = message.get("text")
-                if text is None or not self._step_at_once(text):
+                if not (self._frame_at_once(message["bytes"]) if text is None else self._step_at_once(text)):
                     task = loop.create_task(self._answer(message))
                     self.tasks.add(task)
                     task.add_done_callback(self.tasks.discard)
@@ -174,19 +186,50 @@ class _Socket:
         if advance is None:
             return False
         self.waiting.add(advance.done)
-
-        def answer(done: asyncio.Future[Array]) -> None:
-            self.waiting.discard(done)
-            if done.cancelled():
-                return
-            try:
-                told = written(session, done.result()[0], advance.reached[0], True, True)
-                self._put_json({"op": "step", "ref": orjson.Fragment(bytes(frame.ref)), **told})
-            except Exception as error:
-                self._put_json(_problem(orjson.Fragment(bytes(frame.ref)), as_problem(error, _SCOPE)))
-
-        advance.done.add_done_callback(answer)
+        advance.done.add_done_callback(partial(self._answer_step, frame.ref, session, advance))
         return True
+
+    def _answer_step(self, ref: msgspec.Raw, session: Session, advance: Advance, done: asyncio.Future[Array]) -> None:
+        self.waiting.discard(done)
+        if done.cancelled():
+            return
+        answer: dict[str, Any] = {"op": "step", "ref": orjson.Fragment(bytes(ref))}
+        try:
+            answer |= written(session, done.result()[0], advance.reached[0], True, True)
+        except Exception as error:
+            answer = _problem(answer["ref"], as_problem(error, _SCOPE))
+        self._put_json(answer)
+
+    def _frame_at_once(self, body: bytes) -> bool:
+        """Begins a binary frame in the same way."""
+        try:
+            ref, group, x = self._steps(body)
+            engine = group.sessions[0].engine
+            advance = self.service.sessions.begin_many(engine, group.slots, x) if self._is_alive(group) else None
+        except Problem:
+            return False
+        if advance is None:
+            return False
+        self.waiting.add(advance.done)
+        advance.done.add_done_callback(partial(self._answer_frame, ref, group, advance))
+        return True
+
+    def _answer_frame(self, ref: int, group: _Group, advance: Advance, done: asyncio.Future[Array]) -> None:
+        self.waiting.discard(done)
+        if done.cancelled():
+            return
+        try:
+            self._put_frame(ref, group, done.result(), np.array(advance.reached), advance.problems or {})
+        except Problem as problem:  # of the only row
+            y = np.zeros((*advance.x.shape[:2], *group.sessions[0].model.output_shape))
+            self._put_frame(ref, group, y, np.array(advance.reached), {0: problem})
+
+    def _is_alive(self, group: _Group) -> bool:
+        """Says whether all sessions of a group are alive; none of them need be asked where none has ended since."""
+        endings = self.service.sessions.endings
+        if group.endings != endings and all(session.alive for session in group.sessions):
+            group.endings = endings
+        return group.endings == endings
 
     async def _answer(self, message: Any) -> None:
         text, binary = message.get("text"), message.get("bytes")
@@ -233,19 +276,22 @@ class _Socket:
         return self.service.sessions.get(self.sessions[name].id)
 
     async def _binary(self, body: bytes) -> None:
-        ref, sessions, slots, x = self._steps(body)
-        y, positions, problems = await self.service.sessions.step_many(sessions, slots, x)
-        count, steps = x.shape[:2]
+        ref, group, x = self._steps(body)
+        y, positions, problems = await self.service.sessions.step_many(group.sessions, group.slots, x)
+        self._put_frame(ref, group, y, positions, problems)
+
+    def _put_frame(self, ref: int, group: _Group, y: Array, positions: Array, problems: dict[int, Problem]) -> None:
+        count, steps = y.shape[:2]
         statuses = np.zeros(count, "<u4")
         for row, problem in problems.items():
             statuses[row] = problem.status
         parts = _HEADER.pack(STEPPED, ref, count, steps), positions.astype("<u8"), statuses, y.astype("<f4")
         for row, problem in problems.items():
-            self._put_json(_problem(ref, problem, session=sessions[row].id, row=row), last=False)
+            self._put_json(_problem(ref, problem, session=group.sessions[row].id, row=row), last=False)
         self._put({"type": "websocket.send", "bytes": b"".join([bytes(part) for part in parts])})
 
-    def _steps(self, body: bytes) -> tuple[int, list[Session], Slots, Array]:
-        """Reads a binary frame: its ref, the sessions, their slots and x `[sessions, time, *features]`."""
+    def _steps(self, body: bytes) -> tuple[int, _Group, Array]:
+        """Reads a binary frame: its ref, the sessions and x `[sessions, time, *features]`."""
         if len(body) < _HEADER.size:
             raise InvalidInput(f"the frame has {len(body)} bytes: its header alone has {_HEADER.size}")
         kind, ref, count, steps = _HEADER.unpack_from(body)
@@ -259,9 +305,8 @@ class _Socket:
         handles = np.frombuffer(body, "<u4", count, _HEADER.size)
         if int(handles.max()) >= len(self.sessions):
             raise UnknownSession(f"no handle {int(handles.max())} on this socket: open or attach the session first")
-        sessions, slots = self._group(handles)
-        engine = sessions[0].engine
-        shape = count, steps, *engine.model.reader.spec.shape
+        group = self._group(handles)
+        shape = count, steps, *group.sessions[0].model.reader.spec.shape
         x = np.frombuffer(body, "<f4", offset=start) if (len(body) - start) % 4 == 0 else np.empty(0, "<f4")
         if x.size != math.prod(shape):  # of Python's integers, which no header makes overflow
             whole = start + 4 * math.prod(shape)
@@ -270,10 +315,10 @@ class _Socket:
         if not np.isfinite(x).all():
             place = "x" + "".join(f"[{number}]" for number in np.argwhere(~np.isfinite(x))[0])
             raise InvalidInput(f"{place}: not a finite number", place=place)
-        return ref, sessions, slots, x
+        return ref, group, x
 
-    def _group(self, handles: NDArray[np.uint32]) -> tuple[list[Session], Slots]:
-        """Gives the sessions of some handles and their slots; mostly the same as in a frame before."""
+    def _group(self, handles: NDArray[np.uint32]) -> _Group:
+        """Gives the sessions of some handles; mostly the same as in a frame before."""
         key = handles.tobytes()
         group = self.groups.get(key)
         if group is None:
@@ -285,7 +330,7 @@ class _Socket:
                 raise InvalidInput("the sessions are of several models: send a frame for each model")
             if len(self.groups) >= _GROUPS:
                 self.groups.clear()
-            self.groups[key] = group = sessions, np.array([session.slot for session in sessions])
+            self.groups[key] = group = _Group(sessions, np.array([session.slot for session in sessions]))
         return group
 
 

@@ -112,6 +112,38 @@ def test_a_poisoned_step_fails_alone_and_moves_nothing(
     assert engine.queued == 0
 
 
+@pytest.mark.parametrize("part", ["gather", "scatter"])
+@pytest.mark.parametrize("costly", [False, True])
+def test_a_tick_that_cannot_be_made_fails_its_requests_and_the_engine_goes_on(
+    make: Make, part: str, costly: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, table = make(step_seconds=1e-2 if costly else 1e-6, quantum=4)
+    x, whole, left = drawn(10, 1), getattr(engine.arena, part), [1]
+
+    def short_of_memory(*arguments: Any) -> Any:
+        if left:
+            left.pop()
+            raise MemoryError
+        return whole(*arguments)
+
+    async def scenario() -> None:
+        sessions = [table.create(engine, None) for _ in range(3)]
+        await asyncio.gather(*(table.step(session, x[:2], True) for session in sessions))
+        monkeypatch.setattr(engine.arena, part, short_of_memory)
+        failed = await asyncio.gather(
+            *(table.step(session, x[2:4], True) for session in sessions), return_exceptions=True
+        )
+        assert any(isinstance(result, ModelFailed) for result in failed)
+        for session, result in zip(sessions, failed, strict=True):
+            position = 2 if isinstance(result, Exception) else 4
+            assert session.position == position
+            y, _ = await table.step(session, x[position:], True)
+            assert y.tobytes() == truth(x)[position:].tobytes()
+
+    asyncio.run(scenario())
+    assert engine.queued == 0
+
+
 def test_poison_in_a_block_fails_its_row_alone(make: Make) -> None:
     engine, table = make(max_batch=8)
     x = np.stack([drawn(3, row) for row in range(20)])
