@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here and not above, so that --help and a mistyped flag answer at once.
     import uvicorn
 
-    from service.api.short_way import ShortWay
+    from service.api.short_way import ShortFrames, ShortHttp
     from service.app import create_app
     from service.repository import BrokenModel
     from service.runtime import RuntimeUnavailable
@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         server_header=False,
         proxy_headers=False,  # nothing here asks who the client is
         interface="asgi3",
-        http=partial(ShortWay, app.service),  # type: ignore[arg-type]
-        ws="websockets-sansio",
+        http=partial(ShortHttp, app.service),  # type: ignore[arg-type]
+        ws=ShortFrames,
         ws_max_size=settings.max_body_bytes,
         ws_per_message_deflate=False,
     )

@@ -1,12 +1,13 @@
-"""A short way for the request that carries the load, a step of one time step: no task, no ASGI messages.
+"""A short way for what carries the load, single steps over HTTP and frames of `WS /stream`: no task, no ASGI messages.
 
-It is uvicorn's own HTTP/1.1 protocol otherwise. A request that is not plainly such a step, or that anything is wrong
-with, is handed over whole to the ASGI application, which finds out what it is and says it.
+They are uvicorn's own protocols otherwise. A request that is not plainly such a step, or that anything is wrong with,
+is handed over whole to the ASGI application, which finds out what it is and says it.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,9 @@ import msgspec
 import orjson
 from numpy.typing import NDArray
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import InvalidState
+from websockets.http11 import Request
 
 from service.api.messages import as_problem
 from service.api.sessions import plain_step, written
@@ -25,6 +29,7 @@ from service.ticks import Advance
 _BEGIN, _END = b"/sessions/", b"/step"
 _JSON = (b"content-type", b"application/json")
 _LARGEST_BODY = 64 * 1024
+EXTENSION = "cellserve.frames"  # of ASGI: the connection, which the endpoint may give a `take` to
 _SCOPE = {"method": "POST", "path": "/sessions/{id}/step"}  # for the log
 
 
@@ -45,8 +50,8 @@ class _Step:
             self.advance.done.cancel()
 
 
-class ShortWay(HttpToolsProtocol):
-    """One connection.
+class ShortHttp(HttpToolsProtocol):
+    """One connection of HTTP/1.1.
 
     Args:
         service: Holds the sessions.
@@ -145,3 +150,35 @@ class ShortWay(HttpToolsProtocol):
         self._step = self.cycle = None  # type: ignore[assignment]
         self._hand_over()
         super().on_body(step.body)
+
+
+class ShortFrames(WebSocketsSansIOProtocol):
+    """One WebSocket. Whoever serves it may take messages as they arrive, and send without waiting."""
+
+    take: Callable[[bytes, bool], bool] | None = None  # is given a message, and whether it is text; says if it took it
+
+    def handle_connect(self, event: Request) -> None:
+        """Begins to serve the socket."""
+        super().handle_connect(event)
+        if self.handshake_initiated and not self.close_sent:
+            self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
+
+    def send_receive_event_to_app(self) -> None:
+        """Gives a message to the application, in the short way where nothing is in the long one."""
+        if self.take is not None and self.queue.empty() and not self.close_sent:
+            message = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
+            if self.take(bytes(message), self.curr_msg_data_type == "text"):
+                self.frames = []
+                return
+        super().send_receive_event_to_app()
+
+    def put(self, data: bytes, text: bool) -> bool:
+        """Sends a message at once; does nothing and says so where the client reads too slowly or has gone."""
+        if not self.writable.is_set() or self.close_sent or self.transport.is_closing():
+            return False
+        try:
+            (self.conn.send_text if text else self.conn.send_binary)(data)
+        except InvalidState:
+            return False
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        return True

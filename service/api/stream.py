@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from service.api.messages import Receive, Scope, Send, as_problem
 from service.api.sessions import step_answer, told, written
+from service.api.short_way import EXTENSION, ShortFrames
 from service.arena import Slots
 from service.errors import InvalidInput, Problem, UnknownSession
 from service.service import Service
@@ -105,7 +106,7 @@ class Stream:
         """Serves one socket until it is closed."""
         await receive()
         await send({"type": "websocket.accept"})
-        await _Socket(self.service, send).serve(receive)
+        await _Socket(self.service, send, scope["extensions"].get(EXTENSION)).serve(receive)
 
 
 class _Socket:
@@ -114,15 +115,18 @@ class _Socket:
     A client that does not read its answers fills the window, and its frames are not read until it does.
     """
 
-    def __init__(self, service: Service, send: Send) -> None:
+    def __init__(self, service: Service, send: Send, short: ShortFrames | None) -> None:
         self.service = service
         self.send = send
+        self.short = short  # the short way, where the server offers it
         self.sessions: list[Session] = []  # by handle
         self.handles: dict[str, int] = {}
         self.groups: dict[bytes, _Group] = {}  # by the handles of a binary frame
         self.window = service.settings.stream_window
         self.under_way = 0  # frames whose answers have not been sent yet
-        self.outbox: deque[tuple[dict[str, Any], bool]] = deque()
+        self.beginning = 0  # tasks of frames that have not run yet; whoever comes later must not pass them
+        self.outbox: deque[tuple[bytes, bool, bool]] = deque()  # messages, whether they are text, and the last
+        self.writing = False  # one from the outbox
         self.stirred: asyncio.Future[None] | None = None  # the writer waits for something to send
         self.room: asyncio.Future[None] | None = None  # the reader waits for the window to open
         self.tasks: set[asyncio.Task[None]] = set()
@@ -132,18 +136,24 @@ class _Socket:
         """Reads frames until the socket is closed; what nobody waits for any more is dropped."""
         loop = asyncio.get_running_loop()
         writing = loop.create_task(self._write())
+        if self.short:
+            self.short.take = self._take
         try:
             while (message := await receive())["type"] == "websocket.receive":
-                self.under_way += 1
                 text = message.get("text")
-                if not (self._frame_at_once(message["bytes"]) if text is None else self._step_at_once(text)):
-                    task = loop.create_task(self._answer(message))
+                body = message["bytes"] if text is None else text.encode()
+                if not self._take(body, text is not None):
+                    self.under_way += 1
+                    self.beginning += 1
+                    task = loop.create_task(self._answer(body, text is not None))
                     self.tasks.add(task)
                     task.add_done_callback(self.tasks.discard)
                 while self.under_way >= self.window and not writing.done():
                     self.room = loop.create_future()
                     await asyncio.wait((self.room, writing), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            if self.short:
+                self.short.take = None
             writing.cancel()
             for task in self.tasks:
                 task.cancel()
@@ -155,27 +165,44 @@ class _Socket:
         loop = asyncio.get_running_loop()
         while True:
             while self.outbox:
-                message, last = self.outbox.popleft()
-                await self.send(message)
+                message, text, last = self.outbox.popleft()
+                self.writing = True
+                told = {"text": message.decode()} if text else {"bytes": message}
+                await self.send({"type": "websocket.send", **told})
+                self.writing = False
                 if last:
-                    self.under_way -= 1
-                    if self.room and not self.room.done():
-                        self.room.set_result(None)
+                    self._sent()
             self.stirred = loop.create_future()
             await self.stirred
 
-    def _put(self, message: dict[str, Any], last: bool = True) -> None:
+    def _sent(self) -> None:
+        self.under_way -= 1
+        if self.room and not self.room.done():
+            self.room.set_result(None)
+
+    def _put(self, message: bytes, text: bool, last: bool = True) -> None:
         """Gives an answer to be sent, the last one or not of what a frame is answered."""
-        self.outbox.append((message, last))
+        if self.short and not self.outbox and not self.writing and self.short.put(message, text):
+            if last:
+                self._sent()
+            return
+        self.outbox.append((message, text, last))
         if self.stirred and not self.stirred.done():
             self.stirred.set_result(None)
 
     def _put_json(self, document: Any, last: bool = True) -> None:
-        text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY).decode()
-        self._put({"type": "websocket.send", "text": text}, last)
+        self._put(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), True, last)
 
-    def _step_at_once(self, text: str) -> bool:
-        """Begins what nearly every frame is, a step of a session that nobody else holds, without a task of its own."""
+    def _take(self, body: bytes, text: bool) -> bool:
+        """Begins a frame without a task of its own where that can be; says whether it has."""
+        if self.beginning or self.under_way >= self.window:
+            return False
+        begun = self._step_at_once(body) if text else self._frame_at_once(body)
+        self.under_way += begun
+        return begun
+
+    def _step_at_once(self, text: bytes) -> bool:
+        """Begins what nearly every frame is, a step of a session that nobody else holds."""
         try:
             frame = _plain_decoder.decode(text)
             session = self._session(frame.session)
@@ -231,15 +258,15 @@ class _Socket:
             group.endings = endings
         return group.endings == endings
 
-    async def _answer(self, message: Any) -> None:
-        text, binary = message.get("text"), message.get("bytes")
+    async def _answer(self, body: bytes, text: bool) -> None:
+        self.beginning -= 1
         try:
-            if text is not None:
-                self._put_json(await self._text(text.encode()))
+            if text:
+                self._put_json(await self._text(body))
             else:
-                await self._binary(binary)
+                await self._binary(body)
         except Exception as error:
-            self._put_json(_problem(_ref_of(text, binary), as_problem(error, _SCOPE)))
+            self._put_json(_problem(_ref_of(body, text), as_problem(error, _SCOPE)))
 
     async def _text(self, body: bytes) -> dict[str, Any]:
         table = self.service.sessions
@@ -288,7 +315,7 @@ class _Socket:
         parts = _HEADER.pack(STEPPED, ref, count, steps), positions.astype("<u8"), statuses, y.astype("<f4")
         for row, problem in problems.items():
             self._put_json(_problem(ref, problem, session=group.sessions[row].id, row=row), last=False)
-        self._put({"type": "websocket.send", "bytes": b"".join([bytes(part) for part in parts])})
+        self._put(b"".join([bytes(part) for part in parts]), False)
 
     def _steps(self, body: bytes) -> tuple[int, _Group, Array]:
         """Reads a binary frame: its ref, the sessions and x `[sessions, time, *features]`."""
@@ -338,11 +365,11 @@ def _problem(ref: Any, problem: Problem, **more: Any) -> dict[str, Any]:
     return {"op": "error", "ref": ref, **more, "problem": orjson.Fragment(problem.document())}
 
 
-def _ref_of(text: str | None, binary: bytes | None) -> Any:
+def _ref_of(body: bytes, text: bool) -> Any:
     """Gives the ref of a frame that did not fit, as far as it can be read."""
-    if text is None:
-        return _HEADER.unpack_from(binary)[1] if binary and len(binary) >= _HEADER.size else None
+    if not text:
+        return _HEADER.unpack_from(body)[1] if len(body) >= _HEADER.size else None
     try:
-        return orjson.Fragment(bytes(_ref_decoder.decode(text).ref))
+        return orjson.Fragment(bytes(_ref_decoder.decode(body).ref))
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return None
