@@ -24,7 +24,7 @@ from service.arena import Arena, Slots
 from service.errors import ModelFailed, NotFinite, Problem, QueueFull
 from service.repository import Model
 from service.settings import Settings
-from service.ticks import Advance, Cost, Lane, Tick
+from service.ticks import Advance, Cost, Lane, Tick, Told
 
 Array = NDArray[Any]
 
@@ -81,7 +81,9 @@ class Engine:
         self._scheduled = False  # a turn of the event loop is to come
         self._on_thread = False  # a tick is under way on the thread
 
-    def submit(self, slots: Slots, x: Array, every_output: bool, kept: bool = False) -> Advance:
+    def submit(
+        self, slots: Slots, x: Array, every_output: bool, kept: bool = False, done: Told | None = None
+    ) -> Advance:
         """Queues an advance.
 
         Args:
@@ -90,6 +92,7 @@ class Engine:
             every_output: Whether the outputs of all time steps are wanted.
             kept: Whether they are slots of sessions, which outlive the request and must each move as a whole or not at
                 all; `settle` or `release` is called for each in the moment when it ends, whoever waits for the answer.
+            done: What to tell the end; a future where it is left out.
 
         Returns:
             The advance. Its `done` gives `y [rows, time, *outputs]` (time is 1 where the last output is wanted);
@@ -106,7 +109,7 @@ class Engine:
             )
         loop = asyncio.get_running_loop()
         own = self._copied(slots) if kept and steps > self._quantum else slots
-        advance = Advance(x, rows, steps, own, slots, every_output, kept, loop.create_future())
+        advance = Advance(x, rows, steps, own, slots, every_output, kept, done or loop.create_future())
         (self._short if steps <= self._short_steps else self._long).append(advance)
         self.queued += rows * steps
         if not self._scheduled:

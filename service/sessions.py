@@ -20,7 +20,7 @@ from service.arena import Slots
 from service.engine import Engine
 from service.errors import Problem, ServerFull, SessionGone, UnknownSession
 from service.repository import Model
-from service.ticks import Advance
+from service.ticks import Advance, Told
 
 Array = NDArray[Any]
 
@@ -133,13 +133,14 @@ class SessionTable:
         """Counts as using a session, as stepping it does."""
         session.engine.arena.used[session.slot] = self._clock()
 
-    def begin(self, session: Session, x: Array, every_output: bool) -> Advance | None:
+    def begin(self, session: Session, x: Array, every_output: bool, done: Told | None = None) -> Advance | None:
         """Queues a step of a session at once, or gives None where others came first: then `step` waits for them.
 
         Args:
             session: The session.
             x: `[time, *features]`, checked.
             every_output: Whether the outputs of all time steps are wanted, or the last one's.
+            done: What to tell the end, where nobody awaits it.
 
         Raises:
             SessionGone: It has ended since it was looked up; its slot may be another's by now.
@@ -151,15 +152,16 @@ class SessionTable:
         if held[session.slot]:
             return None
         held[session.slot] = True
-        return self._submit(session.engine, session.slots, x[None], every_output)
+        return self._submit(session.engine, session.slots, x[None], every_output, done)
 
-    def begin_many(self, engine: Engine, slots: Slots, x: Array) -> Advance | None:
+    def begin_many(self, engine: Engine, slots: Slots, x: Array, done: Told) -> Advance | None:
         """Queues a step of different live sessions at once; gives None where they are held or too many for one run.
 
         Args:
             engine: Of the sessions.
             slots: Their slots.
             x: `[sessions, time, *features]`, checked.
+            done: What to tell the end.
 
         Raises:
             QueueFull: Too much is waiting.
@@ -168,7 +170,7 @@ class SessionTable:
         if len(slots) > engine.max_batch or held[slots].any():
             return None
         held[slots] = True
-        return self._submit(engine, slots, x, True)
+        return self._submit(engine, slots, x, True, done)
 
     async def step(self, session: Session, x: Array, every_output: bool) -> tuple[Array, int]:
         """Steps a session when those before it have had their turn.
@@ -191,7 +193,7 @@ class SessionTable:
             if not session.alive:
                 raise self._missing(session.id)
             advance = self._submit(session.engine, session.slots, x[None], every_output)
-        y = await advance.done
+        y = await advance.awaited
         return y[0], advance.reached[0]
 
     async def step_many(
@@ -230,7 +232,7 @@ class SessionTable:
         for rows, advance in under_way:
             part = range(len(sessions))[rows] if isinstance(rows, slice) else rows
             try:
-                y[rows] = await advance.done
+                y[rows] = await advance.awaited
             except Problem as problem:
                 problems[part[0]] = problem
             problems |= {part[row]: problem for row, problem in (advance.problems or {}).items()}
@@ -288,10 +290,10 @@ class SessionTable:
         engine.settle = partial(self._settle, engine)
         engine.release = partial(self._leave, engine)
 
-    def _submit(self, engine: Engine, slots: Slots, x: Array, every_output: bool) -> Advance:
+    def _submit(self, engine: Engine, slots: Slots, x: Array, every_output: bool, done: Told | None = None) -> Advance:
         """Queues a step of sessions that are held; they are left when it ends."""
         try:
-            return engine.submit(slots, x, every_output, kept=True)
+            return engine.submit(slots, x, every_output, True, done)
         except Problem:
             self._leave(engine, slots)
             raise

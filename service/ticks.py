@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,51 @@ _FIXED_SHARE = 0.25  # of what a row costs by itself: more than that is too much
 _MOST_PADDING = 0.25
 
 
+class Told:
+    """A future that nobody awaits: tells its end at once, without a turn of the event loop, to one who must not raise.
+
+    Args:
+        then: Is called with this when there is a result or an exception; not when it was cancelled.
+    """
+
+    __slots__ = ("_error", "_state", "_then", "_y")
+
+    def __init__(self, then: Callable[[Told], None]) -> None:
+        self._then = then
+        self._y: Array | None = None
+        self._error: BaseException | None = None
+        self._state = 0  # 1 when done, 2 when cancelled
+
+    def done(self) -> bool:
+        """Says whether it has ended."""
+        return self._state != 0
+
+    def cancelled(self) -> bool:
+        """Says whether it was cancelled."""
+        return self._state == 2
+
+    def cancel(self) -> None:
+        """Cancels it, where it has not ended."""
+        self._state = self._state or 2
+
+    def set_result(self, y: Array) -> None:
+        """Ends it."""
+        self._y, self._state = y, 1
+        self._then(self)
+
+    def set_exception(self, error: BaseException) -> None:
+        """Ends it."""
+        self._error, self._state = error, 1
+        self._then(self)
+
+    def result(self) -> Array:
+        """Gives the result, or raises the exception."""
+        if self._error is not None:
+            raise self._error
+        assert self._y is not None
+        return self._y
+
+
 @dataclass(slots=True, eq=False)
 class Advance:
     """Work that waits, or is under way: move the states in some slots by these time steps, each wholly or not."""
@@ -35,12 +80,18 @@ class Advance:
     homes: Slots  # [rows], the slots that are to have moved at the end
     every_output: bool  # whether the outputs of all time steps are wanted, or the last one's
     kept: bool  # whether the slots are sessions', which outlive the request
-    done: asyncio.Future[Array]  # gives y: [rows, time, *outputs], or [rows, 1, *outputs]
+    done: asyncio.Future[Array] | Told  # gives y: [rows, time, *outputs], or [rows, 1, *outputs]
     position: int = 0  # time steps taken
     number: int = 0  # the order of arrival in its lane
     outputs: list[Array] | None = None
     problems: dict[int, Problem] | None = None  # by row: why it has not moved
     reached: Sequence[int] = ()  # by row: the session's position after it
+
+    @property
+    def awaited(self) -> asyncio.Future[Array]:
+        """What to await, where the end is not told otherwise."""
+        assert isinstance(self.done, asyncio.Future)
+        return self.done
 
 
 @dataclass(slots=True)

@@ -148,7 +148,7 @@ async def _run(
         for number, sequence in enumerate(sequences):
             if states is not None:
                 arena.write(int(slots[number]), states[number])
-            waiting.append(engine.submit(slots[number : number + 1], sequence[None], every_output).done)
+            waiting.append(engine.submit(slots[number : number + 1], sequence[None], every_output).awaited)
         outputs: list[Array] = []
         for number, done in enumerate(waiting):
             try:

@@ -109,7 +109,7 @@ async def step_answer(
     every_output = single or wants_all(session, outputs)
     advance = table.begin(session, x, every_output)
     if advance is not None:  # nobody else was there: without a coroutine more
-        return written(session, (await advance.done)[0], advance.reached[0], single, every_output)
+        return written(session, (await advance.awaited)[0], advance.reached[0], single, every_output)
     y, position = await table.step(session, x, every_output)
     return written(session, y, position, single, every_output)
 

@@ -6,14 +6,12 @@ is handed over whole to the ASGI application, which finds out what it is and say
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import orjson
-from numpy.typing import NDArray
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
@@ -24,7 +22,7 @@ from service.api.sessions import plain_step, written
 from service.errors import Problem
 from service.service import Service
 from service.sessions import Session
-from service.ticks import Advance
+from service.ticks import Advance, Told
 
 _BEGIN, _END = b"/sessions/", b"/step"
 _JSON = (b"content-type", b"application/json")
@@ -57,6 +55,8 @@ class ShortHttp(HttpToolsProtocol):
         service: Holds the sessions.
         more: What uvicorn gives to a protocol.
     """
+
+    _good: ClassVar[tuple[list[tuple[bytes, bytes]], bytes]] = [], b""  # the default headers, a good answer's head
 
     def __init__(self, service: Service, **more: Any) -> None:
         super().__init__(**more)
@@ -106,7 +106,8 @@ class ShortHttp(HttpToolsProtocol):
         try:
             session = self._sessions.get(self.url[len(_BEGIN) : -len(_END)].decode())
             x = plain_step(session.model, step.body)
-            advance = None if x is None else self._sessions.begin(session, x, True)
+            done = Told(partial(self._answer, step, session))
+            advance = None if x is None else self._sessions.begin(session, x, True, done)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, Problem):
             advance = None
         if advance is None:
@@ -115,27 +116,37 @@ class ShortHttp(HttpToolsProtocol):
             return
         self._step = None
         step.advance = advance
-        advance.done.add_done_callback(partial(self._answer, step, session))
 
-    def _answer(self, step: _Step, session: Session, done: asyncio.Future[NDArray[Any]]) -> None:
-        if step.disconnected or done.cancelled() or self.transport.is_closing():
+    def _answer(self, step: _Step, session: Session, done: Told) -> None:
+        if step.disconnected or self.transport.is_closing():
             return
         assert step.advance is not None
         try:
             answer = written(session, done.result()[0], step.advance.reached[0], True, True)
             body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-            status, headers = 200, [_JSON]
+            head = (
+                self._head(200, (_JSON,)) if self._good[0] is not self.server_state.default_headers else self._good[1]
+            )
         except Exception as error:
             problem = as_problem(error, _SCOPE)
-            status, headers, body = problem.status, problem.headers(), problem.document()
-        lines = [b"%b: %b\r\n" % header for header in (*self.server_state.default_headers, *headers)]
-        self.transport.write(
-            b"%b%bcontent-length: %d\r\n\r\n%b" % (STATUS_LINE[status], b"".join(lines), len(body), body)
-        )
+            head, body = self._head(problem.status, problem.headers()), problem.document()
+        self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
         step.response_complete = True
         if not step.keep_alive:
             self.transport.close()
         self.on_response_complete()
+
+    def _head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        lines = [b"%b: %b\r\n" % header for header in (*self.server_state.default_headers, *headers)]
+        return STATUS_LINE[status] + b"".join(lines)
+
+    def _good_head(self) -> bytes:
+        # The default headers, which uvicorn makes anew each second, hold the date.
+        default, head = self._good
+        if default is not self.server_state.default_headers:
+            head = self._head(200, (_JSON,))
+            ShortHttp._good = self.server_state.default_headers, head
+        return head
 
     def _hand_over(self) -> None:
         """Goes uvicorn's way from the end of the headers on."""

@@ -26,7 +26,7 @@ from service.errors import InvalidInput, Problem, UnknownSession
 from service.service import Service
 from service.sessions import Session
 from service.tensors import decode
-from service.ticks import Advance
+from service.ticks import Advance, Told
 
 Array = NDArray[Any]
 
@@ -130,7 +130,7 @@ class _Socket:
         self.stirred: asyncio.Future[None] | None = None  # the writer waits for something to send
         self.room: asyncio.Future[None] | None = None  # the reader waits for the window to open
         self.tasks: set[asyncio.Task[None]] = set()
-        self.waiting: set[asyncio.Future[Array]] = set()
+        self.waiting: dict[Told, Advance] = {}  # what was begun without a task
 
     async def serve(self, receive: Receive) -> None:
         """Reads frames until the socket is closed; what nobody waits for any more is dropped."""
@@ -207,19 +207,17 @@ class _Socket:
             frame = _plain_decoder.decode(text)
             session = self._session(frame.session)
             x = session.model.reader.single(frame.x)
-            advance = None if x is None else self.service.sessions.begin(session, x, True)
+            done = Told(partial(self._answer_step, frame.ref, session))
+            advance = None if x is None else self.service.sessions.begin(session, x, True, done)
         except (msgspec.MsgspecError, UnicodeError, RecursionError, Problem):
             return False  # the long way finds out what is wrong and says it
         if advance is None:
             return False
-        self.waiting.add(advance.done)
-        advance.done.add_done_callback(partial(self._answer_step, frame.ref, session, advance))
+        self.waiting[done] = advance
         return True
 
-    def _answer_step(self, ref: msgspec.Raw, session: Session, advance: Advance, done: asyncio.Future[Array]) -> None:
-        self.waiting.discard(done)
-        if done.cancelled():
-            return
+    def _answer_step(self, ref: msgspec.Raw, session: Session, done: Told) -> None:
+        advance = self.waiting.pop(done)
         answer: dict[str, Any] = {"op": "step", "ref": orjson.Fragment(bytes(ref))}
         try:
             answer |= written(session, done.result()[0], advance.reached[0], True, True)
@@ -232,19 +230,17 @@ class _Socket:
         try:
             ref, group, x = self._steps(body)
             engine = group.sessions[0].engine
-            advance = self.service.sessions.begin_many(engine, group.slots, x) if self._is_alive(group) else None
+            done = Told(partial(self._answer_frame, ref, group))
+            advance = self.service.sessions.begin_many(engine, group.slots, x, done) if self._is_alive(group) else None
         except Problem:
             return False
         if advance is None:
             return False
-        self.waiting.add(advance.done)
-        advance.done.add_done_callback(partial(self._answer_frame, ref, group, advance))
+        self.waiting[done] = advance
         return True
 
-    def _answer_frame(self, ref: int, group: _Group, advance: Advance, done: asyncio.Future[Array]) -> None:
-        self.waiting.discard(done)
-        if done.cancelled():
-            return
+    def _answer_frame(self, ref: int, group: _Group, done: Told) -> None:
+        advance = self.waiting.pop(done)
         try:
             self._put_frame(ref, group, done.result(), np.array(advance.reached), advance.problems or {})
         except Problem as problem:  # of the only row

@@ -174,6 +174,33 @@ def test_frames_may_be_sent_ahead_and_a_session_takes_them_in_their_order(
     assert [answer["y"] for answer in answers] == whole(server, "decaying", x)
 
 
+def test_a_short_frame_never_passes_a_long_one_that_was_sent_before(server: Server, stream: ClientConnection) -> None:
+    x = frames(300)
+    ask(stream, op="open", model="decaying")
+    sent, done = [], 0
+    for number in range(60):
+        size = (1, 7, 1, 1, 2)[number % 5]
+        part = x[done : done + size]
+        if number % 7 == 3:
+            stream.send(binary([0], np.array([part], np.float32)))
+        else:
+            stream.send(json.dumps({"op": "step", "session": 0, "x": part if size > 1 else part[0], "outputs": "all"}))
+        done += size
+        sent.append(done)
+    got: dict[int, list[list[float]]] = {}
+    for _ in sent:
+        message = stream.recv(timeout=30)
+        if isinstance(message, bytes):
+            _, (position,), _, y = answered(message)
+            got[position] = y[0].tolist()
+        else:
+            told = json.loads(message)
+            got[told["position"]] = told["y"] if isinstance(told["y"][0], list) else [told["y"]]
+    assert sorted(got) == sent
+    ys = [row for position in sent for row in got[position]]
+    assert np.array(ys, np.float32).tolist() == np.array(whole(server, "decaying", x[:done]), np.float32).tolist()
+
+
 def test_a_client_that_does_not_read_is_not_read_and_holds_nobody_up(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     slow = socket.socket()
