@@ -124,9 +124,7 @@ class ShortHttp(HttpToolsProtocol):
         try:
             answer = written(session, done.result()[0], step.advance.reached[0], True, True)
             body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-            head = (
-                self._head(200, (_JSON,)) if self._good[0] is not self.server_state.default_headers else self._good[1]
-            )
+            head = self._good_head()
         except Exception as error:
             problem = as_problem(error, _SCOPE)
             head, body = self._head(problem.status, problem.headers()), problem.document()
