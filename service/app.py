@@ -36,17 +36,17 @@ def create_app(settings: Settings) -> HotPaths:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sweeping = asyncio.create_task(service.sessions.keep_swept())
+        sweeping = asyncio.create_task(service.keep_up())
         # What has been loaded stays: the collector need not look at it again, nor after every few hundred requests.
         gc.collect()
         gc.freeze()
         gc.set_threshold(_YOUNG_OBJECTS, 20, 100)
         service.ready = True
         yield
-        service.close()
         sweeping.cancel()
         with suppress(asyncio.CancelledError):
             await sweeping
+        await service.close()
 
     app = FastAPIOffline(
         title="Cellserve",

@@ -39,6 +39,11 @@ class Arena:
         self._free: deque[int] = deque(range(self.capacity))
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one slot's states."""
+        return sum(array[0].nbytes for array in self._arrays)
+
+    @property
     def taken(self) -> int:
         """Slots in use."""
         return self.capacity - len(self._free)
@@ -79,6 +84,20 @@ class Arena:
     def read(self, slot: int) -> dict[str, Array]:
         """Copies one slot's states, by name."""
         return {spec.name: array[slot].copy() for spec, array in zip(self.specs, self._arrays, strict=True)}
+
+    @property
+    def names(self) -> list[str]:
+        """The states' names."""
+        return [spec.name for spec in self.specs]
+
+    def read_many(self, slots: Slots) -> dict[str, Array]:
+        """Copies the states of some slots, by name: `[len(slots), *shape]`."""
+        return {spec.name: array[slots] for spec, array in zip(self.specs, self._arrays, strict=True)}
+
+    def write_many(self, slots: Slots, states: dict[str, Array]) -> None:
+        """Sets the states of some slots, as `read_many` gives them."""
+        for spec, array in zip(self.specs, self._arrays, strict=True):
+            array[slots] = states[spec.name]
 
     def write(self, slot: int, states: dict[str, Array] | None) -> None:
         """Sets one slot's states, by name; None for zeros."""

@@ -51,18 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from service.api.short_way import ShortFrames, ShortHttp
     from service.app import create_app
+    from service.keys import BadKeysFile
     from service.repository import BrokenModel
     from service.runtime import RuntimeUnavailable
+    from service.stores.snapshot import BadSnapshot
 
-    # uvicorn raises the signal again after a graceful stop; whoever asked for the stop is told that it went well.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
         app = create_app(settings)
-    except (BrokenModel, RuntimeUnavailable) as error:
+    except (BadKeysFile, BadSnapshot, BrokenModel, RuntimeUnavailable) as error:
         print(f"cellserve serve: {error}", file=sys.stderr)
         return 1
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(app.service.exit_status)
+
+    # uvicorn raises the signal again after a graceful stop; whoever asked for the stop is told that it went well.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -80,10 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     server = uvicorn.Server(config)
     server.run()
     return 0 if server.started else 1
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
 
 
 if __name__ == "__main__":

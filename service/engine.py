@@ -253,6 +253,8 @@ class Engine:
             stop = start + advance.rows
             advance.reached = reached[start:stop]
             first = 0 if advance.every_output else length - 1
+            if advance.note is not None:
+                advance.note(y[start:stop, first:length])
             advance.done.set_result(y[start:stop, first:length])
             start = stop
 
@@ -299,10 +301,10 @@ class Engine:
             y = y[:, -1:]
         elif advance.outputs:
             y = np.concatenate([*advance.outputs, y], axis=1)
-        self._end(advance, True)
+        self._end(advance, True, y)
         advance.done.set_result(y)
 
-    def _end(self, advance: Advance, moved: bool) -> None:
+    def _end(self, advance: Advance, moved: bool, y: Array | None = None) -> None:
         self.queued -= advance.remaining * advance.rows
         if advance.slots is not advance.homes:
             self.arena.give_back(advance.slots)
@@ -314,6 +316,8 @@ class Engine:
             if still:
                 self.release(advance.homes[list(still)])
             advance.reached = self.arena.position[advance.homes].tolist()
+            if advance.note is not None:
+                advance.note(y)
         if not moved and advance.problems and not advance.done.done():
             if advance.rows == 1:
                 advance.done.set_exception(advance.problems[0])

@@ -74,6 +74,24 @@ class NotFinite(InvalidInput):
     title = "The model's numbers stop being finite"
 
 
+class Unauthorized(Problem):
+    """No key came with the request, or one that is not known."""
+
+    status = 401
+    title = "A key is needed"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Gives the headers of the answer (RFC 6750, section 3)."""
+        return [*super().headers(), (b"www-authenticate", b"Bearer")]
+
+
+class Forbidden(Problem):
+    """The page that the browser shows may not open sockets here."""
+
+    status = 403
+    title = "The origin is not allowed"
+
+
 class NotFound(Problem):
     """No such path."""
 
@@ -98,6 +116,43 @@ class SessionGone(Problem):
 
     status = 410
     title = "The session is gone"
+
+
+class Conflict(Problem):
+    """The session is not as the request takes it to be; nothing was applied."""
+
+    status = 409
+
+
+class PositionConflict(Conflict):
+    """The session has gone on from the position that the request starts from."""
+
+    title = "The session is at another position"
+
+
+class SessionWentBack(Conflict):
+    """The client has seen the session further on than it is now."""
+
+    title = "The session is behind the client"
+
+
+class StepInFlight(Conflict):
+    """A change with a position is under way in the session."""
+
+    title = "A change of the session is under way"
+    retry_after = 1
+
+
+class SessionExists(Conflict):
+    """There is a session of that id, made by another request."""
+
+    title = "There is such a session already"
+
+
+class StateOfAnotherModel(Conflict):
+    """The state that was sent was taken from another model."""
+
+    title = "The state is another model's"
 
 
 class MethodNotAllowed(Problem):

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import sys
 import threading
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from service.changes import Changes
 from service.engine import Engine
+from service.keys import Keys
 from service.repository import Repository
 from service.runtime import RuntimeOptions
 from service.sessions import SessionTable
 from service.settings import Settings
+from service.stores.snapshot import Snapshots
+
+log = logging.getLogger("cellserve")
 
 _NICE = 10
+_SWEEP_SECONDS = 1.0
 
 
 def _yield_to_the_event_loop() -> None:
@@ -31,6 +41,8 @@ class Service:
     Raises:
         BrokenModel: There is no model to serve.
         RuntimeUnavailable: The provider that was asked for is not to be had.
+        BadKeysFile: The file of API keys cannot be read.
+        BadSnapshot: The snapshot cannot be restored.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -41,16 +53,55 @@ class Service:
         self.repository = Repository(settings.models, options, settings.max_batch)
         self._executor = ThreadPoolExecutor(1, "tick", _yield_to_the_event_loop)
         self.engines = {name: Engine(model, settings, self._executor) for name, model in self.repository.models.items()}
-        self.sessions = SessionTable(settings.max_sessions, settings.session_idle_seconds, settings.tombstone_seconds)
+        self.sessions = SessionTable(
+            settings.max_sessions, settings.session_idle_seconds, settings.tombstone_seconds, settings.when_full
+        )
+        self.changes = Changes(self.sessions)
+        self.keys = None if settings.api_keys_file is None else Keys(settings.api_keys_file)
         for engine in self.engines.values():
             self.sessions.serve(engine)
+        self.snapshots: Snapshots | None = None
+        if settings.snapshot is not None:
+            self.snapshots = Snapshots(settings.snapshot, self.sessions, lambda: list(self.engines.values()))
+            restored = self.snapshots.restore()
+            log.info("%d sessions are back from %s", restored, settings.snapshot)
+            self.sessions.durable = "snapshot"
         self.ready = False
+        self.exit_status = 0
+
+    def owner(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
+        """Gives whose request it is by its headers, empty where nobody needs a key; raises Unauthorized."""
+        if self.keys is None:
+            return ""
+        return self.keys.owner(dict(headers).get(b"authorization"))
 
     def engine(self, model: str | None) -> Engine:
         """Gives the engine of a model; raises UnknownModel as `Repository.get` does."""
         return self.engines[self.repository.get(model).name]
 
-    def close(self) -> None:
-        """Stops what runs beside the event loop."""
+    async def keep_up(self) -> None:
+        """Ends what is over, sees what has changed, for as long as it runs."""
+        written = time.monotonic()
+        while True:
+            await asyncio.sleep(min(_SWEEP_SECONDS, self.settings.session_idle_seconds))
+            self.sessions.sweep()
+            if self.keys is not None:
+                self.keys.keep_up()
+            if self.snapshots is not None and time.monotonic() - written >= self.settings.snapshot_seconds:
+                try:
+                    await self.snapshots.write()
+                except OSError as error:
+                    log.error("the snapshot could not be written, the last one stays: %s", error)
+                written = time.monotonic()
+
+    async def close(self) -> None:
+        """Writes the last snapshot, and stops what runs beside the event loop."""
         self.ready = False
         self._executor.shutdown()
+        if self.snapshots is not None:
+            try:
+                await self.snapshots.write()
+            except OSError as error:
+                log.error("the snapshot could not be written, changes since the last one are lost: %s", error)
+                self.exit_status = 1
+            self.snapshots.close()

@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.arena import Slots
 from service.engine import Engine
-from service.errors import Problem, ServerFull, SessionGone, UnknownSession
+from service.errors import ServerFull, SessionExists, SessionGone, UnknownSession
+from service.exactly_once import Applied, Request, check
 from service.repository import Model
-from service.ticks import Advance, Told
+from service.settings import WhenFull
+from service.turns import Turns
 
 Array = NDArray[Any]
-
-_SWEEP_SECONDS = 1.0
-_is_alive = attrgetter("alive")
+Durable = Literal["none", "snapshot", "store"]  # what outlives the process
 
 
 @dataclass(slots=True, eq=False)
 class Session:
     """One session; its position and its state are in the slot. Its changes come one by one, in order of arrival."""
 
+    owner: str  # whose key made it; empty where nobody needs a key
     id: str
     engine: Engine
     slot: int
     slots: Slots  # the slot again, as the engine takes it
+    origin: bytes  # digest of the request that made it, where its id was chosen by the client
     alive: bool = True
+    claimed: bool = False  # a change with a position is under way
+    applied: Applied | None = None  # the last change with a position
 
     @property
     def model(self) -> Model:
@@ -45,7 +47,7 @@ class Session:
 
     @property
     def position(self) -> int:
-        """Counts what has changed it: its steps by their number, a reset by one."""
+        """Counts what has changed it: its steps by their number, all else by one."""
         return int(self.engine.arena.position[self.slot])
 
 
@@ -58,19 +60,14 @@ class Tombstone:
     until: float  # seconds of the table's clock
 
 
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    ready: asyncio.Future[None]
-    missing: int = 0  # sessions that others hold still
-
-
 class SessionTable:
-    """All sessions of this process.
+    """All sessions of this process, each known by its owner and its id.
 
     Args:
         max_sessions: Live sessions, at most.
         idle_seconds: A session not used for so long expires.
         tombstone_seconds: For how long it is told of a session that it is gone.
+        when_full: Whether one session more is refused, or the one that was idle for the longest time makes room.
         clock: Gives seconds.
     """
 
@@ -79,308 +76,247 @@ class SessionTable:
         max_sessions: int,
         idle_seconds: float,
         tombstone_seconds: float,
+        when_full: WhenFull = "refuse",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_sessions = max_sessions
         self.idle_seconds = idle_seconds
         self._tombstone_seconds = tombstone_seconds
-        self._clock = clock
-        self._live: dict[str, Session] = {}
-        self._by_slot: dict[Engine, dict[int, Session]] = {}
-        self._gone: OrderedDict[str, Tombstone] = OrderedDict()  # the oldest first
+        self._when_full = when_full
+        self.clock = clock
+        self.durable: Durable = "none"
+        self.live: dict[str, Session] = {}
+        self.gone: OrderedDict[str, Tombstone] = OrderedDict()  # the oldest first
         self.endings = 0  # of sessions, so far
-        self._queues: dict[Session, deque[_Waiter]] = {}  # where two requests meet; most never do
+        self._by_slot: dict[Engine, dict[int, Session]] = {}
+        self.turns: dict[Engine, Turns] = {}
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self.live)
 
-    def create(self, engine: Engine, states: dict[str, Array] | None) -> Session:
-        """Makes a session at position 0, from zeros or from given states.
+    def serve(self, engine: Engine) -> None:
+        """Takes charge of an engine's sessions."""
+        self._by_slot[engine] = {}
+        self.turns[engine] = turns = Turns(engine.arena)
+        engine.settle = partial(self._settle, engine)
+        engine.release = turns.leave
+
+    def create(
+        self,
+        engine: Engine,
+        states: dict[str, Array] | None,
+        owner: str = "",
+        session_id: str | None = None,
+        origin: bytes = b"",
+        position: int = 0,
+    ) -> tuple[Session, bool]:
+        """Makes a session from zeros or from given states.
+
+        Args:
+            engine: Of the model.
+            states: By name; None for zeros.
+            owner: Whose it is.
+            session_id: Where the client chooses it; then the call may be repeated.
+            origin: Digest of the request, where the client chooses the id.
+            position: To begin at.
+
+        Returns:
+            The session, and whether it was made by this call.
 
         Raises:
+            SessionExists: There is one of that id, which another request has made.
+            SessionGone: There was one of that id.
             ServerFull: There are as many sessions as may be.
         """
-        slot = engine.arena.take() if len(self._live) < self.max_sessions else None
-        if slot is None:
-            self.sweep()
-            slot = engine.arena.take() if len(self._live) < self.max_sessions else None
-        if slot is None:
-            raise ServerFull(
-                f"there are {len(self._live)} live sessions, as many as may be: delete some, or try again when one has "
-                f"been idle for {self.idle_seconds:g} seconds"
-            )
+        if session_id is not None:
+            known = self.live.get(_key(owner, session_id))
+            if known is not None:
+                if known.origin != origin:
+                    raise SessionExists(
+                        f"there is a session {session_id!r} already, which another request has made (of model "
+                        f"{known.model.name!r}): choose another id, or repeat that request",
+                        position=known.position,
+                    )
+                self.touch(known)
+                return known, False
+            if _key(owner, session_id) in self.gone:
+                raise self.missing(owner, session_id)
+        slot = self._room(engine)
         arena = engine.arena
         if states is not None:
             arena.write(slot, states)
-        arena.position[slot], arena.used[slot] = 0, self._clock()
-        session = Session(secrets.token_hex(16), engine, slot, np.array((slot,)))
-        self._live[session.id] = self._by_slot[engine][slot] = session
+        arena.position[slot], arena.used[slot] = position, self.clock()
+        session = Session(owner, session_id or secrets.token_hex(16), engine, slot, np.array((slot,)), origin)
+        return self.add(session), True
+
+    def add(self, session: Session) -> Session:
+        """Counts a session whose slot has been filled among the live ones."""
+        self.live[_key(session.owner, session.id)] = self._by_slot[session.engine][session.slot] = session
         return session
 
-    def get(self, session_id: str) -> Session:
+    def get(self, owner: str, session_id: str) -> Session:
         """Gives a live session; one that has been idle for too long is live until the next sweep.
 
         Raises:
-            UnknownSession: None of that id is known.
-            SessionGone: It was deleted or has expired.
+            UnknownSession: None of that id is known to its owner.
+            SessionGone: It was deleted, has expired or was evicted.
         """
-        session = self._live.get(session_id)
+        session = self.live.get(_key(owner, session_id))
         if session is None:
-            raise self._missing(session_id)
+            raise self.missing(owner, session_id)
         return session
+
+    def page(self, owner: str, after: tuple[int, int], limit: int) -> tuple[list[Session], tuple[int, int] | None]:
+        """Gives some of an owner's sessions, and after which to go on; those that live throughout are given once.
+
+        Args:
+            owner: Whose.
+            after: The number of an engine and of a slot in it, as the page before has given it.
+            limit: How many, at most.
+        """
+        first, beyond = after
+        found: list[Session] = []
+        for number, (engine, sessions) in list(enumerate(self._by_slot.items()))[first:]:
+            for slot in range(beyond if number == first else 0, engine.arena.capacity):
+                session = sessions.get(slot)
+                if session is not None and session.owner == owner:
+                    if len(found) == limit:
+                        return found, (number, slot)
+                    found.append(session)
+        return found, None
 
     def touch(self, session: Session) -> None:
         """Counts as using a session, as stepping it does."""
-        session.engine.arena.used[session.slot] = self._clock()
+        session.engine.arena.used[session.slot] = self.clock()
 
-    def begin(self, session: Session, x: Array, every_output: bool, done: Told | None = None) -> Advance | None:
-        """Queues a step of a session at once, or gives None where others came first: then `step` waits for them.
-
-        Args:
-            session: The session.
-            x: `[time, *features]`, checked.
-            every_output: Whether the outputs of all time steps are wanted, or the last one's.
-            done: What to tell the end, where nobody awaits it.
-
-        Raises:
-            SessionGone: It has ended since it was looked up; its slot may be another's by now.
-            QueueFull: Too much is waiting.
-        """
-        if not session.alive:
-            raise self._missing(session.id)
-        held = session.engine.arena.held
-        if held[session.slot]:
-            return None
-        held[session.slot] = True
-        return self._submit(session.engine, session.slots, x[None], every_output, done)
-
-    def begin_many(self, engine: Engine, slots: Slots, x: Array, done: Told) -> Advance | None:
-        """Queues a step of different live sessions at once; gives None where they are held or too many for one run.
+    async def fork(
+        self, session: Session, new_id: str | None, origin: bytes, position: int | None = None
+    ) -> tuple[Session, bool]:
+        """Makes a session with the state and the position that another has, in its turn.
 
         Args:
-            engine: Of the sessions.
-            slots: Their slots.
-            x: `[sessions, time, *features]`, checked.
-            done: What to tell the end.
+            session: The other.
+            new_id: Where the client chooses it; then the call may be repeated.
+            origin: Digest of the request.
+            position: Where the other is to be.
 
         Raises:
-            QueueFull: Too much is waiting.
+            SessionExists, ServerFull: As `create` does.
+            SessionGone, PositionConflict, SessionWentBack: As `step` does.
         """
-        held = engine.arena.held
-        if len(slots) > engine.max_batch or held[slots].any():
-            return None
-        held[slots] = True
-        return self._submit(engine, slots, x, True, done)
+        if new_id is not None and _key(session.owner, new_id) in self.live:
+            return self.create(session.engine, None, session.owner, new_id, origin)  # a repetition, or refused
+        async with self.alone(session):
+            if position is not None:
+                check(session.position, None, Request(position, b""))
+            states = session.engine.arena.read(session.slot)
+            return self.create(session.engine, states, session.owner, new_id, origin, session.position)
 
-    async def step(self, session: Session, x: Array, every_output: bool) -> tuple[Array, int]:
-        """Steps a session when those before it have had their turn.
-
-        Args:
-            session: The session.
-            x: `[time, *features]`, checked.
-            every_output: Whether the outputs of all time steps are wanted, or the last one's.
-
-        Returns:
-            `y [time, *outputs]` (time is 1 where the last output is wanted), and the position after it.
-
-        Raises:
-            SessionGone: It was deleted meanwhile.
-            NotFinite: The outputs or the next state would not be finite.
-        """
-        advance = self.begin(session, x, every_output)
-        if advance is None:
-            await self._enter((session,), session.slots)
-            if not session.alive:
-                raise self._missing(session.id)
-            advance = self._submit(session.engine, session.slots, x[None], every_output)
-        y = await advance.awaited
-        return y[0], advance.reached[0]
-
-    async def step_many(
-        self, sessions: Sequence[Session], slots: Slots, x: Array
-    ) -> tuple[Array, Array, dict[int, Problem]]:
-        """Steps different sessions of one model by as many time steps each, when those before have had their turn.
-
-        Args:
-            sessions: The sessions.
-            slots: Their slots.
-            x: `[sessions, time, *features]`, checked.
-
-        Returns:
-            `y [sessions, time, *outputs]`, the positions `[sessions]` after it, and by row why a session has not moved.
-        """
-        engine = sessions[0].engine
-        live = range(len(sessions)) if all(map(_is_alive, sessions)) else _living(sessions)
-        if len(live) == len(sessions):
-            await self._enter(sessions, slots)
-        else:
-            await self._enter([sessions[row] for row in live], slots[live])
-        problems: dict[int, Problem] = {}
-        if not all(map(_is_alive, sessions)):
-            live = _living(sessions)
-            problems = {row: self._missing(session.id) for row, session in enumerate(sessions) if not session.alive}
-        y = np.zeros((*x.shape[:2], *engine.model.output_shape), np.float32)
-        positions = np.zeros(len(sessions), np.int64)
-        parts = [live[start : start + engine.max_batch] for start in range(0, len(live), engine.max_batch)]
-        under_way: list[tuple[Any, Advance]] = []
-        for part in parts:
-            rows: Any = slice(part.start, part.stop) if isinstance(part, range) else part
-            try:
-                under_way.append((rows, self._submit(engine, slots[rows], x[rows], True)))
-            except Problem as problem:
-                problems |= dict.fromkeys(part, problem)
-        for rows, advance in under_way:
-            part = range(len(sessions))[rows] if isinstance(rows, slice) else rows
-            try:
-                y[rows] = await advance.awaited
-            except Problem as problem:
-                problems[part[0]] = problem
-            problems |= {part[row]: problem for row, problem in (advance.problems or {}).items()}
-            positions[rows] = advance.reached
-        return y, positions, problems
-
-    @asynccontextmanager
-    async def turn(self, session: Session) -> AsyncIterator[Session]:
-        """Waits until the session is this request's alone, after those that came before it.
-
-        Raises:
-            SessionGone: It was deleted meanwhile.
-        """
-        await self._enter((session,), session.slots)
-        if not session.alive:
-            raise self._missing(session.id)
-        try:
-            yield session
-        finally:
-            if session.alive:
-                self.touch(session)
-                self._leave(session.engine, session.slots)
-
-    async def delete(self, session_id: str) -> None:
+    async def delete(self, owner: str, session_id: str, position: int | None = None) -> None:
         """Deletes a session when those before it have had their turn; a repeated call changes nothing.
 
         Raises:
             UnknownSession: None of that id is known.
             SessionGone: It had gone for another reason.
+            PositionConflict, SessionWentBack: It is not at the position that was given.
         """
-        tombstone = self._gone.get(session_id)
+        tombstone = self.gone.get(_key(owner, session_id))
         if tombstone is None or tombstone.reason != "deleted":
-            async with self.turn(self.get(session_id)) as session:
+            async with self.alone(self.get(owner, session_id)) as session:
+                if position is not None:
+                    check(session.position, None, Request(position, b""))
                 self._end(session, "deleted")
 
     def sweep(self) -> None:
         """Ends the sessions that have been idle for too long, and forgets old tombstones."""
-        now = self._clock()
+        now = self.clock()
         for engine, sessions in self._by_slot.items():
             arena = engine.arena
             for slot in np.flatnonzero((arena.used <= now - self.idle_seconds) & ~arena.held).tolist():
                 self._end(sessions[slot], "expired")
-        while self._gone and next(iter(self._gone.values())).until <= now:
-            self._gone.popitem(last=False)
+        while self.gone and next(iter(self.gone.values())).until <= now:
+            self.gone.popitem(last=False)
 
-    async def keep_swept(self) -> None:
-        """Sweeps for as long as it runs."""
-        while True:
-            await asyncio.sleep(min(_SWEEP_SECONDS, self.idle_seconds))
-            self.sweep()
+    def _room(self, engine: Engine) -> int:
+        """Takes a slot for a new session, and makes room for it where that is wanted."""
+        for make_room in (None, self.sweep, self._evict if self._when_full == "evict" else None):
+            if make_room is not None:
+                make_room()
+            slot = engine.arena.take() if len(self.live) < self.max_sessions else None
+            if slot is not None:
+                return slot
+        raise ServerFull(
+            f"there are {len(self.live)} live sessions, as many as may be: delete some, or try again when one has "
+            f"been idle for {self.idle_seconds:g} seconds"
+        )
 
-    def serve(self, engine: Engine) -> None:
-        """Takes charge of an engine's sessions."""
-        self._by_slot[engine] = {}
-        engine.settle = partial(self._settle, engine)
-        engine.release = partial(self._leave, engine)
+    def _evict(self) -> None:
+        """Ends the session that has been idle for the longest time, of those that nothing is under way in."""
+        longest: tuple[float, Session] | None = None
+        for engine, sessions in self._by_slot.items():
+            arena = engine.arena
+            slot = int(np.argmin(np.where(arena.held, np.inf, arena.used)))
+            if np.isfinite(arena.used[slot]) and not arena.held[slot] and (
+                longest is None or arena.used[slot] < longest[0]
+            ):  # fmt: skip
+                longest = float(arena.used[slot]), sessions[slot]
+        if longest is not None:
+            self._end(longest[1], "evicted")
 
-    def _submit(self, engine: Engine, slots: Slots, x: Array, every_output: bool, done: Told | None = None) -> Advance:
-        """Queues a step of sessions that are held; they are left when it ends."""
+    @asynccontextmanager
+    async def alone(self, session: Session) -> AsyncIterator[Session]:
+        """Waits until the session is this request's alone, after those that came before it."""
+        turns = self.turns[session.engine]
+        if not session.alive:
+            raise self.missing(session.owner, session.id)
+        await turns.enter((session,), session.slots)
+        if not session.alive:
+            raise self.missing(session.owner, session.id)
         try:
-            return engine.submit(slots, x, every_output, True, done)
-        except Problem:
-            self._leave(engine, slots)
-            raise
+            yield session
+        finally:
+            if session.alive:
+                self.touch(session)
+                turns.leave(session.slots)
 
     def _settle(self, engine: Engine, slots: Slots, steps: Array) -> Array:
         """Notes that sessions have moved by so many steps, and leaves them; gives their positions."""
         arena = engine.arena
         positions: Array = arena.position[slots] + steps
         arena.position[slots] = positions
-        arena.used[slots] = self._clock()
-        self._leave(engine, slots)
+        arena.used[slots] = self.clock()
+        self.turns[engine].leave(slots)
         return positions
-
-    async def _enter(self, sessions: Sequence[Session], slots: Slots) -> None:
-        """Holds live sessions of one engine; waits for those who came before, all of whom are known from the start.
-
-        So who waits always waits for those who came before, never in a circle. Those that have been deleted meanwhile
-        are not held.
-        """
-        if not len(slots):
-            return
-        held = sessions[0].engine.arena.held
-        if not held[slots].any():
-            held[slots] = True
-            return
-        waiter = _Waiter(asyncio.get_running_loop().create_future())
-        for session in sessions:
-            if held[session.slot]:
-                self._queues.setdefault(session, deque()).append(waiter)
-                waiter.missing += 1
-            else:
-                held[session.slot] = True
-        try:
-            await waiter.ready
-        except asyncio.CancelledError:
-            for session in sessions:
-                queue = self._queues.get(session)
-                if queue and waiter in queue:
-                    queue.remove(waiter)
-                elif session.alive:
-                    self._leave(session.engine, session.slots)
-            raise
-
-    def _leave(self, engine: Engine, slots: Slots) -> None:
-        """Hands sessions to whoever waits for them."""
-        held = engine.arena.held
-        if not self._queues:
-            held[slots] = False
-            return
-        for slot in slots.tolist():
-            queue = self._queues.get(self._by_slot[engine][slot])
-            if queue:
-                self._hand(queue.popleft())
-            else:
-                self._queues.pop(self._by_slot[engine][slot], None)
-                held[slot] = False
-
-    def _hand(self, waiter: _Waiter) -> None:
-        waiter.missing -= 1
-        if not waiter.missing and not waiter.ready.done():
-            waiter.ready.set_result(None)
 
     def _end(self, session: Session, reason: str) -> None:
         """Ends a session that nobody else holds; who waits for it is told that it is gone."""
-        arena, slot = session.engine.arena, session.slot
+        arena, slot, key = session.engine.arena, session.slot, _key(session.owner, session.id)
         session.alive = False
         self.endings += 1
-        del self._live[session.id], self._by_slot[session.engine][slot]
-        position = int(arena.position[slot])
-        self._gone[session.id] = Tombstone(reason, position, self._clock() + self._tombstone_seconds)
-        arena.used[slot], arena.held[slot] = np.inf, False
+        del self.live[key], self._by_slot[session.engine][slot]
+        self.gone[key] = Tombstone(reason, int(arena.position[slot]), self.clock() + self._tombstone_seconds)
+        arena.used[slot] = np.inf
+        self.turns[session.engine].end(slot)
         arena.give_back(session.slots)
-        for waiter in self._queues.pop(session, ()):
-            self._hand(waiter)
 
-    def _missing(self, session_id: str) -> UnknownSession | SessionGone:
-        tombstone = self._gone.get(session_id)
+    def missing(self, owner: str, session_id: str) -> UnknownSession | SessionGone:
+        """Gives what to raise where a session is not among the live ones."""
+        tombstone = self.gone.get(_key(owner, session_id))
         if tombstone is None:
             return UnknownSession("there is no session of that id: create one with POST /sessions")
+        reasons = {
+            "deleted": ("was deleted", "create another"),
+            "expired": ("expired", "create another, use it more often"),
+            "evicted": ("was evicted to make room", "create another"),
+        }
+        what, advice = reasons[tombstone.reason]
         return SessionGone(
-            f"the session was {tombstone.reason} at position {tombstone.position}: create another"
-            if tombstone.reason == "deleted"
-            else f"the session {tombstone.reason} at position {tombstone.position}: create another, use it more often",
+            f"the session {what} at position {tombstone.position}: {advice}",
             reason=tombstone.reason,
             position=tombstone.position,
         )
 
 
-def _living(sessions: Sequence[Session]) -> list[int]:
-    return [row for row, session in enumerate(sessions) if session.alive]
+def _key(owner: str, session_id: str) -> str:
+    """Names a session among those of all owners; no owner's name has a slash in it."""
+    return f"{owner}/{session_id}" if owner else session_id

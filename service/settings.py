@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.runtime import Optimization, Provider
+
+WhenFull = Literal["refuse", "evict"]
 
 ENV_PREFIX = "CELLSERVE_"
 
@@ -33,7 +36,11 @@ class Settings(BaseSettings):
     max_queued_steps: int = Field(
         1_000_000, ge=1, description="time steps that may wait to be run, for each model; more are answered 503"
     )
-    max_sessions: int = Field(100_000, ge=1, description="live sessions, at most; one more is answered 503")
+    max_sessions: int = Field(100_000, ge=1, description="live sessions, at most")
+    when_full: WhenFull = Field(
+        "refuse",
+        description="what one session too many meets: refuse (503), or evict the one idle for the longest time",
+    )
     session_idle_seconds: float = Field(3600, gt=0, description="a session not used for so long expires")
     tombstone_seconds: float = Field(86400, ge=0, description="for how long a session that is gone is answered 410")
     max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="size of a request's body, at most")
@@ -41,4 +48,14 @@ class Settings(BaseSettings):
         256, ge=1, le=65536, description="frames of one WebSocket that may be under way; then it is read no further"
     )
     max_sequences: int = Field(4096, ge=1, description="sequences of one request, at most")
+    snapshot: Path | None = Field(
+        None, description="a file that all sessions are written to on shutdown and every snapshot_seconds"
+    )
+    snapshot_seconds: float = Field(60, gt=0, description="for how long changes may go without a snapshot")
+    api_keys_file: Path | None = Field(
+        None, description="the API keys that are taken, lines owner:sha256; without it nobody needs one"
+    )
+    allowed_origins: str = Field(
+        "", description="origins of pages that may open a WebSocket here, separated by commas; its own always may"
+    )
     shutdown_seconds: int = Field(30, ge=0, description="for how long a stopping server finishes what it has accepted")

@@ -85,6 +85,7 @@ class Advance:
     number: int = 0  # the order of arrival in its lane
     outputs: list[Array] | None = None
     problems: dict[int, Problem] | None = None  # by row: why it has not moved
+    note: Callable[[Array | None], None] | None = None  # is told y, or None where nothing has moved, before anyone else
     reached: Sequence[int] = ()  # by row: the session's position after it
 
     @property

@@ -7,6 +7,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
@@ -79,6 +80,30 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
         sequences = [x[start:end] for start, end in zip((0, *ends), ends, strict=False)]
     given = tensors.keys() & model.reader.states_spec.keys()
     return sequences, _states(tensors, model, len(sequences)) if given else None
+
+
+def write_states(model: Model, states: dict[str, Array], told: dict[str, str]) -> bytes:
+    """Writes one session's states, each `[*shape]`, with what is told of them in the metadata."""
+    return save(states, {"model": model.name, "version": str(model.version), **told})
+
+
+def read_states(body: bytes, model: Model) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Reads one session's states, each `[*shape]`, and what the metadata tell of them.
+
+    Raises:
+        NotSafetensors: It cannot be parsed.
+        InvalidInput: The tensors are not the model's states: their names, shapes, types, or a number is not finite.
+    """
+    tensors, specs = _load(body), model.reader.states_spec
+    if tensors.keys() != specs.keys():
+        raise InvalidInput(f"there are the tensors {sorted(tensors)}: send the model's states, {sorted(specs)}")
+    for name, tensor in tensors.items():
+        _check(tensor, name)
+        if tensor.shape != specs[name].shape:
+            raise InvalidInput(f"{name}: its shape is {list(tensor.shape)}: send {list(specs[name].shape)}", place=name)
+    # The format's header: its length, then JSON; whoever parsed the tensors has checked both.
+    told = orjson.loads(body[8 : 8 + int.from_bytes(body[:8], "little")]).get("__metadata__") or {}
+    return tensors, told
 
 
 def _load(body: bytes) -> dict[str, Array]:

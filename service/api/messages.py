@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from typing import Any, TypeVar
 
 import orjson
@@ -22,6 +22,7 @@ T = TypeVar("T")
 log = logging.getLogger("cellserve")
 
 _JSON = (b"content-type", b"application/json")
+REPLAY = ((b"idempotent-replay", b"true"),)
 
 
 class ClientGone(Exception):
@@ -135,10 +136,10 @@ async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
         gone.cancel()
 
 
-async def send_json(send: Send, document: Any) -> None:
+async def send_json(send: Send, document: Any, more: Iterable[tuple[bytes, bytes]] = ()) -> None:
     """Sends a document; NumPy arrays in it are written with the fewest digits that give the same float32."""
     body = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-    headers = [_JSON, (b"content-length", b"%d" % len(body))]
+    headers = [_JSON, (b"content-length", b"%d" % len(body)), *more]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from service.repository import Model
 from service.service import Service
@@ -14,11 +14,16 @@ def router(service: Service) -> APIRouter:
     """Makes the routes."""
     routes = APIRouter()
 
-    @routes.get("/models", tags=["models"], summary="List the models")
+    def needs_key(request: Request) -> None:
+        service.owner(request.scope["headers"])
+
+    may = [Depends(needs_key)]
+
+    @routes.get("/models", dependencies=may, tags=["models"], summary="List the models")
     async def models() -> dict[str, Any]:
         return {"models": [_short(model) for model in service.repository.models.values()]}
 
-    @routes.get("/models/{name}", tags=["models"], summary="Describe a model")
+    @routes.get("/models/{name}", dependencies=may, tags=["models"], summary="Describe a model")
     async def model(name: str) -> dict[str, Any]:
         found = service.repository.get(name)
         document = found.document.model_dump(mode="json", exclude={"format", "name", "exactness"})

@@ -57,6 +57,7 @@ class Predict:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, in JSON or in safetensors as it was asked."""
+        self.service.owner(scope["headers"])
         kind = content_type(scope)
         if kind in binary.MEDIA_TYPES:
             await self._binary(scope, receive, send)

@@ -1,35 +1,50 @@
-"""`/sessions`: create, step, read, reset and delete sessions."""
+"""`/sessions`: create, step, read, list, fork, reset and delete sessions, and carry their states."""
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, TypeVar
+import hashlib
+import re
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from numpy.typing import NDArray
 
+from service.api import binary
 from service.api.messages import (
+    REPLAY,
     ClientGone,
     Receive,
     Scope,
     Send,
     as_problem,
+    content_type,
+    read_body,
     read_json_body,
     send_json,
     send_problem,
     unless_gone,
 )
 from service.api.predict import labelled
+from service.changes import Changes, Stepped
+from service.engine import Engine
+from service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
+from service.exactly_once import Request as Once
+from service.exactly_once import state_request, states_digest, step_request
 from service.repository import Model
 from service.service import Service
 from service.sessions import Session, SessionTable
 from service.tensors import decode
 
 Array = NDArray[Any]
+Position = Annotated[int, msgspec.Meta(ge=0)]
+
+_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+_LARGEST_PAGE = 1000
 
 
 class CreateRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of `POST /sessions`."""
+    """The body of `POST /sessions` and `PUT /sessions/{id}`."""
 
     model: str | None = None
     states: msgspec.Raw = msgspec.Raw(b"null")
@@ -43,11 +58,27 @@ class StepRequest(msgspec.Struct, Generic[X], forbid_unknown_fields=True):
 
     x: X
     outputs: Literal["last", "all"] | None = None
+    position: Position | None = None
+
+
+class ForkRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /sessions/{id}/fork`."""
+
+    session: str | None = None
+    position: Position | None = None
+
+
+class ResetRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /sessions/{id}/reset`."""
+
+    position: Position | None = None
 
 
 _create_decoder = msgspec.json.Decoder(CreateRequest)
 _step_decoder = msgspec.json.Decoder(StepRequest[msgspec.Raw])
 _plain_step_decoder = msgspec.json.Decoder(StepRequest[list[float]])
+_fork_decoder = msgspec.json.Decoder(ForkRequest)
+_reset_decoder = msgspec.json.Decoder(ResetRequest)
 
 
 class Step:
@@ -59,59 +90,43 @@ class Step:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         try:
-            table = self.service.sessions
+            owner = self.service.owner(scope["headers"])
             body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
-            session = table.get(scope["path"][len("/sessions/") : -len("/step")])
-            x, single, outputs = _read_step(session.model, body)
-            if session.engine.is_behind:
-                answer = await unless_gone(step_answer(table, session, x, single, outputs), receive)
-            else:
-                answer = await step_answer(table, session, x, single, outputs)
-            await send_json(send, answer)
+            session = self.service.sessions.get(owner, scope["path"][len("/sessions/") : -len("/step")])
+            x, single, outputs, position = _read_step(session.model, body)
+            work = step_session(self.service.changes, session, x, single, outputs, position)
+            stepped, every_output = await (unless_gone(work, receive) if session.engine.is_behind else work)
+            answer = written(self.service.sessions, session, stepped.y, stepped.position, single, every_output)
+            await send_json(send, answer, REPLAY if stepped.replayed else ())
         except ClientGone:
             pass
         except Exception as error:
             await send_problem(send, as_problem(error, scope))
 
 
-def plain_step(model: Model, body: bytes) -> Array | None:
-    """Reads what nearly every step is, one time step, in one pass: gives `[1, features]`.
+def plain_step(model: Model, body: bytes) -> tuple[Array | None, Once | None]:
+    """Reads what nearly every step is, one time step, in one pass: gives `[1, features]` and where it starts.
 
     All else, and every error, takes the long way: gives None, or raises what msgspec raises.
     """
-    return model.reader.single(_plain_step_decoder.decode(body).x)
+    plain = _plain_step_decoder.decode(body)
+    x = model.reader.single(plain.x)
+    return x, None if x is None or plain.position is None else step_request(plain.position, x, True)
 
 
-def _read_step(model: Model, body: bytes) -> tuple[Array, bool, str | None]:
-    """Gives x `[time, *features]`, whether it was one time step without a time axis, and the outputs asked for."""
-    try:
-        x = plain_step(model, body)
-        if x is not None:
-            return x, True, None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        pass
+def _read_step(model: Model, body: bytes) -> tuple[Array, bool, str | None, int | None]:
+    """Gives x `[time, *features]`, whether it had no time axis, the outputs asked for and the position."""
     request = decode(_step_decoder, body)
-    return *model.reader.x(request.x), request.outputs
+    return *model.reader.x(request.x), request.outputs, request.position
 
 
-async def step_answer(
-    table: SessionTable, session: Session, x: Array, single: bool, outputs: str | None
-) -> dict[str, Any]:
-    """Steps a session and gives the answer, whatever the surface.
-
-    Args:
-        table: Holds the session.
-        session: The session.
-        x: `[time, *features]`, checked.
-        single: Whether it was sent without a time axis, as `y` is then answered.
-        outputs: `last`, `all`, or None for the model's own default.
-    """
+async def step_session(
+    changes: Changes, session: Session, x: Array, single: bool, outputs: str | None, position: int | None
+) -> tuple[Stepped, bool]:
+    """Steps a session as it was asked, whatever the surface; says also whether all outputs were wanted."""
     every_output = single or wants_all(session, outputs)
-    advance = table.begin(session, x, every_output)
-    if advance is not None:  # nobody else was there: without a coroutine more
-        return written(session, (await advance.awaited)[0], advance.reached[0], single, every_output)
-    y, position = await table.step(session, x, every_output)
-    return written(session, y, position, single, every_output)
+    once = None if position is None else step_request(position, x, every_output)
+    return await changes.step(session, x, every_output, once), every_output
 
 
 def wants_all(session: Session, outputs: str | None) -> bool:
@@ -119,58 +134,163 @@ def wants_all(session: Session, outputs: str | None) -> bool:
     return (outputs or session.model.document.signature.default_output) == "all"
 
 
-def written(session: Session, y: Array, position: int, single: bool, every_output: bool) -> dict[str, Any]:
+def written(
+    table: SessionTable, session: Session, y: Array, position: int, single: bool, every_output: bool
+) -> dict[str, Any]:
     """Writes the answer to a step that has given y `[time, *outputs]`."""
     output = y if every_output and not single else y[-1]
     answer: dict[str, Any] = {"session": session.id, "position": position, "y": output}
     document = session.model.document
     if document.labels is not None:
         answer["label" if output.ndim == y.ndim - 1 else "labels"] = labelled(document, [output])["labels"][0]
+    answer["durable"] = table.durable
     return answer
 
 
-def told(table: SessionTable, session: Session) -> dict[str, Any]:
+def told(table: SessionTable, session: Session, position: int | None = None) -> dict[str, Any]:
     """Gives what every answer about a session says of it."""
     return {
         "session": session.id,
         "model": session.model.name,
         "version": session.model.version,
-        "position": session.position,
+        "position": session.position if position is None else position,
         "expires_in": table.idle_seconds,
+        "durable": table.durable,
     }
+
+
+def checked_id(session_id: str) -> str:
+    """Gives an id that a client has chosen back, or raises InvalidInput where it may not be one."""
+    if not _ID.fullmatch(session_id):
+        raise InvalidInput(
+            f"session: {session_id[:80]!r} cannot be an id: "
+            f"send 1 to 128 letters, digits, '-', '.', '_' or '~' (a UUID, say)",
+            place="session",
+        )
+    return session_id
+
+
+def create(service: Service, owner: str, wanted: CreateRequest, session_id: str | None = None) -> tuple[Session, bool]:
+    """Makes a session as it was asked, whatever the surface; says also whether it is new."""
+    engine = service.engine(wanted.model)
+    states = None if bytes(wanted.states) == b"null" else engine.model.reader.state(wanted.states)
+    origin = b""
+    if session_id is not None:
+        checked_id(session_id)
+        origin = hashlib.sha256(b"create %b %b" % (engine.model.name.encode(), states_digest(states))).digest()
+    return service.sessions.create(engine, states, owner, session_id, origin)
+
+
+async def fork(service: Service, session: Session, wanted: ForkRequest) -> tuple[Session, bool]:
+    """Makes a session of another's state and position, whatever the surface; says also whether it is new."""
+    if wanted.session is not None:
+        checked_id(wanted.session)
+    origin = hashlib.sha256(f"fork {session.id} {wanted.position}".encode()).digest()
+    return await service.sessions.fork(session, wanted.session, origin, wanted.position)
 
 
 def router(service: Service) -> APIRouter:
     """Makes the routes of everything but the step."""
     routes = APIRouter(tags=["sessions"])
-    table = service.sessions
+    table, limit = service.sessions, service.settings.max_body_bytes
 
-    @routes.post("/sessions", status_code=201, summary="Create a session")
-    async def create(request: Request, response: Response) -> dict[str, Any]:
-        body = await read_json_body(request.scope, request.receive, service.settings.max_body_bytes)
-        wanted = decode(_create_decoder, body)
-        engine = service.engine(wanted.model)
-        states = None if bytes(wanted.states) == b"null" else engine.model.reader.state(wanted.states)
-        session = table.create(engine, states)
+    def owner(request: Request) -> str:
+        return service.owner(request.scope["headers"])
+
+    async def body_or_nothing(request: Request) -> bytes:
+        """Reads a JSON body that may be left out."""
+        if content_type(request.scope):
+            return await read_json_body(request.scope, request.receive, limit)
+        return await read_body(request.scope, request.receive, limit) or b"{}"
+
+    def made(response: Response, session: Session, new: bool) -> dict[str, Any]:
+        response.status_code = 201 if new else 200
         response.headers["location"] = f"/sessions/{session.id}"
         return told(table, session)
 
+    def changed(response: Response, session: Session, position: int, replayed: bool) -> dict[str, Any]:
+        for name, value in REPLAY if replayed else ():
+            response.headers[name.decode()] = value.decode()
+        return told(table, session, position)
+
+    @routes.post("/sessions", status_code=201, summary="Create a session")
+    async def post(request: Request, response: Response) -> dict[str, Any]:
+        mine = owner(request)
+        wanted = decode(_create_decoder, await read_json_body(request.scope, request.receive, limit))
+        return made(response, *create(service, mine, wanted))
+
+    @routes.put("/sessions/{session_id}", status_code=201, summary="Create a session under an id of your choice")
+    async def put(session_id: str, request: Request, response: Response) -> dict[str, Any]:
+        mine = owner(request)
+        wanted = decode(_create_decoder, await body_or_nothing(request))
+        return made(response, *create(service, mine, wanted, session_id))
+
+    @routes.get("/sessions", summary="List your sessions, page by page")
+    async def pages(
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=_LARGEST_PAGE)] = 100,
+        after: Annotated[str, Query(pattern=r"^\d{1,9}\.\d{1,9}$", description="`next` of the page before")] = "0.0",
+    ) -> dict[str, Any]:
+        engine, _, slot = after.partition(".")
+        sessions, following = table.page(owner(request), (int(engine), int(slot)), limit)
+        return {
+            "sessions": [told(table, session) for session in sessions],
+            "next": None if following is None else f"{following[0]}.{following[1]}",
+        }
+
     @routes.get("/sessions/{session_id}", summary="Read where a session is")
-    async def read(session_id: str) -> dict[str, Any]:
-        session = table.get(session_id)
+    async def read(session_id: str, request: Request) -> dict[str, Any]:
+        session = table.get(owner(request), session_id)
         table.touch(session)
         return told(table, session)
 
     @routes.delete("/sessions/{session_id}", status_code=204, summary="Delete a session")
-    async def delete(session_id: str) -> None:
-        await table.delete(session_id)
+    async def delete(session_id: str, request: Request, position: Annotated[int | None, Query(ge=0)] = None) -> None:
+        await table.delete(owner(request), session_id, position)
 
     @routes.post("/sessions/{session_id}/reset", summary="Set a session's state to zeros")
-    async def reset(session_id: str) -> dict[str, Any]:
-        async with table.turn(table.get(session_id)) as session:
-            session.engine.arena.write(session.slot, None)
-            # A reset is a change too: no position is used twice in a session's life.
-            session.engine.arena.position[session.slot] += 1
-            return told(table, session)
+    async def reset(session_id: str, request: Request, response: Response) -> dict[str, Any]:
+        session = table.get(owner(request), session_id)
+        position = decode(_reset_decoder, await body_or_nothing(request)).position
+        once = None if position is None else state_request(position, None)
+        return changed(response, session, *await service.changes.set_state(session, None, once))
+
+    @routes.post("/sessions/{session_id}/fork", status_code=201, summary="Make another session of a session's state")
+    async def make_fork(session_id: str, request: Request, response: Response) -> dict[str, Any]:
+        session = table.get(owner(request), session_id)
+        wanted = decode(_fork_decoder, await body_or_nothing(request))
+        return made(response, *await fork(service, session, wanted))
+
+    @routes.get("/sessions/{session_id}/state", summary="Download a session's state", response_class=Response)
+    async def state(session_id: str, request: Request) -> Response:
+        session = table.get(owner(request), session_id)
+        table.touch(session)
+        told = {"position": str(session.position), "digest": session.model.digest}
+        content = binary.write_states(session.model, session.engine.arena.read(session.slot), told)
+        return Response(content, media_type=binary.MEDIA_TYPES[0].decode())
+
+    @routes.put("/sessions/{session_id}/state", summary="Upload a session's state")
+    async def set_state(
+        session_id: str, request: Request, response: Response, position: Annotated[int | None, Query(ge=0)] = None
+    ) -> dict[str, Any]:
+        session = table.get(owner(request), session_id)
+        kind = content_type(request.scope)
+        if kind not in binary.MEDIA_TYPES:
+            wanted = binary.MEDIA_TYPES[0].decode()
+            raise UnsupportedMediaType(f"the body has the content type {kind.decode('latin-1')[:100]!r}: send {wanted}")
+        body = await read_body(request.scope, request.receive, limit)
+        states = _uploaded(session.engine, body)
+        once = None if position is None else state_request(position, states)
+        return changed(response, session, *await service.changes.set_state(session, states, once))
 
     return routes
+
+
+def _uploaded(engine: Engine, body: bytes) -> dict[str, Array]:
+    states, told = binary.read_states(body, engine.model)
+    if told.get("digest", engine.model.digest) != engine.model.digest:
+        raise StateOfAnotherModel(
+            f"the state is of model {str(told.get('model'))[:80]!r} (digest {str(told['digest'])[:64]}), "
+            f"the session of {engine.model.name!r} (digest {engine.model.digest}): make a session of that model"
+        )
+    return states

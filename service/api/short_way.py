@@ -60,7 +60,7 @@ class ShortHttp(HttpToolsProtocol):
 
     def __init__(self, service: Service, **more: Any) -> None:
         super().__init__(**more)
-        self._sessions = service.sessions
+        self._service = service
         self._step: _Step | None = None  # whose body is being received
 
     def on_message_begin(self) -> None:
@@ -104,10 +104,11 @@ class ShortHttp(HttpToolsProtocol):
             super().on_message_complete()
             return
         try:
-            session = self._sessions.get(self.url[len(_BEGIN) : -len(_END)].decode())
-            x = plain_step(session.model, step.body)
+            owner = self._service.owner(self.headers)
+            session = self._service.sessions.get(owner, self.url[len(_BEGIN) : -len(_END)].decode())
+            x, once = plain_step(session.model, step.body)
             done = Told(partial(self._answer, step, session))
-            advance = None if x is None else self._sessions.begin(session, x, True, done)
+            advance = None if x is None else self._service.changes.begin(session, x, True, done, once)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, Problem):
             advance = None
         if advance is None:
@@ -122,7 +123,7 @@ class ShortHttp(HttpToolsProtocol):
             return
         assert step.advance is not None
         try:
-            answer = written(session, done.result()[0], step.advance.reached[0], True, True)
+            answer = written(self._service.sessions, session, done.result()[0], step.advance.reached[0], True, True)
             body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
             head = self._good_head()
         except Exception as error:

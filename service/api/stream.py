@@ -11,6 +11,7 @@ import struct
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any, Literal
 
 import msgspec
@@ -19,10 +20,21 @@ import orjson
 from numpy.typing import NDArray
 
 from service.api.messages import Receive, Scope, Send, as_problem
-from service.api.sessions import step_answer, told, written
+from service.api.sessions import (
+    CreateRequest,
+    ForkRequest,
+    Position,
+    create,
+    fork,
+    step_session,
+    told,
+    written,
+)
 from service.api.short_way import EXTENSION, ShortFrames
 from service.arena import Slots
-from service.errors import InvalidInput, Problem, UnknownSession
+from service.changes import SteppedMany
+from service.errors import Forbidden, InvalidInput, Problem, Unauthorized, UnknownSession
+from service.exactly_once import state_request, step_request
 from service.service import Service
 from service.sessions import Session
 from service.tensors import decode
@@ -32,7 +44,11 @@ Array = NDArray[Any]
 
 # A binary frame: kind, ref, number of sessions, time steps; all that follows is little-endian too.
 _HEADER = struct.Struct("<4I")
-STEP, STEPPED = 1, 0x81
+STEP, STEP_FROM = 1, 2
+STEPPED = 0x80  # and the kind of what is answered
+_REPLAYED = 1  # a status
+_AUTH_SECONDS = 10
+_POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 _GROUPS = 8  # of sessions that a socket has stepped together are remembered
 _SCOPE = {"method": "WS", "path": "/stream"}  # for the log
 
@@ -46,6 +62,13 @@ class Open(_Frame, tag="open", kw_only=True):
 
     model: str | None = None
     states: msgspec.Raw = msgspec.Raw(b"null")
+    session: str | None = None
+
+
+class Auth(_Frame, tag="auth", kw_only=True):
+    """Says who it is, in the first frame: a browser can send no header with a socket."""
+
+    key: str
 
 
 class Attach(_Frame, tag="attach", kw_only=True):
@@ -60,23 +83,41 @@ class Step(_Frame, tag="step", kw_only=True):
     session: int | str
     x: msgspec.Raw
     outputs: Literal["last", "all"] | None = None
+    position: Position | None = None
 
 
 class _PlainStep(_Frame, tag="step", kw_only=True):
     session: int | str
     x: list[float]
     outputs: Literal["last", "all"] | None = None
+    position: Position | None = None
+
+
+class Reset(_Frame, tag="reset", kw_only=True):
+    """Sets a session's state to zeros."""
+
+    session: int | str
+    position: Position | None = None
+
+
+class Fork(_Frame, tag="fork", kw_only=True):
+    """Makes another session of a session's state."""
+
+    session: int | str
+    to: str | None = None
+    position: Position | None = None
 
 
 class Close(_Frame, tag="close", kw_only=True):
     """Deletes a session."""
 
     session: int | str
+    position: Position | None = None
 
 
-_decoder: msgspec.json.Decoder[Open | Attach | Step | Close] = msgspec.json.Decoder(Open | Attach | Step | Close)
-
-
+_Frames = Open | Attach | Step | Reset | Fork | Close
+_decoder: msgspec.json.Decoder[_Frames] = msgspec.json.Decoder(_Frames)
+_auth_decoder = msgspec.json.Decoder(Auth)
 _plain_decoder = msgspec.json.Decoder(_PlainStep)
 
 
@@ -105,8 +146,49 @@ class Stream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one socket until it is closed."""
         await receive()
+        try:
+            self._check_origin(scope)
+            bears_key = self.service.keys is None or any(name == b"authorization" for name, _ in scope["headers"])
+            owner = self.service.owner(scope["headers"]) if bears_key else None
+        except Problem as problem:
+            start = {"type": "websocket.http.response.start", "status": problem.status, "headers": problem.headers()}
+            await send(start)
+            await send({"type": "websocket.http.response.body", "body": problem.document()})
+            return
         await send({"type": "websocket.accept"})
-        await _Socket(self.service, send, scope["extensions"].get(EXTENSION)).serve(receive)
+        if owner is None:
+            owner = await self._authenticated(receive, send)
+        if owner is not None:
+            await _Socket(self.service, owner, send, scope["extensions"].get(EXTENSION)).serve(receive)
+
+    def _check_origin(self, scope: Scope) -> None:
+        """Raises Forbidden where a page of another origin than ours or an allowed one opens the socket (RFC 6454)."""
+        headers = dict(scope["headers"])
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        allowed = self.service.settings.allowed_origins.split(",")
+        same = origin.partition("://")[2] == headers.get(b"host", b"").decode("latin-1")
+        if origin and not same and origin not in [one.strip() for one in allowed]:
+            raise Forbidden(f"pages of {origin[:200]} may not open sockets here: allow them with --allowed-origins")
+
+    async def _authenticated(self, receive: Receive, send: Send) -> str | None:
+        """Reads the first frame, which must bear a key; gives the owner, or None where the socket was closed."""
+        ref: Any = None
+        try:
+            async with asyncio.timeout(_AUTH_SECONDS):
+                message = await receive()
+            if message["type"] != "websocket.receive":
+                return None
+            body = (message.get("text") or "").encode()
+            ref = _ref_of(body, True)
+            owner = self.service.owner([(b"authorization", b"Bearer " + decode(_auth_decoder, body).key.encode())])
+            await send({"type": "websocket.send", "text": orjson.dumps({"op": "auth", "ref": ref}).decode()})
+            return owner
+        except (Problem, TimeoutError) as error:
+            wanted = 'this server wants a key: send {"op": "auth", "key": ...} in the first frame'
+            problem = error if isinstance(error, Unauthorized) else Unauthorized(wanted)
+            await send({"type": "websocket.send", "text": orjson.dumps(_problem(ref, problem)).decode()})
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+            return None
 
 
 class _Socket:
@@ -115,8 +197,9 @@ class _Socket:
     A client that does not read its answers fills the window, and its frames are not read until it does.
     """
 
-    def __init__(self, service: Service, send: Send, short: ShortFrames | None) -> None:
+    def __init__(self, service: Service, owner: str, send: Send, short: ShortFrames | None) -> None:
         self.service = service
+        self.owner = owner
         self.send = send
         self.short = short  # the short way, where the server offers it
         self.sessions: list[Session] = []  # by handle
@@ -208,7 +291,8 @@ class _Socket:
             session = self._session(frame.session)
             x = session.model.reader.single(frame.x)
             done = Told(partial(self._answer_step, frame.ref, session))
-            advance = None if x is None else self.service.sessions.begin(session, x, True, done)
+            once = None if x is None or frame.position is None else step_request(frame.position, x, True)
+            advance = None if x is None else self.service.changes.begin(session, x, True, done, once)
         except (msgspec.MsgspecError, UnicodeError, RecursionError, Problem):
             return False  # the long way finds out what is wrong and says it
         if advance is None:
@@ -220,7 +304,7 @@ class _Socket:
         advance = self.waiting.pop(done)
         answer: dict[str, Any] = {"op": "step", "ref": orjson.Fragment(bytes(ref))}
         try:
-            answer |= written(session, done.result()[0], advance.reached[0], True, True)
+            answer |= written(self.service.sessions, session, done.result()[0], advance.reached[0], True, True)
         except Exception as error:
             answer = _problem(answer["ref"], as_problem(error, _SCOPE))
         self._put_json(answer)
@@ -228,10 +312,12 @@ class _Socket:
     def _frame_at_once(self, body: bytes) -> bool:
         """Begins a binary frame in the same way."""
         try:
-            ref, group, x = self._steps(body)
+            kind, ref, group, x, _ = self._steps(body)
+            if kind != STEP:
+                return False
             engine = group.sessions[0].engine
             done = Told(partial(self._answer_frame, ref, group))
-            advance = self.service.sessions.begin_many(engine, group.slots, x, done) if self._is_alive(group) else None
+            advance = self.service.changes.begin_many(engine, group.slots, x, done) if self._is_alive(group) else None
         except Problem:
             return False
         if advance is None:
@@ -242,10 +328,11 @@ class _Socket:
     def _answer_frame(self, ref: int, group: _Group, done: Told) -> None:
         advance = self.waiting.pop(done)
         try:
-            self._put_frame(ref, group, done.result(), np.array(advance.reached), advance.problems or {})
+            stepped = SteppedMany(done.result(), np.array(advance.reached), advance.problems or {}, set())
         except Problem as problem:  # of the only row
             y = np.zeros((*advance.x.shape[:2], *group.sessions[0].model.output_shape))
-            self._put_frame(ref, group, y, np.array(advance.reached), {0: problem})
+            stepped = SteppedMany(y, np.array(advance.reached), {0: problem}, set())
+        self._put_frame(STEP, ref, group, stepped)
 
     def _is_alive(self, group: _Group) -> bool:
         """Says whether all sessions of a group are alive; none of them need be asked where none has ended since."""
@@ -272,16 +359,26 @@ class _Socket:
             case Step():
                 session = self._session(frame.session)
                 x, single = session.model.reader.x(frame.x)
-                return answer | await step_answer(table, session, x, single, frame.outputs)
+                asked = frame.outputs, frame.position
+                stepped, every_output = await step_session(self.service.changes, session, x, single, *asked)
+                answer |= written(table, session, stepped.y, stepped.position, single, every_output)
+                return answer | ({"replayed": True} if stepped.replayed else {})
             case Open():
-                engine = self.service.engine(frame.model)
-                given = bytes(frame.states) != b"null"
-                session = table.create(engine, engine.model.reader.state(frame.states) if given else None)
+                session, _ = create(self.service, self.owner, CreateRequest(frame.model, frame.states), frame.session)
             case Attach():
-                session = table.get(frame.session)
+                session = table.get(self.owner, frame.session)
+            case Reset():
+                session = self._session(frame.session)
+                once = None if frame.position is None else state_request(frame.position, None)
+                position, replayed = await self.service.changes.set_state(session, None, once)
+                return answer | told(table, session, position) | ({"replayed": True} if replayed else {})
+            case Fork():
+                session, _ = await fork(
+                    self.service, self._session(frame.session), ForkRequest(frame.to, frame.position)
+                )
             case Close():
                 session = self._session(frame.session)
-                await table.delete(session.id)
+                await table.delete(self.owner, session.id, frame.position)
                 return answer | {"session": session.id}
         return answer | {"handle": self._handle(session)} | told(table, session)
 
@@ -293,39 +390,46 @@ class _Socket:
 
     def _session(self, name: int | str) -> Session:
         if isinstance(name, str):
-            return self.service.sessions.get(name)
+            return self.service.sessions.get(self.owner, name)
         if not 0 <= name < len(self.sessions):
             raise UnknownSession(f"session: no handle {name} on this socket: open or attach the session first")
-        return self.service.sessions.get(self.sessions[name].id)
+        session = self.sessions[name]
+        return session if session.alive else self.service.sessions.get(self.owner, session.id)
 
     async def _binary(self, body: bytes) -> None:
-        ref, group, x = self._steps(body)
-        y, positions, problems = await self.service.sessions.step_many(group.sessions, group.slots, x)
-        self._put_frame(ref, group, y, positions, problems)
+        kind, ref, group, x, positions = self._steps(body)
+        requests = None if positions is None else list(map(step_request, positions.tolist(), x, repeat(True)))
+        stepped = await self.service.changes.step_many(group.sessions, group.slots, x, requests)
+        self._put_frame(kind, ref, group, stepped)
 
-    def _put_frame(self, ref: int, group: _Group, y: Array, positions: Array, problems: dict[int, Problem]) -> None:
-        count, steps = y.shape[:2]
-        statuses = np.zeros(count, "<u4")
-        for row, problem in problems.items():
+    def _put_frame(self, kind: int, ref: int, group: _Group, stepped: SteppedMany) -> None:
+        y, positions = stepped.y, stepped.positions
+        statuses = np.zeros(len(y), "<u4")
+        statuses[list(stepped.replayed)] = _REPLAYED
+        for row, problem in stepped.problems.items():
             statuses[row] = problem.status
-        parts = _HEADER.pack(STEPPED, ref, count, steps), positions.astype("<u8"), statuses, y.astype("<f4")
-        for row, problem in problems.items():
+        head = _HEADER.pack(kind | STEPPED, ref, *y.shape[:2])
+        parts = head, positions.astype("<u8"), statuses, y.astype("<f4")
+        for row, problem in stepped.problems.items():
             self._put_json(_problem(ref, problem, session=group.sessions[row].id, row=row), last=False)
         self._put(b"".join([bytes(part) for part in parts]), False)
 
-    def _steps(self, body: bytes) -> tuple[int, _Group, Array]:
-        """Reads a binary frame: its ref, the sessions and x `[sessions, time, *features]`."""
+    def _steps(self, body: bytes) -> tuple[int, int, _Group, Array, Array | None]:
+        """Reads a binary frame: kind, ref, sessions, x `[sessions, time, *features]`, positions where it has them."""
         if len(body) < _HEADER.size:
             raise InvalidInput(f"the frame has {len(body)} bytes: its header alone has {_HEADER.size}")
         kind, ref, count, steps = _HEADER.unpack_from(body)
-        if kind != STEP:
-            raise InvalidInput(f"kind: {kind} is none: send {STEP} to step")
+        if kind not in (STEP, STEP_FROM):
+            raise InvalidInput(f"kind: {kind} is none: send {STEP} to step, {STEP_FROM} to step from positions")
         if not count or not steps:
             raise InvalidInput(f"the frame has {count} sessions and {steps} time steps: send at least one of each")
         start = _HEADER.size + 4 * count
-        if len(body) < start:
-            raise InvalidInput(f"the frame has {len(body)} bytes: {count} handles alone need {start}")
+        behind = start + 8 * count if kind == STEP_FROM else start
+        if len(body) < behind:
+            raise InvalidInput(f"the frame has {len(body)} bytes: {count} handles (and positions) alone need {behind}")
         handles = np.frombuffer(body, "<u4", count, _HEADER.size)
+        positions = np.frombuffer(body, "<u8", count, start) if kind == STEP_FROM else None
+        start = behind
         if int(handles.max()) >= len(self.sessions):
             raise UnknownSession(f"no handle {int(handles.max())} on this socket: open or attach the session first")
         group = self._group(handles)
@@ -338,7 +442,7 @@ class _Socket:
         if not np.isfinite(x).all():
             place = "x" + "".join(f"[{number}]" for number in np.argwhere(~np.isfinite(x))[0])
             raise InvalidInput(f"{place}: not a finite number", place=place)
-        return ref, group, x
+        return kind, ref, group, x, positions
 
     def _group(self, handles: NDArray[np.uint32]) -> _Group:
         """Gives the sessions of some handles; mostly the same as in a frame before."""

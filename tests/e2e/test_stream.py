@@ -60,6 +60,7 @@ def test_a_session_is_opened_stepped_and_closed(server: Server, stream: ClientCo
         "session": opened["session"],
         "position": 1,
         "y": first["y"],
+        "durable": "none",
     }
     rest = ask(stream, op="step", session=opened["session"], x=x[1:], outputs="all")
     assert [first["y"], *rest["y"]] == whole(server, "lstm", x)
@@ -97,7 +98,7 @@ def test_a_session_from_elsewhere_is_attached_and_outlives_the_socket(server: Se
         (b"", 422, "0 bytes"),
         (struct.pack("<4I", 9, 5, 1, 1) + bytes(24), 422, "kind: 9"),
         (struct.pack("<4I", 1, 5, 0, 1), 422, "0 sessions"),
-        (struct.pack("<4I", 1, 5, 4_000_000_000, 4_000_000_000), 422, "handles alone need"),
+        (struct.pack("<4I", 1, 5, 4_000_000_000, 4_000_000_000), 422, "alone need 16000000016"),
         (struct.pack("<5I", 1, 5, 1, 0x80000000, 0), 422, "makes it"),
         (binary([0, 0], np.zeros((2, 1, FEATURES))), 422, "twice"),
         (binary([0, 1], np.zeros((2, 1, FEATURES))), 422, "several models"),

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from models.signature import Exactness, Signature, StateSpec, TensorSpec
+from service.changes import Changes
 from service.engine import Engine
 from service.sessions import SessionTable
 from service.settings import Settings
@@ -72,15 +73,15 @@ def truth(x: NDArray[Any], state: NDArray[Any] | None = None) -> NDArray[Any]:
 
 
 @pytest.fixture
-def make() -> Callable[..., tuple[Engine, SessionTable]]:
-    """Makes an engine over the model, and the table of its sessions."""
+def make() -> Callable[..., tuple[Engine, SessionTable, Changes]]:
+    """Makes an engine over the model, the table of its sessions, and what changes them."""
 
-    def made(exact: bool = True, step_seconds: float = 1e-6, **settings: Any) -> tuple[Engine, SessionTable]:
+    def made(exact: bool = True, step_seconds: float = 1e-6, **settings: Any) -> tuple[Engine, SessionTable, Changes]:
         model: Any = Model(exact)
         model.runtime.step_seconds = step_seconds
         engine = Engine(model, Settings(**settings), ThreadPoolExecutor(1))
         table = SessionTable(engine.arena.limit, 3600, 86400)
         table.serve(engine)
-        return engine, table
+        return engine, table, Changes(table)
 
     return made

@@ -1,0 +1,151 @@
+"""Who may: keys, owners, origins; and nothing of them in the log."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from tests.conftest import Server
+from tests.networks import FEATURES
+
+STEP = {"x": [0.125] * FEATURES}
+
+
+def new_key(owner: str, file: Path) -> str:
+    command = [sys.executable, "-m", "cellserve.cli", "key", owner, "--file", str(file)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, str, str]:
+    file = tmp_path / "keys.txt"
+    return file, new_key("alice", file), new_key("bob", file)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def test_keys_open_ones_own_sessions_only(
+    repository: Path, serve: Callable[..., Server], keys: tuple[Path, str, str]
+) -> None:
+    file, alice, bob = keys
+    assert alice not in file.read_text()
+    server = serve("--models", str(repository), "--api-keys-file", str(file))
+    with server.client() as client:
+        for method, path in (
+            ("POST", "/sessions"), ("GET", "/sessions"), ("PUT", "/sessions/x"), ("GET", "/sessions/x"),
+            ("POST", "/sessions/x/step"), ("POST", "/sessions/x/reset"), ("POST", "/sessions/x/fork"),
+            ("GET", "/sessions/x/state"), ("PUT", "/sessions/x/state"), ("DELETE", "/sessions/x"),
+            ("POST", "/predict"), ("GET", "/models"), ("GET", "/models/lstm"),
+        ):  # fmt: skip
+            for headers in ({}, bearer("wrong"), {"authorization": f"Basic {alice}"}):
+                answer = client.request(method, path, headers=headers)
+                assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
+        assert [client.get(path).status_code for path in ("/healthz", "/readyz", "/openapi.json")] == [200] * 3
+        # Ids belong to their owner: two owners may choose the same.
+        for key in (alice, bob):
+            assert client.put("/sessions/same", json={"model": "lstm"}, headers=bearer(key)).status_code == 201
+        mine = client.post("/sessions", json={"model": "lstm"}, headers=bearer(alice)).json()["session"]
+        stepped = client.post(f"/sessions/{mine}/step", json=STEP, headers=bearer(alice)).json()
+        assert stepped["position"] == 1
+        for method, path in (("GET", ""), ("POST", "/step"), ("POST", "/reset"), ("GET", "/state"), ("DELETE", "")):
+            content = {"json": STEP} if path == "/step" else {}
+            answer = client.request(method, f"/sessions/{mine}{path}", headers=bearer(bob), **content)
+            assert answer.status_code == 404
+        listed = client.get("/sessions", headers=bearer(bob)).json()["sessions"]
+        assert [told["session"] for told in listed] == ["same"]
+        # A new key of the same owner opens what the old one made, and an old one ends, without a restart.
+        other = new_key("alice", file)
+        lines = file.read_text().splitlines()
+        file.write_text("# rotated\n" + "\n".join(lines[1:]) + "\n")
+        deadline = time.monotonic() + 20
+        while client.get(f"/sessions/{mine}", headers=bearer(other)).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert client.get(f"/sessions/{mine}", headers=bearer(alice)).status_code == 401
+        file.write_text("nonsense")
+        time.sleep(1.5)
+        assert client.get(f"/sessions/{mine}", headers=bearer(other)).status_code == 200
+    server.stop()
+    log = "".join(server.log)
+    assert "the keys stay as they were" in log
+    assert alice not in log and bob not in log and "0.125" not in log
+
+
+def test_a_socket_bears_its_key_in_a_header_or_in_the_first_frame(
+    repository: Path, serve: Callable[..., Server], keys: tuple[Path, str, str]
+) -> None:
+    file, alice, bob = keys
+    server = serve("--models", str(repository), "--api-keys-file", str(file))
+    url = server.url.replace("http", "ws") + "/stream"
+    with connect(url, additional_headers=bearer(alice)) as stream:
+        stream.send('{"op": "open", "model": "lstm", "session": "s"}')
+        assert json.loads(stream.recv())["session"] == "s"
+    with connect(url) as stream:
+        stream.send(json.dumps({"op": "auth", "key": alice, "ref": 1}))
+        assert json.loads(stream.recv()) == {"op": "auth", "ref": 1}
+        stream.send('{"op": "attach", "session": "s"}')
+        assert json.loads(stream.recv())["position"] == 0
+    with connect(url, additional_headers=bearer(bob)) as stream:
+        stream.send('{"op": "attach", "session": "s"}')
+        assert json.loads(stream.recv())["problem"]["status"] == 404
+    for first in (json.dumps({"op": "auth", "key": "wrong"}), '{"op": "open", "model": "lstm"}', b"\0"):
+        with connect(url) as stream:
+            stream.send(first)
+            assert json.loads(stream.recv())["problem"]["status"] == 401
+            with pytest.raises(ConnectionClosed) as closed:
+                stream.recv()
+            assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
+    with pytest.raises(InvalidStatus) as refused, connect(url, additional_headers=bearer("wrong")):
+        pass
+    assert refused.value.response.status_code == 401
+
+
+def test_pages_of_other_origins_open_no_sockets(repository: Path, serve: Callable[..., Server]) -> None:
+    server = serve("--models", str(repository), "--allowed-origins", "https://good.example, https://fine.example")
+    url = server.url.replace("http", "ws") + "/stream"
+    for origin in (server.url, "https://good.example", "https://fine.example"):
+        with connect(url, origin=origin) as stream:  # type: ignore[arg-type]
+            stream.send('{"op": "open", "model": "lstm"}')
+            assert json.loads(stream.recv())["op"] == "open"
+    with pytest.raises(InvalidStatus) as refused, connect(url, origin="https://evil.example"):  # type: ignore[arg-type]
+        pass
+    assert refused.value.response.status_code == 403
+
+
+@pytest.mark.parametrize("content", ["alice", "alice:123", "ali ce:" + "0" * 64, None])
+def test_a_file_of_keys_that_is_wrong_stops_the_start(repository: Path, tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_text(content)
+    command = [
+        sys.executable,
+        "-m",
+        "cellserve.cli",
+        "serve",
+        "--models",
+        str(repository),
+        "--api-keys-file",
+        str(file),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("cellserve serve: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_key_command_that_cannot_be_done_says_so_in_a_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cellserve.cli", "key"]
+    bad = subprocess.run([*command, "a b", "--file", str(tmp_path / "k")], capture_output=True, text=True)
+    assert bad.returncode == 2
+    nowhere = subprocess.run([*command, "a", "--file", str(tmp_path / "no" / "k")], capture_output=True, text=True)
+    assert (nowhere.returncode, nowhere.stderr.count("\n")) == (1, 1)
