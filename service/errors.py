@@ -184,6 +184,14 @@ class ServerFull(Problem):
     retry_after = 10
 
 
+class ModelVersionNotHere(Problem):
+    """The session is bound to a version of a model that this server has not."""
+
+    status = 503
+    title = "The session's model is not served here"
+    retry_after = 60
+
+
 class QueueFull(Problem):
     """More work is waiting than may wait."""
 

@@ -64,6 +64,7 @@ class Service:
         if settings.snapshot is not None:
             self.snapshots = Snapshots(settings.snapshot, self.sessions, lambda: list(self.engines.values()))
             restored = self.snapshots.restore()
+            self.sessions.sweep()  # of those that have expired meanwhile
             log.info("%d sessions are back from %s", restored, settings.snapshot)
             self.sessions.durable = "snapshot"
         self.ready = False

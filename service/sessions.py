@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from service.arena import Slots
 from service.engine import Engine
-from service.errors import ServerFull, SessionExists, SessionGone, UnknownSession
+from service.errors import ModelVersionNotHere, Problem, ServerFull, SessionExists, SessionGone, UnknownSession
 from service.exactly_once import Applied, Request, check
 from service.repository import Model
 from service.settings import WhenFull
@@ -87,6 +87,7 @@ class SessionTable:
         self.durable: Durable = "none"
         self.live: dict[str, Session] = {}
         self.gone: OrderedDict[str, Tombstone] = OrderedDict()  # the oldest first
+        self.elsewhere: dict[str, str] = {}  # sessions that wait for a version of a model that is not served here
         self.endings = 0  # of sessions, so far
         self._by_slot: dict[Engine, dict[int, Session]] = {}
         self.turns: dict[Engine, Turns] = {}
@@ -129,7 +130,7 @@ class SessionTable:
             ServerFull: There are as many sessions as may be.
         """
         if session_id is not None:
-            known = self.live.get(_key(owner, session_id))
+            known = self.live.get(key_of(owner, session_id))
             if known is not None:
                 if known.origin != origin:
                     raise SessionExists(
@@ -139,7 +140,7 @@ class SessionTable:
                     )
                 self.touch(known)
                 return known, False
-            if _key(owner, session_id) in self.gone:
+            if key_of(owner, session_id) in self.gone or key_of(owner, session_id) in self.elsewhere:
                 raise self.missing(owner, session_id)
         slot = self._room(engine)
         arena = engine.arena
@@ -151,7 +152,7 @@ class SessionTable:
 
     def add(self, session: Session) -> Session:
         """Counts a session whose slot has been filled among the live ones."""
-        self.live[_key(session.owner, session.id)] = self._by_slot[session.engine][session.slot] = session
+        self.live[key_of(session.owner, session.id)] = self._by_slot[session.engine][session.slot] = session
         return session
 
     def get(self, owner: str, session_id: str) -> Session:
@@ -161,7 +162,7 @@ class SessionTable:
             UnknownSession: None of that id is known to its owner.
             SessionGone: It was deleted, has expired or was evicted.
         """
-        session = self.live.get(_key(owner, session_id))
+        session = self.live.get(key_of(owner, session_id))
         if session is None:
             raise self.missing(owner, session_id)
         return session
@@ -204,7 +205,7 @@ class SessionTable:
             SessionExists, ServerFull: As `create` does.
             SessionGone, PositionConflict, SessionWentBack: As `step` does.
         """
-        if new_id is not None and _key(session.owner, new_id) in self.live:
+        if new_id is not None and key_of(session.owner, new_id) in self.live:
             return self.create(session.engine, None, session.owner, new_id, origin)  # a repetition, or refused
         async with self.alone(session):
             if position is not None:
@@ -220,7 +221,7 @@ class SessionTable:
             SessionGone: It had gone for another reason.
             PositionConflict, SessionWentBack: It is not at the position that was given.
         """
-        tombstone = self.gone.get(_key(owner, session_id))
+        tombstone = self.gone.get(key_of(owner, session_id))
         if tombstone is None or tombstone.reason != "deleted":
             async with self.alone(self.get(owner, session_id)) as session:
                 if position is not None:
@@ -290,7 +291,7 @@ class SessionTable:
 
     def _end(self, session: Session, reason: str) -> None:
         """Ends a session that nobody else holds; who waits for it is told that it is gone."""
-        arena, slot, key = session.engine.arena, session.slot, _key(session.owner, session.id)
+        arena, slot, key = session.engine.arena, session.slot, key_of(session.owner, session.id)
         session.alive = False
         self.endings += 1
         del self.live[key], self._by_slot[session.engine][slot]
@@ -299,9 +300,12 @@ class SessionTable:
         self.turns[session.engine].end(slot)
         arena.give_back(session.slots)
 
-    def missing(self, owner: str, session_id: str) -> UnknownSession | SessionGone:
+    def missing(self, owner: str, session_id: str) -> Problem:
         """Gives what to raise where a session is not among the live ones."""
-        tombstone = self.gone.get(_key(owner, session_id))
+        model = self.elsewhere.get(key_of(owner, session_id))
+        if model is not None:
+            return ModelVersionNotHere(f"the session is of model {model}, which is not served here: serve it again")
+        tombstone = self.gone.get(key_of(owner, session_id))
         if tombstone is None:
             return UnknownSession("there is no session of that id: create one with POST /sessions")
         reasons = {
@@ -317,6 +321,6 @@ class SessionTable:
         )
 
 
-def _key(owner: str, session_id: str) -> str:
+def key_of(owner: str, session_id: str) -> str:
     """Names a session among those of all owners; no owner's name has a slash in it."""
     return f"{owner}/{session_id}" if owner else session_id

@@ -10,12 +10,15 @@ from service.api.binary import MEDIA_TYPES
 from service.service import Service
 
 _SESSION = {"session": "0b54b1fd5d2a4f3f9d63a3a1e6a1c0de", "model": "sunspots", "version": 1, "position": 0,
-            "expires_in": 3600.0}  # fmt: skip
+            "expires_in": 3600.0, "durable": "none"}  # fmt: skip
 _NUMBERS = {"description": "numbers, nested as deep as the model's input and output have axes", "type": "array"}
 _STATES = {"type": "object", "description": "one array a state, by its tensor's name: see GET /models/{name}"}
 _OUTPUTS = {"enum": ["last", "all", None], "description": "outputs of the last or of all time steps; the model's own "
             "default where it is missing"}  # fmt: skip
 _MODEL = {"type": ["string", "null"], "description": "may be left out where one model is served"}
+
+_POSITION = {"type": ["integer", "null"], "minimum": 0, "description": "where the session is to be; then the request may be "
+             "sent again and is applied once"}  # fmt: skip
 
 _SAFETENSORS = MEDIA_TYPES[0].decode()
 
@@ -35,6 +38,19 @@ def install(app: FastAPI, service: Service) -> None:
                 {"model": _MODEL, "states": _STATES}, {"model": "sunspots"}, required=[]
             )
             paths["/sessions"]["post"]["responses"]["201"] = _answer("the session", _SESSION)
+            create = paths["/sessions"]["post"]["requestBody"]
+            paths["/sessions/{session_id}"]["put"]["requestBody"] = {**create, "required": False}
+            for status in ("200", "201"):
+                paths["/sessions/{session_id}"]["put"]["responses"][status] = _answer("the session", _SESSION)
+                paths["/sessions/{session_id}/fork"]["post"]["responses"][status] = _answer("the session", _SESSION)
+            fork = _body({"session": {"type": ["string", "null"]}, "position": _POSITION}, {"session": "other"}, [])
+            paths["/sessions/{session_id}/fork"]["post"]["requestBody"] = {**fork, "required": False}
+            reset = _body({"position": _POSITION}, {"position": 12}, [])
+            paths["/sessions/{session_id}/reset"]["post"]["requestBody"] = {**reset, "required": False}
+            tensors = {"content": {_SAFETENSORS: {"schema": {"type": "string", "format": "binary"}}}}
+            paths["/sessions/{session_id}/state"]["put"]["requestBody"] = {**tensors, "required": True}
+            paths["/sessions/{session_id}/state"]["get"]["responses"]["200"] = {"description": "the state", **tensors}
+            paths["/sessions/{session_id}/state"]["put"]["responses"]["200"] = _answer("the session", _SESSION)
             paths["/sessions/{session_id}"]["get"]["responses"]["200"] = _answer("the session", _SESSION)
             paths["/sessions/{session_id}/reset"]["post"]["responses"]["200"] = _answer(
                 "the session", {**_SESSION, "position": 13}
@@ -102,13 +118,15 @@ def _step() -> dict[str, Any]:
             {
                 "x": {**_NUMBERS, "description": "one time step [feature], or several [time][feature], all or none"},
                 "outputs": _OUTPUTS,
+                "position": _POSITION,
             },
-            {"x": [96.7]},
+            {"x": [96.7], "position": 0},
             required=["x"],
         ),
         "responses": {
             "200": _answer(
-                "the position after it, and the output", {"session": _SESSION["session"], "position": 1, "y": [97.2]}
+                "the position after it, and the output",
+                {"session": _SESSION["session"], "position": 1, "y": [97.2], "durable": "none"},
             )
         },
     }

@@ -25,7 +25,7 @@ from safetensors.numpy import load, save
 
 from service.engine import Engine
 from service.exactly_once import Applied, Request
-from service.sessions import Session, SessionTable, Tombstone
+from service.sessions import Session, SessionTable, Tombstone, key_of
 
 Array = NDArray[Any]
 
@@ -89,6 +89,8 @@ class Snapshots:
             if engine is None:
                 kept = _Part({key: part[key] for key in ("model", "version", "digest")}, part["sessions"])
                 self._kept.append((kept, arrays))
+                waiting = f"{part['model']!r}, version {part['version']}"
+                table.elsewhere |= {key_of(owner, name): waiting for owner, name, *_ in part["sessions"]}
                 log.error(
                     "%d sessions of model %s version %s wait in the snapshot: that version is not served here",
                     len(part["sessions"]), part["model"], part["version"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -72,16 +73,23 @@ def truth(x: NDArray[Any], state: NDArray[Any] | None = None) -> NDArray[Any]:
     return np.array(ys)
 
 
+def machinery(
+    exact: bool = True,
+    step_seconds: float = 1e-6,
+    clock: Callable[[], float] = time.monotonic,
+    max_sessions: int | None = None,
+    **more: Any,
+) -> tuple[Engine, SessionTable, Changes]:
+    """Makes an engine over the model, the table of its sessions, and what changes them."""
+    model: Any = Model(exact)
+    model.runtime.step_seconds = step_seconds
+    engine = Engine(model, Settings(**more), ThreadPoolExecutor(1))
+    table = SessionTable(max_sessions or engine.arena.limit, 100, 86400, clock=clock)
+    table.serve(engine)
+    return engine, table, Changes(table)
+
+
 @pytest.fixture
 def make() -> Callable[..., tuple[Engine, SessionTable, Changes]]:
-    """Makes an engine over the model, the table of its sessions, and what changes them."""
-
-    def made(exact: bool = True, step_seconds: float = 1e-6, **settings: Any) -> tuple[Engine, SessionTable, Changes]:
-        model: Any = Model(exact)
-        model.runtime.step_seconds = step_seconds
-        engine = Engine(model, Settings(**settings), ThreadPoolExecutor(1))
-        table = SessionTable(engine.arena.limit, 3600, 86400)
-        table.serve(engine)
-        return engine, table, Changes(table)
-
-    return made
+    """Gives what makes all of it."""
+    return machinery
