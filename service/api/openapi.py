@@ -17,8 +17,11 @@ _OUTPUTS = {"enum": ["last", "all", None], "description": "outputs of the last o
             "default where it is missing"}  # fmt: skip
 _MODEL = {"type": ["string", "null"], "description": "may be left out where one model is served"}
 
-_POSITION = {"type": ["integer", "null"], "minimum": 0, "description": "where the session is to be; then the request may be "
-             "sent again and is applied once"}  # fmt: skip
+_POSITION = {
+    "type": ["integer", "null"],
+    "minimum": 0,
+    "description": "where the session is to be; then the request may be sent again and is applied once",
+}
 
 _SAFETENSORS = MEDIA_TYPES[0].decode()
 
