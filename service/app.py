@@ -36,6 +36,7 @@ def create_app(settings: Settings) -> HotPaths:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
         sweeping = asyncio.create_task(service.keep_up())
         # What has been loaded stays: the collector need not look at it again, nor after every few hundred requests.
         gc.collect()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from service.arena import Slots
 from service.engine import Engine
-from service.errors import Problem, ServerFull, StepInFlight
+from service.errors import Problem, ServerFull, Stale, StepInFlight
 from service.exactly_once import Applied, Request, check
 from service.sessions import Session, SessionTable
 from service.ticks import Advance, Told
@@ -68,6 +68,8 @@ class Changes:
             PositionConflict, SessionWentBack: It does not start where the session is.
             QueueFull: Too much is waiting.
         """
+        if self._table.shared:
+            return None
         if not session.alive:
             raise self._table.missing(session.owner, session.id)
         if session.engine.arena.held[session.slot]:
@@ -91,7 +93,7 @@ class Changes:
         Raises:
             QueueFull: Too much is waiting.
         """
-        if len(slots) > engine.max_batch or not self._table.turns[engine].try_enter(slots):
+        if self._table.shared or len(slots) > engine.max_batch or not self._table.turns[engine].try_enter(slots):
             return None
         return self._queue(engine, slots, x, True, done)
 
@@ -110,6 +112,13 @@ class Changes:
             PositionConflict, SessionWentBack: It does not start where the session is.
             NotFinite: The outputs or the next state would not be finite.
         """
+        while True:
+            try:
+                return await self._step(session, x, every_output, request)
+            except Stale:
+                session = await self._table.find(session.owner, session.id)
+
+    async def _step(self, session: Session, x: Array, every_output: bool, request: Request | None) -> Stepped:
         advance = self.begin(session, x, every_output, None, request)
         if advance is None:
             async with self._turn(session, request) as again:
@@ -152,6 +161,8 @@ class Changes:
         finally:
             for row in rows if requests is not None else ():
                 sessions[row].claimed = False
+        if self._table.shared:
+            rows = await self._followed(sessions, requests, rows, stepped)
         if requests is not None:
             rows = await self._checked(sessions, requests, rows, x, stepped)
         parts = [rows[start : start + engine.max_batch] for start in range(0, len(rows), engine.max_batch)]
@@ -175,7 +186,33 @@ class Changes:
                 stepped.problems[part[0]] = problem
             stepped.problems.update({part[row]: problem for row, problem in (advance.problems or {}).items()})
             stepped.positions[own] = advance.reached
+        for row in [row for row, problem in stepped.problems.items() if isinstance(problem, Stale)]:
+            del stepped.problems[row]
+            try:
+                alone = await self.step(sessions[row], x[row], True, None if requests is None else requests[row])
+            except Problem as problem:
+                stepped.problems[row] = problem
+                continue
+            y[row], stepped.positions[row] = alone.y, alone.position
+            if alone.replayed:
+                stepped.replayed.add(row)
         return stepped
+
+    async def _followed(
+        self, sessions: Sequence[Session], requests: Sequence[Request] | None, rows: Sequence[int], stepped: SteppedMany
+    ) -> Sequence[int]:
+        """Gives the rows whose sessions are as they stand elsewhere, of those held; lets go of the others."""
+        sound = []
+        for row in rows:
+            session = sessions[row]
+            try:
+                await self._table.follow(session, None if requests is None else requests[row])
+                sound.append(row)
+            except Problem as problem:
+                stepped.problems[row] = problem
+                if session.alive:
+                    self._table.turns[session.engine].leave(session.slots)
+        return sound
 
     def _living(self, sessions: Sequence[Session], rows: Sequence[int], stepped: SteppedMany) -> Sequence[int]:
         """Gives the rows whose sessions are alive, and notes that the others are gone."""
@@ -231,17 +268,19 @@ class Changes:
         Raises:
             SessionGone, StepInFlight, PositionConflict, SessionWentBack: As `step` does.
         """
-        async with self._turn(session, request) as again:
-            if again is not None:
-                return again.reached, True
-            arena = session.engine.arena
-            arena.write(session.slot, states)
-            arena.position[session.slot] += 1
-            if request is not None:
-                session.applied = Applied(request, session.position)
-            self._table.touch(session)
-            self._table.turns[session.engine].leave(session.slots)
-            return session.position, False
+        while True:
+            try:
+                async with self._turn(session, request) as again:
+                    if again is not None:
+                        return again.reached, True
+                    try:
+                        await self._table.put_states(session, states, request)
+                        self._table.touch(session)
+                        return session.position, False
+                    finally:
+                        self._table.turns[session.engine].leave(session.slots)
+            except Stale:
+                session = await self._table.find(session.owner, session.id)
 
     @asynccontextmanager
     async def _turn(self, session: Session, request: Request | None) -> AsyncIterator[Applied | None]:
@@ -262,9 +301,12 @@ class Changes:
         finally:
             session.claimed = session.claimed and request is None
         try:
+            if self._table.shared:
+                await self._table.follow(session, request)
             again = None if request is None else check(session.position, session.applied, request)
-        except Problem:
-            self._table.turns[session.engine].leave(session.slots)
+        except BaseException:
+            if session.alive:
+                self._table.turns[session.engine].leave(session.slots)
             raise
         if again is not None:
             self._table.touch(session)
@@ -304,7 +346,7 @@ class Changes:
                     answer = None if large else y[row].copy()
                     session.applied = Applied(requests[row], session.position, answer, before[row])
 
-        advance.note = note
+        advance.note, advance.requests, advance.before = note, requests, before if large else None
         return advance
 
     async def _replayed(self, session: Session, again: Applied, x: Array, every_output: bool) -> Stepped:

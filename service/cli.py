@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
         app = create_app(settings)
+    except ModuleNotFoundError as error:
+        print(f"cellserve serve: --store needs {error.name}: pip install 'cellserve[redis]'", file=sys.stderr)
+        return 1
     except (BadKeysFile, BadSnapshot, BrokenModel, RuntimeUnavailable) as error:
         print(f"cellserve serve: {error}", file=sys.stderr)
         return 1

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +58,7 @@ class Engine:
     def __init__(self, model: Model, settings: Settings, executor: ThreadPoolExecutor) -> None:
         self.model = model
         # Sequences in flight have slots too, beside the sessions'.
-        self.arena = Arena(model.runtime.signature.states, settings.max_sessions + settings.max_queued_steps)
+        self.arena = Arena(model.runtime.signature.states, settings.held_sessions + settings.max_queued_steps)
         exact = model.exactness.proved
         self.max_batch = settings.max_batch if exact else 1
         self._quantum = settings.quantum if exact else 1
@@ -78,6 +78,9 @@ class Engine:
         self.queued = 0  # time steps that wait, over all slots
         self.settle: Callable[[Slots, Array], Array]  # told the slots of sessions that have moved and how far
         self.release: Callable[[Slots], None]  # told those that have not
+        # Writes what advances of sessions have come to, where that is to outlive the process; notes who was refused.
+        self.commit: Callable[[list[tuple[Advance, Array]]], Awaitable[None]] | None = None
+        self._committing: set[asyncio.Task[None]] = set()
         self._scheduled = False  # a turn of the event loop is to come
         self._on_thread = False  # a tick is under way on the thread
 
@@ -228,14 +231,25 @@ class Engine:
             self.arena.scatter(slots, before)
             self._fail(tick, error)
             return
-        if tick.whole:
+        if tick.whole and self.commit is None:
             self._finish(tick, slots, lengths, y)
             return
         start = 0
+        moved: list[tuple[Advance, Array]] = []
         for advance, length in zip(tick.advances, tick.lengths, strict=True):
             stop = start + advance.rows
-            self._advanced(advance, y[start:stop, :length], length)
+            whole = self._advanced(advance, y[start:stop, :length], length)
+            if whole is not None:
+                moved.append((advance, whole))
             start = stop
+        if self.commit is not None and any(advance.kept for advance, _ in moved):
+            task = asyncio.get_running_loop().create_task(self._committed(moved))
+            self._committing.add(task)
+            task.add_done_callback(self._committing.discard)
+        else:
+            for advance, whole in moved:
+                self._end(advance, True, whole)
+                advance.done.set_result(whole)
 
     def _finish(self, tick: Tick, slots: Slots, lengths: NDArray[np.int32], y: Array) -> None:
         """Ends all advances of a tick at once: what nearly every tick of single steps comes to."""
@@ -281,19 +295,38 @@ class Engine:
             states = [np.take(state, kept, spec.batch_axis) for state, spec in zip(ran.states, specs, strict=True)]
             self.arena.scatter(slots[kept], states)
 
-    def _advanced(self, advance: Advance, y: Array, taken: int) -> None:
-        """Notes what one tick did for an advance: it has ended, or waits for its next tick."""
+    async def _committed(self, moved: list[tuple[Advance, Array]]) -> None:
+        """Ends advances when what they have come to is written."""
+        assert self.commit is not None
+        try:
+            await self.commit([(advance, y) for advance, y in moved if advance.kept])
+        except Exception as error:
+            log.error("what a tick of model %s has come to was not written", self.model.name, exc_info=error)
+            for advance, _ in moved:
+                if advance.kept:
+                    advance.problems = dict.fromkeys(range(advance.rows), self._failed())
+        for advance, y in moved:
+            self._end(advance, True, y)
+            if advance.done.cancelled():
+                continue
+            if advance.rows == 1 and advance.problems:
+                advance.done.set_exception(advance.problems[0])
+            else:
+                advance.done.set_result(y)
+
+    def _advanced(self, advance: Advance, y: Array, taken: int) -> Array | None:
+        """Notes what one tick did for an advance; gives y where it has moved as a whole."""
         advance.position += taken
         advance.remaining -= taken
         self.queued -= taken * advance.rows
         if advance.done.cancelled() or (advance.problems and len(advance.problems) == advance.rows):
             self._end(advance, False)
-            return
+            return None
         if advance.remaining:
             if advance.every_output:
                 advance.outputs = [*(advance.outputs or ()), y]
             (self._short if advance.x.shape[1] <= self._short_steps else self._long).append(advance)
-            return
+            return None
         if advance.slots is not advance.homes:
             moved = [row for row in range(advance.rows) if row not in (advance.problems or ())]
             self.arena.copy(advance.slots[moved], advance.homes[moved])
@@ -301,8 +334,7 @@ class Engine:
             y = y[:, -1:]
         elif advance.outputs:
             y = np.concatenate([*advance.outputs, y], axis=1)
-        self._end(advance, True, y)
-        advance.done.set_result(y)
+        return y
 
     def _end(self, advance: Advance, moved: bool, y: Array | None = None) -> None:
         self.queued -= advance.remaining * advance.rows

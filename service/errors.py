@@ -192,6 +192,25 @@ class ModelVersionNotHere(Problem):
     retry_after = 60
 
 
+class Stale(Problem):
+    """Another server has changed the session since this one read it: it is read again before anything else is done."""
+
+    status = 503
+    title = "The session was changed elsewhere"
+    retry_after = 1
+
+    def __init__(self, detail: str = "another server changes the session all the time: try again in a second") -> None:
+        super().__init__(detail)
+
+
+class StoreAway(Problem):
+    """The store of sessions does not answer; what was under way is looked up before anything else is done."""
+
+    status = 503
+    title = "The store is away"
+    retry_after = 1
+
+
 class QueueFull(Problem):
     """More work is waiting than may wait."""
 

@@ -32,6 +32,18 @@ def _yield_to_the_event_loop() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
+def _table(settings: Settings) -> SessionTable:
+    bounds = settings.max_sessions, settings.session_idle_seconds, settings.tombstone_seconds, settings.when_full
+    if settings.store == "memory":
+        return SessionTable(*bounds)
+    # Here and not above: the package is an extra.
+    from service.stores.redis import RedisStore
+    from service.stores.shared import SharedTable
+
+    times = settings.session_idle_seconds, settings.tombstone_seconds, settings.store_timeout_seconds
+    return SharedTable(RedisStore(settings.store, *times, settings.store_replicas), settings.arena_sessions, *bounds)
+
+
 class Service:
     """One process's service.
 
@@ -53,9 +65,7 @@ class Service:
         self.repository = Repository(settings.models, options, settings.max_batch)
         self._executor = ThreadPoolExecutor(1, "tick", _yield_to_the_event_loop)
         self.engines = {name: Engine(model, settings, self._executor) for name, model in self.repository.models.items()}
-        self.sessions = SessionTable(
-            settings.max_sessions, settings.session_idle_seconds, settings.tombstone_seconds, settings.when_full
-        )
+        self.sessions = _table(settings)
         self.changes = Changes(self.sessions)
         self.keys = None if settings.api_keys_file is None else Keys(settings.api_keys_file)
         for engine in self.engines.values():
@@ -79,6 +89,10 @@ class Service:
     def engine(self, model: str | None) -> Engine:
         """Gives the engine of a model; raises UnknownModel as `Repository.get` does."""
         return self.engines[self.repository.get(model).name]
+
+    async def start(self) -> None:
+        """Looks the store over; a store that is away is tried again by whatever needs it."""
+        await self.sessions.start()
 
     async def keep_up(self) -> None:
         """Ends what is over, sees what has changed, for as long as it runs."""
@@ -106,3 +120,4 @@ class Service:
                 log.error("the snapshot could not be written, changes since the last one are lost: %s", error)
                 self.exit_status = 1
             self.snapshots.close()
+        await self.sessions.close()

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,15 @@ class Tombstone:
     until: float  # seconds of the table's clock
 
 
+class Listed(NamedTuple):
+    """What a list of sessions tells of one."""
+
+    id: str
+    model: str
+    version: int
+    position: int
+
+
 class SessionTable:
     """All sessions of this process, each known by its owner and its id.
 
@@ -70,6 +79,8 @@ class SessionTable:
         when_full: Whether one session more is refused, or the one that was idle for the longest time makes room.
         clock: Gives seconds.
     """
+
+    shared = False  # whether other processes have the same sessions
 
     def __init__(
         self,
@@ -82,22 +93,28 @@ class SessionTable:
         self.max_sessions = max_sessions
         self.idle_seconds = idle_seconds
         self._tombstone_seconds = tombstone_seconds
-        self._when_full = when_full
+        self.when_full = when_full
         self.clock = clock
         self.durable: Durable = "none"
         self.live: dict[str, Session] = {}
         self.gone: OrderedDict[str, Tombstone] = OrderedDict()  # the oldest first
         self.elsewhere: dict[str, str] = {}  # sessions that wait for a version of a model that is not served here
         self.endings = 0  # of sessions, so far
-        self._by_slot: dict[Engine, dict[int, Session]] = {}
+        self.by_slot: dict[Engine, dict[int, Session]] = {}
         self.turns: dict[Engine, Turns] = {}
 
     def __len__(self) -> int:
         return len(self.live)
 
+    async def start(self) -> None:
+        """Looks over where the sessions are kept."""
+
+    async def close(self) -> None:
+        """Lets go of where they are kept."""
+
     def serve(self, engine: Engine) -> None:
         """Takes charge of an engine's sessions."""
-        self._by_slot[engine] = {}
+        self.by_slot[engine] = {}
         self.turns[engine] = turns = Turns(engine.arena)
         engine.settle = partial(self._settle, engine)
         engine.release = turns.leave
@@ -147,12 +164,12 @@ class SessionTable:
         if states is not None:
             arena.write(slot, states)
         arena.position[slot], arena.used[slot] = position, self.clock()
-        session = Session(owner, session_id or secrets.token_hex(16), engine, slot, np.array((slot,)), origin)
+        session = Session(owner, session_id or self.new_id(), engine, slot, np.array((slot,)), origin)
         return self.add(session), True
 
     def add(self, session: Session) -> Session:
         """Counts a session whose slot has been filled among the live ones."""
-        self.live[key_of(session.owner, session.id)] = self._by_slot[session.engine][session.slot] = session
+        self.live[key_of(session.owner, session.id)] = self.by_slot[session.engine][session.slot] = session
         return session
 
     def get(self, owner: str, session_id: str) -> Session:
@@ -167,7 +184,38 @@ class SessionTable:
             raise self.missing(owner, session_id)
         return session
 
-    def page(self, owner: str, after: tuple[int, int], limit: int) -> tuple[list[Session], tuple[int, int] | None]:
+    async def find(self, owner: str, session_id: str) -> Session:
+        """Gives a session, wherever it is; raises as `get` does."""
+        return self.get(owner, session_id)
+
+    async def make(
+        self,
+        engine: Engine,
+        states: dict[str, Array] | None,
+        owner: str,
+        session_id: str | None,
+        origin: bytes,
+        position: int = 0,
+    ) -> tuple[Session, bool]:
+        """Makes a session, wherever it is kept, as `create` does."""
+        return self.create(engine, states, owner, session_id, origin, position)
+
+    async def states(self, session: Session) -> tuple[dict[str, Array], int]:
+        """Gives a session's states and its position."""
+        self.touch(session)
+        return session.engine.arena.read(session.slot), session.position
+
+    async def follow(self, session: Session, request: Request | None) -> None:
+        """Makes sure that a session whose turn this is is as it stands elsewhere: there is no elsewhere."""
+
+    async def put_states(self, session: Session, states: dict[str, Array] | None, request: Request | None) -> None:
+        """Sets the states of a session whose turn this is."""
+        session.engine.arena.write(session.slot, states)
+        session.engine.arena.position[session.slot] += 1
+        if request is not None:
+            session.applied = Applied(request, session.position)
+
+    async def page(self, owner: str, after: tuple[int, int], limit: int) -> tuple[list[Listed], tuple[int, int] | None]:
         """Gives some of an owner's sessions, and after which to go on; those that live throughout are given once.
 
         Args:
@@ -176,15 +224,19 @@ class SessionTable:
             limit: How many, at most.
         """
         first, beyond = after
-        found: list[Session] = []
-        for number, (engine, sessions) in list(enumerate(self._by_slot.items()))[first:]:
+        found: list[Listed] = []
+        for number, (engine, sessions) in list(enumerate(self.by_slot.items()))[first:]:
             for slot in range(beyond if number == first else 0, engine.arena.capacity):
                 session = sessions.get(slot)
                 if session is not None and session.owner == owner:
                     if len(found) == limit:
                         return found, (number, slot)
-                    found.append(session)
+                    found.append(Listed(session.id, session.model.name, session.model.version, session.position))
         return found, None
+
+    def new_id(self) -> str:
+        """Draws an id: 128 random bits."""
+        return secrets.token_hex(16)
 
     def touch(self, session: Session) -> None:
         """Counts as using a session, as stepping it does."""
@@ -231,7 +283,7 @@ class SessionTable:
     def sweep(self) -> None:
         """Ends the sessions that have been idle for too long, and forgets old tombstones."""
         now = self.clock()
-        for engine, sessions in self._by_slot.items():
+        for engine, sessions in self.by_slot.items():
             arena = engine.arena
             for slot in np.flatnonzero((arena.used <= now - self.idle_seconds) & ~arena.held).tolist():
                 self._end(sessions[slot], "expired")
@@ -240,21 +292,25 @@ class SessionTable:
 
     def _room(self, engine: Engine) -> int:
         """Takes a slot for a new session, and makes room for it where that is wanted."""
-        for make_room in (None, self.sweep, self._evict if self._when_full == "evict" else None):
+        for make_room in (None, self.sweep, self._evict if self.when_full == "evict" else None):
             if make_room is not None:
                 make_room()
             slot = engine.arena.take() if len(self.live) < self.max_sessions else None
             if slot is not None:
                 return slot
-        raise ServerFull(
-            f"there are {len(self.live)} live sessions, as many as may be: delete some, or try again when one has "
+        raise self.full()
+
+    def full(self) -> ServerFull:
+        """Gives what to raise where there are as many sessions as may be."""
+        return ServerFull(
+            f"there are {self.max_sessions} live sessions, as many as may be: delete some, or try again when one has "
             f"been idle for {self.idle_seconds:g} seconds"
         )
 
     def _evict(self) -> None:
         """Ends the session that has been idle for the longest time, of those that nothing is under way in."""
         longest: tuple[float, Session] | None = None
-        for engine, sessions in self._by_slot.items():
+        for engine, sessions in self.by_slot.items():
             arena = engine.arena
             slot = int(np.argmin(np.where(arena.held, np.inf, arena.used)))
             if np.isfinite(arena.used[slot]) and not arena.held[slot] and (
@@ -291,11 +347,16 @@ class SessionTable:
 
     def _end(self, session: Session, reason: str) -> None:
         """Ends a session that nobody else holds; who waits for it is told that it is gone."""
-        arena, slot, key = session.engine.arena, session.slot, key_of(session.owner, session.id)
+        until = self.clock() + self._tombstone_seconds
+        self.gone[key_of(session.owner, session.id)] = Tombstone(reason, session.position, until)
+        self.release(session)
+
+    def release(self, session: Session) -> None:
+        """Frees a session's slot."""
+        arena, slot = session.engine.arena, session.slot
         session.alive = False
         self.endings += 1
-        del self.live[key], self._by_slot[session.engine][slot]
-        self.gone[key] = Tombstone(reason, int(arena.position[slot]), self.clock() + self._tombstone_seconds)
+        del self.live[key_of(session.owner, session.id)], self.by_slot[session.engine][slot]
         arena.used[slot] = np.inf
         self.turns[session.engine].end(slot)
         arena.give_back(session.slots)
@@ -306,19 +367,22 @@ class SessionTable:
         if model is not None:
             return ModelVersionNotHere(f"the session is of model {model}, which is not served here: serve it again")
         tombstone = self.gone.get(key_of(owner, session_id))
-        if tombstone is None:
-            return UnknownSession("there is no session of that id: create one with POST /sessions")
-        reasons = {
-            "deleted": ("was deleted", "create another"),
-            "expired": ("expired", "create another, use it more often"),
-            "evicted": ("was evicted to make room", "create another"),
-        }
-        what, advice = reasons[tombstone.reason]
-        return SessionGone(
-            f"the session {what} at position {tombstone.position}: {advice}",
-            reason=tombstone.reason,
-            position=tombstone.position,
-        )
+        return unknown() if tombstone is None else gone(tombstone.reason, tombstone.position)
+
+
+def unknown() -> UnknownSession:
+    """Gives what to raise where a session was never heard of."""
+    return UnknownSession("there is no session of that id: create one with POST /sessions")
+
+
+def gone(reason: str, position: int) -> SessionGone:
+    """Gives what to raise where a session is there no more."""
+    what, advice = {
+        "deleted": ("was deleted", "create another"),
+        "expired": ("expired", "create another, use it more often"),
+        "evicted": ("was evicted to make room", "create another"),
+    }[reason]
+    return SessionGone(f"the session {what} at position {position}: {advice}", reason=reason, position=position)
 
 
 def key_of(owner: str, session_id: str) -> str:

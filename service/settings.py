@@ -48,6 +48,16 @@ class Settings(BaseSettings):
         256, ge=1, le=65536, description="frames of one WebSocket that may be under way; then it is read no further"
     )
     max_sequences: int = Field(4096, ge=1, description="sequences of one request, at most")
+    store: str = Field(
+        "memory", description="where sessions are kept: memory, or redis://HOST:PORT/DB for several replicas"
+    )
+    store_timeout_seconds: float = Field(2, gt=0, description="for how long an answer of the store is waited for")
+    store_replicas: int = Field(
+        0, ge=0, description="replicas of the store that must have a write before it is answered (WAIT)"
+    )
+    arena_sessions: int = Field(
+        100_000, ge=1, description="sessions of a model held in memory with a shared store; others live there alone"
+    )
     snapshot: Path | None = Field(
         None, description="a file that all sessions are written to on shutdown and every snapshot_seconds"
     )
@@ -59,3 +69,8 @@ class Settings(BaseSettings):
         "", description="origins of pages that may open a WebSocket here, separated by commas; its own always may"
     )
     shutdown_seconds: int = Field(30, ge=0, description="for how long a stopping server finishes what it has accepted")
+
+    @property
+    def held_sessions(self) -> int:
+        """Sessions of a model that have slots here, at most."""
+        return self.max_sessions if self.store == "memory" else self.arena_sessions

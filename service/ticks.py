@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from service.arena import Slots
 from service.errors import Problem
+from service.exactly_once import Request
 from service.runtime import Runtime
 
 Array = NDArray[Any]
@@ -85,6 +86,8 @@ class Advance:
     number: int = 0  # the order of arrival in its lane
     outputs: list[Array] | None = None
     problems: dict[int, Problem] | None = None  # by row: why it has not moved
+    requests: Sequence[Request] | None = None  # by row: where it says that it starts from
+    before: Sequence[dict[str, Array] | None] | None = None  # by row: the states before it, where y would be large
     note: Callable[[Array | None], None] | None = None  # is told y, or None where nothing has moved, before anyone else
     reached: Sequence[int] = ()  # by row: the session's position after it
 

@@ -92,7 +92,7 @@ class Step:
         try:
             owner = self.service.owner(scope["headers"])
             body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
-            session = self.service.sessions.get(owner, scope["path"][len("/sessions/") : -len("/step")])
+            session = await self.service.sessions.find(owner, scope["path"][len("/sessions/") : -len("/step")])
             x, single, outputs, position = _read_step(session.model, body)
             work = step_session(self.service.changes, session, x, single, outputs, position)
             stepped, every_output = await (unless_gone(work, receive) if session.engine.is_behind else work)
@@ -170,7 +170,9 @@ def checked_id(session_id: str) -> str:
     return session_id
 
 
-def create(service: Service, owner: str, wanted: CreateRequest, session_id: str | None = None) -> tuple[Session, bool]:
+async def create(
+    service: Service, owner: str, wanted: CreateRequest, session_id: str | None = None
+) -> tuple[Session, bool]:
     """Makes a session as it was asked, whatever the surface; says also whether it is new."""
     engine = service.engine(wanted.model)
     states = None if bytes(wanted.states) == b"null" else engine.model.reader.state(wanted.states)
@@ -178,7 +180,7 @@ def create(service: Service, owner: str, wanted: CreateRequest, session_id: str 
     if session_id is not None:
         checked_id(session_id)
         origin = hashlib.sha256(b"create %b %b" % (engine.model.name.encode(), states_digest(states))).digest()
-    return service.sessions.create(engine, states, owner, session_id, origin)
+    return await service.sessions.make(engine, states, owner, session_id, origin)
 
 
 async def fork(service: Service, session: Session, wanted: ForkRequest) -> tuple[Session, bool]:
@@ -217,13 +219,13 @@ def router(service: Service) -> APIRouter:
     async def post(request: Request, response: Response) -> dict[str, Any]:
         mine = owner(request)
         wanted = decode(_create_decoder, await read_json_body(request.scope, request.receive, limit))
-        return made(response, *create(service, mine, wanted))
+        return made(response, *await create(service, mine, wanted))
 
     @routes.put("/sessions/{session_id}", status_code=201, summary="Create a session under an id of your choice")
     async def put(session_id: str, request: Request, response: Response) -> dict[str, Any]:
         mine = owner(request)
         wanted = decode(_create_decoder, await body_or_nothing(request))
-        return made(response, *create(service, mine, wanted, session_id))
+        return made(response, *await create(service, mine, wanted, session_id))
 
     @routes.get("/sessions", summary="List your sessions, page by page")
     async def pages(
@@ -232,17 +234,17 @@ def router(service: Service) -> APIRouter:
         after: Annotated[str, Query(pattern=r"^\d{1,9}\.\d{1,9}$", description="`next` of the page before")] = "0.0",
     ) -> dict[str, Any]:
         engine, _, slot = after.partition(".")
-        sessions, following = table.page(owner(request), (int(engine), int(slot)), limit)
+        sessions, following = await table.page(owner(request), (int(engine), int(slot)), limit)
         return {
-            "sessions": [told(table, session) for session in sessions],
+            "sessions": [{"session": one.id, **one._asdict()} for one in sessions],
             "next": None if following is None else f"{following[0]}.{following[1]}",
         }
 
     @routes.get("/sessions/{session_id}", summary="Read where a session is")
     async def read(session_id: str, request: Request) -> dict[str, Any]:
-        session = table.get(owner(request), session_id)
-        table.touch(session)
-        return told(table, session)
+        session = await table.find(owner(request), session_id)
+        _, position = await table.states(session)
+        return told(table, session, position)
 
     @routes.delete("/sessions/{session_id}", status_code=204, summary="Delete a session")
     async def delete(session_id: str, request: Request, position: Annotated[int | None, Query(ge=0)] = None) -> None:
@@ -250,30 +252,30 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/sessions/{session_id}/reset", summary="Set a session's state to zeros")
     async def reset(session_id: str, request: Request, response: Response) -> dict[str, Any]:
-        session = table.get(owner(request), session_id)
+        session = await table.find(owner(request), session_id)
         position = decode(_reset_decoder, await body_or_nothing(request)).position
         once = None if position is None else state_request(position, None)
         return changed(response, session, *await service.changes.set_state(session, None, once))
 
     @routes.post("/sessions/{session_id}/fork", status_code=201, summary="Make another session of a session's state")
     async def make_fork(session_id: str, request: Request, response: Response) -> dict[str, Any]:
-        session = table.get(owner(request), session_id)
+        session = await table.find(owner(request), session_id)
         wanted = decode(_fork_decoder, await body_or_nothing(request))
         return made(response, *await fork(service, session, wanted))
 
     @routes.get("/sessions/{session_id}/state", summary="Download a session's state", response_class=Response)
     async def state(session_id: str, request: Request) -> Response:
-        session = table.get(owner(request), session_id)
-        table.touch(session)
-        told = {"position": str(session.position), "digest": session.model.digest}
-        content = binary.write_states(session.model, session.engine.arena.read(session.slot), told)
+        session = await table.find(owner(request), session_id)
+        states, position = await table.states(session)
+        told = {"position": str(position), "digest": session.model.digest}
+        content = binary.write_states(session.model, states, told)
         return Response(content, media_type=binary.MEDIA_TYPES[0].decode())
 
     @routes.put("/sessions/{session_id}/state", summary="Upload a session's state")
     async def set_state(
         session_id: str, request: Request, response: Response, position: Annotated[int | None, Query(ge=0)] = None
     ) -> dict[str, Any]:
-        session = table.get(owner(request), session_id)
+        session = await table.find(owner(request), session_id)
         kind = content_type(request.scope)
         if kind not in binary.MEDIA_TYPES:
             wanted = binary.MEDIA_TYPES[0].decode()

@@ -73,7 +73,8 @@ class ShortHttp(HttpToolsProtocol):
         """Chooses the way."""
         url, parser = self.url, self.parser
         if (
-            url.startswith(_BEGIN)
+            not self._service.sessions.shared
+            and url.startswith(_BEGIN)
             and url.endswith(_END)
             and _JSON in self.headers
             and (self.cycle is None or self.cycle.response_complete)

@@ -278,7 +278,7 @@ class _Socket:
 
     def _take(self, body: bytes, text: bool) -> bool:
         """Begins a frame without a task of its own where that can be; says whether it has."""
-        if self.beginning or self.under_way >= self.window:
+        if self.beginning or self.under_way >= self.window or self.service.sessions.shared:
             return False
         begun = self._step_at_once(body) if text else self._frame_at_once(body)
         self.under_way += begun
@@ -357,27 +357,29 @@ class _Socket:
         answer: dict[str, Any] = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
         match frame:
             case Step():
-                session = self._session(frame.session)
+                session = await self._found(frame.session)
                 x, single = session.model.reader.x(frame.x)
                 asked = frame.outputs, frame.position
                 stepped, every_output = await step_session(self.service.changes, session, x, single, *asked)
                 answer |= written(table, session, stepped.y, stepped.position, single, every_output)
                 return answer | ({"replayed": True} if stepped.replayed else {})
             case Open():
-                session, _ = create(self.service, self.owner, CreateRequest(frame.model, frame.states), frame.session)
+                session, _ = await create(
+                    self.service, self.owner, CreateRequest(frame.model, frame.states), frame.session
+                )
             case Attach():
-                session = table.get(self.owner, frame.session)
+                session = await table.find(self.owner, frame.session)
             case Reset():
-                session = self._session(frame.session)
+                session = await self._found(frame.session)
                 once = None if frame.position is None else state_request(frame.position, None)
                 position, replayed = await self.service.changes.set_state(session, None, once)
                 return answer | told(table, session, position) | ({"replayed": True} if replayed else {})
             case Fork():
                 session, _ = await fork(
-                    self.service, self._session(frame.session), ForkRequest(frame.to, frame.position)
+                    self.service, await self._found(frame.session), ForkRequest(frame.to, frame.position)
                 )
             case Close():
-                session = self._session(frame.session)
+                session = await self._found(frame.session)
                 await table.delete(self.owner, session.id, frame.position)
                 return answer | {"session": session.id}
         return answer | {"handle": self._handle(session)} | told(table, session)
@@ -396,9 +398,26 @@ class _Socket:
         session = self.sessions[name]
         return session if session.alive else self.service.sessions.get(self.owner, session.id)
 
+    async def _found(self, name: int | str) -> Session:
+        """Gives a session, wherever it is."""
+        try:
+            return self._session(name)
+        except Problem:
+            if not self.service.sessions.shared or (isinstance(name, int) and name >= len(self.sessions)):
+                raise
+        if isinstance(name, str):
+            return await self.service.sessions.find(self.owner, name)
+        self.sessions[name] = await self.service.sessions.find(self.owner, self.sessions[name].id)
+        return self.sessions[name]
+
     async def _binary(self, body: bytes) -> None:
         kind, ref, group, x, positions = self._steps(body)
         requests = None if positions is None else list(map(step_request, positions.tolist(), x, repeat(True)))
+        if self.service.sessions.shared and not all(session.alive for session in group.sessions):
+            handles = [self.handles[session.id] for session in group.sessions]
+            found = [await self._found(handle) for handle in handles]
+            self.groups.clear()
+            group = _Group(found, np.array([session.slot for session in found]))
         stepped = await self.service.changes.step_many(group.sessions, group.slots, x, requests)
         self._put_frame(kind, ref, group, stepped)
 
