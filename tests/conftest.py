@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.redis_server import RedisServer
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "artifacts"  # made by `make setup`
 
@@ -71,6 +73,14 @@ def examples() -> Path:
     """The example models, as `make setup` leaves them."""
     assert (EXAMPLES / "vowels").is_dir(), "the example models are missing: run `make setup`"
     return EXAMPLES
+
+
+@pytest.fixture(scope="session")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A real Redis."""
+    redis = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield redis
+    redis.stop()
 
 
 @pytest.fixture(scope="module")

@@ -102,12 +102,16 @@ class SharedTable(SessionTable):
         """Makes a session in the store, as `SessionTable.make` does in its own memory."""
         name = session_id if session_id is not None else self.new_id()
         key = key_of(owner, name)
-        await self._bound()
-        told = engine.model.name, engine.model.version, engine.model.digest, position
-        content = _packed(engine.arena, states)
-        outcome = await self._store.create(key, Stored(*told, new_revision(), content, origin))
-        session = await self._cached(owner, name, await self._store.load(key))
-        if outcome == "there" and session.origin != origin:
+        found = None if session_id is None else await self._store.load(key)
+        outcome = "there"
+        if found is None:
+            await self._bound()
+            told = engine.model.name, engine.model.version, engine.model.digest, position
+            new = Stored(*told, new_revision(), _packed(engine.arena, states), origin)
+            outcome = await self._store.create(key, new)
+            found = new if outcome == "written" else await self._store.load(key)
+        session = await self._cached(owner, name, found)
+        if session.origin != origin:
             raise SessionExists(
                 f"there is a session {name!r} already, which another request has made: choose another id",
                 position=session.position,
@@ -119,10 +123,10 @@ class SharedTable(SessionTable):
     ) -> tuple[Session, bool]:
         """Makes a session with the state and the position that another has in the store."""
         async with self.alone(session):
-            if new_id is None or not isinstance(await self._store.load(key_of(session.owner, new_id)), Stored):
-                await self.fresh(session)
-                if position is not None:
-                    check(session.position, None, Request(position, b""))
+            await self.fresh(session)
+            known = None if new_id is None else await self._store.load(key_of(session.owner, new_id))
+            if position is not None and known is None:
+                check(session.position, None, Request(position, b""))
             states = session.engine.arena.read(session.slot)
             return await self.make(session.engine, states, session.owner, new_id, origin, session.position)
 

@@ -16,11 +16,20 @@ import pytest
 import safetensors.numpy
 from websockets.sync.client import connect
 
-from tests.conftest import Server
+from tests.conftest import Server, start_server
 from tests.e2e.test_predict_and_sessions import create, frames
 from tests.networks import FEATURES, OUTPUTS
 
 TENSORS = {"content-type": "application/x-safetensors"}
+
+
+@pytest.fixture(scope="module", params=["memory", "redis"])
+def server(repository: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server of the small networks on each of the stores."""
+    url = request.getfixturevalue("redis").url if request.param == "redis" else "memory"
+    server = start_server("--models", str(repository), "--store", url)
+    yield server
+    assert server.stop() == 0
 
 
 @pytest.fixture

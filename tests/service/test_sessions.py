@@ -9,15 +9,29 @@ from typing import Any
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from redis import Redis
 
+from service.changes import Changes
+from service.engine import Engine
 from service.errors import Problem
 from service.exactly_once import Request, state_request, step_request
-from service.sessions import Session
+from service.sessions import SessionTable
+from tests.redis_server import RedisServer
 from tests.service.conftest import machinery, truth
 
 X = [np.full((steps, 2), value, np.float32) for steps in (1, 2, 40) for value in (0.5, -3.0)]
-IDLE = 100.0
+IDLE, LIMIT = 100.0, 5
+WHICH = st.integers(0, 1)  # of the replicas
+Replica = tuple[Engine, SessionTable, Changes]
 
 
 class Expected:
@@ -38,14 +52,17 @@ class Sessions(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         self.loop = asyncio.new_event_loop()
-        self.engine, self.table, self.changes = machinery(
-            clock=lambda: self.now, max_sessions=5, max_batch=4, quantum=8
-        )
+        self.replicas = self.begin()
         self.expected: dict[str, Expected] = {}
         self.gone: dict[str, tuple[str, int]] = {}
-        self.objects: dict[str, Session] = {}
+        self.origins: dict[str, bytes] = {}
+
+    def begin(self) -> list[Replica]:
+        return [machinery(clock=lambda: self.now, max_sessions=LIMIT, max_batch=4, quantum=8)]
 
     def teardown(self) -> None:
+        for _, table, _ in self.replicas:
+            self.loop.run_until_complete(table.close())
         self.loop.close()
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -55,14 +72,12 @@ class Sessions(RuleBasedStateMachine):
         except Problem as problem:
             return problem
 
-    @rule(target=known, name=st.sampled_from("abcdef"), origin=st.sampled_from([b"1", b"2"]))
-    def create(self, name: str, origin: bytes) -> Any:
-        async def work() -> Any:
-            return self.table.create(self.engine, None, "owner", name, origin)
-
-        result = self.do(work())
+    @rule(target=known, name=st.sampled_from("abcdef"), origin=st.sampled_from([b"1", b"2"]), which=WHICH)
+    def create(self, name: str, origin: bytes, which: int) -> Any:
+        engine, table, _ = self.replicas[which % len(self.replicas)]
+        result = self.do(table.make(engine, None, "owner", name, origin))
         if name in self.expected:
-            same = self.objects[name].origin == origin
+            same = self.origins[name] == origin
             assert (result[1] is False) if same else (result.status == 409)
             if same:
                 self.expected[name].used = self.now
@@ -71,21 +86,20 @@ class Sessions(RuleBasedStateMachine):
             assert result.status == 410
             return multiple()
         if isinstance(result, Problem):
-            assert result.status == 503
-            assert len(self.expected) == 5
+            assert (result.status, len(self.expected)) == (503, LIMIT)
             return multiple()
         assert result[1] is True
-        self.objects[name] = result[0]
+        self.origins[name] = origin
         self.expected[name] = Expected(np.zeros(2, np.float32), 0)
         self.expected[name].used = self.now
         return name
 
-    @rule(name=known, x=st.sampled_from(X), offset=st.sampled_from([None, 0, 0, 0, -1, -2, -40, 3]))
-    def step(self, name: str, x: np.ndarray, offset: int | None) -> None:
+    @rule(name=known, x=st.sampled_from(X), offset=st.sampled_from([None, 0, 0, 0, -1, -2, -40, 3]), which=WHICH)
+    def step(self, name: str, x: np.ndarray, offset: int | None, which: int) -> None:
         expected = self.expected.get(name)
         position = max(0, (expected.position if expected else 0) + (offset or 0))
         request = None if offset is None else step_request(position, x, True)
-        result = self.do(self.changes.step(self.objects[name], x, True, request))
+        result = self.do(self.stepped(which, name, x, request))
         if expected is None:
             assert result.status == 410
         elif request is None or position == expected.position:
@@ -102,9 +116,13 @@ class Sessions(RuleBasedStateMachine):
         else:
             self.repeated(expected, request, result)
 
+    async def stepped(self, which: int, name: str, x: np.ndarray, request: Request | None) -> Any:
+        _, table, changes = self.replicas[which % len(self.replicas)]
+        return await changes.step(await table.find("owner", name), x, True, request)
+
     @precondition(lambda self: any(one.last for one in self.expected.values()))
-    @rule(data=st.data())
-    def step_again(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), which=WHICH)
+    def step_again(self, data: st.DataObject, which: int) -> None:
         """The last request of a session with a position comes again."""
         names = sorted(name for name, one in self.expected.items() if one.last)
         name = data.draw(st.sampled_from(names))
@@ -113,7 +131,7 @@ class Sessions(RuleBasedStateMachine):
         request = expected.last[0]
         for x in X:
             if step_request(request.position, x, True) == request:
-                self.repeated(expected, request, self.do(self.changes.step(self.objects[name], x, True, request)))
+                self.repeated(expected, request, self.do(self.stepped(which, name, x, request)))
 
     def repeated(self, expected: Expected, request: Request, result: Any) -> None:
         if expected.last and expected.last[0] == request and expected.last[1] == expected.position:
@@ -123,13 +141,18 @@ class Sessions(RuleBasedStateMachine):
         else:
             assert (result.status, result.extensions["position"]) == (409, expected.position)
 
-    @rule(name=known, upload=st.booleans(), offset=st.sampled_from([None, 0, 0, -1, 5]))
-    def set_state(self, name: str, upload: bool, offset: int | None) -> None:
+    @rule(name=known, upload=st.booleans(), offset=st.sampled_from([None, 0, 0, -1, 5]), which=WHICH)
+    def set_state(self, name: str, upload: bool, offset: int | None, which: int) -> None:
         expected = self.expected.get(name)
         states = {"s": np.array([7, 8], np.float32)} if upload else None
         position = max(0, (expected.position if expected else 0) + (offset or 0))
         request = None if offset is None else state_request(position, states)
-        result = self.do(self.changes.set_state(self.objects[name], states, request))
+
+        async def work() -> Any:
+            _, table, changes = self.replicas[which % len(self.replicas)]
+            return await changes.set_state(await table.find("owner", name), states, request)
+
+        result = self.do(work())
         if expected is None:
             assert result.status == 410
         elif request is None or position == expected.position:
@@ -145,63 +168,126 @@ class Sessions(RuleBasedStateMachine):
         else:
             assert (result.status, result.extensions["position"]) == (409, expected.position)
 
-    @rule(target=known, name=known, new=st.sampled_from("uvwxyz"))
-    def fork(self, name: str, new: str) -> Any:
-        result = self.do(self.table.fork(self.objects[name], new, name.encode()))
+    @rule(target=known, name=known, new=st.sampled_from("uvwxyz"), which=WHICH)
+    def fork(self, name: str, new: str, which: int) -> Any:
+        async def work() -> Any:
+            _, table, _ = self.replicas[which % len(self.replicas)]
+            return await table.fork(await table.find("owner", name), new, name.encode())
+
+        result = self.do(work())
         expected = self.expected.get(name)
+        if expected is None:
+            assert result.status == 410
+            return multiple()
+        expected.used = self.now
         if new in self.expected:
-            same = self.objects[new].origin == name.encode()
+            same = self.origins[new] == name.encode()
             assert (result[1] is False) if same else (result.status == 409)
             if same:
                 self.expected[new].used = self.now
             return multiple()
-        if expected is None or new in self.gone:
+        if new in self.gone:
             assert result.status == 410
-            if expected is not None:
-                expected.used = self.now
             return multiple()
-        expected.used = self.now
         if isinstance(result, Problem):
-            assert (result.status, len(self.expected)) == (503, 5)
+            assert (result.status, len(self.expected)) == (503, LIMIT)
             return multiple()
-        self.objects[new] = result[0]
+        self.origins[new] = name.encode()
         self.expected[new] = Expected(expected.state.copy(), expected.position)
         self.expected[new].used = self.now
         return new
 
-    @rule(name=known)
-    def delete(self, name: str) -> None:
-        result = self.do(self.table.delete("owner", name))
+    @rule(name=known, which=WHICH)
+    def delete(self, name: str, which: int) -> None:
+        result = self.do(self.replicas[which % len(self.replicas)][1].delete("owner", name))
         if name in self.expected:
             assert result is None
             self.gone[name] = "deleted", self.expected.pop(name).position
         else:
             assert result is None if self.gone[name][0] == "deleted" else result.status == 410
 
+    @precondition(lambda self: len(self.replicas) == 1)
     @rule(seconds=st.sampled_from([1.0, 40.0, IDLE]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
-        self.table.sweep()
+        self.replicas[0][1].sweep()
         for name, expected in list(self.expected.items()):
             if expected.used <= self.now - IDLE:
                 self.gone[name] = "expired", expected.position
                 del self.expected[name]
 
+    @precondition(lambda self: len(self.replicas) > 1)
+    @rule(name=known, which=WHICH)
+    def forget(self, name: str, which: int) -> None:
+        """A replica drops a session from its slots, as it does when others need them."""
+        _, table, _ = self.replicas[which % len(self.replicas)]
+        session = table.live.get(f"owner/{name}")
+        if session is not None:
+            table.release(session)
+
+    @rule(which=WHICH)
+    def list_all(self, which: int) -> None:
+        async def pages() -> list[Any]:
+            _, table, _ = self.replicas[which % len(self.replicas)]
+            found, after = [], (0, 0)
+            while True:
+                page, following = await table.page("owner", after, 2)
+                found += page
+                if following is None:
+                    return found
+                after = following
+
+        listed = {one.id: one.position for one in self.do(pages())}
+        assert listed == {name: expected.position for name, expected in self.expected.items()}
+        assert self.do(self.replicas[0][1].page("another", (0, 0), 9)) == ([], None)
+
+    async def read(self, table: SessionTable, name: str) -> Any:
+        return await table.states(await table.find("owner", name))
+
     @invariant()
     def they_agree(self) -> None:
-        assert {session.id for session in self.table.live.values()} == self.expected.keys()
-        for name, expected in self.expected.items():
-            session = self.table.get("owner", name)
-            assert session.position == expected.position
-            assert self.engine.arena.read(session.slot)["s"].tobytes() == expected.state.tobytes()
-            assert not session.claimed
-        for name, (reason, position) in self.gone.items():
-            tombstone = self.table.gone[f"owner/{name}"]
-            assert (tombstone.reason, tombstone.position) == (reason, position)
-        assert not self.engine.arena.held.any()
-        assert self.engine.arena.taken == len(self.expected)
-        assert self.engine.queued == 0
+        for engine, table, _ in self.replicas:
+            for name, expected in self.expected.items():
+                states, position = self.do(self.read(table, name))
+                expected.used = self.now
+                assert position == expected.position
+                assert states["s"].tobytes() == expected.state.tobytes()
+            for name, (reason, position) in self.gone.items():
+                fate = self.do(self.read(table, name))
+                assert (fate.status, fate.extensions) == (410, {"reason": reason, "position": position})
+            assert not engine.arena.held.any()
+            assert not any(session.claimed for session in table.live.values())
+            assert engine.arena.taken == len(table.live)
+            assert engine.queued == 0
+
+
+class SharedSessions(Sessions):
+    """The same on two replicas over one Redis, each asked in turn as chance has it."""
+
+    url = ""
+
+    def begin(self) -> list[Replica]:
+        from service.stores.redis import RedisStore
+        from service.stores.shared import SharedTable
+
+        redis = Redis.from_url(self.url)
+        redis.flushall()
+        redis.close()
+        replicas = []
+        for _ in range(2):
+            engine, _, _ = machinery(max_batch=4, quantum=8)
+            table = SharedTable(RedisStore(self.url, 3600, 3600, 5, 0), 3, LIMIT, 3600, 3600)
+            table.serve(engine)
+            self.loop.run_until_complete(table.start())
+            replicas.append((engine, table, Changes(table)))
+        return replicas
 
 
 Sessions.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+SharedSessions.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestSessions = Sessions.TestCase
+
+
+def test_shared_sessions_are_what_they_promise(redis: RedisServer) -> None:
+    SharedSessions.url = redis.url
+    run_state_machine_as_test(SharedSessions, settings=SharedSessions.TestCase.settings)
