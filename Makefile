@@ -6,7 +6,7 @@ EXAMPLES := vowels sunspots sunspots-jordan
 # What builds and runs images; another engine with the same verbs will do.
 DOCKER ?= docker
 
-.PHONY: setup serve test check bench container-test
+.PHONY: setup serve test check servers bench container-test
 .DELETE_ON_ERROR:
 
 serve: setup
@@ -14,8 +14,13 @@ serve: setup
 
 setup: $(EXAMPLES:%=artifacts/%/1/model.onnx)
 
-test: $(BIN)/.dev setup check
+test: $(BIN)/.dev setup check servers
 	$(BIN)/pytest
+
+# The tests run a real Redis and a real load balancer.
+servers:
+	@command -v redis-server >/dev/null && { command -v nginx || test -x /usr/sbin/nginx; } >/dev/null \
+	|| { apt-get update -q && apt-get install -qy --no-install-recommends redis-server nginx-light; }
 
 check: $(BIN)/.dev
 	$(BIN)/ruff check
@@ -24,7 +29,7 @@ check: $(BIN)/.dev
 	$(BIN)/lint-imports
 
 # Measures Cellserve beside what else there is and prints the table, within five minutes.
-bench: $(BIN)/.bench
+bench: $(BIN)/.bench servers
 	$(BIN)/python -m bench --json bench.json
 
 # Builds the image and sees it serve, as another user, on a read-only file system.

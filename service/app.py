@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.metadata
+import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 
@@ -65,6 +66,12 @@ def create_app(settings: Settings) -> HotPaths:
     _answer_problems(app)
     openapi.install(app, service)
     return HotPaths(app, service, predict, step)
+
+
+def from_environment() -> HotPaths:
+    """Builds everything from the environment's settings, in a process that is one of several."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    return create_app(Settings())
 
 
 class HotPaths:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
 from types import FrameType
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -46,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"--{name.replace('_', '-')}" if name in given else f"{ENV_PREFIX}{name.upper()}"
         print(f"cellserve serve: {place}: {first['msg']}, got {first['input']!r}", file=sys.stderr)
         return 2
+    if settings.workers > 1 and settings.store == "memory":
+        print(
+            "cellserve serve: --workers: each process would have sessions of its own: "
+            "give them a shared store with --store redis://HOST:PORT",
+            file=sys.stderr,
+        )
+        return 2
     # Here and not above, so that --help and a mistyped flag answer at once.
     import uvicorn
 
@@ -54,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from service.keys import BadKeysFile
     from service.repository import BrokenModel
     from service.runtime import RuntimeUnavailable
+    from service.sessions import StoreUnusable
     from service.stores.snapshot import BadSnapshot
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
@@ -62,9 +72,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"cellserve serve: --store needs {error.name}: pip install 'cellserve[redis]'", file=sys.stderr)
         return 1
-    except (BadKeysFile, BadSnapshot, BrokenModel, RuntimeUnavailable) as error:
+    except (BadKeysFile, BadSnapshot, BrokenModel, RuntimeUnavailable, StoreUnusable) as error:
         print(f"cellserve serve: {error}", file=sys.stderr)
         return 1
+    how: dict[str, Any] = {
+        "host": settings.host,
+        "port": settings.port,
+        "access_log": False,
+        "timeout_graceful_shutdown": settings.shutdown_seconds,
+        "server_header": False,
+        "proxy_headers": False,  # nothing here asks who the client is
+        "interface": "asgi3",
+        "ws": ShortFrames,
+        "ws_max_size": settings.max_body_bytes,
+        "ws_per_message_deflate": False,
+    }
+    if settings.workers > 1:
+        # Each process makes its own; this one has found that it can be made.
+        os.environ |= {f"{ENV_PREFIX}{name.upper()}": value for name, value in given.items()}
+        uvicorn.run("service.app:from_environment", factory=True, workers=settings.workers, **how)
+        return 0
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(app.service.exit_status)
@@ -72,21 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # uvicorn raises the signal again after a graceful stop; whoever asked for the stop is told that it went well.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        access_log=False,
-        timeout_graceful_shutdown=settings.shutdown_seconds,
-        server_header=False,
-        proxy_headers=False,  # nothing here asks who the client is
-        interface="asgi3",
-        http=partial(ShortHttp, app.service),  # type: ignore[arg-type]
-        ws=ShortFrames,
-        ws_max_size=settings.max_body_bytes,
-        ws_per_message_deflate=False,
-    )
-    server = uvicorn.Server(config)
+    how["http"] = partial(ShortHttp, app.service)
+    server = uvicorn.Server(uvicorn.Config(app, **how))
     server.run()
     return 0 if server.started else 1
 

@@ -60,6 +60,10 @@ class Tombstone:
     until: float  # seconds of the table's clock
 
 
+class StoreUnusable(Exception):
+    """What was given as the store cannot be one; the message says why."""
+
+
 class Listed(NamedTuple):
     """What a list of sessions tells of one."""
 

@@ -48,6 +48,7 @@ class Settings(BaseSettings):
         256, ge=1, le=65536, description="frames of one WebSocket that may be under way; then it is read no further"
     )
     max_sequences: int = Field(4096, ge=1, description="sequences of one request, at most")
+    workers: int = Field(1, ge=1, le=256, description="processes that serve; more than one need a shared store")
     store: str = Field(
         "memory", description="where sessions are kept: memory, or redis://HOST:PORT/DB for several replicas"
     )

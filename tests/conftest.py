@@ -35,7 +35,10 @@ class Server:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Sends a signal, waits for the end, and gives the exit status."""
         if self.process.poll() is None:
-            self.process.send_signal(number)
+            if number == signal.SIGKILL:
+                os.killpg(self.process.pid, number)  # its workers too
+            else:
+                self.process.send_signal(number)
         out, _ = self.process.communicate(timeout=60)
         self.log.append(out)
         return self.process.returncode
@@ -48,6 +51,7 @@ def start_server(*flags: str, environment: dict[str, str] | None = None) -> Serv
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
         env={**os.environ, **(environment or {})},
     )
     assert process.stdout

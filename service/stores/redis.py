@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, NoScriptError, RedisError, ResponseError, TimeoutError
 
 from service.errors import StoreAway
+from service.sessions import StoreUnusable
 
 _INDEX = b"cellserve:sessions"
 _FIELDS = ("model", "version", "digest", "position", "revision", "states", "origin",
@@ -114,19 +115,26 @@ class RedisStore:
         tombstone_seconds: For how long it is told of a session that it is gone.
         timeout_seconds: For how long an answer is waited for.
         replicas: Of the store's own, that must have a write before it is answered (`WAIT`).
+
+    Raises:
+        StoreUnusable: The address is none.
     """
 
     def __init__(
         self, url: str, idle_seconds: float, tombstone_seconds: float, timeout_seconds: float, replicas: int
     ) -> None:
         # Nothing is sent again by the client: whether a write that had no answer was applied must be looked up.
-        self._redis: Any = Redis.from_url(
-            url, socket_timeout=timeout_seconds, socket_connect_timeout=timeout_seconds, retry=Retry(NoBackoff(), 0)
-        )
+        try:
+            self._redis: Any = Redis.from_url(
+                url, socket_timeout=timeout_seconds, socket_connect_timeout=timeout_seconds, retry=Retry(NoBackoff(), 0)
+            )
+        except ValueError as error:
+            raise StoreUnusable(f"--store: {error}: send memory or redis://HOST:PORT/DB") from None
         self._idle_ms = max(1, int(1000 * idle_seconds))
         self._gone_ms = max(1, int(1000 * tombstone_seconds))
         self._timeout_ms = max(1, int(1000 * timeout_seconds))
         self._replicas = replicas
+        self._away = False
         self._offset = 0.0  # of the store's clock against ours, seconds
         self._scripts: dict[bytes, str] = {
             script: hashlib.sha1(script).hexdigest() for script in (_WRITE, _CREATE, _END)
@@ -269,8 +277,13 @@ class RedisStore:
     async def _asking(self) -> AsyncIterator[None]:
         try:
             yield
+            if self._away:
+                self._away = False
+                log.info("the store answers again")
         except (ConnectionError, TimeoutError, ResponseError, OSError) as error:
-            log.error("the store: %s", error)
+            if not self._away:  # once, not for each request
+                self._away = True
+                log.error("the store does not answer: %s", error)
             raise StoreAway(
                 "the store of sessions does not answer: send the request again in a second (with its position, so "
                 "that it is applied once)"

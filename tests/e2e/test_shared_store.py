@@ -1,0 +1,180 @@
+"""One Redis behind servers and their workers: away, back, gone back, full; and several processes over it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import safetensors.numpy
+
+from tests.conftest import Server
+from tests.e2e.test_predict_and_sessions import create, frames
+from tests.redis_server import RedisServer
+
+Serve = Callable[..., Server]
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    redis = RedisServer(tmp_path)
+    yield redis
+    redis.stop()
+
+
+def test_two_servers_serve_one_session_in_turn(repository: Path, serve: Serve, own_redis: RedisServer) -> None:
+    servers = [serve("--models", str(repository), "--store", own_redis.url) for _ in range(2)]
+    x = frames(40)
+    with servers[0].client() as one, servers[1].client() as other:
+        session, ys = create(one, "lstm"), []
+        for position, row in enumerate(x):
+            client = (one, other)[position // 3 % 2]
+            answer = client.post(f"/sessions/{session}/step", json={"x": row}).json()  # without a position
+            assert (answer["position"], answer["durable"]) == (position + 1, "store")
+            ys.append(answer["y"])
+        body = {"model": "lstm", "sequences": [x], "outputs": "all"}
+        assert ys == one.post("/predict", json=body).json()["outputs"][0]
+        states = [safetensors.numpy.load(at.get(f"/sessions/{session}/state").content) for at in (one, other)]
+        assert {name: state.tobytes() for name, state in states[0].items()} == {
+            name: state.tobytes() for name, state in states[1].items()
+        }
+        assert other.delete(f"/sessions/{session}").status_code == 204
+        assert one.post(f"/sessions/{session}/step", json={"x": x[0]}).status_code == 410
+
+
+def test_a_store_that_is_away_is_told_of_and_comes_back(repository: Path, serve: Serve, own_redis: RedisServer) -> None:
+    server = serve("--models", str(repository), "--store", own_redis.url, "--store-timeout-seconds", "0.5")
+    x = frames(3)
+    with server.client() as client:
+        session = create(client, "rnn")
+        first = client.post(f"/sessions/{session}/step", json={"x": x[0], "position": 0}).json()
+        os.kill(own_redis.process.pid, signal.SIGSTOP)  # it takes requests and does not answer
+        away = client.post(f"/sessions/{session}/step", json={"x": x[1], "position": 1})
+        assert (away.status_code, "store-away" in away.json()["type"]) == (503, True)
+        assert int(away.headers["retry-after"]) > 0
+        body = {"model": "rnn", "sequences": [x], "outputs": "all"}
+        whole = client.post("/predict", json=body).json()["outputs"][0]  # needs no store
+        os.kill(own_redis.process.pid, signal.SIGCONT)
+        # The write that had no answer was applied all the same: the repetition finds that out.
+        time.sleep(0.5)
+        again = client.post(f"/sessions/{session}/step", json={"x": x[1], "position": 1})
+        assert (again.status_code, again.json()["position"]) == (200, 2)
+        own_redis.stop(signal.SIGKILL)
+        assert client.post(f"/sessions/{session}/step", json={"x": x[2], "position": 2}).status_code == 503
+        assert client.get("/healthz").status_code == 200
+        own_redis.start()
+        deadline = time.monotonic() + 20
+        while (last := client.post(f"/sessions/{session}/step", json={"x": x[2], "position": 2})).status_code == 503:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert [first["y"], again.json()["y"], last.json()["y"]] == whole
+
+
+def test_a_store_that_has_gone_back_is_found_out(repository: Path, serve: Serve, own_redis: RedisServer) -> None:
+    server = serve("--models", str(repository), "--store", own_redis.url)
+    file = next(own_redis.folder.glob("appendonlydir/*.incr.aof"))
+    x = frames(5)
+    with server.client() as client:
+        session = create(client, "lstm")
+        for position in range(2):
+            client.post(f"/sessions/{session}/step", json={"x": x[position], "position": position})
+        size = file.stat().st_size
+        for position in range(2, 4):
+            client.post(f"/sessions/{session}/step", json={"x": x[position], "position": position})
+        own_redis.stop(signal.SIGKILL)
+        os.truncate(file, size)  # as a failover to a replica that had not heard of the last writes
+        own_redis.start()
+        while (answer := client.post(f"/sessions/{session}/step", json={"x": x[4], "position": 4})).status_code == 503:
+            time.sleep(0.1)
+        assert answer.status_code == 409
+        assert answer.json()["type"].endswith("session-went-back")
+        assert answer.json()["position"] == 2
+        ys = [
+            client.post(f"/sessions/{session}/step", json={"x": x[position], "position": position}).json()["y"]
+            for position in range(2, 5)
+        ]
+        body = {"model": "lstm", "sequences": [x], "outputs": "all"}
+        assert ys == client.post("/predict", json=body).json()["outputs"][0][2:]
+
+
+def test_more_sessions_than_slots_live_in_the_store_and_a_full_store_refuses_or_evicts(
+    repository: Path, serve: Serve, own_redis: RedisServer
+) -> None:
+    flags = "--models", str(repository), "--store", own_redis.url, "--max-sessions", "30"
+    server = serve(*flags, "--arena-sessions", "4")
+    x = frames(2)
+    with server.client() as client:
+        sessions = [create(client, "lstm") for _ in range(30)]
+        first = [client.post(f"/sessions/{one}/step", json={"x": x[0], "position": 0}).json()["y"] for one in sessions]
+        second = [client.post(f"/sessions/{one}/step", json={"x": x[1], "position": 1}).json()["y"] for one in sessions]
+        whole = client.post("/predict", json={"model": "lstm", "sequences": [x], "outputs": "all"}).json()["outputs"][0]
+        assert [first, second] == [[whole[0]] * 30, [whole[1]] * 30]
+        full = client.post("/sessions", json={"model": "lstm"})
+        assert (full.status_code, int(full.headers["retry-after"]) > 0) == (503, True)
+    evicting = serve(*flags, "--when-full", "evict")
+    with evicting.client() as client:
+        create(client, "lstm")
+        assert sum(client.get(f"/sessions/{one}").status_code == 410 for one in sessions) == 1
+
+
+def test_idle_sessions_expire_in_the_store_and_leave_word(
+    repository: Path, serve: Serve, own_redis: RedisServer
+) -> None:
+    server = serve("--models", str(repository), "--store", own_redis.url, "--session-idle-seconds", "1")
+    with server.client() as client:
+        session = create(client, "lstm")
+        client.post(f"/sessions/{session}/step", json={"x": frames(3)})
+        time.sleep(2.5)
+        gone = client.post(f"/sessions/{session}/step", json={"x": frames(1)})
+        assert (gone.status_code, gone.json()["reason"], gone.json()["position"]) == (410, "expired", 3)
+        assert client.get("/sessions").json()["sessions"] == []
+
+
+def test_workers_share_the_store_and_stop_with_status_0(repository: Path, serve: Serve, own_redis: RedisServer) -> None:
+    server = serve("--models", str(repository), "--store", own_redis.url, "--workers", "2")
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with server.client() as client:
+                if client.get("/readyz").status_code == 200:
+                    break
+        except httpx.ConnectError:  # the processes have not begun to listen
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    x = frames(30)
+    session, ys = None, []
+    for position, row in enumerate(x):
+        with server.client() as client:  # a connection of its own, which either process may take
+            session = session or create(client, "rnn")
+            answer = client.post(f"/sessions/{session}/step", json={"x": row, "position": position})
+            assert answer.status_code == 200, answer.text
+            ys.append(answer.json()["y"])
+    with server.client() as client:
+        assert (
+            ys
+            == client.post("/predict", json={"model": "rnn", "sequences": [x], "outputs": "all"}).json()["outputs"][0]
+        )
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "told"),
+    [
+        (("--workers", "2"), 2, "--store redis://"),
+        (("--store", "postgres://x"), 1, "--store"),
+    ],
+)
+def test_settings_that_cannot_be_end_in_one_line(
+    repository: Path, flags: tuple[str, ...], status: int, told: str
+) -> None:
+    command = [sys.executable, "-m", "cellserve.cli", "serve", "--models", str(repository), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert told in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
