@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench import measures
-from bench.servers import LOAD_CORE, ROOT, Server, pin, running
+from bench.servers import LOAD_CORE, ROOT, Server, pin, redis, running
 
 EXAMPLE = """\
 example:
@@ -37,12 +38,14 @@ class Row:
     figure: str  # what was measured, for its own sake: it says little on another machine
     beside: str  # what it is compared with
     ratio: float
-    wanted: float
+    wanted: float | None  # nothing where it is only told
     at_most: bool = False  # whether the ratio is to stay below
 
     @property
     def met(self) -> bool:
         """Whether the goal is reached."""
+        if self.wanted is None:
+            return True
         return self.ratio <= self.wanted if self.at_most else self.ratio >= self.wanted
 
 
@@ -87,7 +90,7 @@ def measure(folder: Path, rounds: int, seconds: float, step: Callable[[str], Non
         ("usual_keras", "-m", "bench.peers.usual_keras", "{port}", str(folder / "bench.keras")),
         ("mosec", "-m", "bench.peers.mosec_server", "{port}", str(model)),
     ]
-    with running(cellserve, *peers) as servers:
+    with redis(folder) as url, running(cellserve, ("redis", *cellserve[1:], "--store", url), *peers) as servers:
         _rates(servers, model, figures, rounds, seconds, step)
         for _ in range(rounds):
             step("a step's latency")
@@ -95,9 +98,15 @@ def measure(folder: Path, rounds: int, seconds: float, step: Callable[[str], Non
             busy = measures.step_latency_under_load(servers["cellserve"], 3 * seconds)
             figures.add("p99 idle", idle)
             figures.add("p99 busy", busy)
+            for name, value in measures.transfers(servers["cellserve"], seconds / 4).items():
+                figures.add(name, value)
     step("100,000 sessions")
-    with running(cellserve) as servers:
+    snapshot = "--snapshot", str(folder / "sessions"), "--snapshot-seconds", "3600"
+    with running((*cellserve, *snapshot)) as servers:
         figures.add("memory", measures.session_bytes(servers["cellserve"], 100_000))
+    server = Server(*cellserve, *snapshot)
+    figures.add("restore", server.seconds_to_start)
+    server.stop()
     for name in ("loop", "ours", "keras"):
         figures.add(f"export {name}", timings[name])
     return _table(figures), figures
@@ -108,7 +117,7 @@ def _rates(
 ) -> None:
     runs: dict[str, Callable[[float], float]] = {}
     step("opening sessions")
-    for name, server in servers.items():
+    for name, server in servers.items():  # the one over Redis among them
         runs[f"steps {name}"] = measures.Steps(server).run
     for name in ("cellserve", "floor"):
         runs[f"ws {name}"] = measures.Sockets(servers[name]).run
@@ -152,6 +161,7 @@ def _table(figures: Rounds) -> list[Row]:
         row(http, "steps cellserve", "the same with Keras", "steps usual_keras", 5),
         row(http, "steps cellserve", "Mosec", "steps mosec", 1.2),
         row(http, "steps cellserve", "the floor: uvicorn, empty endpoint", "steps floor", 0.75),
+        row(f"{http}, sessions in Redis", "steps redis", "sessions in memory", "steps cellserve", 0.5),
         row(ws, "ws cellserve", "echo on the same server", "ws floor", 0.6),
         row(frames, "frames cellserve", "bare ONNX Runtime, batch 256", "bare steps", 0.7),
         row(f"{predict}, JSON", "predict cellserve", "the best other", "predict others", 3),
@@ -163,6 +173,14 @@ def _table(figures: Rounds) -> list[Row]:
             f"idle: {ms['p99 idle']:.2f} ms", figures.ratio("p99 busy", "p99 idle"), 3, at_most=True),
         Row("memory of 100,000 sessions", f"{figures.median('memory') * 1024:,.0f} bytes a session",
             "its states: 1,024 bytes", figures.median("memory"), 2, at_most=True),
+        *(
+            Row(what, f"{1e6 * figures.median(name):.0f} µs", f"a step: {1e6 * figures.median('alone step'):.0f} µs",
+                figures.ratio(name, "alone step"), None)
+            for what, name in (("fork of a session", "alone fork"), ("download of a state", "alone read"),
+                               ("upload of a state", "alone write"))
+        ),
+        Row("restore of 100,000 sessions from a snapshot", f"{figures.median('restore'):.2f} s to ready",
+            f"without: {figures.median('start'):.2f} s", figures.median("restore") / figures.median("start"), None),
         Row("the export, batch 1, 50 time steps", us, f"tf2onnx's `Loop`: {export['loop']:.0f} µs",
             export["loop"] / export["ours"], 3),
         Row("the export, batch 1, 50 time steps", us, f"Keras: {export['keras']:.0f} µs",
@@ -176,8 +194,8 @@ def markdown(rows: list[Row]) -> str:
     """Writes the table."""
     lines = ["| measure | Cellserve | beside | ratio | goal | |", "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
-        goal = f"{'≤' if row.at_most else '≥'} {row.wanted:g}"
-        met = "✓" if row.met else "✗"
+        goal = "" if row.wanted is None else f"{'≤' if row.at_most else '≥'} {row.wanted:g}"
+        met = "" if row.wanted is None else "✓" if row.met else "✗"
         lines.append(f"| {row.measure} | {row.figure} | {row.beside} | {row.ratio:.2f} | {goal} | {met} |")
     return "\n".join(lines)
 
@@ -206,9 +224,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="for how long at a time (default: 1)")
     parser.add_argument("--json", type=Path, help="a file to write all figures to")
     arguments = parser.parse_args()
-    missing = [name for name in ("tensorflow", "mosec") if find_spec(name) is None]
+    missing = [name for name in ("tensorflow", "mosec", "redis") if find_spec(name) is None]
     if missing:
         print(f"python -m bench: {missing[0]} is not installed: pip install -e '.[bench]'", file=sys.stderr)
+        return 2
+    if shutil.which("redis-server") is None:
+        print("python -m bench: redis-server is not installed: apt-get install redis-server", file=sys.stderr)
         return 2
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="cellserve-bench-") as folder, Progress(console=console) as progress:

@@ -123,6 +123,22 @@ class Predictions:
         return self.steps_a_request * drive(connections, self.requests, seconds).rate
 
 
+def transfers(server: Server, seconds: float) -> dict[str, float]:
+    """Gives the seconds of a fork, a state's download and upload, and a step, one after the other by one client."""
+    connection = Connection(server.port)
+    session = connection.ask_json("/sessions", {})["session"]
+    path = f"/sessions/{session}"
+    download = f"GET {path}/state HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
+    state = connection.ask(download).partition(b"\r\n\r\n")[2]
+    asked = {
+        "alone step": request(f"{path}/step", json.dumps({"x": numbers(FEATURES)}).encode()),
+        "alone fork": request(f"{path}/fork", b"{}"),
+        "alone read": download,
+        "alone write": request(f"{path}/state", state, CONTENT).replace(b"POST", b"PUT", 1),
+    }
+    return {name: 1 / drive([Connection(server.port)], [[data]], seconds).rate for name, data in asked.items()}
+
+
 def step_latency(server: Server, seconds: float) -> float:
     """Gives the 99th percentile of one client's steps, one each few milliseconds, in seconds."""
     connection = Connection(server.port)

@@ -68,7 +68,7 @@ class Server:
         """Ends the process."""
         self.process.terminate()
         try:
-            self.process.wait(10)
+            self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
 
@@ -84,6 +84,27 @@ def running(*servers: tuple[str, ...]) -> Iterator[dict[str, Server]]:
     finally:
         for server in started.values():
             server.stop()
+
+
+@contextmanager
+def redis(folder: Path) -> Iterator[str]:
+    """Runs a Redis that appends to its file each second, on the load's core; gives its address."""
+    port = free_port()
+    flags = "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", "--appendonly", "yes"
+    process = subprocess.Popen(["redis-server", *flags, "--loglevel", "warning"], stdout=subprocess.DEVNULL)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process.pid, {LOAD_CORE} & os.sched_getaffinity(0) or os.sched_getaffinity(0))
+    try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.01)
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 def free_port() -> int:

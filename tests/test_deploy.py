@@ -1,0 +1,44 @@
+"""The files of deploy/ are what their schemas and programs take, and name what there is."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.settings import ENV_PREFIX, Settings
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+SETTINGS = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+
+
+def test_the_compose_file_is_one() -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    subprocess.run([*command, str(DEPLOY / "compose.yaml")], check=True)
+
+
+@pytest.mark.parametrize("file", sorted((DEPLOY / "kubernetes").glob("*.yaml")), ids=lambda file: file.name)
+def test_the_kubernetes_files_are_such(file: Path) -> None:
+    documents = list(yaml.safe_load_all(file.read_text()))
+    assert documents
+    for document in documents:
+        kubernetes_validate.validate(document, "1.28", strict=True)
+
+
+@pytest.mark.parametrize("file", sorted(DEPLOY.rglob("*.yaml")), ids=lambda file: file.name)
+def test_the_variables_that_they_set_are_settings(file: Path) -> None:
+    assert set(re.findall(rf"{ENV_PREFIX}[A-Z_]+", file.read_text())) <= SETTINGS
+
+
+def test_nginx_takes_its_file(tmp_path: Path) -> None:
+    text = (DEPLOY / "nginx.conf").read_text().replace("/tmp/nginx", str(tmp_path / "nginx"))
+    text = re.sub(r"replica-\d:8000", "127.0.0.1:1", text)
+    (tmp_path / "nginx.conf").write_text(text)
+    program = shutil.which("nginx") or "/usr/sbin/nginx"
+    subprocess.run([program, "-t", "-q", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")], check=True)
