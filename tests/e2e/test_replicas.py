@@ -88,9 +88,10 @@ class Cluster:
         ]
         config = folder / "nginx.conf"
         config.write_text("\n".join(lines).replace("/tmp/nginx", str(folder / "nginx")))
-        log = (folder / "nginx.log").open("w")
         program = shutil.which("nginx") or "/usr/sbin/nginx"
-        self.nginx = subprocess.Popen([program, "-p", str(folder), "-c", str(config), "-g", "daemon off;"], stderr=log)
+        command = [program, "-p", str(folder), "-c", str(config), "-g", "daemon off;"]
+        with (folder / "nginx.log").open("w") as log:
+            self.nginx = subprocess.Popen(command, stderr=log)
         for replica in self.replicas:
             until(replica.ready)
         self.url = f"http://127.0.0.1:{self.port}"
