@@ -55,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if settings.snapshot is not None and settings.store != "memory":
+        print(
+            "cellserve serve: --snapshot: the shared store keeps the sessions itself: leave one of the two out",
+            file=sys.stderr,
+        )
+        return 2
     # Here and not above, so that --help and a mistyped flag answer at once.
     import uvicorn
 

@@ -231,12 +231,15 @@ def router(service: Service) -> APIRouter:
     async def pages(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=_LARGEST_PAGE)] = 100,
-        after: Annotated[str, Query(pattern=r"^\d{1,9}\.\d{1,9}$", description="`next` of the page before")] = "0.0",
+        after: Annotated[str, Query(pattern=r"^\d{1,9}\.\d{1,20}$", description="`next` of the page before")] = "0.0",
     ) -> dict[str, Any]:
         engine, _, slot = after.partition(".")
         sessions, following = await table.page(owner(request), (int(engine), int(slot)), limit)
         return {
-            "sessions": [{"session": one.id, **one._asdict()} for one in sessions],
+            "sessions": [
+                {"session": one.id, "model": one.model, "version": one.version, "position": one.position}
+                for one in sessions
+            ],
             "next": None if following is None else f"{following[0]}.{following[1]}",
         }
 

@@ -25,6 +25,7 @@ from service.errors import StoreAway
 from service.sessions import StoreUnusable
 
 _INDEX = b"cellserve:sessions"
+_INDEX_SLACK = 1.1
 _FIELDS = ("model", "version", "digest", "position", "revision", "states", "origin",
            "asked", "asked_at", "reached", "y", "before")  # fmt: skip
 
@@ -170,7 +171,9 @@ class RedisStore:
             pipeline.hmget(session, _FIELDS)
             pipeline.get(fate)
             pipeline.pexpire(session, self._idle_ms)
-            values, told, _ = await pipeline.execute()
+            pipeline.pexpire(fate, self._idle_ms + self._gone_ms)
+            pipeline.zadd(_INDEX, {key: self._deadline()}, xx=True)
+            values, told, *_ = await pipeline.execute()
         if values[0] is not None:
             return _stored(values)
         return None if told is None else Fate(told.split()[0].decode(), int(told.split()[1]))
@@ -225,7 +228,7 @@ class RedisStore:
         found: list[tuple[str, str, int, int]] = []
         while True:
             async with self._asking():
-                match = prefix.replace("[", "\\[") + "*" if prefix else None
+                match = f"{prefix}*" if prefix else None
                 cursor, members = await self._redis.zscan(_INDEX, cursor, match=match, count=limit)
                 keys = [member.decode() for member, _ in members]
                 pipeline = self._redis.pipeline(transaction=False)
@@ -243,10 +246,13 @@ class RedisStore:
     def _now(self) -> float:
         return time.time() + self._offset
 
+    def _deadline(self) -> float:
+        # A little late: whoever steps a session all the time moves it now and then only.
+        return self._now() + _INDEX_SLACK * self._idle_ms / 1000
+
     async def _index(self, keys: Sequence[str]) -> None:
         async with self._asking():
-            deadline = self._now() + self._idle_ms / 1000
-            await self._redis.zadd(_INDEX, dict.fromkeys(keys, deadline))
+            await self._redis.zadd(_INDEX, dict.fromkeys(keys, self._deadline()))
 
     async def _run(self, script: bytes, calls: Sequence[tuple[str, Sequence[bytes | str | int]]]) -> list[str]:
         """Calls a script for some sessions, in one round trip."""

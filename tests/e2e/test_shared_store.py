@@ -168,6 +168,7 @@ def test_workers_share_the_store_and_stop_with_status_0(repository: Path, serve:
     [
         (("--workers", "2"), 2, "--store redis://"),
         (("--store", "postgres://x"), 1, "--store"),
+        (("--store", "redis://127.0.0.1:1", "--snapshot", "sessions"), 2, "--snapshot"),
     ],
 )
 def test_settings_that_cannot_be_end_in_one_line(
