@@ -38,6 +38,7 @@ class TensorSpec(_Frozen):
     name: str
     dtype: Literal["float32", "int32", "int64"] = "float32"
     shape: tuple[int, ...]  # of one time step: (16,) for [batch, time, 16]
+    bounds: tuple[int, int] | None = None  # the smallest and the largest value of an integer input
 
 
 class StateSpec(_Frozen):
@@ -58,6 +59,10 @@ class Signature(_Frozen):
     states: tuple[StateSpec, ...]
     lengths: str | None = "lengths"  # the int32 input [batch] of valid time steps a row, each from 1 to time
     default_output: Literal["last", "all"] = "last"
+    # What follows is for models that were made elsewhere, or that cannot be stepped.
+    time_axis: bool = True  # without it a run is one step: inputs and outputs are [batch, *shape]
+    batch: int | None = None  # rows that a run takes, where the graph fixes them
+    predict_only: str | None = None  # why the model cannot be stepped; whole sequences from zeros only
 
 
 class Exactness(_Frozen):
@@ -75,6 +80,8 @@ class ModelDocument(_Frozen):
     signature: Signature
     description: str = ""
     labels: tuple[str, ...] | None = None  # names of the entries of the last axis of the output
+    # How an output becomes the next input in a rollout: a symbol drawn from a distribution, or the output itself.
+    rollout: Literal["probabilities", "logits", "value"] | None = None
     metrics: dict[str, float] = Field(default_factory=dict)  # on the test data: {"accuracy": 0.98}
     form: str = ""  # how time is run over: "LSTM", "Scan", ...
     operators: dict[str, int] = Field(default_factory=dict)  # operator: how often it stands in the graph
