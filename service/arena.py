@@ -99,6 +99,11 @@ class Arena:
         for spec, array in zip(self.specs, self._arrays, strict=True):
             array[slots] = states[spec.name]
 
+    def pack(self, slots: Slots) -> list[bytes]:
+        """Copies the states of some slots, each slot's one after the other, as bytes."""
+        parts = [array[slots].reshape(len(slots), -1).view(np.uint8) for array in self._arrays]
+        return [row.tobytes() for row in np.concatenate(parts, axis=1)]
+
     def write(self, slot: int, states: dict[str, Array] | None) -> None:
         """Sets one slot's states, by name; None for zeros."""
         for spec, array in zip(self.specs, self._arrays, strict=True):

@@ -68,24 +68,25 @@ class Changes:
             PositionConflict, SessionWentBack: It does not start where the session is.
             QueueFull: Too much is waiting.
         """
-        if self._table.shared:
-            return None
         if not session.alive:
             raise self._table.missing(session.owner, session.id)
         if session.engine.arena.held[session.slot]:
             if request is not None and session.claimed:
                 raise _in_flight(session)
             return None
-        if request is not None and check(session.position, session.applied, request) is not None:
+        if self._table.shared:
+            if not self._table.is_current(session, request):
+                return None
+        elif request is not None and check(session.position, session.applied, request) is not None:
             return None
         session.engine.arena.held[session.slot] = True
         return self._submit(session, x, every_output, request, done)
 
-    def begin_many(self, engine: Engine, slots: Slots, x: Array, done: Told) -> Advance | None:
+    def begin_many(self, sessions: Sequence[Session], slots: Slots, x: Array, done: Told) -> Advance | None:
         """Queues a step of different live sessions at once; gives None where they are held or too many for one run.
 
         Args:
-            engine: Of the sessions.
+            sessions: The sessions, of one model.
             slots: Their slots.
             x: `[sessions, time, *features]`, checked.
             done: What to tell the end.
@@ -93,7 +94,11 @@ class Changes:
         Raises:
             QueueFull: Too much is waiting.
         """
-        if self._table.shared or len(slots) > engine.max_batch or not self._table.turns[engine].try_enter(slots):
+        engine = sessions[0].engine
+        if len(slots) > engine.max_batch or not self._table.turns[engine].try_enter(slots):
+            return None
+        if self._table.shared and not all(self._table.is_current(session, None) for session in sessions):
+            self._table.turns[engine].leave(slots)
             return None
         return self._queue(engine, slots, x, True, done)
 
@@ -186,6 +191,20 @@ class Changes:
                 stepped.problems[part[0]] = problem
             stepped.problems.update({part[row]: problem for row, problem in (advance.problems or {}).items()})
             stepped.positions[own] = advance.reached
+        await self.again(sessions, x, requests, stepped)
+        return stepped
+
+    async def again(
+        self, sessions: Sequence[Session], x: Array, requests: Sequence[Request] | None, stepped: SteppedMany
+    ) -> None:
+        """Steps those once more whose slots held what had been changed elsewhere, of some that were stepped together.
+
+        Args:
+            sessions: All of them.
+            x: `[sessions, time, *features]`.
+            requests: Where each is to start from.
+            stepped: What has come of it, and is mended.
+        """
         for row in [row for row, problem in stepped.problems.items() if isinstance(problem, Stale)]:
             del stepped.problems[row]
             try:
@@ -193,10 +212,9 @@ class Changes:
             except Problem as problem:
                 stepped.problems[row] = problem
                 continue
-            y[row], stepped.positions[row] = alone.y, alone.position
+            stepped.y[row], stepped.positions[row] = alone.y, alone.position
             if alone.replayed:
                 stepped.replayed.add(row)
-        return stepped
 
     async def _followed(
         self, sessions: Sequence[Session], requests: Sequence[Request] | None, rows: Sequence[int], stepped: SteppedMany

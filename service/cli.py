@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -89,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "server_header": False,
         "proxy_headers": False,  # nothing here asks who the client is
         "interface": "asgi3",
+        "http": ShortHttp,
         "ws": ShortFrames,
         "ws_max_size": settings.max_body_bytes,
         "ws_per_message_deflate": False,
@@ -105,7 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # uvicorn raises the signal again after a graceful stop; whoever asked for the stop is told that it went well.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    how["http"] = partial(ShortHttp, app.service)
     server = uvicorn.Server(uvicorn.Config(app, **how))
     server.run()
     return 0 if server.started else 1

@@ -232,6 +232,7 @@ class Engine:
             self._fail(tick, error)
             return
         if tick.whole and self.commit is None:
+            self.queued -= int(lengths.sum())
             self._finish(tick, slots, lengths, y)
             return
         start = 0
@@ -243,7 +244,8 @@ class Engine:
                 moved.append((advance, whole))
             start = stop
         if self.commit is not None and any(advance.kept for advance, _ in moved):
-            task = asyncio.get_running_loop().create_task(self._committed(moved))
+            alone = tick if tick.whole and all(advance.kept for advance in tick.advances) else None
+            task = asyncio.get_running_loop().create_task(self._committed(moved, alone, slots, lengths, y))
             self._committing.add(task)
             task.add_done_callback(self._committing.discard)
         else:
@@ -253,7 +255,6 @@ class Engine:
 
     def _finish(self, tick: Tick, slots: Slots, lengths: NDArray[np.int32], y: Array) -> None:
         """Ends all advances of a tick at once: what nearly every tick of single steps comes to."""
-        self.queued -= int(lengths.sum())
         if all([advance.kept for advance in tick.advances]):  # noqa: C419  a list is the faster here
             reached = self.settle(slots, lengths).tolist()
         else:
@@ -295,8 +296,10 @@ class Engine:
             states = [np.take(state, kept, spec.batch_axis) for state, spec in zip(ran.states, specs, strict=True)]
             self.arena.scatter(slots[kept], states)
 
-    async def _committed(self, moved: list[tuple[Advance, Array]]) -> None:
-        """Ends advances when what they have come to is written."""
+    async def _committed(
+        self, moved: list[tuple[Advance, Array]], whole: Tick | None, slots: Slots, lengths: Array, outputs: Array
+    ) -> None:
+        """Ends advances when what they have come to is written; all at once where they are a whole tick of sessions."""
         assert self.commit is not None
         try:
             await self.commit([(advance, y) for advance, y in moved if advance.kept])
@@ -305,6 +308,9 @@ class Engine:
             for advance, _ in moved:
                 if advance.kept:
                     advance.problems = dict.fromkeys(range(advance.rows), self._failed())
+        if whole is not None and not any(advance.problems or advance.done.cancelled() for advance, _ in moved):
+            self._finish(whole, slots, lengths, outputs)
+            return
         for advance, y in moved:
             self._end(advance, True, y)
             if advance.done.cancelled():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import OrderedDict
@@ -39,6 +40,8 @@ class Session:
     alive: bool = True
     claimed: bool = False  # a change with a position is under way
     applied: Applied | None = None  # the last change with a position
+    revision: bytes | None = None  # in a shared store, of what is in the slot; without one it must be read again
+    indexed: float = -math.inf  # when its deadline was last moved in a shared store, seconds
 
     @property
     def model(self) -> Model:
@@ -208,6 +211,10 @@ class SessionTable:
         """Gives a session's states and its position."""
         self.touch(session)
         return session.engine.arena.read(session.slot), session.position
+
+    def is_current(self, session: Session, request: Request | None) -> bool:
+        """Says whether a change of a session may begin with what is in its slot."""
+        return True
 
     async def follow(self, session: Session, request: Request | None) -> None:
         """Makes sure that a session whose turn this is is as it stands elsewhere: there is no elsewhere."""

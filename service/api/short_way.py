@@ -6,20 +6,22 @@ is handed over whole to the ASGI application, which finds out what it is and say
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar
 
 import msgspec
 import orjson
+from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
 from websockets.http11 import Request
 
-from service.api.messages import as_problem
+from service.api.messages import REPLAY, as_problem
 from service.api.sessions import plain_step, written
-from service.errors import Problem
+from service.errors import Problem, Stale
 from service.service import Service
 from service.sessions import Session
 from service.ticks import Advance, Told
@@ -41,26 +43,29 @@ class _Step:
         self.keep_alive = True
         self.message_event = self
         self.advance: Advance | None = None
+        self.again: asyncio.Task[None] | None = None  # the step once more, which had begun from a stale state
 
     def set(self) -> None:
         """Is called when the client has gone: what has not been computed is dropped."""
         if self.disconnected and self.advance:
             self.advance.done.cancel()
+            if self.again:
+                self.again.cancel()
 
 
 class ShortHttp(HttpToolsProtocol):
     """One connection of HTTP/1.1.
 
     Args:
-        service: Holds the sessions.
+        config: uvicorn's, of a loaded application that has a `service`.
         more: What uvicorn gives to a protocol.
     """
 
     _good: ClassVar[tuple[list[tuple[bytes, bytes]], bytes]] = [], b""  # the default headers, a good answer's head
 
-    def __init__(self, service: Service, **more: Any) -> None:
-        super().__init__(**more)
-        self._service = service
+    def __init__(self, config: Config, *more: Any, **named: Any) -> None:
+        super().__init__(config, *more, **named)
+        self._service: Service = config.loaded_app.service
         self._step: _Step | None = None  # whose body is being received
 
     def on_message_begin(self) -> None:
@@ -73,8 +78,7 @@ class ShortHttp(HttpToolsProtocol):
         """Chooses the way."""
         url, parser = self.url, self.parser
         if (
-            not self._service.sessions.shared
-            and url.startswith(_BEGIN)
+            url.startswith(_BEGIN)
             and url.endswith(_END)
             and _JSON in self.headers
             and (self.cycle is None or self.cycle.response_complete)
@@ -124,12 +128,37 @@ class ShortHttp(HttpToolsProtocol):
             return
         assert step.advance is not None
         try:
-            answer = written(self._service.sessions, session, done.result()[0], step.advance.reached[0], True, True)
-            body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-            head = self._good_head()
+            self._tell(step, session, done.result()[0], step.advance.reached[0])
+        except Stale:
+            step.again = asyncio.get_running_loop().create_task(self._step_again(step, session))
         except Exception as error:
-            problem = as_problem(error, _SCOPE)
-            head, body = self._head(problem.status, problem.headers()), problem.document()
+            self._tell_problem(step, error)
+
+    async def _step_again(self, step: _Step, session: Session) -> None:
+        """Steps a session that was changed by another server since this one had read it."""
+        advance = step.advance
+        assert advance is not None
+        try:
+            once = None if advance.requests is None else advance.requests[0]
+            stepped = await self._service.changes.step(session, advance.x[0], True, once)
+            if not self.transport.is_closing():
+                self._tell(step, session, stepped.y, stepped.position, REPLAY if stepped.replayed else ())
+        except Exception as error:
+            if not self.transport.is_closing():
+                self._tell_problem(step, error)
+
+    def _tell(
+        self, step: _Step, session: Session, y: Any, position: int, more: Iterable[tuple[bytes, bytes]] = ()
+    ) -> None:
+        answer = written(self._service.sessions, session, y, position, True, True)
+        body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+        self._send(step, self._head(200, (_JSON, *more)) if more else self._good_head(), body)
+
+    def _tell_problem(self, step: _Step, error: Exception) -> None:
+        problem = as_problem(error, _SCOPE)
+        self._send(step, self._head(problem.status, problem.headers()), problem.document())
+
+    def _send(self, step: _Step, head: bytes, body: bytes) -> None:
         self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
         step.response_complete = True
         if not step.keep_alive:

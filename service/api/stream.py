@@ -9,6 +9,7 @@ import asyncio
 import math
 import struct
 from collections import deque
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -33,7 +34,7 @@ from service.api.sessions import (
 from service.api.short_way import EXTENSION, ShortFrames
 from service.arena import Slots
 from service.changes import SteppedMany
-from service.errors import Forbidden, InvalidInput, Problem, Unauthorized, UnknownSession
+from service.errors import Forbidden, InvalidInput, Problem, Stale, Unauthorized, UnknownSession
 from service.exactly_once import state_request, step_request
 from service.service import Service
 from service.sessions import Session
@@ -228,9 +229,7 @@ class _Socket:
                 if not self._take(body, text is not None):
                     self.under_way += 1
                     self.beginning += 1
-                    task = loop.create_task(self._answer(body, text is not None))
-                    self.tasks.add(task)
-                    task.add_done_callback(self.tasks.discard)
+                    self._later(self._answer(body, text is not None))
                 while self.under_way >= self.window and not writing.done():
                     self.room = loop.create_future()
                     await asyncio.wait((self.room, writing), return_when=asyncio.FIRST_COMPLETED)
@@ -278,7 +277,7 @@ class _Socket:
 
     def _take(self, body: bytes, text: bool) -> bool:
         """Begins a frame without a task of its own where that can be; says whether it has."""
-        if self.beginning or self.under_way >= self.window or self.service.sessions.shared:
+        if self.beginning or self.under_way >= self.window:
             return False
         begun = self._step_at_once(body) if text else self._frame_at_once(body)
         self.under_way += begun
@@ -305,9 +304,28 @@ class _Socket:
         answer: dict[str, Any] = {"op": "step", "ref": orjson.Fragment(bytes(ref))}
         try:
             answer |= written(self.service.sessions, session, done.result()[0], advance.reached[0], True, True)
+        except Stale:
+            self._later(self._answer_step_again(answer, session, advance))
+            return
         except Exception as error:
             answer = _problem(answer["ref"], as_problem(error, _SCOPE))
         self._put_json(answer)
+
+    async def _answer_step_again(self, answer: dict[str, Any], session: Session, advance: Advance) -> None:
+        """Steps a session that was changed by another server since this one had read it."""
+        try:
+            once = None if advance.requests is None else advance.requests[0]
+            stepped = await self.service.changes.step(session, advance.x[0], True, once)
+            answer |= written(self.service.sessions, session, stepped.y, stepped.position, True, True)
+            answer |= {"replayed": True} if stepped.replayed else {}
+        except Exception as error:
+            answer = _problem(answer["ref"], as_problem(error, _SCOPE))
+        self._put_json(answer)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def _frame_at_once(self, body: bytes) -> bool:
         """Begins a binary frame in the same way."""
@@ -315,9 +333,9 @@ class _Socket:
             kind, ref, group, x, _ = self._steps(body)
             if kind != STEP:
                 return False
-            engine = group.sessions[0].engine
             done = Told(partial(self._answer_frame, ref, group))
-            advance = self.service.changes.begin_many(engine, group.slots, x, done) if self._is_alive(group) else None
+            alive = self._is_alive(group)
+            advance = self.service.changes.begin_many(group.sessions, group.slots, x, done) if alive else None
         except Problem:
             return False
         if advance is None:
@@ -332,7 +350,17 @@ class _Socket:
         except Problem as problem:  # of the only row
             y = np.zeros((*advance.x.shape[:2], *group.sessions[0].model.output_shape))
             stepped = SteppedMany(y, np.array(advance.reached), {0: problem}, set())
-        self._put_frame(STEP, ref, group, stepped)
+        if any(isinstance(problem, Stale) for problem in stepped.problems.values()):
+            self._later(self._answer_frame_again(ref, group, advance.x, stepped))
+        else:
+            self._put_frame(STEP, ref, group, stepped)
+
+    async def _answer_frame_again(self, ref: int, group: _Group, x: Array, stepped: SteppedMany) -> None:
+        try:
+            await self.service.changes.again(group.sessions, x, None, stepped)
+            self._put_frame(STEP, ref, group, stepped)
+        except Exception as error:
+            self._put_json(_problem(ref, as_problem(error, _SCOPE)))
 
     def _is_alive(self, group: _Group) -> bool:
         """Says whether all sessions of a group are alive; none of them need be asked where none has ended since."""
@@ -369,6 +397,8 @@ class _Socket:
                 )
             case Attach():
                 session = await table.find(self.owner, frame.session)
+                _, position = await table.states(session)
+                return answer | {"handle": self._handle(session)} | told(table, session, position)
             case Reset():
                 session = await self._found(frame.session)
                 once = None if frame.position is None else state_request(frame.position, None)

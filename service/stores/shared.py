@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -16,7 +16,8 @@ from service.engine import Engine
 from service.errors import ModelVersionNotHere, Problem, ServerFull, SessionExists, SessionWentBack, Stale, StoreAway
 from service.exactly_once import Applied, Request, check
 from service.sessions import Listed, Session, SessionTable, gone, key_of, unknown
-from service.stores.redis import Fate, RedisStore, Stored, Write, new_revision
+from service.stores.records import Fate, Last, Mark, Stored, Write, new_revisions
+from service.stores.redis import RedisStore
 from service.ticks import Advance
 
 Array = NDArray[Any]
@@ -40,8 +41,6 @@ class SharedTable(SessionTable):
         self.cached = cached
         self.durable = "store"
         self._store = store
-        self._revisions: dict[Session, bytes] = {}  # of the state in its slot; without one it must be read again
-        self._indexed: dict[Session, float] = {}
 
     async def start(self) -> None:
         """Looks the store over; one that is away now is tried again by whatever needs it."""
@@ -76,16 +75,19 @@ class SharedTable(SessionTable):
             raise self._fate(stored)
         self._fill(session, stored)
 
+    def is_current(self, session: Session, request: Request | None) -> bool:
+        """Says whether a change may begin with what is in the slot: what is stale is found out when it is written."""
+        return session.revision is not None and (request is None or request.position == session.position)
+
     async def follow(self, session: Session, request: Request | None) -> None:
         """Makes sure, in its turn, that a change of a session begins where it seems to.
 
         Raises:
             SessionWentBack: The store has lost changes that it had acknowledged.
         """
-        known = session in self._revisions
-        if known and (request is None or request.position == session.position):
-            return  # what is stale is found out when it is written
-        seen = session.position
+        if self.is_current(session, request):
+            return
+        known, seen = session.revision is not None, session.position
         await self.fresh(session)
         if known and session.position < seen and request is None:
             raise _went_back(session, seen)
@@ -106,8 +108,9 @@ class SharedTable(SessionTable):
         outcome = "there"
         if found is None:
             await self._bound()
-            told = engine.model.name, engine.model.version, engine.model.digest, position
-            new = Stored(*told, new_revision(), _packed(engine.arena, states), origin)
+            mark = Mark(position, *new_revisions(1))
+            told = engine.model.name, engine.model.version, engine.model.digest, origin, mark
+            new = Stored(*told, _packed(engine.arena, states))
             outcome = await self._store.create(key, new)
             found = new if outcome == "written" else await self._store.load(key)
         session = await self._cached(owner, name, found)
@@ -138,7 +141,7 @@ class SharedTable(SessionTable):
         if outcome == "other":
             found = await self._store.load(key)
             if isinstance(found, Stored) and position is not None:
-                check(found.position, None, Request(position, b""))
+                check(found.mark.position, None, Request(position, b""))
             raise self._fate(found)
         if session is not None:
             async with self.alone(session):
@@ -164,19 +167,16 @@ class SharedTable(SessionTable):
     async def put_states(self, session: Session, states: dict[str, Array] | None, request: Request | None) -> None:
         """Writes states of a session whose turn this is; raises Stale where it is another in the store by now."""
         position = session.position + 1
-        fields: dict[str, bytes | str | int] = {"states": _packed(session.engine.arena, states)}
-        applied = session.applied
-        if request is not None:
-            applied = Applied(request, position)
-            fields |= {"asked": request.digest, "asked_at": request.position, "reached": position}
-            fields |= {"y": b"", "before": b""}
-        revision = new_revision()
-        refused = await self._written(session, position, revision, fields)
-        if refused is not None:
-            raise refused
+        applied = None if request is None else Applied(request, position)
+        last = None if request is None else Last(request.digest, request.position, position)
+        write = self._write_of(session, Mark(position, *new_revisions(1)), _packed(session.engine.arena, states), last)
+        session.revision = None
+        (outcome,) = await self._store.write([write])
+        if outcome != "written":
+            raise Stale()
         session.engine.arena.write(session.slot, states)
         session.engine.arena.position[session.slot] = position
-        session.applied, self._revisions[session] = applied, revision
+        session.applied, session.revision = applied, write.mark.revision
 
     def sweep(self) -> None:
         """Forgets the sessions that have not been used here for long; the store ends those that nobody uses."""
@@ -232,83 +232,66 @@ class SharedTable(SessionTable):
     def _fill(self, session: Session, stored: Stored) -> None:
         arena = session.engine.arena
         arena.write(session.slot, _unpacked(arena, stored.states))
-        arena.position[session.slot], arena.used[session.slot] = stored.position, self.clock()
-        session.applied = None
-        if stored.asked:
-            y = None
-            if stored.y:
-                y = np.frombuffer(stored.y, "<f4").reshape(-1, *session.model.output_shape)
-            before = _unpacked(arena, stored.before) if stored.before else None
-            session.applied = Applied(Request(stored.asked_at, stored.asked), stored.reached, y, before)
-        self._revisions[session] = stored.revision
+        arena.position[session.slot], arena.used[session.slot] = stored.mark.position, self.clock()
+        session.applied, last = None, stored.last
+        if last is not None:
+            y = before = None
+            if last.kind == Last.ANSWER:
+                y = np.frombuffer(last.content, "<f4").reshape(-1, *session.model.output_shape)
+            elif last.kind == Last.BEFORE:
+                before = _unpacked(arena, last.content)
+            session.applied = Applied(Request(last.position, last.digest), last.reached, y, before)
+        session.revision = stored.mark.revision
 
     def _forget(self, session: Session) -> None:
         """Frees a session's slot; the store has it still, or knows what became of it."""
-        self._revisions.pop(session, None)
-        self._indexed.pop(session, None)
+        session.revision = None
         self.release(session)
 
     async def _commit(self, engine: Engine, moved: list[tuple[Advance, Array]]) -> None:
         """Writes what a tick has come to, in one round trip; notes with each advance why rows were refused."""
-        sessions, places, writes, revisions = [], [], [], []
-        arena = engine.arena
-        for advance, y in moved:
-            for row, slot in enumerate(advance.homes.tolist()):
-                if row in (advance.problems or ()):
-                    continue
-                session = self.by_slot[engine][slot]
-                position = session.position + advance.position
-                revision = new_revision()
-                fields: dict[str, bytes | str | int] = {"position": position, "revision": revision}
-                fields["states"] = _packed(arena, arena.read(slot))
-                if advance.requests is not None:
-                    request = advance.requests[row]
-                    before = None if advance.before is None else advance.before[row]
-                    fields |= {"asked": request.digest, "asked_at": request.position, "reached": position}
-                    fields["y"] = b"" if before else y[row].astype("<f4").tobytes()
-                    fields["before"] = _packed(arena, before) if before else b""
-                key, seen = key_of(session.owner, session.id), self._revisions.pop(session, b"")
-                sessions.append(session)
-                places.append((advance, row))
-                revisions.append(revision)
-                writes.append(Write(key, session.position, seen, fields))
+        places = [
+            (advance, row, y)
+            for advance, y in moved
+            for row in range(advance.rows)
+            if not advance.problems or row not in advance.problems
+        ]
+        arena, of_slot = engine.arena, self.by_slot[engine]
+        slots = np.array([advance.homes[row] for advance, row, _ in places], np.intp)
+        sessions = [of_slot[slot] for slot in slots.tolist()]
+        positions = (arena.position[slots] + [advance.position for advance, _, _ in places]).tolist()
+        marks = list(map(Mark, positions, new_revisions(len(places))))
+        lasts = [_last(arena, *place, mark) for place, mark in zip(places, marks, strict=True)]
+        writes = list(map(self._write_of, sessions, marks, arena.pack(slots), lasts))
+        late = self._late(sessions)
+        for session in sessions:
+            session.revision = None  # the slot holds what is not written yet: if it never is, it must be read again
+        outcomes: list[str] | list[StoreAway]
         try:
-            outcomes: Sequence[str | Problem] = await self._store.write(writes)
+            outcomes = await self._store.write(writes, [key_of(one.owner, one.id) for one in late])
         except StoreAway as away:
             outcomes = [away] * len(writes)
-        for session, revision, (advance, row), outcome in zip(sessions, revisions, places, outcomes, strict=True):
+            for session in late:
+                session.indexed = -math.inf
+        for session, mark, (advance, row, _), outcome in zip(sessions, marks, places, outcomes, strict=True):
             if outcome == "written":
-                self._revisions[session] = revision
+                session.revision = mark.revision
             else:
-                # Its slot holds what was not written: without a revision it is read again before anything else.
-                advance.problems = (advance.problems or {}) | {
-                    row: outcome if isinstance(outcome, Problem) else Stale()
-                }
-        await self._keep_indexed([session for session in sessions if session in self._revisions])
+                problem = outcome if isinstance(outcome, Problem) else Stale()
+                advance.problems = (advance.problems or {}) | {row: problem}
 
-    async def _written(
-        self, session: Session, position: int, revision: bytes, fields: dict[str, bytes | str | int]
-    ) -> Problem | None:
-        fields |= {"position": position, "revision": revision}
-        seen = self._revisions.pop(session, b"")
-        try:
-            (outcome,) = await self._store.write(
-                [Write(key_of(session.owner, session.id), session.position, seen, fields)]
-            )
-        except StoreAway as away:
-            return away
-        return None if outcome == "written" else Stale()
+    def _write_of(self, session: Session, mark: Mark, states: bytes, last: Last | None) -> Write:
+        seen = Mark(session.position, session.revision or b"")
+        return Write(key_of(session.owner, session.id), seen, mark, states, last)
 
-    async def _keep_indexed(self, sessions: list[Session]) -> None:
-        now, share = time.monotonic(), _INDEX_SHARE * self.idle_seconds
-        late = [one for one in sessions if now - self._indexed.get(one, -np.inf) > share]
-        if late:
-            self._indexed |= dict.fromkeys(late, now)
-            try:
-                await self._store.used([key_of(one.owner, one.id) for one in late])
-            except StoreAway:
-                for one in late:
-                    self._indexed.pop(one, None)
+    def _late(self, sessions: list[Session]) -> list[Session]:
+        """Gives the sessions whose deadline in the set of all is to be moved, and notes that it is."""
+        now = time.monotonic()
+        before = now - _INDEX_SHARE * self.idle_seconds
+        late = [session for session in sessions if session.indexed < before]
+        for session in late:
+            session.indexed = now
+        return late
 
     def _fate(self, found: Stored | Fate | None) -> Problem:
         return gone(found.reason, found.position) if isinstance(found, Fate) else unknown()
@@ -316,6 +299,17 @@ class SharedTable(SessionTable):
     def missing(self, owner: str, session_id: str) -> Problem:
         """Gives what to raise where a session has no slot here any more: it may be in the store."""
         return Stale()
+
+
+def _last(arena: Arena, advance: Advance, row: int, y: Array, mark: Mark) -> Last | None:
+    """Gives what a repetition of a row's step is to be told."""
+    if advance.requests is None:
+        return None
+    request = advance.requests[row]
+    told = request.digest, request.position, mark.position
+    if advance.before is not None:
+        return Last(*told, Last.BEFORE, _packed(arena, advance.before[row]))
+    return Last(*told, Last.ANSWER, y[row].astype("<f4", copy=False).tobytes())
 
 
 def _packed(arena: Arena, states: dict[str, Array] | None) -> bytes:
