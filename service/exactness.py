@@ -7,6 +7,7 @@ processor and provider that will serve it, since kernels differ between processo
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.signature import Exactness, Signature
+from models.signature import Exactness, Signature, StateSpec, TensorSpec
+from service.layout import Layout, parts
 from service.runtime import Runtime
 
 Array = NDArray[Any]
@@ -51,20 +53,28 @@ def prove(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> Exactne
     except _Differs as differs:
         return Exactness(proved=False, why=str(differs))
     threads = "/".join(str(runtime.options.threads) for runtime in runtimes)
+    varied = "places" if runtimes[0].signature.predict_only else "places, chunkings, paddings"
     return Exactness(
         proved=True,
         why=f"the same bits in {count} comparisons over batch sizes {effort.batches[0]} to {effort.batches[-1]}, "
-        f"places, chunkings, paddings; threads {threads}; {runtimes[0].provider}",
+        f"{varied}; threads {threads}; {runtimes[0].provider}",
     )
 
 
 class _Differs(Exception):
-    """Two runs gave a row different bits."""
+    """Two runs gave a row different bits, by so much relative to numbers beyond 1."""
+
+    def __init__(self, what: str, difference: float) -> None:
+        super().__init__(what)
+        self.difference = difference
 
 
 def _comparisons(runtimes: Sequence[Runtime], effort: Effort, rng: np.random.Generator) -> Iterator[None]:
     signature = runtimes[0].signature
     rows = max(effort.batches)
+    if signature.predict_only:
+        yield from _whole_sequences(runtimes, rows, effort, rng)
+        return
     yield from _batches(runtimes, Truth.of(runtimes[0], rows, effort.time, rng), effort.batches, rng)
     cuts = [
         tuple(place + 1 for place, cut in enumerate(choice) if cut)
@@ -82,10 +92,10 @@ def _comparisons(runtimes: Sequence[Runtime], effort: Effort, rng: np.random.Gen
 class Truth:
     """What the other runs must repeat: rows stepped one time step at a time."""
 
-    x: Array  # [rows, time, *features]
+    x: Array  # [rows, time, *features], as `Runtime.run` takes it
     initial: list[Array]
     y: Array  # [rows, time, *outputs]
-    states: list[list[Array]]  # by time step, then state
+    states: list[list[Array]]  # by time step, then state, each as the run gave it
 
     @classmethod
     def of(cls, runtime: Runtime, rows: int, time: int, rng: np.random.Generator) -> Truth:
@@ -100,30 +110,73 @@ class Truth:
 
 
 def draw(signature: Signature, rows: int, time: int, rng: np.random.Generator) -> tuple[Array, list[Array]]:
-    """Draws inputs `[rows, time, *features]` from a normal and states from a uniform distribution on [-1, 1]."""
-    spec = signature.inputs[0]
-    x = rng.normal(size=(rows, time, *spec.shape)).astype(spec.dtype)
-    return x, [rng.uniform(-1, 1, (rows, *state.shape)).astype(state.dtype) for state in signature.states]
+    """Draws inputs and states as `Runtime.run` takes them.
+
+    Numbers of inputs are from a normal, of states from a uniform distribution on [-1, 1]; integers are uniform within
+    their bounds, those of states from 0 to 2.
+    """
+    x = Layout(signature.inputs).join([_input(spec, (rows, time), rng) for spec in signature.inputs])
+    return x, [_state(spec, rows, rng) for spec in signature.states]
+
+
+def _input(spec: TensorSpec, leading: tuple[int, int], rng: np.random.Generator) -> Array:
+    shape = (*leading, *spec.shape)
+    if spec.dtype == "float32":
+        return rng.normal(size=shape).astype(np.float32)
+    low, high = spec.bounds or (0, 1)
+    return rng.integers(low, high, shape, spec.dtype, endpoint=True)
+
+
+def _state(spec: StateSpec, rows: int, rng: np.random.Generator) -> Array:
+    shape = (*spec.shape[: spec.batch_axis], rows, *spec.shape[spec.batch_axis :])
+    if spec.dtype == "float32":
+        return rng.uniform(-1, 1, shape).astype(np.float32)
+    return rng.integers(0, 2, shape, spec.dtype, endpoint=True)
+
+
+def _whole_sequences(
+    runtimes: Sequence[Runtime], rows: int, effort: Effort, rng: np.random.Generator
+) -> Iterator[None]:
+    """Compares the rows of batches of whole sequences from zeros, of one length each, with each row alone."""
+    for time in (effort.time, effort.compositions):
+        x, _ = draw(runtimes[0].signature, rows, time, rng)
+        alone = [_from_zeros(runtimes[0], x[row : row + 1]) for row in range(rows)]
+        for runtime, batch in itertools.product(runtimes, effort.batches):
+            chosen = rng.permutation(rows)[:batch]
+            y = _from_zeros(runtime, x[chosen])
+            for place, row in enumerate(chosen):
+                _same(y[place], alone[row][0], f"the output of row {place} of a batch of {batch} sequences")
+                yield
+
+
+def _from_zeros(runtime: Runtime, x: Array) -> Array:
+    lengths = np.full(len(x), x.shape[1], np.int32)
+    return runtime.run(np.ascontiguousarray(x), lengths, runtime.zeros(len(x)))[0]
 
 
 def _batches(
     runtimes: Sequence[Runtime], truth: Truth, batches: Sequence[int], rng: np.random.Generator
 ) -> Iterator[None]:
     time = truth.x.shape[1]
+    signature = runtimes[0].signature
     for runtime, batch in itertools.product(runtimes, batches):
         rows = rng.permutation(len(truth.x))[:batch]
         lengths = rng.integers(1, time + 1, batch).astype(np.int32)
         padding = rng.integers(0, 4)
-        x = rng.normal(size=(batch, time + padding, *truth.x.shape[2:])).astype(truth.x.dtype)
+        x, _ = draw(signature, batch, time + padding, rng)
         for place, row in enumerate(rows):
             x[place, : lengths[place]] = truth.x[row, : lengths[place]]
-        y, states = runtime.run(x, lengths, [state[rows] for state in truth.initial])
+        initial = [
+            np.take(state, rows, spec.batch_axis) for state, spec in zip(truth.initial, signature.states, strict=True)
+        ]
+        y, states = runtime.run(x, lengths, initial)
         for place, row in enumerate(rows):
             length = lengths[place]
             what = f"row {place} of a batch of {batch}, {length} of {time + padding} time steps"
             _same(y[place, :length], truth.y[row, :length], f"the output of {what}")
-            for spec, state, true in zip(runtime.signature.states, states, truth.states[length - 1], strict=True):
-                _same(state[place], true[row], f"{spec.name} of {what}")
+            for spec, state, true in zip(signature.states, states, truth.states[length - 1], strict=True):
+                own, wanted = np.take(state, place, spec.batch_axis), np.take(true, row, spec.batch_axis)
+                _same(own, wanted, f"{spec.name} of {what}")
             yield
 
 
@@ -142,6 +195,14 @@ def _chunkings(runtime: Runtime, truth: Truth, cuts: list[tuple[int, ...]], sign
 
 
 def _same(one: Array, other: Array, what: str) -> None:
-    if one.tobytes() != other.tobytes():
-        difference = np.abs(one.astype(np.float64) - other.astype(np.float64)).max()
-        raise _Differs(f"{what} differs from the same steps one by one in a batch of another size, by {difference:.1e}")
+    if one.tobytes() == other.tobytes():
+        return
+    difference = 0.0
+    if one.shape != other.shape:
+        raise _Differs(f"{what} has another shape, {list(one.shape)}, than alone, {list(other.shape)}", math.inf)
+    for own, true in zip(parts(one), parts(other), strict=True):
+        off = np.abs(own.astype(np.float64) - true.astype(np.float64))
+        difference = max(difference, float(np.max(off / np.maximum(1, np.abs(true)), initial=0)))
+    raise _Differs(
+        f"{what} differs from the same steps one by one in a batch of another size, by {difference:.1e}", difference
+    )

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from models.signature import METADATA_KEY, ModelDocument, Signature
+from service.layout import Layout
+from service.runs import Runs
 
 Array = NDArray[Any]
 Provider = Literal["auto", "cpu", "cuda"]
@@ -95,6 +97,8 @@ class Runtime:
         self._inputs = [spec.name for spec in signature.inputs]
         self._states = [spec.name for spec in signature.states]
         self._fetches = [spec.name for spec in signature.outputs] + [spec.next_name for spec in signature.states]
+        runs = Runs(signature, self.call)
+        self._runs = None if runs.plain else runs
         self._bindings = threading.local()  # runs on several threads at once have one each
 
     @property
@@ -106,27 +110,36 @@ class Runtime:
         """Advances every row by its time steps.
 
         Args:
-            x: `[batch, time, *features]`, contiguous, in the signature's dtype.
+            x: `[batch, time, *features]` in the signature's dtype, contiguous; of several inputs a structured array
+                `[batch, time]` with a field for each (`Layout`).
             lengths: `[batch]` int32, valid time steps of each row, from 1 to time.
             states: One array a state of the signature, `[batch, *shape]` (batch at its `batch_axis`).
 
         Returns:
-            `y [batch, time, *outputs]`, unspecified past a row's length, and the states after each row's last valid
-            step, in the signature's order.
+            `y [batch, time, *outputs]`, unspecified past a row's length, of several outputs structured like x, and the
+            states after each row's last valid step, in the signature's order.
         """
-        single = self._step is not None and x.shape[1] == 1
+        if self._runs is not None:
+            return self._runs(x, lengths, states)
+        y, *following = self.call((x,), lengths, states)
+        return y, following
+
+    def call(self, inputs: Sequence[Array], lengths: NDArray[np.int32], states: Sequence[Array]) -> list[Array]:
+        """Runs the graph once on what it takes, each input an array of its own; gives all that it gives."""
+        single = self._step is not None and inputs[0].shape[1] == 1
         session, binding = self._bound(single)
         binding.clear_binding_outputs()  # it would keep the shapes of the last run
         for name in self._fetches:
             binding.bind_output(name, "cpu")
-        binding.bind_cpu_input(self._inputs[0], x)
+        for name, array in zip(self._inputs, inputs, strict=True):
+            binding.bind_cpu_input(name, array)
         for name, state in zip(self._states, states, strict=True):
             binding.bind_cpu_input(name, state)
         if self.signature.lengths and not single:
             binding.bind_cpu_input(self.signature.lengths, lengths)
         session.run_with_iobinding(binding)
-        y, *following = binding.copy_outputs_to_cpu()
-        return y, following
+        outputs: list[Array] = binding.copy_outputs_to_cpu()
+        return outputs
 
     def _bound(self, single: bool) -> tuple[ort.InferenceSession, ort.IOBinding]:
         """Gives the graph to run and this thread's binding of it: inputs come from host memory, outputs go there."""
@@ -140,8 +153,7 @@ class Runtime:
 
     def seconds(self, batch: int, time_steps: int) -> float:
         """Measures a run of zeros, the shortest of a few, in seconds."""
-        spec = self.signature.inputs[0]
-        x = np.zeros((batch, time_steps, *spec.shape), spec.dtype)
+        x = Layout(self.signature.inputs).zeros(batch, time_steps)
         inputs = x, np.full(batch, time_steps, np.int32), self.zeros(batch)
         taken = []
         for _ in range(_MEASURED_RUNS):

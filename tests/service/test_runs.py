@@ -1,0 +1,137 @@
+"""Whatever a graph takes, a run over rows and time steps gives what calling the graph by hand gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from models.signature import Signature, StateSpec, TensorSpec
+from service.exactness import Effort, draw, prove
+from service.layout import Layout, parts
+from service.runtime import Runtime
+from tests import foreign
+
+EFFORT = Effort(batches=(1, 2, 3, 7), time=4, compositions=3, long=40)
+
+
+def signature(**more: Any) -> Signature:
+    return Signature(lengths=None, time_axis=False, **more)
+
+
+S = StateSpec(name="s", next_name="s.next", shape=(4,))
+FRAMES = signature(inputs=(TensorSpec(name="x", shape=(3,)),), outputs=(TensorSpec(name="y", shape=(2,)),), states=(S,))
+SYMBOLS = signature(
+    inputs=(
+        TensorSpec(name="symbol", dtype="int64", shape=(), bounds=(0, 6)),
+        TensorSpec(name="level", shape=(2,)),
+    ),
+    outputs=(TensorSpec(name="features", shape=(4,)), TensorSpec(name="top", dtype="int64", shape=())),
+    states=(S,),
+)
+DEEP = signature(
+    inputs=(TensorSpec(name="input", shape=(3,)),),
+    outputs=(TensorSpec(name="output", shape=(4,)),),
+    states=(StateSpec(name="state", next_name="stateN", shape=(2, 4), batch_axis=1),),
+)
+LSTM = Signature(
+    inputs=(TensorSpec(name="x", shape=(3,)),),
+    outputs=(TensorSpec(name="out", shape=(4,)),),
+    states=tuple(StateSpec(name=name, next_name=f"{name}n", shape=(1, 4), batch_axis=1) for name in "hc"),
+    lengths=None,
+)
+ONE = {"batch": 1}
+KINDS = {
+    "frames": (foreign.frames(), FRAMES),
+    "several inputs and outputs, integers": (foreign.symbols(), SYMBOLS),
+    "rank 3, batch axis 1": (foreign.deep(), DEEP),
+    "a time axis, no lengths": (foreign.lstm(), LSTM),
+    "frames, batch of one": (foreign.frames(1), FRAMES.model_copy(update=ONE)),
+    "several inputs, batch of two": (foreign.symbols(2), SYMBOLS.model_copy(update={"batch": 2})),
+    "rank 3, batch of one": (foreign.deep(1), DEEP.model_copy(update=ONE)),
+    "a time axis, batch of one": (foreign.lstm(1), LSTM.model_copy(update=ONE)),
+    "a time axis, batch of two": (foreign.lstm(2), LSTM.model_copy(update={"batch": 2})),
+}
+
+
+def by_hand(made: Any, told: Signature, x: Any, states: list[Any], length: int) -> tuple[list[list[Any]], list[Any]]:
+    """Calls the graph as its users do today, one row and one time step at a time: outputs by step, last states."""
+    session = ort.InferenceSession(made.SerializeToString())
+    repeated = told.batch or 1
+    outputs = []
+    for t in range(length):
+        feeds = {}
+        for spec, tensor in zip(told.inputs, parts(x), strict=True):
+            step = tensor[:, t : t + 1] if told.time_axis else tensor[:, t]
+            feeds[spec.name] = np.repeat(step, repeated, 0)
+        feeds |= {
+            spec.name: np.repeat(state, repeated, spec.batch_axis)
+            for spec, state in zip(told.states, states, strict=True)
+        }
+        given = session.run([*(s.name for s in told.outputs), *(s.next_name for s in told.states)], feeds)
+        count = len(told.outputs)
+        outputs.append([tensor[0, 0] if told.time_axis else tensor[0] for tensor in given[:count]])
+        states = [np.take(s, [0], spec.batch_axis) for s, spec in zip(given[count:], told.states, strict=True)]
+    return outputs, states
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_different_lengths_come_to_what_the_graph_gives_by_hand(kind: str) -> None:
+    made, told = KINDS[kind]
+    runtime = Runtime(foreign.described(made, told))
+    x, states = draw(told, 5, 6, np.random.default_rng(1))
+    lengths = np.array([3, 6, 1, 3, 5], np.int32)
+    y, following = runtime.run(x, lengths, states)
+    for row, length in enumerate(lengths):
+        own = [np.take(state, [row], spec.batch_axis) for state, spec in zip(states, told.states, strict=True)]
+        outputs, ended = by_hand(made, told, x[row : row + 1], own, length)
+        for t in range(length):
+            for ours, theirs in zip(parts(y), outputs[t], strict=True):
+                np.testing.assert_allclose(ours[row, t], theirs, rtol=1e-5, atol=1e-6)
+        for ours, theirs, spec in zip(following, ended, told.states, strict=True):
+            np.testing.assert_allclose(np.take(ours, [row], spec.batch_axis), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_proved_exact(kind: str) -> None:
+    made, told = KINDS[kind]
+    exactness = prove([Runtime(foreign.described(made, told))], EFFORT)
+    assert exactness.proved, exactness.why
+
+
+def test_a_model_that_mixes_rows_is_not_exact_and_alone_it_is() -> None:
+    made = foreign.described(foreign.deep(mixed=True), DEEP)
+    assert not prove([Runtime(made)], EFFORT).proved
+    alone = foreign.described(foreign.deep(mixed=True), DEEP.model_copy(update=ONE))
+    assert prove([Runtime(alone)], EFFORT).proved
+
+
+def test_a_model_whose_chunks_are_not_the_whole_is_not_exact() -> None:
+    assert not prove([Runtime(foreign.described(foreign.lstm(looks_ahead=True), LSTM))], EFFORT).proved
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_a_model_that_cannot_be_stepped_runs_whole_sequences(last_only: bool) -> None:
+    told = Signature(
+        inputs=(TensorSpec(name="x", shape=(3,)),),
+        outputs=(TensorSpec(name="y", shape=(8,)),),
+        states=(),
+        lengths=None,
+        predict_only="bidirectional",
+    )
+    made = foreign.both_ways(last_only)
+    runtime = Runtime(foreign.described(made, told))
+    x, _ = draw(told, 3, 6, np.random.default_rng(2))
+    y, _ = runtime.run(x, np.full(3, 6, np.int32), [])
+    (theirs,) = ort.InferenceSession(made.SerializeToString()).run(None, {"x": x})
+    assert y.shape == (3, 1 if last_only else 6, 8)
+    np.testing.assert_allclose(y[:, 0] if last_only else y, theirs, rtol=1e-5, atol=1e-6)
+    assert prove([runtime], EFFORT).proved
+
+
+def test_integers_are_drawn_within_their_bounds() -> None:
+    x, _ = draw(SYMBOLS, 200, 3, np.random.default_rng(3))
+    assert x.dtype == Layout(SYMBOLS.inputs).dtype
+    assert set(np.unique(x["symbol"])) == set(range(7))
