@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from tests.conftest import Server
 from tests.e2e.test_predict_and_sessions import create, frames
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, free_port
 
 Serve = Callable[..., Server]
 
@@ -101,6 +101,87 @@ def test_a_store_that_has_gone_back_is_found_out(repository: Path, serve: Serve,
         ]
         body = {"model": "lstm", "sequences": [x], "outputs": "all"}
         assert ys == client.post("/predict", json=body).json()["outputs"][0][2:]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(400):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came to that")
+
+
+def test_a_step_is_answered_when_so_many_replicas_of_the_store_have_it(
+    repository: Path, serve: Serve, own_redis: RedisServer, tmp_path: Path
+) -> None:
+    (tmp_path / "replica").mkdir()
+    replica = RedisServer(tmp_path / "replica", "--replicaof", "127.0.0.1", str(own_redis.port))
+    try:
+        until(lambda: "master_link_status:up" in replica.ask("INFO replication"))
+        wanted = "--store-replicas", "1", "--store-timeout-seconds", "1"
+        server = serve("--models", str(repository), "--store", own_redis.url, *wanted)
+        x = frames(3)
+        with server.client() as client:
+            session = create(client, "lstm")
+            ys = [client.post(f"/sessions/{session}/step", json={"x": x[0], "position": 0}).json()["y"]]
+            replica.stop(signal.SIGKILL)
+            alone = client.post(f"/sessions/{session}/step", json={"x": x[1], "position": 1})
+            assert (alone.status_code, "store-away" in alone.json()["type"]) == (503, True)
+            replica.start()
+            until(lambda: "master_link_status:up" in replica.ask("INFO replication"))
+            for position in (1, 2):
+                answer = client.post(f"/sessions/{session}/step", json={"x": x[position], "position": position})
+                # The store itself had the write: the repetition finds it applied.
+                assert answer.headers.get("idempotent-replay") == ("true" if position == 1 else None)
+                ys.append(answer.json()["y"])
+            body = {"model": "lstm", "sequences": [x], "outputs": "all"}
+            assert ys == client.post("/predict", json=body).json()["outputs"][0]
+    finally:
+        replica.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[list[RedisServer]]:
+    nodes = []
+    for number in range(3):
+        (tmp_path / f"node{number}").mkdir()
+        flags = "--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--cluster-node-timeout", "2000"
+        nodes.append(RedisServer(tmp_path / f"node{number}", *flags))
+    addresses = [f"127.0.0.1:{node.port}" for node in nodes]
+    subprocess.run(
+        ["redis-cli", "--cluster", "create", *addresses, "--cluster-yes"], check=True, capture_output=True, timeout=60
+    )
+    until(lambda: all("cluster_state:ok" in node.ask("CLUSTER INFO") for node in nodes))
+    yield nodes
+    for node in nodes:
+        node.stop(signal.SIGKILL)
+
+
+def test_sessions_live_in_a_cluster(repository: Path, serve: Serve, cluster: list[RedisServer]) -> None:
+    flags = "--models", str(repository), "--store", f"redis+cluster://127.0.0.1:{cluster[0].port}"
+    servers = [serve(*flags) for _ in range(2)]
+    x = frames(6)
+    with servers[0].client() as one, servers[1].client() as other:
+        whole = one.post("/predict", json={"model": "lstm", "sequences": [x], "outputs": "all"}).json()["outputs"][0]
+        sessions = [create(one, "lstm") for _ in range(20)]
+        for session in sessions:
+            ys = []
+            for position, row in enumerate(x):
+                at = (one, other)[position % 2]
+                body = {"x": row, "position": position}
+                ys.append(at.post(f"/sessions/{session}/step", json=body).json()["y"])
+            assert ys == whole
+            again = one.post(f"/sessions/{session}/step", json={"x": x[-1], "position": len(x) - 1})
+            assert (again.headers["idempotent-replay"], again.json()["y"]) == ("true", whole[-1])
+        listed = [one_["session"] for one_ in other.get("/sessions", params={"limit": 1000}).json()["sessions"]]
+        assert sorted(listed) == sorted(sessions)
+        fork = other.post(f"/sessions/{sessions[0]}/fork", json={}).json()
+        assert fork["position"] == len(x)
+        assert one.delete(f"/sessions/{sessions[0]}").status_code == 204
+        assert other.get(f"/sessions/{sessions[0]}").status_code == 410
+    slots = [int(node.ask("DBSIZE").removeprefix(":")) for node in cluster]
+    assert min(slots) > 0  # on every node some
+    assert [server.stop() for server in servers] == [0, 0]
 
 
 def test_more_sessions_than_slots_live_in_the_store_and_a_full_store_refuses_or_evicts(
