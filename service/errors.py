@@ -92,6 +92,13 @@ class Forbidden(Problem):
     title = "The origin is not allowed"
 
 
+class NotAnOperator(Problem):
+    """The key is known, but is not of one who runs the server."""
+
+    status = 403
+    title = "The key is not an operator's"
+
+
 class NotFound(Problem):
     """No such path."""
 

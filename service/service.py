@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from service.changes import Changes
 from service.engine import Engine
+from service.errors import NotAnOperator
 from service.keys import Keys
 from service.repository import Repository
 from service.runtime import RuntimeOptions
@@ -85,6 +86,21 @@ class Service:
         if self.keys is None:
             return ""
         return self.keys.owner(dict(headers).get(b"authorization"))
+
+    def operator(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
+        """Gives which operator's request it is by its headers, empty where nobody needs a key.
+
+        Raises:
+            Unauthorized: It bears no key, or one that is not known.
+            NotAnOperator: The key's owner is not one of the setting `operators`.
+        """
+        owner = self.owner(headers)
+        if self.keys is not None and owner not in self.settings.operators.split(","):
+            raise NotAnOperator(
+                f"the key is {owner!r}'s, who is not an operator here: send an operator's key (--operators names them), "
+                f"or ask at the port of --operations-port"
+            )
+        return owner
 
     def engine(self, model: str | None) -> Engine:
         """Gives the engine of a model; raises UnknownModel as `Repository.get` does."""

@@ -66,6 +66,14 @@ class Settings(BaseSettings):
     api_keys_file: Path | None = Field(
         None, description="the API keys that are taken, lines owner:sha256; without it nobody needs one"
     )
+    operators: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9._-]+(,[A-Za-z0-9._-]+)*)?$",
+        description="owners, separated by commas, whose keys may read /metrics and reload models",
+    )
+    operations_port: int | None = Field(
+        None, ge=1, le=65535, description="a second port, for /metrics, /healthz and /readyz, where no key is needed"
+    )
     allowed_origins: str = Field(
         "", description="origins of pages that may open a WebSocket here, separated by commas; its own always may"
     )
