@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.arena import Arena, Slots
+from service.counts import TickCounts
 from service.errors import ModelFailed, NotFinite, Problem, QueueFull
 from service.repository import Model
 from service.settings import Settings
@@ -36,13 +37,17 @@ _LONG_WAIT_SECONDS = 0.02
 log = logging.getLogger("cellserve")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ran:
     """What came out of a tick: y `[batch, time, *outputs]`, the next states, and the rows that failed."""
 
     y: Array
     states: list[Array]
     failed: dict[int, Exception]
+    steps: int = 0  # time steps that were computed, over all rows
+    start: float = 0.0  # seconds of time.perf_counter
+    took: float = 0.0  # seconds
+    rerun: bool = False  # row by row
 
 
 class Engine:
@@ -75,6 +80,7 @@ class Engine:
         self._short = Lane(self._cost, self.max_batch, self._quantum, cheap_seconds)
         self._long = Lane(self._cost, self.max_batch, self._quantum, cheap_seconds)
         self._lanes = [self._short, self._long]
+        self.counts = TickCounts()
         self.queued = 0  # time steps that wait, over all slots
         self.settle: Callable[[Slots, Array], Array]  # told the slots of sessions that have moved and how far
         self.release: Callable[[Slots], None]  # told those that have not
@@ -195,9 +201,13 @@ class Engine:
             y, following = self.model.runtime.run(x, lengths, states)
         except Exception as error:
             log.error("model %s failed: %s", self.model.name, error)
-            return self._run_rows(x, lengths, states, error)
-        self._cost.learn(x.shape[0], x.shape[1], time.perf_counter() - start)
-        return Ran(y, following, {})
+            ran = self._run_rows(x, lengths, states, error)
+            ran.steps, ran.rerun = int(lengths.sum()), True
+            ran.start, ran.took = start, time.perf_counter() - start
+            return ran
+        took = time.perf_counter() - start
+        self._cost.learn(x.shape[0], x.shape[1], took)
+        return Ran(y, following, {}, x.shape[0] * x.shape[1], start, took)
 
     def _run_rows(self, x: Array, lengths: NDArray[np.int32], states: list[Array], error: Exception) -> Ran:
         signature = self.model.runtime.signature
@@ -221,6 +231,10 @@ class Engine:
     def _apply(self, tick: Tick, slots: Slots, lengths: NDArray[np.int32], before: list[Array], ran: Ran) -> None:
         """Moves the states and hands out the outputs; what failed, is not finite or not wanted any more stays."""
         y = ran.y
+        rows = len(lengths)
+        taken = sum(tick.lengths) if rows == len(tick.advances) else int(lengths.sum())
+        self.counts.ran(tick.advances, rows, ran.steps - taken, taken, ran.start, ran.took)
+        self.counts.rerun += ran.rerun
         try:
             if not (ran.failed or any(advance.done.cancelled() for advance in tick.advances)) and _all_finite(ran):
                 self.arena.scatter(slots, ran.states)
@@ -232,7 +246,7 @@ class Engine:
             self._fail(tick, error)
             return
         if tick.whole and self.commit is None:
-            self.queued -= int(lengths.sum())
+            self.queued -= taken
             self._finish(tick, slots, lengths, y)
             return
         start = 0
@@ -276,6 +290,7 @@ class Engine:
     def _fail(self, tick: Tick, error: Exception) -> None:
         """Ends all advances of a tick that could not be made; none has moved."""
         log.error("a tick of model %s failed", self.model.name, exc_info=error)
+        self.counts.failed += 1
         for advance in tick.advances:
             advance.problems = dict.fromkeys(range(advance.rows), self._failed())
             self._end(advance, False)
@@ -301,6 +316,7 @@ class Engine:
     ) -> None:
         """Ends advances when what they have come to is written; all at once where they are a whole tick of sessions."""
         assert self.commit is not None
+        start = time.perf_counter()
         try:
             await self.commit([(advance, y) for advance, y in moved if advance.kept])
         except Exception as error:
@@ -308,6 +324,7 @@ class Engine:
             for advance, _ in moved:
                 if advance.kept:
                     advance.problems = dict.fromkeys(range(advance.rows), self._failed())
+        self.counts.stored([advance for advance, _ in moved], start, time.perf_counter() - start)
         if whole is not None and not any(advance.problems or advance.done.cancelled() for advance, _ in moved):
             self._finish(whole, slots, lengths, outputs)
             return

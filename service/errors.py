@@ -26,18 +26,24 @@ class Problem(Exception):
         self.detail = detail
         self.extensions = extensions
 
-    def document(self) -> bytes:
-        """Gives the problem document (RFC 9457, section 3)."""
-        name = "".join("-" + letter.lower() if letter.isupper() else letter for letter in type(self).__name__)
-        return orjson.dumps(
-            {
-                "type": f"urn:cellserve:problem:{name.removeprefix('-')}",
-                "title": self.title,
-                "status": self.status,
-                "detail": self.detail,
-                **self.extensions,
-            }
-        )
+    @classmethod
+    def kind(cls) -> str:
+        """Gives the name of the kind of problem: `position-conflict`."""
+        name = "".join("-" + letter.lower() if letter.isupper() else letter for letter in cls.__name__)
+        return name.removeprefix("-")
+
+    def document(self, request_id: str | None = None) -> bytes:
+        """Gives the problem document (RFC 9457, section 3), with the request's id where there is one."""
+        document = {
+            "type": f"urn:cellserve:problem:{self.kind()}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            **self.extensions,
+        }
+        if request_id is not None:
+            document["request_id"] = request_id
+        return orjson.dumps(document)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Gives the headers of the answer."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,8 @@ class Advance:
     kept: bool  # whether the slots are sessions', which outlive the request
     done: asyncio.Future[Array] | Told  # gives y: [rows, time, *outputs], or [rows, 1, *outputs]
     position: int = 0  # time steps taken
-    number: int = 0  # the order of arrival in its lane
+    arrived: float = field(init=False)  # in its lane, seconds of time.perf_counter
+    trace: Any = field(init=False)  # the trace that it belongs to, where requests are traced
     outputs: list[Array] | None = None
     problems: dict[int, Problem] | None = None  # by row: why it has not moved
     requests: Sequence[Request] | None = None  # by row: where it says that it starts from
@@ -157,13 +159,11 @@ class Lane:
         self._room = cost.room(max_batch, quantum, cheap_seconds)
         self._buckets: dict[int, deque[Advance]] = {}  # by min(remaining, quantum); none is empty
         self._rows = np.zeros(quantum + 1, np.intp)  # that wait, by the same
-        self._arrivals = 0
         self.waiting = 0
 
     def append(self, advance: Advance) -> None:
         """Queues an advance, or queues it again when it has had a tick."""
-        self._arrivals += 1
-        advance.number = self._arrivals
+        advance.arrived = perf_counter()
         steps = advance.remaining
         if steps > self._quantum:
             steps = self._quantum
@@ -193,7 +193,7 @@ class Lane:
         if len(self._buckets) == 1:
             self._fill(tick, steps, steps, room)
             return tick
-        oldest = min(self._buckets, key=lambda key: self._buckets[key][0].number)
+        oldest = min(self._buckets, key=lambda key: self._buckets[key][0].arrived)
         room -= self._fill(tick, oldest, steps, 1)
         worth = self._cost.worth_padding(steps)
         longer = sorted(key for key in self._buckets if key >= steps)

@@ -104,14 +104,14 @@ def test_all_that_waits_is_run_within_the_bounds_and_nobody_is_passed_over_for_l
         queue.append(advance(steps, rows))
     done: set[int] = set()
     while queue.waiting:
-        oldest = min(bucket[0].number for bucket in queue._buckets.values())
+        oldest = min(bucket[0].arrived for bucket in queue._buckets.values())
         tick = next_tick(queue)
-        assert oldest in {one.number for one in tick.advances}
+        assert oldest in {one.arrived for one in tick.advances}
         assert sum(one.rows for one in tick.advances) <= max_batch
         assert max(tick.lengths) <= quantum
         longest = max(tick.lengths)
         for one, length in zip(tick.advances, tick.lengths, strict=True):
-            assert 4 * length >= 3 * longest or one.number == oldest
+            assert 4 * length >= 3 * longest or one.arrived == oldest
             assert id(one) not in done
             one.position += length
             one.remaining -= length
