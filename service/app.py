@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.metadata
-import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 
@@ -15,25 +14,32 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.routing import Route, WebSocketRoute
 
+from service import logs
 from service.api import openapi, operations, sessions
 from service.api.messages import AnsweringProblems, Endpoint, Receive, Scope, Send, as_problem
+from service.api.observed import Observed, told
 from service.api.predict import Predict
 from service.api.stream import Stream
 from service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
+from service.port import Port
 from service.service import Service
 from service.settings import Settings
 
 _YOUNG_OBJECTS = 50_000
 
 
-def create_app(settings: Settings) -> HotPaths:
+def create_app(settings: Settings) -> Observed:
     """Builds everything from the settings.
 
     Raises:
         BrokenModel: There is no model to serve.
         RuntimeUnavailable: The provider that was asked for is not to be had.
+        PortTaken: The port for operations is not to be had.
     """
     service = Service(settings)
+    port = None
+    if settings.operations_port is not None:
+        port = Port(_operations(service), settings.host, settings.operations_port, settings.workers > 1)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -43,12 +49,16 @@ def create_app(settings: Settings) -> HotPaths:
         gc.collect()
         gc.freeze()
         gc.set_threshold(_YOUNG_OBJECTS, 20, 100)
+        if port is not None:
+            await port.open()
         service.ready = True
         yield
         sweeping.cancel()
         with suppress(asyncio.CancelledError):
             await sweeping
         await service.close()
+        if port is not None:
+            await port.close()
 
     app = FastAPIOffline(
         title="Cellserve",
@@ -65,13 +75,22 @@ def create_app(settings: Settings) -> HotPaths:
     app.include_router(operations.router(service))
     _answer_problems(app)
     openapi.install(app, service)
-    return HotPaths(app, service, predict, step)
+    return Observed(HotPaths(app, predict, step), service)
 
 
-def from_environment() -> HotPaths:
+def from_environment() -> Observed:
     """Builds everything from the environment's settings, in a process that is one of several."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    return create_app(Settings())
+    settings = Settings()
+    logs.configure(settings.log_format)
+    return create_app(settings)
+
+
+def _operations(service: Service) -> Observed:
+    """Makes what answers at the port for operations, where nobody needs a key."""
+    app = FastAPI(openapi_url=None)
+    app.include_router(operations.own(service, []))
+    _answer_problems(app)
+    return Observed(app, service)
 
 
 class HotPaths:
@@ -80,8 +99,8 @@ class HotPaths:
     FastAPI's middleware and routing would cost more than the model's step.
     """
 
-    def __init__(self, app: FastAPI, service: Service, predict: Endpoint, step: Endpoint) -> None:
-        self.app, self.service, self.predict, self.step = app, service, predict, step
+    def __init__(self, app: FastAPI, predict: Endpoint, step: Endpoint) -> None:
+        self.app, self.predict, self.step = app, predict, step
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serves one connection."""
@@ -97,7 +116,7 @@ class HotPaths:
 def _answer_problems(app: FastAPI) -> None:
     def answer(request: Request, problem: Problem) -> Response:
         headers = {name.decode(): value.decode() for name, value in problem.headers()}
-        return Response(problem.document(), problem.status, headers)
+        return Response(told(problem, request.scope), problem.status, headers)
 
     @app.exception_handler(Problem)
     async def problem(request: Request, error: Problem) -> Response:

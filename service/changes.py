@@ -49,6 +49,7 @@ class Changes:
 
     def __init__(self, table: SessionTable) -> None:
         self._table = table
+        self.replays = 0  # repetitions that were told their answer again, so far
 
     def begin(
         self, session: Session, x: Array, every_output: bool, done: Told | None = None, request: Request | None = None
@@ -263,6 +264,7 @@ class Changes:
                 to_apply.append(row)
             else:
                 again.append((row, last))
+                self.replays += 1
                 self._table.touch(session)
                 self._table.turns[session.engine].leave(session.slots)
         for row, last in again:
@@ -327,6 +329,7 @@ class Changes:
                 self._table.turns[session.engine].leave(session.slots)
             raise
         if again is not None:
+            self.replays += 1
             self._table.touch(session)
             self._table.turns[session.engine].leave(session.slots)
         yield again

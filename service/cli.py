@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
 from pydantic import ValidationError
 
+from service import logs
 from service.settings import ENV_PREFIX, Settings
+
+_MEMORY = "/dev/shm"  # what workers tell each other for /metrics need not reach a disk
 
 EXAMPLE = """\
 example:
@@ -66,18 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from service.api.short_way import ShortFrames, ShortHttp
     from service.app import create_app
     from service.keys import BadKeysFile
+    from service.metrics import DIRECTORY
+    from service.port import PortTaken
     from service.repository import BrokenModel
     from service.runtime import RuntimeUnavailable
     from service.sessions import StoreUnusable
     from service.stores.snapshot import BadSnapshot
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    logs.configure(settings.log_format)
     try:
         app = create_app(settings)
     except ModuleNotFoundError as error:
-        print(f"cellserve serve: --store needs {error.name}: pip install 'cellserve[redis]'", file=sys.stderr)
+        setting, extra = ("--store", "redis") if error.name == "redis" else ("--tracing", "tracing")
+        print(f"cellserve serve: {setting} needs {error.name}: pip install 'cellserve[{extra}]'", file=sys.stderr)
         return 1
-    except (BadKeysFile, BadSnapshot, BrokenModel, RuntimeUnavailable, StoreUnusable) as error:
+    except (BadKeysFile, BadSnapshot, BrokenModel, PortTaken, RuntimeUnavailable, StoreUnusable) as error:
         print(f"cellserve serve: {error}", file=sys.stderr)
         return 1
     how: dict[str, Any] = {
@@ -93,10 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ws_max_size": settings.max_body_bytes,
         "ws_per_message_deflate": False,
     }
+    if settings.log_format == "json":
+        how["log_config"] = None  # uvicorn's lines go where all others go
     if settings.workers > 1:
         # Each process makes its own; this one has found that it can be made.
         os.environ |= {f"{ENV_PREFIX}{name.upper()}": value for name, value in given.items()}
-        uvicorn.run("service.app:from_environment", factory=True, workers=settings.workers, **how)
+        with TemporaryDirectory(prefix="cellserve-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None) as folder:
+            os.environ[DIRECTORY] = folder
+            uvicorn.run("service.app:from_environment", factory=True, workers=settings.workers, **how)
         return 0
 
     def stop(number: int, frame: FrameType | None) -> None:

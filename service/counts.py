@@ -6,8 +6,9 @@ All of it is written in the event loop's thread alone.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,17 @@ from service.ticks import Advance
 
 SURFACES = ("predict", "sessions", "stream", "inference", "operations")
 
-_SECONDS = (25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SECONDS = (25e-6, 5e-5, 1e-4, 25e-5, 5e-4, 1e-3, 25e-4, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SLOW_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 _ROWS = tuple(2**power for power in range(17))
 _NOTED = 4096  # values that are sorted into buckets at a time
 
 
 class Distribution:
-    """A histogram. Values are noted in a list and sorted into buckets thousands at a time.
+    """A histogram. Values are noted first, and sorted into buckets thousands at a time.
 
     Args:
-        bounds: The buckets' upper bounds, each of which is in its bucket.
+        bounds: The buckets' upper bounds, ascending; each is in its bucket.
     """
 
     __slots__ = ("_counts", "_noted", "_sum", "bounds")
@@ -37,7 +38,7 @@ class Distribution:
         self.bounds = bounds
         self._counts: NDArray[np.int64] = np.zeros(len(bounds) + 1, np.int64)
         self._sum = 0.0
-        self._noted: list[float] = []
+        self._noted = array("d")
 
     def note(self, value: float) -> None:
         """Notes a value."""
@@ -47,16 +48,17 @@ class Distribution:
 
     def note_all(self, values: list[float]) -> None:
         """Notes some values."""
-        self._noted += values
+        self._noted.fromlist(values)
         if len(self._noted) >= _NOTED:
             self.read()
 
     def read(self) -> tuple[list[int], float]:
         """Gives how many values each bucket has, the last one those beyond all bounds, and the values' sum."""
-        values = np.array(self._noted)
-        self._noted.clear()
-        self._counts += np.bincount(np.searchsorted(self.bounds, values), minlength=len(self._counts))
-        self._sum += float(values.sum())
+        if self._noted:
+            values = np.frombuffer(self._noted)
+            self._noted = array("d")
+            self._counts += np.bincount(np.searchsorted(self.bounds, values), minlength=len(self._counts))
+            self._sum += float(values.sum())
         return self._counts.tolist(), self._sum
 
 
@@ -72,8 +74,6 @@ class TickCounts:
         self.padding = 0  # that were computed beside them, where rows of a tick differ in length
         self.rerun = 0  # ticks that were run again row by row
         self.failed = 0  # ticks that could not be made
-        # Where requests are traced: is told the stage, whose advances, and from when on it took how many seconds.
-        self.trace: Callable[[str, Sequence[Advance], float, float], None] | None = None
 
     def ran(self, advances: Sequence[Advance], rows: int, padding: int, steps: int, start: float, took: float) -> None:
         """Notes a tick's run.
@@ -94,15 +94,6 @@ class TickCounts:
             self.queue.note_all([start - advance.arrived for advance in advances])
         self.steps += steps
         self.padding += padding
-        if self.trace is not None:
-            for stage in ("queue", "run"):
-                self.trace(stage, advances, start, took)
-
-    def stored(self, advances: Sequence[Advance], start: float, took: float) -> None:
-        """Notes that what a tick has come to is written, or was refused."""
-        self.store.note(took)
-        if self.trace is not None:
-            self.trace("store", advances, start, took)
 
 
 class SurfaceCounts:

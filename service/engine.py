@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from service.errors import ModelFailed, NotFinite, Problem, QueueFull
 from service.repository import Model
 from service.settings import Settings
 from service.ticks import Advance, Cost, Lane, Tick, Told
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 Array = NDArray[Any]
 
@@ -81,6 +84,7 @@ class Engine:
         self._long = Lane(self._cost, self.max_batch, self._quantum, cheap_seconds)
         self._lanes = [self._short, self._long]
         self.counts = TickCounts()
+        self.tracing: Tracing | None = None
         self.queued = 0  # time steps that wait, over all slots
         self.settle: Callable[[Slots, Array], Array]  # told the slots of sessions that have moved and how far
         self.release: Callable[[Slots], None]  # told those that have not
@@ -119,6 +123,8 @@ class Engine:
         loop = asyncio.get_running_loop()
         own = self._copied(slots) if kept and steps > self._quantum else slots
         advance = Advance(x, rows, steps, own, slots, every_output, kept, done or loop.create_future())
+        if self.tracing is not None:
+            advance.trace = self.tracing.here()
         (self._short if steps <= self._short_steps else self._long).append(advance)
         self.queued += rows * steps
         if not self._scheduled:
@@ -235,8 +241,10 @@ class Engine:
         taken = sum(tick.lengths) if rows == len(tick.advances) else int(lengths.sum())
         self.counts.ran(tick.advances, rows, ran.steps - taken, taken, ran.start, ran.took)
         self.counts.rerun += ran.rerun
+        if self.tracing is not None:
+            self.tracing.ran(tick.advances, ran.start, ran.took)
         try:
-            if not (ran.failed or any(advance.done.cancelled() for advance in tick.advances)) and _all_finite(ran):
+            if not (ran.failed or any([advance.done.cancelled() for advance in tick.advances])) and _all_finite(ran):  # noqa: C419
                 self.arena.scatter(slots, ran.states)
             else:
                 self._scatter_good(tick, slots, ran)
@@ -324,7 +332,10 @@ class Engine:
             for advance, _ in moved:
                 if advance.kept:
                     advance.problems = dict.fromkeys(range(advance.rows), self._failed())
-        self.counts.stored([advance for advance, _ in moved], start, time.perf_counter() - start)
+        took = time.perf_counter() - start
+        self.counts.store.note(took)
+        if self.tracing is not None:
+            self.tracing.stored([advance for advance, _ in moved if advance.kept], start, took)
         if whole is not None and not any(advance.problems or advance.done.cancelled() for advance, _ in moved):
             self._finish(whole, slots, lengths, outputs)
             return

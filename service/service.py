@@ -10,16 +10,22 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from service.changes import Changes
+from service.counts import Counts
 from service.engine import Engine
 from service.errors import NotAnOperator
 from service.keys import Keys
+from service.metrics import Metrics
 from service.repository import Repository
 from service.runtime import RuntimeOptions
 from service.sessions import SessionTable
 from service.settings import Settings
 from service.stores.snapshot import Snapshots
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 log = logging.getLogger("cellserve")
 
@@ -45,6 +51,15 @@ def _table(settings: Settings) -> SessionTable:
     return SharedTable(RedisStore(settings.store, *times, settings.store_replicas), settings.arena_sessions, *bounds)
 
 
+def _tracing(settings: Settings) -> Tracing | None:
+    if not settings.tracing:
+        return None
+    # Here and not above: the package is an extra.
+    from service.tracing import Tracing
+
+    return Tracing()
+
+
 class Service:
     """One process's service.
 
@@ -68,9 +83,14 @@ class Service:
         self.engines = {name: Engine(model, settings, self._executor) for name, model in self.repository.models.items()}
         self.sessions = _table(settings)
         self.changes = Changes(self.sessions)
+        self.counts = Counts()
+        self.metrics = Metrics(self)
+        self.tracing = _tracing(settings)
+        self.watched = settings.access_log or settings.tracing  # each request is looked at, the short way is not taken
         self.keys = None if settings.api_keys_file is None else Keys(settings.api_keys_file)
         for engine in self.engines.values():
             self.sessions.serve(engine)
+            engine.tracing = self.tracing
         self.snapshots: Snapshots | None = None
         if settings.snapshot is not None:
             self.snapshots = Snapshots(settings.snapshot, self.sessions, lambda: list(self.engines.values()))
@@ -97,8 +117,8 @@ class Service:
         owner = self.owner(headers)
         if self.keys is not None and owner not in self.settings.operators.split(","):
             raise NotAnOperator(
-                f"the key is {owner!r}'s, who is not an operator here: send an operator's key (--operators names them), "
-                f"or ask at the port of --operations-port"
+                f"the key is {owner!r}'s, who is not an operator here: send the key of one whom --operators names, or "
+                f"ask at the port of --operations-port"
             )
         return owner
 
@@ -120,10 +140,11 @@ class Service:
                 self.keys.keep_up()
             if self.snapshots is not None and time.monotonic() - written >= self.settings.snapshot_seconds:
                 try:
-                    await self.snapshots.write()
+                    await self._write(self.snapshots)
                 except OSError as error:
                     log.error("the snapshot could not be written, the last one stays: %s", error)
                 written = time.monotonic()
+            self.metrics.keep_up()
 
     async def close(self) -> None:
         """Writes the last snapshot, and stops what runs beside the event loop."""
@@ -131,9 +152,21 @@ class Service:
         self._executor.shutdown()
         if self.snapshots is not None:
             try:
-                await self.snapshots.write()
+                await self._write(self.snapshots)
             except OSError as error:
                 log.error("the snapshot could not be written, changes since the last one are lost: %s", error)
                 self.exit_status = 1
             self.snapshots.close()
         await self.sessions.close()
+        self.metrics.keep_up()
+        if self.tracing is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)
+
+    async def _write(self, snapshots: Snapshots) -> None:
+        start = time.monotonic()
+        try:
+            await snapshots.write()
+        except OSError:
+            self.counts.snapshot_errors += 1
+            raise
+        self.counts.snapshots.note(time.monotonic() - start)

@@ -106,7 +106,9 @@ class SessionTable:
         self.live: dict[str, Session] = {}
         self.gone: OrderedDict[str, Tombstone] = OrderedDict()  # the oldest first
         self.elsewhere: dict[str, str] = {}  # sessions that wait for a version of a model that is not served here
-        self.endings = 0  # of sessions, so far
+        self.endings = 0  # of sessions here, so far
+        self.created = 0  # so far
+        self.ended = dict.fromkeys(("deleted", "expired", "evicted"), 0)  # so far
         self.by_slot: dict[Engine, dict[int, Session]] = {}
         self.turns: dict[Engine, Turns] = {}
 
@@ -118,6 +120,15 @@ class SessionTable:
 
     async def close(self) -> None:
         """Lets go of where they are kept."""
+
+    @property
+    def store_errors(self) -> int:
+        """How often the store did not answer, so far: there is none."""
+        return 0
+
+    async def count(self) -> int:
+        """Counts the live sessions, wherever they are."""
+        return len(self.live)
 
     def serve(self, engine: Engine) -> None:
         """Takes charge of an engine's sessions."""
@@ -172,6 +183,7 @@ class SessionTable:
             arena.write(slot, states)
         arena.position[slot], arena.used[slot] = position, self.clock()
         session = Session(owner, session_id or self.new_id(), engine, slot, np.array((slot,)), origin)
+        self.created += 1
         return self.add(session), True
 
     def add(self, session: Session) -> Session:
@@ -358,6 +370,7 @@ class SessionTable:
 
     def _end(self, session: Session, reason: str) -> None:
         """Ends a session that nobody else holds; who waits for it is told that it is gone."""
+        self.ended[reason] += 1
         until = self.clock() + self._tombstone_seconds
         self.gone[key_of(session.owner, session.id)] = Tombstone(reason, session.position, until)
         self.release(session)

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.logs import LogFormat
 from service.runtime import Optimization, Provider
 
 WhenFull = Literal["refuse", "evict"]
@@ -73,6 +74,11 @@ class Settings(BaseSettings):
     )
     operations_port: int | None = Field(
         None, ge=1, le=65535, description="a second port, for /metrics, /healthz and /readyz, where no key is needed"
+    )
+    log_format: LogFormat = Field("text", description="lines of the log: text, or json, an object each")
+    access_log: bool = Field(False, description="whether each request is a line of the log")
+    tracing: bool = Field(
+        False, description="whether requests are traced (OpenTelemetry), to where OTEL_EXPORTER_OTLP_ENDPOINT says"
     )
     allowed_origins: str = Field(
         "", description="origins of pages that may open a WebSocket here, separated by commas; its own always may"

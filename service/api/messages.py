@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import orjson
 
+from service.api.observed import asked_of, told
 from service.errors import BodyTooLarge, Problem, UnsupportedMediaType
 
 Scope = MutableMapping[str, Any]
@@ -164,17 +165,18 @@ class AnsweringProblems:
         except ClientGone:
             pass
         except Exception as error:
-            await send_problem(send, as_problem(error, scope))
+            await send_problem(send, as_problem(error, scope), scope)
 
 
 def as_problem(error: Exception, scope: Scope) -> Problem:
     """Gives the problem to answer with; what nobody expected goes to the log, not to the client."""
     if isinstance(error, Problem):
         return error
-    log.error("%s %s failed", scope.get("method"), scope.get("path"), exc_info=error)
+    about = {"request_id": asked_of(scope).id}
+    log.error("%s %s failed", scope.get("method", "WS"), scope["path"], exc_info=error, extra={"told": about})
     return Problem("an error that is ours, not yours: it is in the server's log")
 
 
-async def send_problem(send: Send, problem: Problem) -> None:
+async def send_problem(send: Send, problem: Problem, scope: Scope) -> None:
     """Sends a problem document."""
-    await send_body(send, problem.status, problem.headers(), problem.document())
+    await send_body(send, problem.status, problem.headers(), told(problem, scope))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import PlainTextResponse
 
+from service.metrics import MEDIA_TYPE
 from service.repository import Model
 from service.service import Service
 
@@ -36,11 +38,26 @@ def router(service: Service) -> APIRouter:
             "provider": found.runtime.provider,
         }
 
-    @routes.get("/healthz", tags=["operations"], summary="Is the process alive?")
+    def needs_operator(request: Request) -> None:
+        service.operator(request.scope["headers"])
+
+    routes.include_router(own(service, [Depends(needs_operator)]))
+    return routes
+
+
+def own(service: Service, may: list[Any]) -> APIRouter:
+    """Makes the routes that the port for operations has too; `may` keeps others from those that are not for all."""
+    routes = APIRouter(tags=["operations"])
+
+    @routes.get("/metrics", dependencies=may, summary="Metrics for Prometheus", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(await service.metrics.text(), media_type=MEDIA_TYPE)
+
+    @routes.get("/healthz", summary="Is the process alive?")
     async def healthz() -> dict[str, str]:
         return {"status": "alive"}
 
-    @routes.get("/readyz", tags=["operations"], summary="Does it take requests?")
+    @routes.get("/readyz", summary="Does it take requests?")
     async def readyz(response: Response) -> dict[str, str]:
         response.status_code = 200 if service.ready else 503
         return {"status": "ready" if service.ready else "not ready"}

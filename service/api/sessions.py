@@ -101,7 +101,7 @@ class Step:
         except ClientGone:
             pass
         except Exception as error:
-            await send_problem(send, as_problem(error, scope))
+            await send_problem(send, as_problem(error, scope), scope)
 
 
 def plain_step(model: Model, body: bytes) -> tuple[Array | None, Once | None]:

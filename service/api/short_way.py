@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from functools import partial
+from time import perf_counter
 from typing import Any, ClassVar
 
 import msgspec
@@ -20,6 +21,7 @@ from websockets.exceptions import InvalidState
 from websockets.http11 import Request
 
 from service.api.messages import REPLAY, as_problem
+from service.api.observed import HEADER, Asked, asks_id, new_id, noted, told
 from service.api.sessions import plain_step, written
 from service.errors import Problem, Stale
 from service.service import Service
@@ -87,6 +89,8 @@ class ShortHttp(HttpToolsProtocol):
             and parser.should_keep_alive()
             and not parser.should_upgrade()
             and not self.expect_100_continue
+            and not self._service.watched
+            and not asks_id(self.headers)
         ):
             self._step = self.cycle = _Step()  # type: ignore[assignment]
         else:
@@ -152,14 +156,19 @@ class ShortHttp(HttpToolsProtocol):
     ) -> None:
         answer = written(self._service.sessions, session, y, position, True, True)
         body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-        self._send(step, self._head(200, (_JSON, *more)) if more else self._good_head(), body)
+        self._send(step, 200, self._head(200, (_JSON, *more)) if more else self._good_head(), body)
 
     def _tell_problem(self, step: _Step, error: Exception) -> None:
-        problem = as_problem(error, _SCOPE)
-        self._send(step, self._head(problem.status, problem.headers()), problem.document())
+        asked = Asked(new_id(), self._service.counts.surfaces["sessions"])
+        scope = noted(asked, **_SCOPE)
+        problem = as_problem(error, scope)
+        head = self._head(problem.status, (*problem.headers(), (HEADER, asked.id.encode())))
+        self._send(step, problem.status, head, told(problem, scope))
 
-    def _send(self, step: _Step, head: bytes, body: bytes) -> None:
+    def _send(self, step: _Step, status: int, head: bytes, body: bytes) -> None:
+        assert step.advance is not None
         self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
+        self._service.counts.surfaces["sessions"].answered(status, perf_counter() - step.advance.arrived)
         step.response_complete = True
         if not step.keep_alive:
             self.transport.close()

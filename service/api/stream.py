@@ -10,9 +10,11 @@ import math
 import struct
 from collections import deque
 from collections.abc import Coroutine
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
+from time import perf_counter
 from typing import Any, Literal
 
 import msgspec
@@ -21,6 +23,8 @@ import orjson
 from numpy.typing import NDArray
 
 from service.api.messages import Receive, Scope, Send, as_problem
+from service.api.observed import asked_of
+from service.api.observed import told as told_of
 from service.api.sessions import (
     CreateRequest,
     ForkRequest,
@@ -51,7 +55,6 @@ _REPLAYED = 1  # a status
 _AUTH_SECONDS = 10
 _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 _GROUPS = 8  # of sessions that a socket has stepped together are remembered
-_SCOPE = {"method": "WS", "path": "/stream"}  # for the log
 
 
 class _Frame(msgspec.Struct, tag_field="op", kw_only=True, forbid_unknown_fields=True):
@@ -154,13 +157,13 @@ class Stream:
         except Problem as problem:
             start = {"type": "websocket.http.response.start", "status": problem.status, "headers": problem.headers()}
             await send(start)
-            await send({"type": "websocket.http.response.body", "body": problem.document()})
+            await send({"type": "websocket.http.response.body", "body": told_of(problem, scope)})
             return
         await send({"type": "websocket.accept"})
         if owner is None:
-            owner = await self._authenticated(receive, send)
+            owner = await self._authenticated(scope, receive, send)
         if owner is not None:
-            await _Socket(self.service, owner, send, scope["extensions"].get(EXTENSION)).serve(receive)
+            await _Socket(self.service, owner, scope, send).serve(receive)
 
     def _check_origin(self, scope: Scope) -> None:
         """Raises Forbidden where a page of another origin than ours or an allowed one opens the socket (RFC 6454)."""
@@ -171,7 +174,7 @@ class Stream:
         if origin and not same and origin not in [one.strip() for one in allowed]:
             raise Forbidden(f"pages of {origin[:200]} may not open sockets here: allow them with --allowed-origins")
 
-    async def _authenticated(self, receive: Receive, send: Send) -> str | None:
+    async def _authenticated(self, scope: Scope, receive: Receive, send: Send) -> str | None:
         """Reads the first frame, which must bear a key; gives the owner, or None where the socket was closed."""
         ref: Any = None
         try:
@@ -187,7 +190,7 @@ class Stream:
         except (Problem, TimeoutError) as error:
             wanted = 'this server wants a key: send {"op": "auth", "key": ...} in the first frame'
             problem = error if isinstance(error, Unauthorized) else Unauthorized(wanted)
-            await send({"type": "websocket.send", "text": orjson.dumps(_problem(ref, problem)).decode()})
+            await send({"type": "websocket.send", "text": orjson.dumps(_problem(scope, ref, problem)).decode()})
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
             return None
 
@@ -198,11 +201,13 @@ class _Socket:
     A client that does not read its answers fills the window, and its frames are not read until it does.
     """
 
-    def __init__(self, service: Service, owner: str, send: Send, short: ShortFrames | None) -> None:
+    def __init__(self, service: Service, owner: str, scope: Scope, send: Send) -> None:
         self.service = service
         self.owner = owner
+        self.scope = scope
         self.send = send
-        self.short = short  # the short way, where the server offers it
+        self.short: ShortFrames | None = scope["extensions"].get(EXTENSION)  # the short way, where the server offers it
+        self.counts = asked_of(scope).surface
         self.sessions: list[Session] = []  # by handle
         self.handles: dict[str, int] = {}
         self.groups: dict[bytes, _Group] = {}  # by the handles of a binary frame
@@ -277,7 +282,7 @@ class _Socket:
 
     def _take(self, body: bytes, text: bool) -> bool:
         """Begins a frame without a task of its own where that can be; says whether it has."""
-        if self.beginning or self.under_way >= self.window:
+        if self.beginning or self.under_way >= self.window or self.service.tracing:
             return False
         begun = self._step_at_once(body) if text else self._frame_at_once(body)
         self.under_way += begun
@@ -304,11 +309,14 @@ class _Socket:
         answer: dict[str, Any] = {"op": "step", "ref": orjson.Fragment(bytes(ref))}
         try:
             answer |= written(self.service.sessions, session, done.result()[0], advance.reached[0], True, True)
+            status = 200
         except Stale:
             self._later(self._answer_step_again(answer, session, advance))
             return
         except Exception as error:
-            answer = _problem(answer["ref"], as_problem(error, _SCOPE))
+            problem = as_problem(error, self.scope)
+            answer, status = _problem(self.scope, answer["ref"], problem), problem.status
+        self.counts.answered(status, perf_counter() - advance.arrived)
         self._put_json(answer)
 
     async def _answer_step_again(self, answer: dict[str, Any], session: Session, advance: Advance) -> None:
@@ -318,8 +326,11 @@ class _Socket:
             stepped = await self.service.changes.step(session, advance.x[0], True, once)
             answer |= written(self.service.sessions, session, stepped.y, stepped.position, True, True)
             answer |= {"replayed": True} if stepped.replayed else {}
+            status = 200
         except Exception as error:
-            answer = _problem(answer["ref"], as_problem(error, _SCOPE))
+            problem = as_problem(error, self.scope)
+            answer, status = _problem(self.scope, answer["ref"], problem), problem.status
+        self.counts.answered(status, perf_counter() - advance.arrived)
         self._put_json(answer)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
@@ -351,16 +362,18 @@ class _Socket:
             y = np.zeros((*advance.x.shape[:2], *group.sessions[0].model.output_shape))
             stepped = SteppedMany(y, np.array(advance.reached), {0: problem}, set())
         if any(isinstance(problem, Stale) for problem in stepped.problems.values()):
-            self._later(self._answer_frame_again(ref, group, advance.x, stepped))
+            self._later(self._answer_frame_again(ref, group, advance, stepped))
         else:
-            self._put_frame(STEP, ref, group, stepped)
+            self._put_frame(STEP, ref, group, stepped, advance.arrived)
 
-    async def _answer_frame_again(self, ref: int, group: _Group, x: Array, stepped: SteppedMany) -> None:
+    async def _answer_frame_again(self, ref: int, group: _Group, advance: Advance, stepped: SteppedMany) -> None:
         try:
-            await self.service.changes.again(group.sessions, x, None, stepped)
-            self._put_frame(STEP, ref, group, stepped)
+            await self.service.changes.again(group.sessions, advance.x, None, stepped)
+            self._put_frame(STEP, ref, group, stepped, advance.arrived)
         except Exception as error:
-            self._put_json(_problem(ref, as_problem(error, _SCOPE)))
+            problem = as_problem(error, self.scope)
+            self.counts.answered(problem.status, perf_counter() - advance.arrived)
+            self._put_json(_problem(self.scope, ref, problem))
 
     def _is_alive(self, group: _Group) -> bool:
         """Says whether all sessions of a group are alive; none of them need be asked where none has ended since."""
@@ -371,13 +384,19 @@ class _Socket:
 
     async def _answer(self, body: bytes, text: bool) -> None:
         self.beginning -= 1
+        begun, tracing = perf_counter(), self.service.tracing
         try:
-            if text:
-                self._put_json(await self._text(body))
-            else:
-                await self._binary(body)
+            with nullcontext() if tracing is None else tracing.frame(self.scope):
+                if text:
+                    answer = await self._text(body)
+                    self.counts.answered(200, perf_counter() - begun)
+                    self._put_json(answer)
+                else:
+                    await self._binary(body, begun)
         except Exception as error:
-            self._put_json(_problem(_ref_of(body, text), as_problem(error, _SCOPE)))
+            problem = as_problem(error, self.scope)
+            self.counts.answered(problem.status, perf_counter() - begun)
+            self._put_json(_problem(self.scope, _ref_of(body, text), problem))
 
     async def _text(self, body: bytes) -> dict[str, Any]:
         table = self.service.sessions
@@ -440,7 +459,7 @@ class _Socket:
         self.sessions[name] = await self.service.sessions.find(self.owner, self.sessions[name].id)
         return self.sessions[name]
 
-    async def _binary(self, body: bytes) -> None:
+    async def _binary(self, body: bytes, begun: float) -> None:
         kind, ref, group, x, positions = self._steps(body)
         requests = None if positions is None else list(map(step_request, positions.tolist(), x, repeat(True)))
         if self.service.sessions.shared and not all(session.alive for session in group.sessions):
@@ -449,9 +468,9 @@ class _Socket:
             self.groups.clear()
             group = _Group(found, np.array([session.slot for session in found]))
         stepped = await self.service.changes.step_many(group.sessions, group.slots, x, requests)
-        self._put_frame(kind, ref, group, stepped)
+        self._put_frame(kind, ref, group, stepped, begun)
 
-    def _put_frame(self, kind: int, ref: int, group: _Group, stepped: SteppedMany) -> None:
+    def _put_frame(self, kind: int, ref: int, group: _Group, stepped: SteppedMany, begun: float) -> None:
         y, positions = stepped.y, stepped.positions
         statuses = np.zeros(len(y), "<u4")
         statuses[list(stepped.replayed)] = _REPLAYED
@@ -460,7 +479,10 @@ class _Socket:
         head = _HEADER.pack(kind | STEPPED, ref, *y.shape[:2])
         parts = head, positions.astype("<u8"), statuses, y.astype("<f4")
         for row, problem in stepped.problems.items():
-            self._put_json(_problem(ref, problem, session=group.sessions[row].id, row=row), last=False)
+            about = _problem(self.scope, ref, problem, session=group.sessions[row].id, row=row)
+            self._put_json(about, last=False)
+        status = max((problem.status for problem in stepped.problems.values()), default=200)
+        self.counts.answered(status, perf_counter() - begun)
         self._put(b"".join([bytes(part) for part in parts]), False)
 
     def _steps(self, body: bytes) -> tuple[int, int, _Group, Array, Array | None]:
@@ -510,8 +532,8 @@ class _Socket:
         return group
 
 
-def _problem(ref: Any, problem: Problem, **more: Any) -> dict[str, Any]:
-    return {"op": "error", "ref": ref, **more, "problem": orjson.Fragment(problem.document())}
+def _problem(scope: Scope, ref: Any, problem: Problem, **more: Any) -> dict[str, Any]:
+    return {"op": "error", "ref": ref, **more, "problem": orjson.Fragment(told_of(problem, scope))}
 
 
 def _ref_of(body: bytes, text: bool) -> Any:

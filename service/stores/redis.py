@@ -114,6 +114,7 @@ class RedisStore:
         self._timeout = timeout_seconds
         self._replicas = replicas
         self._away = False
+        self.errors = 0  # how often it did not answer, so far
         self._offset = 0.0  # of the store's clock against ours, seconds
         self._scripts: dict[bytes, str] = {
             script: hashlib.sha1(script).hexdigest() for script in (_WRITE, _CREATE, _END)
@@ -194,13 +195,14 @@ class RedisStore:
         async with self._asking():
             await self._redis.execute_command(*self._deadlines(keys))
 
-    async def count(self) -> int:
-        """Counts the sessions whose deadline has not come."""
+    async def count(self) -> tuple[int, int]:
+        """Counts the sessions whose deadline has not come, and those whose has, which no later call counts again."""
         async with self._asking():
             pipeline = self._redis.pipeline(transaction=False)
             pipeline.zremrangebyscore(_INDEX, "-inf", self._now())
             pipeline.zcard(_INDEX)
-            return int((await pipeline.execute())[1])
+            expired, live = await pipeline.execute()
+            return int(live), int(expired)
 
     async def longest_idle(self) -> str | None:
         """Gives the key of the session whose deadline comes first."""
@@ -292,6 +294,7 @@ class RedisStore:
                 self._away = False
                 log.info("the store answers again")
         except (ConnectionError, TimeoutError, ResponseError, RedisClusterException, OSError) as error:
+            self.errors += 1
             if not self._away:  # once, not for each request
                 self._away = True
                 log.error("the store does not answer: %s", error or type(error).__name__)

@@ -42,6 +42,11 @@ class SharedTable(SessionTable):
         self.durable = "store"
         self._store = store
 
+    @property
+    def store_errors(self) -> int:
+        """How often the store did not answer, so far."""
+        return self._store.errors
+
     async def start(self) -> None:
         """Looks the store over; one that is away now is tried again by whatever needs it."""
         with suppress(StoreAway):
@@ -50,6 +55,12 @@ class SharedTable(SessionTable):
     async def close(self) -> None:
         """Ends the connections to the store."""
         await self._store.close()
+
+    async def count(self) -> int:
+        """Counts the sessions of the store; raises StoreAway."""
+        live, expired = await self._store.count()
+        self.ended["expired"] += expired
+        return live
 
     def serve(self, engine: Engine) -> None:
         """Takes charge of an engine's sessions."""
@@ -112,6 +123,7 @@ class SharedTable(SessionTable):
             told = engine.model.name, engine.model.version, engine.model.digest, origin, mark
             new = Stored(*told, _packed(engine.arena, states))
             outcome = await self._store.create(key, new)
+            self.created += outcome == "written"
             found = new if outcome == "written" else await self._store.load(key)
         session = await self._cached(owner, name, found)
         if session.origin != origin:
@@ -137,6 +149,7 @@ class SharedTable(SessionTable):
         """Deletes a session; a repeated call changes nothing."""
         key = key_of(owner, session_id)
         outcome = await self._store.end(key, "deleted", position)
+        self.ended["deleted"] += outcome == "written"
         session = self.live.get(key)
         if outcome == "other":
             found = await self._store.load(key)
@@ -188,12 +201,13 @@ class SharedTable(SessionTable):
 
     async def _bound(self) -> None:
         """Sees to it that there are not too many sessions."""
-        if await self._store.count() < self.max_sessions:
+        if await self.count() < self.max_sessions:
             return
         longest = await self._store.longest_idle() if self.when_full == "evict" else None
         if longest is None:
             raise self.full()
-        await self._store.end(longest, "evicted")
+        if await self._store.end(longest, "evicted") == "written":
+            self.ended["evicted"] += 1
         session = self.live.get(longest)
         if session is not None and not session.engine.arena.held[session.slot]:
             self._forget(session)
