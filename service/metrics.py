@@ -129,8 +129,10 @@ class _Own(Collector):
         rows = HistogramMetricFamily("cellserve_tick_rows", "Rows of a tick: the batch size.", labels=labels)
         for values, engine in engines:
             counts = engine.counts
-            for stage, distribution in (("queue", counts.queue), ("run", counts.run), ("store", counts.store)):
-                _add(stages, [*values, stage], distribution)
+            _add(stages, [*values, "queue"], counts.queue)
+            _add(stages, [*values, "run"], counts.run)
+            if engine.commit is not None:
+                _add(stages, [*values, "store"], counts.store)
             _add(rows, values, counts.rows)
         yield from (stages, rows)
         numbers: Sequence[tuple[type[Metric], str, str, Callable[[Any], float]]] = (

@@ -47,10 +47,12 @@ class Tracing:
         path = route(scope["path"])
         with self._span(f"{scope['method']} {path}", scope) as span:
             span.set_attributes({"http.request.method": scope["method"], "http.route": path})
-            yield
-            span.set_attribute("http.response.status_code", asked.status)
-            if asked.status >= 500:
-                span.set_status(StatusCode.ERROR)
+            try:
+                yield
+            finally:
+                span.set_attribute("http.response.status_code", asked.status)
+                if asked.status >= 500:
+                    span.set_status(StatusCode.ERROR)
 
     @contextmanager
     def frame(self, scope: Any) -> Iterator[None]:

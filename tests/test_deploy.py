@@ -36,6 +36,14 @@ def test_the_variables_that_they_set_are_settings(file: Path) -> None:
     assert set(re.findall(rf"{ENV_PREFIX}[A-Z_]+", file.read_text())) <= SETTINGS
 
 
+def test_prometheus_scrapes_the_replicas_at_their_port_for_operations() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    replicas = {name for name in services if name.startswith("replica")}
+    (job,) = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"]
+    port = services["replica-1"]["environment"]["CELLSERVE_OPERATIONS_PORT"]
+    assert set(job["static_configs"][0]["targets"]) == {f"{name}:{port}" for name in replicas}
+
+
 def test_nginx_takes_its_file(tmp_path: Path) -> None:
     text = (DEPLOY / "nginx.conf").read_text().replace("/tmp/nginx", str(tmp_path / "nginx"))
     text = re.sub(r"replica-\d:8000", "127.0.0.1:1", text)
