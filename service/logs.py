@@ -14,8 +14,13 @@ LogFormat = Literal["text", "json"]
 def configure(form: LogFormat) -> None:
     """Sends what is logged to stderr, one line a message in the form that is wanted."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Json() if form == "json" else _Text("%(levelname)s: %(message)s"))
+    handler.setFormatter(formatter(form))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def formatter(form: LogFormat) -> logging.Formatter:
+    """Gives what makes a line of a message and the members that belong to it (`extra={"told": {...}}`)."""
+    return _Json() if form == "json" else _Text("%(levelname)s: %(message)s")
 
 
 class _Text(logging.Formatter):

@@ -150,7 +150,7 @@ def _answer(description: str, example: Any) -> dict[str, Any]:
 
 
 def _problem() -> dict[str, Any]:
-    texts = {name: {"type": "string"} for name in ("type", "title", "detail")}
+    texts = {name: {"type": "string"} for name in ("type", "title", "detail", "request_id")}
     return {
         "type": "object",
         "description": "RFC 9457",
@@ -163,6 +163,7 @@ def _problem() -> dict[str, Any]:
                 "status": 422,
                 "detail": "sequences[3][17][2]: not a finite number that float32 can hold",
                 "place": "sequences[3][17][2]",
+                "request_id": "5e0f3c1a9b7d2e48-2a",
             }
         ],
     }

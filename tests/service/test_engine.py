@@ -58,6 +58,13 @@ def test_any_chunks_in_any_company_give_the_bits_of_one_run(
     runs = engine.model.runtime.runs  # type: ignore[attr-defined]
     assert max(rows for rows, _ in runs) <= max(1, max_batch)
     assert max(steps for _, steps in runs) <= quantum
+    counts = engine.counts
+    assert counts.steps == sum(map(sum, sequences))
+    assert counts.steps + counts.padding == sum(rows * steps for rows, steps in runs)
+    assert (sum(counts.rows.read()[0]), counts.rows.read()[1]) == (len(runs), sum(rows for rows, _ in runs))
+    assert sum(counts.run.read()[0]) == len(runs)
+    assert sum(counts.queue.read()[0]) == sum(rows for rows, _ in runs)
+    assert (counts.rerun, counts.failed) == (0, 0)
 
 
 def test_what_waits_together_runs_together(make: Make) -> None:
@@ -111,6 +118,7 @@ def test_a_poisoned_step_fails_alone_and_moves_nothing(
 
     asyncio.run(scenario())
     assert engine.queued == 0
+    assert engine.counts.rerun == (poison == BROKEN)
 
 
 @pytest.mark.parametrize("part", ["gather", "scatter"])

@@ -1,0 +1,38 @@
+"""The log: what belongs to a message is in its line, whatever the form."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from service.api.messages import as_problem
+from service.api.observed import Asked, noted, told
+from service.counts import SurfaceCounts
+from service.logs import LogFormat, formatter
+
+
+def line(form: LogFormat, caplog: pytest.LogCaptureFixture) -> str:
+    return formatter(form).format(caplog.records[-1])
+
+
+def test_an_error_nobody_expected_is_logged_with_the_request_s_id(caplog: pytest.LogCaptureFixture) -> None:
+    scope = noted(Asked("mine", SurfaceCounts("predict")), method="POST", path="/predict")
+    try:
+        raise ZeroDivisionError("of ours")
+    except ZeroDivisionError as error:
+        problem = as_problem(error, scope)
+    document = json.loads(told(problem, scope))
+    assert (document["status"], document["request_id"]) == (500, "mine")
+    assert "of ours" not in str(document)
+    written = json.loads(line("json", caplog))
+    assert (written["level"], written["message"], written["request_id"]) == ("error", "POST /predict failed", "mine")
+    assert "ZeroDivisionError: of ours" in written["exception"]
+    assert line("text", caplog).startswith("ERROR: POST /predict failed request_id=mine\nTraceback")
+
+
+def test_a_line_without_a_request_has_none(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("cellserve").warning("%d sessions", 3)
+    assert line("text", caplog) == "WARNING: 3 sessions"
+    assert json.loads(line("json", caplog)).keys() == {"time", "level", "logger", "message"}
