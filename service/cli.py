@@ -104,8 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.workers > 1:
         # Each process makes its own; this one has found that it can be made.
         os.environ |= {f"{ENV_PREFIX}{name.upper()}": value for name, value in given.items()}
-        with TemporaryDirectory(prefix="cellserve-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None) as folder:
-            os.environ[DIRECTORY] = folder
+        try:
+            folder = TemporaryDirectory(prefix="cellserve-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None)
+        except OSError as error:
+            print(
+                f"cellserve serve: --workers need a folder to tell each other what they count: {error}", file=sys.stderr
+            )
+            return 1
+        with folder:
+            os.environ[DIRECTORY] = folder.name
             uvicorn.run("service.app:from_environment", factory=True, workers=settings.workers, **how)
         return 0
 

@@ -7,6 +7,7 @@ second and when it is asked itself: whichever worker is asked tells of all of th
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import secrets
 import time
@@ -26,6 +27,8 @@ from service.errors import StoreAway
 
 if TYPE_CHECKING:
     from service.service import Service
+
+log = logging.getLogger("cellserve")
 
 MEDIA_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 DIRECTORY = "CELLSERVE_METRICS_DIRECTORY"  # where workers meet; `cellserve serve` makes and removes it
@@ -48,17 +51,18 @@ class Metrics:
     def keep_up(self) -> None:
         """Tells the other workers."""
         if self._files is not None:
-            self._files.write(self._own.collect())
+            try:
+                self._files.write(self._own.collect())
+            except OSError as error:
+                self._files = None
+                log.error("/metrics of this worker tells of this one alone from now on: %s", error)
 
     async def text(self) -> bytes:
         """Gives all of it in Prometheus's text format."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Given(await self._of_all()))
-        if self._files is None:
-            registry.register(self._own)
-        else:
-            self.keep_up()
-            registry.register(self._files.all())
+        self.keep_up()
+        registry.register(self._own if self._files is None else self._files.all())
         return generate_latest(registry)
 
     async def _of_all(self) -> list[Metric]:

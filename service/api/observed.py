@@ -113,7 +113,7 @@ class Observed:
         finally:
             counts.sockets -= socket
             took = perf_counter() - asked.begun
-            if socket:
+            if asked.status and socket:
                 asked.surface.statuses[asked.status] += 1
             elif asked.status:
                 asked.surface.answered(asked.status, took)

@@ -68,6 +68,7 @@ class ShortHttp(HttpToolsProtocol):
     def __init__(self, config: Config, *more: Any, **named: Any) -> None:
         super().__init__(config, *more, **named)
         self._service: Service = config.loaded_app.service
+        self._counts = self._service.counts.surfaces["sessions"]
         self._step: _Step | None = None  # whose body is being received
 
     def on_message_begin(self) -> None:
@@ -159,7 +160,7 @@ class ShortHttp(HttpToolsProtocol):
         self._send(step, 200, self._head(200, (_JSON, *more)) if more else self._good_head(), body)
 
     def _tell_problem(self, step: _Step, error: Exception) -> None:
-        asked = Asked(new_id(), self._service.counts.surfaces["sessions"])
+        asked = Asked(new_id(), self._counts)
         scope = noted(asked, **_SCOPE)
         problem = as_problem(error, scope)
         head = self._head(problem.status, (*problem.headers(), (HEADER, asked.id.encode())))
@@ -168,7 +169,7 @@ class ShortHttp(HttpToolsProtocol):
     def _send(self, step: _Step, status: int, head: bytes, body: bytes) -> None:
         assert step.advance is not None
         self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
-        self._service.counts.surfaces["sessions"].answered(status, perf_counter() - step.advance.arrived)
+        self._counts.answered(status, perf_counter() - step.advance.arrived)
         step.response_complete = True
         if not step.keep_alive:
             self.transport.close()

@@ -148,6 +148,24 @@ def test_expired_and_evicted_sessions_and_snapshots_are_counted(repository: Path
         until(client, lambda now: now("cellserve_snapshot_errors_total") >= 1)
 
 
+def test_sessions_of_a_shared_store_are_counted_as_they_end(
+    repository: Path, serve: Serve, own_redis: RedisServer
+) -> None:
+    flags = "--store", own_redis.url, "--max-sessions", "2", "--when-full", "evict", "--session-idle-seconds", "3"
+    server = serve("--models", str(repository), *flags)
+    with server.client() as client:
+        sessions = [create(client, "lstm") for _ in range(3)]
+        client.delete(f"/sessions/{sessions[2]}")
+        scrape = Scrape(client)
+        assert (scrape("cellserve_sessions"), scrape("cellserve_sessions_created_total")) == (1, 3)
+        ended = [
+            scrape("cellserve_sessions_ended_total", reason=reason) for reason in ("deleted", "evicted", "expired")
+        ]
+        assert ended == [1, 1, 0]
+        scrape = until(client, lambda now: now("cellserve_sessions") == 0)
+        assert scrape("cellserve_sessions_ended_total", reason="expired") == 1
+
+
 def test_metrics_of_workers_are_the_sum_and_outlive_a_worker(
     repository: Path, serve: Serve, own_redis: RedisServer
 ) -> None:
