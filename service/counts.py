@@ -1,7 +1,7 @@
-"""What is counted while requests are served: plain numbers, which cost a tick or an answer well under a microsecond.
+"""What is counted while requests are served: plain numbers, which `metrics.py` reads when it is asked.
 
-`metrics.py` reads them when it is asked; prometheus-client's own counters take 1 to 3 µs a call, of steps that take 40.
-All of it is written in the event loop's thread alone.
+To note a tick of 64 rows takes 2 to 5 µs, of one row 0.3 to 0.8; prometheus-client's own take 0.2 (a counter) to 0.5 µs
+(a histogram) for each value, 30 for that tick. All of it is written in the event loop's thread alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,14 +96,9 @@ class TickCounts:
 
 
 class SurfaceCounts:
-    """What one surface answers.
+    """What one surface answers."""
 
-    Args:
-        name: One of `SURFACES`.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self) -> None:
         self.seconds = Distribution(_SECONDS)
         self.statuses: Counter[int] = Counter()
         self.problems: Counter[str] = Counter()  # of a binary frame each row's
@@ -123,7 +117,7 @@ class Counts:
     """What a process counts beside its engines and sessions."""
 
     def __init__(self) -> None:
-        self.surfaces = {name: SurfaceCounts(name) for name in SURFACES}
+        self.surfaces = {name: SurfaceCounts() for name in SURFACES}
         self.sockets = 0  # that are open
         self.snapshots = Distribution(_SLOW_SECONDS)
         self.snapshot_errors = 0
@@ -133,4 +127,4 @@ class Counts:
         return self.surfaces[_SURFACE_OF.get(path.split("/", 2)[1] if path[:1] == "/" else "", "operations")]
 
 
-_SURFACE_OF: dict[Any, str] = {"predict": "predict", "sessions": "sessions", "stream": "stream", "v2": "inference"}
+_SURFACE_OF = {"predict": "predict", "sessions": "sessions", "stream": "stream", "v2": "inference"}

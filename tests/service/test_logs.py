@@ -18,7 +18,7 @@ def line(form: LogFormat, caplog: pytest.LogCaptureFixture) -> str:
 
 
 def test_an_error_nobody_expected_is_logged_with_the_request_s_id(caplog: pytest.LogCaptureFixture) -> None:
-    scope = noted(Asked("mine", SurfaceCounts("predict")), method="POST", path="/predict")
+    scope = noted(Asked("mine", SurfaceCounts()), method="POST", path="/predict")
     try:
         raise ZeroDivisionError("of ours")
     except ZeroDivisionError as error:
