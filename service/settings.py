@@ -52,8 +52,8 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=1, le=256, description="processes that serve; more than one need a shared store")
     store: str = Field(
         "memory",
-        description="where sessions are kept: memory, or redis://HOST:PORT/DB (rediss, unix, redis+cluster) for several "
-        "replicas",
+        description="where sessions are kept: memory, or redis://HOST:PORT/DB (rediss, unix, redis+cluster) for "
+        "several replicas",
     )
     store_timeout_seconds: float = Field(2, gt=0, description="for how long an answer of the store is waited for")
     store_replicas: int = Field(
