@@ -1,0 +1,129 @@
+"""The two forms of a session, for threads and for asyncio; what they do is in `cellserve.session`."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from numpy.typing import ArrayLike
+
+from cellserve.calls import Call
+from cellserve.numbers import Array
+from cellserve.predictions import Outputs, States
+from cellserve.session import SessionCalls, State
+
+if TYPE_CHECKING:
+    from cellserve.client import AsyncClient, Client
+
+T = TypeVar("T")
+
+
+class Session(SessionCalls):
+    """A session of a `Client`; get one from `Client.session` or `Client.attach`.
+
+    Every change carries the position that it starts from and is tried again until it is answered: it is applied once,
+    whatever was lost on the way. Threads that share it take turns. In a `with` block it is deleted at the end, unless
+    `keep` is set. Every method raises CellserveError: GaveUp where there was no answer, a Problem where there was one.
+    """
+
+    def __init__(self, client: Client, *what: Any, **more: Any) -> None:
+        super().__init__(client.retry, *what, **more)
+        self._client = client
+
+    def __enter__(self) -> Self:
+        self._run(self.opened())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._run(self.left(failed=kind is not None))
+
+    def step(self, x: ArrayLike, outputs: Outputs | None = None) -> Array:
+        """Steps it by one time step or several.
+
+        Args:
+            x: `[*features]`, or `[time, *features]`.
+            outputs: Of several time steps, `all` or the `last`; None for the model's default.
+
+        Returns:
+            y, float32: `[*outputs]`, or `[time, *outputs]` where all were wanted.
+        """
+        return self._run(self.stepped(x, outputs))
+
+    def reset(self) -> None:
+        """Sets its state to zeros; the position moves by one."""
+        self._run(self.was_reset())
+
+    def fork(self, keep: bool = False) -> Session:
+        """Makes another session with its state and position."""
+        session_id, position = self._run(self.forked())
+        return Session(self._client, session_id, self.model, keep=keep, position=position)
+
+    def state(self) -> State:
+        """Downloads its state."""
+        return self._run(self.state_read())
+
+    def set_state(self, state: States) -> None:
+        """Sets its state, an array `[*shape]` by each state's name; the position moves by one."""
+        self._run(self.state_set(state))
+
+    def refresh(self) -> int:
+        """Asks the server where it is, and goes on from there: after a GaveUp, or where someone else moves it too."""
+        return self._run(self.refreshed())
+
+    def delete(self) -> None:
+        """Deletes it."""
+        self._run(self.deleted())
+
+    def _run(self, call: Call[T]) -> T:
+        with self._client.turns((self,)):
+            return self._client.run(call)
+
+
+class AsyncSession(SessionCalls):
+    """A session of an `AsyncClient`: what Session is, for asyncio."""
+
+    def __init__(self, client: AsyncClient, *what: Any, **more: Any) -> None:
+        super().__init__(client.retry, *what, **more)
+        self._client = client
+
+    async def __aenter__(self) -> Self:
+        await self._run(self.opened())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self._run(self.left(failed=kind is not None))
+
+    async def step(self, x: ArrayLike, outputs: Outputs | None = None) -> Array:
+        """Steps it, as `Session.step` does."""
+        return await self._run(self.stepped(x, outputs))
+
+    async def reset(self) -> None:
+        """Sets its state to zeros; the position moves by one."""
+        await self._run(self.was_reset())
+
+    async def fork(self, keep: bool = False) -> AsyncSession:
+        """Makes another session with its state and position."""
+        session_id, position = await self._run(self.forked())
+        return AsyncSession(self._client, session_id, self.model, keep=keep, position=position)
+
+    async def state(self) -> State:
+        """Downloads its state."""
+        return await self._run(self.state_read())
+
+    async def set_state(self, state: States) -> None:
+        """Sets its state, an array `[*shape]` by each state's name; the position moves by one."""
+        await self._run(self.state_set(state))
+
+    async def refresh(self) -> int:
+        """Asks the server where it is, and goes on from there, as `Session.refresh` does."""
+        return await self._run(self.refreshed())
+
+    async def delete(self) -> None:
+        """Deletes it."""
+        await self._run(self.deleted())
+
+    async def _run(self, call: Call[T]) -> T:
+        async with self._client.turns((self,)):
+            return await self._client.run(call)
