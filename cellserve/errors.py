@@ -44,7 +44,9 @@ class GaveUp(CellserveError):
     """
 
     def __init__(self, attempts: int, seconds: float, last: CellserveError) -> None:
-        super().__init__(f"given up after {attempts} tries in {seconds:.1f} seconds: {last}")
+        super().__init__(
+            f"given up after {attempts} {'try' if attempts == 1 else 'tries'} in {seconds:.1f} seconds: {last}"
+        )
         self.attempts = attempts
         self.seconds = seconds
         self.__cause__ = last

@@ -33,7 +33,8 @@ def y_of(content: bytes) -> Array:
     """
     wide = np.asarray(json.loads(content)["y"], np.float64)
     near = wide.astype(np.float32)
-    other = np.nextafter(near, np.where(wide > near, np.inf, -np.inf).astype(np.float32))
+    with np.errstate(over="ignore"):  # beyond the largest float32 there is no middle
+        other = np.nextafter(near, np.where(wide > near, np.inf, -np.inf).astype(np.float32))
     middle = (wide != near) & (wide - near == other - wide)
     if middle.any():
         exact = np.asarray(json.loads(content, parse_float=Decimal)["y"], object)

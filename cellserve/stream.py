@@ -6,39 +6,26 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
-from websockets.asyncio.client import ClientConnection as AsyncConnection
-from websockets.asyncio.client import connect as connect_async
-from websockets.exceptions import InvalidStatus, WebSocketException
-from websockets.sync.client import ClientConnection, connect
 
 from cellserve.calls import Call, Pause, drive, drive_async
-from cellserve.errors import CellserveError, ConnectionLost, UnexpectedAnswer, problem_of_body
-from cellserve.frames import Answer, Answered, Exchange, Replies
+from cellserve.errors import ConnectionLost
+from cellserve.frames import Answered, Exchange
 from cellserve.numbers import Array
 from cellserve.predictions import States
-from cellserve.retry import Timeout, retry_after
 from cellserve.session import new_id
 from cellserve.sessions import AsyncSession, Session
+from cellserve.sockets import AsyncSocket, Socket
 from cellserve.streaming import Streaming
 
 if TYPE_CHECKING:
     from cellserve.client import AsyncClient, Client
 
 T = TypeVar("T")
-
-_CLOSE_SECONDS = 1  # for the other end to say goodbye too
-_OPTIONS: dict[str, Any] = {  # of both kinds of sockets
-    "compression": None,  # float32 hardly shrinks
-    "max_size": None,
-    "max_queue": None,  # whoever sends ahead without reading would wait for itself
-    "close_timeout": _CLOSE_SECONDS,
-}
 
 
 class StreamSession(Session):
@@ -65,7 +52,7 @@ class Stream(Streaming):
     def __init__(self, client: Client) -> None:
         super().__init__(client.retry)
         self.client = client
-        self._socket: _Socket | None = None
+        self._socket: Socket | None = None
         self._opening = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -121,61 +108,12 @@ class Stream(Streaming):
             return None
         with self._opening:
             if not self._link():
-                self._socket = _Socket(self.client.url, self.client.headers, self.client.timeout)
+                self._socket = Socket(self.client.url, self.client.headers, self.client.timeout)
             socket = self._socket
         assert socket is not None
         if wanted.link not in (None, socket):
             raise ConnectionLost("the socket was opened anew meanwhile")
         return Answered(socket, socket.ask(wanted))
-
-
-class _Socket:
-    """One socket, and the thread that reads it."""
-
-    def __init__(self, url: str, headers: dict[str, str], timeout: Timeout) -> None:
-        self.replies: Replies[Future[Answer]] = Replies(Future)
-        self._timeout = timeout
-        try:
-            self._socket: ClientConnection = connect(
-                _address(url), additional_headers=headers, open_timeout=timeout.connect, **_OPTIONS
-            )
-        except (OSError, EOFError, WebSocketException) as error:
-            raise _refused(error, url) from error
-        threading.Thread(target=self._read, name="cellserve stream", daemon=True).start()
-
-    def ask(self, wanted: Exchange) -> list[Answer]:
-        """Sends frames and gives their answers; raises ConnectionLost, UnexpectedAnswer."""
-        waiting = []
-        for frame in wanted.frames:
-            ref, waiter = self.replies.expect()
-            waiting.append(waiter)
-            try:
-                self._socket.send(frame(ref))
-            except (OSError, WebSocketException) as error:
-                raise ConnectionLost(f"the socket was lost: {error}") from error
-        deadline = time.monotonic() + self._timeout.answer
-        try:
-            answers = [waiter.result(max(0, deadline - time.monotonic())) for waiter in waiting]
-        except TimeoutError:
-            self.close(ConnectionLost(f"no answer within {self._timeout.answer:g} seconds"))
-            answers = [waiter.result() for waiter in waiting]
-        return _sound(answers)
-
-    def close(self, why: CellserveError) -> None:
-        """Closes it, and tells all who wait."""
-        self.replies.end(why)
-        self._socket.close()
-
-    def _read(self) -> None:
-        why: CellserveError = ConnectionLost("the server closed the socket")
-        try:
-            for message in self._socket:
-                self.replies.take(message)
-        except WebSocketException as error:
-            why = ConnectionLost(f"the socket was lost: {error}")
-        except UnexpectedAnswer as error:
-            why = error
-        self.close(why)
 
 
 class AsyncStreamSession(AsyncSession):
@@ -197,7 +135,7 @@ class AsyncStream(Streaming):
     def __init__(self, client: AsyncClient) -> None:
         super().__init__(client.retry)
         self.client = client
-        self._socket: _AsyncSocket | None = None
+        self._socket: AsyncSocket | None = None
         self._opening = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -245,88 +183,9 @@ class AsyncStream(Streaming):
             return None
         async with self._opening:
             if not self._link():
-                self._socket = await _AsyncSocket.opened(self.client.url, self.client.headers, self.client.timeout)
+                self._socket = await AsyncSocket.opened(self.client.url, self.client.headers, self.client.timeout)
             socket = self._socket
         assert socket is not None
         if wanted.link not in (None, socket):
             raise ConnectionLost("the socket was opened anew meanwhile")
         return Answered(socket, await socket.ask(wanted))
-
-
-class _AsyncSocket:
-    """One socket, and the task that reads it."""
-
-    def __init__(self, socket: AsyncConnection, timeout: Timeout) -> None:
-        loop = asyncio.get_running_loop()
-        self.replies: Replies[asyncio.Future[Answer]] = Replies(loop.create_future)
-        self._socket = socket
-        self._timeout = timeout
-        self._reading = loop.create_task(self._read())
-
-    @classmethod
-    async def opened(cls, url: str, headers: dict[str, str], timeout: Timeout) -> _AsyncSocket:
-        """Opens one."""
-        try:
-            socket = await connect_async(
-                _address(url), additional_headers=headers, open_timeout=timeout.connect, **_OPTIONS
-            )
-        except (OSError, EOFError, WebSocketException) as error:
-            raise _refused(error, url) from error
-        return cls(socket, timeout)
-
-    async def ask(self, wanted: Exchange) -> list[Answer]:
-        """Sends frames and gives their answers; raises ConnectionLost, UnexpectedAnswer."""
-        waiting = []
-        try:
-            async with asyncio.timeout(self._timeout.answer):
-                for frame in wanted.frames:
-                    ref, waiter = self.replies.expect()
-                    waiting.append(waiter)
-                    await self._socket.send(frame(ref))
-                answers = [await waiter for waiter in waiting]
-        except TimeoutError:
-            lost = ConnectionLost(f"no answer within {self._timeout.answer:g} seconds")
-            await self.close(lost)
-            raise lost from None
-        except (OSError, WebSocketException) as error:
-            raise ConnectionLost(f"the socket was lost: {error}") from error
-        return _sound(answers)
-
-    async def close(self, why: CellserveError) -> None:
-        """Closes it, and tells all who wait."""
-        self.replies.end(why)
-        await self._socket.close()
-        if asyncio.current_task() is not self._reading:
-            await asyncio.wait((self._reading,))
-
-    async def _read(self) -> None:
-        why: CellserveError = ConnectionLost("the server closed the socket")
-        try:
-            async for message in self._socket:
-                self.replies.take(message)
-        except WebSocketException as error:
-            why = ConnectionLost(f"the socket was lost: {error}")
-        except UnexpectedAnswer as error:
-            why = error
-        await self.close(why)
-
-
-def _address(url: str) -> str:
-    return "ws" + url.removeprefix("http") + "/stream"
-
-
-def _refused(error: Exception, url: str) -> CellserveError:
-    """Gives what to raise where a socket could not be opened."""
-    if isinstance(error, InvalidStatus):
-        response = error.response
-        wait = retry_after(response.headers.get("retry-after"))
-        return problem_of_body(response.status_code, bytes(response.body or b""), wait)
-    return ConnectionLost(f"{url}: {str(error) or type(error).__name__}")
-
-
-def _sound(answers: list[Answer]) -> list[Answer]:
-    """Gives answers back, or raises what ended the socket before they came."""
-    for answer in answers:
-        if isinstance(answer, ConnectionLost | UnexpectedAnswer):
-            raise answer
-    return answers

@@ -150,8 +150,9 @@ class Changes:
         y = np.zeros((*x.shape[:2], *engine.model.output_shape), np.float32)
         stepped = SteppedMany(y, np.zeros(len(sessions), np.int64), {}, set())
         rows: Sequence[int] = range(len(sessions))
+        claimed: Sequence[int] = ()
         if requests is not None:
-            rows = [row for row in rows if not sessions[row].claimed]
+            rows = claimed = [row for row in rows if not sessions[row].claimed]
             stepped.problems.update(
                 {row: _in_flight(session) for row, session in enumerate(sessions) if session.claimed}
             )
@@ -165,7 +166,7 @@ class Changes:
                 await turns.enter([sessions[row] for row in rows], slots[rows])
             rows = self._living(sessions, rows, stepped)
         finally:
-            for row in rows if requests is not None else ():
+            for row in claimed:  # those that have ended too: a socket asks for them again
                 sessions[row].claimed = False
         if self._table.shared:
             rows = await self._followed(sessions, requests, rows, stepped)

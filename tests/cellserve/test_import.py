@@ -1,0 +1,34 @@
+"""The plain install: the client without what the server needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BLOCKED = [
+    "export", "fastapi", "httptools", "keras", "models", "msgspec", "onnxruntime", "orjson", "pydantic", "redis",
+    "rich", "service", "starlette", "tensorflow", "uvicorn", "uvloop",
+]  # fmt: skip
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_the_client_works_where_nothing_of_the_server_is_installed() -> None:
+    told = run(
+        f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED}))\n"  # None: importing it fails
+        "from cellserve import AsyncClient, CellserveError, Client, Retry, Timeout\n"
+        "from cellserve.errors import GaveUp\n"
+        "client = Client('http://127.0.0.1:9', retry=Retry(attempts=1))\n"
+        "assert not client.ready()\n"
+        "client.stream()\n"
+        "try:\n    client.models()\nexcept GaveUp as error:\n    print(error)\n"
+    )
+    assert "given up after 1 try" in told
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    assert (
+        run("import sys, cellserve; print([m for m in sys.modules if m in ('numpy', 'httpx', 'websockets')])") == "[]\n"
+    )

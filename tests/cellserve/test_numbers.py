@@ -1,0 +1,26 @@
+"""float32 in JSON, to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import orjson
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from cellserve.numbers import y_of
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
+@example([float(np.array(363742205, np.uint32).view(np.float32))])  # written 7.038531e-26
+@example([-float(np.array(363742205, np.uint32).view(np.float32)), 1.5])
+@example([1e-45])
+def test_what_the_server_writes_is_read_to_the_bit(numbers: list[float]) -> None:
+    y = np.array(numbers, np.float32)
+    written = orjson.dumps({"y": y}, option=orjson.OPT_SERIALIZE_NUMPY)
+    assert y_of(written).tobytes() == y.tobytes()
+
+
+def test_there_is_a_number_that_float64_would_have_turned_into_another() -> None:
+    y = np.array([363742205], np.uint32).view(np.float32)
+    written = orjson.loads(orjson.dumps(y, option=orjson.OPT_SERIALIZE_NUMPY))
+    assert np.asarray(written, np.float32) != y

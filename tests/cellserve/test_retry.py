@@ -1,0 +1,79 @@
+"""When a request is tried again, and after how long."""
+
+from __future__ import annotations
+
+import time
+from email.utils import formatdate
+
+import pytest
+
+from cellserve.errors import ConnectionLost, GaveUp, Problem, problem_of
+from cellserve.retry import Retry, Tries, retry_after
+
+
+def problem(status: int, name: str = "", wait: float | None = None) -> Problem:
+    return problem_of({"status": status, "type": f"urn:cellserve:problem:{name}", "detail": "so it is"}, wait)
+
+
+def test_pauses_grow_at_random_and_are_bounded() -> None:
+    retry = Retry(seconds=1e9, first=1, longest=16)
+    for failed in range(10):
+        pauses = []
+        for _ in range(50):
+            tries = Tries(retry)
+            tries.failed = failed
+            pauses.append(tries.pause(ConnectionLost("lost")))
+        bound = min(16, 2**failed)
+        assert 0 <= min(pauses) < max(pauses) <= bound
+        assert max(pauses) > bound / 2
+
+
+def test_the_servers_wish_is_the_least() -> None:
+    for _ in range(20):
+        assert 7 <= Tries(Retry(first=1)).pause(problem(503, "server-full", 7)) <= 8
+
+
+def test_a_wish_beyond_the_time_there_is_ends_the_tries_at_once() -> None:
+    with pytest.raises(GaveUp) as gave_up:
+        Tries(Retry(seconds=10)).pause(problem(503, "model-version-not-here", 60))
+    assert isinstance(gave_up.value.__cause__, Problem)
+
+
+def test_the_tries_are_counted() -> None:
+    tries = Tries(Retry(attempts=3, first=0))
+    for _ in range(2):
+        tries.pause(ConnectionLost("lost"))
+    with pytest.raises(GaveUp, match="after 3 tries") as gave_up:
+        tries.pause(ConnectionLost("lost"))
+    assert gave_up.value.attempts == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (ConnectionLost("lost"), True),
+        (problem(502), True),
+        (problem(503, "store-away"), True),
+        (problem(504), True),
+        (problem(429), True),
+        (problem(409, "step-in-flight"), True),
+        (problem(409, "position-conflict"), False),
+        (problem(500), False),
+        (problem(422, "invalid-input"), False),
+        (problem(401, "unauthorized"), False),
+        (problem(410, "session-gone"), False),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(error: Problem, again: bool) -> None:
+    if again:
+        Tries(Retry()).pause(error)
+    else:
+        with pytest.raises(type(error)) as raised:
+            Tries(Retry()).pause(error)
+        assert raised.value is error
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    assert [retry_after(header) for header in (None, "3", "soon", "-1")] == [None, 3, None, 0]
+    wait = retry_after(formatdate(time.time() + 100, usegmt=True))
+    assert wait is not None and 90 < wait <= 100

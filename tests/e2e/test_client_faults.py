@@ -1,0 +1,299 @@
+"""The Python client where things go wrong: answers lost, cut and late, a server that is busy or killed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cellserve import AsyncClient, Client, Retry, Timeout
+from cellserve.errors import ConnectionLost, GaveUp, PositionConflict, ServerProblem, SessionWentBack, UnknownSession
+from cellserve.numbers import Array
+from tests.conftest import Server
+from tests.e2e.test_client import steps, whole
+from tests.faulty_proxy import DELAY_SECONDS, FaultyProxy
+from tests.networks import OUTPUTS
+from tests.redis_server import RedisServer
+
+Serve = Callable[..., Server]
+FAULTS = ("lose", "cut", "delay", "busy", "bad gateway")
+QUICK = Retry(seconds=60, first=0.02, longest=0.2)
+SHORT = Timeout(connect=5, answer=DELAY_SECONDS / 2)
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(server.url)
+    yield proxy
+    proxy.close()
+
+
+def mishaps(count: int) -> list[str]:
+    """Each fault some times, among requests that go well."""
+    faults = [*FAULTS * 2, *["none"] * (count - 2 * len(FAULTS))]
+    random.Random(7).shuffle(faults)
+    return faults
+
+
+def test_a_session_is_stepped_once_whatever_happens_on_the_way(server: Server, proxy: FaultyProxy) -> None:
+    x = steps(40)
+    proxy.faults.extend(mishaps(28))
+    with Client(proxy.url, timeout=SHORT, retry=QUICK) as client, client.session("lstm") as session:
+        ys = [session.step(row)[None] for row in x[:20]]
+        fork = session.fork()
+        ys += [session.step(x[at : at + 4], outputs="all") for at in range(20, 40, 4)]
+        state = fork.state()
+        fork.reset()
+        fork.set_state(state)
+        assert (session.position, fork.position) == (40, 22)
+        assert np.array_equal(fork.step(x[20:], outputs="all"), np.concatenate(ys[20:]))
+        fork.delete()
+        assert set(proxy.done) >= {*FAULTS}
+        proxy.faults.clear()
+        with Client(server.url) as plain:
+            assert plain.attach(session.id).refresh() == 40
+            assert np.concatenate(ys).tobytes() == whole(plain, x).tobytes()
+
+
+def test_the_client_for_asyncio_does_so_too(server: Server, proxy: FaultyProxy) -> None:
+    x = steps(6, 8)
+    proxy.faults.extend(mishaps(40))
+
+    async def main() -> None:
+        async with AsyncClient(proxy.url, timeout=SHORT, retry=QUICK) as client:
+
+            async def one(row: int) -> Array:
+                async with client.session("lstm") as session:
+                    return np.stack([await session.step(frame) for frame in x[row]])
+
+            ys = np.stack(await asyncio.gather(*map(one, range(len(x)))))
+            with Client(server.url) as plain:
+                assert ys.tobytes() == np.stack(plain.predict("lstm", list(x), outputs="all").y).tobytes()
+
+    asyncio.run(main())
+    assert set(proxy.done) >= {*FAULTS}
+
+
+def test_a_stream_opens_its_socket_again_and_sends_again_what_had_no_answer(server: Server, proxy: FaultyProxy) -> None:
+    x = steps(50, 8)
+    # What befalls the frame of each step, and the handshakes after it.
+    plan = [[], ["lose"], ["cut"], ["delay"], [], ["lose", "busy"], ["cut", "bad gateway", "lose"], ["lose", "cut"]]
+    with Client(proxy.url, timeout=SHORT, retry=QUICK) as client, client.stream() as stream:
+        sessions = [stream.open("lstm") for _ in x]
+        outputs = []
+        for time, faults in enumerate(plan):
+            proxy.faults.extend(faults)
+            outputs.append(stream.step(sessions, x[:, time]))
+            assert not proxy.faults
+        ys = np.stack(outputs, 1)
+        assert [session.position for session in sessions] == [len(plan)] * len(x)
+        assert set(proxy.done) >= {*FAULTS}
+        with Client(server.url) as plain:
+            assert ys.tobytes() == np.stack(plain.predict("lstm", list(x), outputs="all").y).tobytes()
+            assert {plain.attach(session.id).refresh() for session in sessions} == {len(plan)}
+
+
+def test_a_stream_for_asyncio_does_so_too_with_many_frames_under_way(server: Server, proxy: FaultyProxy) -> None:
+    x = steps(30, 10)
+    proxy.faults.extend(["none"] * 5 + ["lose", "none", "none", "none", "cut"] * 3 + ["none"] * 10 + ["delay"])
+
+    async def main() -> None:
+        async with AsyncClient(proxy.url, timeout=SHORT, retry=QUICK) as client, client.stream() as stream:
+
+            async def one(row: int) -> Array:
+                session = stream.open("lstm")
+                return np.stack([await session.step(frame) for frame in x[row]])
+
+            ys = np.stack(await asyncio.gather(*map(one, range(len(x)))))
+            with Client(server.url) as plain:
+                assert ys.tobytes() == np.stack(plain.predict("lstm", list(x), outputs="all").y).tobytes()
+
+    asyncio.run(main())
+    assert set(proxy.done) >= {"lose", "cut", "delay"}
+
+
+def test_who_gives_up_raises_one_exception_and_knows_where_the_session_is(server: Server, proxy: FaultyProxy) -> None:
+    x = steps(4)
+    with Client(proxy.url, timeout=SHORT, retry=Retry(attempts=3, first=0.01)) as client:
+        session = client.session("lstm")
+        ys = [session.step(x[0])]
+        proxy.faults.extend(["lose"] * 3)
+        with pytest.raises(GaveUp, match="after 3 tries") as gave_up:
+            session.step(x[1])
+        assert (gave_up.value.attempts, session.position) == (3, 1)
+        assert isinstance(gave_up.value.__cause__, ConnectionLost)
+        ys.append(session.step(x[1]))  # the same again: it had been applied, and is told
+        assert session.position == 2
+        proxy.faults.extend(["lose"] * 3)
+        with pytest.raises(GaveUp):
+            session.step(x[2])
+        with pytest.raises(PositionConflict):
+            session.step(x[3])  # something else: it says so
+        assert session.refresh() == 3
+        ys.append(session.step(x[3]))
+        wholes = whole(client, x)
+        assert np.array_equal(np.stack(ys), wholes[[0, 1, 3]])
+        proxy.faults.extend(["busy"] * 3)
+        with Client(proxy.url, retry=Retry(seconds=0.5)) as hasty, pytest.raises(GaveUp, match="busy") as busy:
+            hasty.predict("lstm", x)
+        assert isinstance(busy.value.__cause__, ServerProblem) and busy.value.__cause__.retry_after == 1
+        proxy.faults.clear()
+        with client.stream() as stream:
+            streamed = stream.attach(session.id)
+            assert np.array_equal(streamed.step(x[0]), whole(client, np.concatenate([x, x[:1]]))[-1])
+            proxy.faults.extend(["lose"] * 9)
+            with pytest.raises(GaveUp, match="after 3 tries"):
+                streamed.step(x[1])
+            proxy.faults.clear()
+            assert streamed.position == 5
+            assert np.array_equal(streamed.step(x[1]), whole(client, np.concatenate([x, x[:2]]))[-1])
+            assert (streamed.position, session.refresh()) == (6, 6)
+
+
+def test_a_cancelled_step_may_be_sent_again(server: Server, proxy: FaultyProxy) -> None:
+    x = steps(2)
+
+    async def main() -> None:
+        async with AsyncClient(proxy.url, retry=QUICK) as client, client.stream() as stream:
+            for session in (client.session("lstm"), stream.open("lstm")):
+                y = [await session.step(x[0])]
+                proxy.faults.append("delay")
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(DELAY_SECONDS / 4):
+                        await session.step(x[1])
+                assert session.position == 1
+                y.append(await session.step(x[1]))
+                assert session.position == 2
+                with Client(server.url) as plain:
+                    assert np.stack(y).tobytes() == whole(plain, x).tobytes()
+
+    asyncio.run(main())
+
+
+@contextmanager
+def killed_again_and_again(
+    repository: Path, serve: Serve, redis: RedisServer
+) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """A server that is killed and started again on the same port, twice; gives its URL and whether that is over."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+
+    def start() -> Server:
+        return serve("--models", str(repository), "--store", redis.url, "--port", port)
+
+    first = start()
+
+    def havoc() -> None:
+        server = first
+        for _ in range(2):
+            over.wait(0.7)
+            server.stop(signal.SIGKILL)
+            server = start()
+        over.set()
+
+    over = threading.Event()
+    thread = threading.Thread(target=havoc)
+    thread.start()
+    try:
+        yield first.url, over.is_set
+    finally:
+        thread.join()
+
+
+def test_a_session_goes_on_when_its_server_is_killed(repository: Path, serve: Serve, redis: RedisServer) -> None:
+    with killed_again_and_again(repository, serve, redis) as (url, is_over), Client(url, retry=QUICK) as client:
+        x, ys = steps(4000), []
+        with client.session("lstm") as session:
+            while not is_over() or len(ys) < 100:
+                ys.append(session.step(x[len(ys) % len(x)]))
+            x = np.concatenate([x] * (len(ys) // len(x) + 1))[: len(ys)]
+            assert session.position == session.refresh() == len(ys)
+            last = client.predict("lstm", x, outputs="all", return_states=True)
+            assert np.stack(ys).tobytes() == last.y.tobytes()
+            assert {name: state.tobytes() for name, state in session.state().items()} == {
+                name: state.tobytes() for name, state in (last.states or {}).items()
+            }
+
+
+def test_sessions_of_a_stream_go_on_when_their_server_is_killed(
+    repository: Path, serve: Serve, redis: RedisServer
+) -> None:
+    with killed_again_and_again(repository, serve, redis) as (url, is_over), Client(url, retry=QUICK) as client:
+        x, ys = steps(20, 500), []
+        with client.stream() as stream:
+            sessions = [stream.open("lstm") for _ in x]
+            while not is_over() or len(ys) < 20:
+                ys.append(stream.step(sessions, x[:, len(ys) % 500]))
+            y = np.stack(ys, 1)
+            assert {session.position for session in sessions} == {len(ys)}
+            x = np.concatenate([x] * (len(ys) // 500 + 1), 1)[:, : len(ys)]
+            assert y.tobytes() == np.stack(client.predict("lstm", list(x), outputs="all").y).tobytes()
+            assert {session.refresh() for session in sessions} == {len(ys)}
+
+
+def test_tasks_go_on_when_their_server_is_killed(repository: Path, serve: Serve, redis: RedisServer) -> None:
+    async def main(url: str, is_over: Callable[[], bool]) -> tuple[list[Array], list[Array]]:
+        xs, ys = [], []
+        async with AsyncClient(url, retry=QUICK) as client, client.stream() as stream:
+
+            async def one(number: int) -> None:
+                x = steps(100, seed=number)
+                session = stream.open("lstm") if number % 2 else client.session("lstm")
+                y: list[Array] = []
+                while not is_over() or not y:
+                    y.append(await session.step(x[len(y) % 100]))
+                assert session.position == len(y)
+                await session.delete()
+                xs.append(np.concatenate([x] * (len(y) // 100 + 1))[: len(y)])
+                ys.append(np.stack(y))
+
+            await asyncio.gather(*map(one, range(8)))
+        return xs, ys
+
+    with killed_again_and_again(repository, serve, redis) as (url, is_over):
+        xs, ys = asyncio.run(main(url, is_over))
+        with Client(url, retry=QUICK) as client:
+            wholes = client.predict("lstm", xs, outputs="all").y
+        assert [y.tobytes() for y in ys] == [y.tobytes() for y in wholes]
+
+
+def test_a_server_that_has_forgotten_a_session_is_found_out(repository: Path, serve: Serve, tmp_path: Path) -> None:
+    server = serve("--models", str(repository))
+    x = steps(3)
+    with Client(server.url, retry=QUICK) as client, client.stream() as stream:
+        session, streamed = client.session("lstm", keep=True), stream.open("lstm", keep=True)
+        session.step(x)
+        streamed.step(x)
+        server.stop(signal.SIGKILL)
+        serve("--models", str(repository), "--port", server.url.rpartition(":")[2])
+        for one in (session, streamed):
+            with pytest.raises(UnknownSession):
+                one.step(x)
+
+
+def test_a_store_that_has_gone_back_is_found_out(repository: Path, serve: Serve, tmp_path: Path) -> None:
+    snapshot = ("--snapshot", str(tmp_path / "snapshot"), "--snapshot-seconds", "1000")
+    server = serve("--models", str(repository), *snapshot)
+    x = steps(6)
+    with Client(server.url, retry=QUICK) as client, client.session("lstm") as session:
+        session.step(x[:2])
+        assert server.stop() == 0  # it writes a snapshot
+        port = ("--port", server.url.rpartition(":")[2])
+        server = serve("--models", str(repository), *snapshot, *port)
+        ys = [session.step(x[2:4], outputs="all")]
+        server.stop(signal.SIGKILL)  # and none now
+        serve("--models", str(repository), *snapshot, *port)
+        with pytest.raises(SessionWentBack) as back:
+            session.step(x[4:])
+        assert (back.value.position, session.position, session.refresh()) == (2, 4, 2)
+        assert np.array_equal(session.step(x[2:4], outputs="all"), ys[0])
+        assert np.array_equal(session.step(x[4:], outputs="all"), whole(client, x)[4:])
+        assert ys[0].shape == (2, OUTPUTS)
