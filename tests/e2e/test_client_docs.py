@@ -1,0 +1,32 @@
+"""docs/client.md is held to the code: what it shows runs, in its order, against a server of the example models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from cellserve import errors
+from tests.conftest import ROOT, Server
+
+TEXT = (ROOT / "docs/client.md").read_text()
+
+
+def test_what_the_page_shows_runs(examples: Path, serve: Callable[..., Server]) -> None:
+    url = serve("--models", str(examples)).url
+    told: dict[str, object] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+    assert len(blocks) > 4
+    opened = []
+    for block in blocks:
+        exec(compile(block.replace("http://127.0.0.1:8000", url), "docs/client.md", "exec"), told)
+        opened.append(told["client"])
+    for client in opened:
+        client.close()  # type: ignore[attr-defined]
+    assert told["session"].position == 1  # type: ignore[attr-defined]
+
+
+def test_the_exceptions_that_the_page_names_exist() -> None:
+    named = re.findall(r"^\| (`\w+`.*?) \|", TEXT, re.M)
+    names = [name for cell in named for name in re.findall(r"`(\w+)`", cell)]
+    assert len(names) > 10 and all(issubclass(getattr(errors, name), errors.CellserveError) for name in names)
