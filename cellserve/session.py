@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cellserve.calls import SAFETENSORS, Call, Reply, Request, exchange, json_request, path_of
-from cellserve.errors import SessionGone
+from cellserve.errors import SessionGone, UnknownSession
 from cellserve.numbers import Array, body_of, float32, tensors_of, y_of
 from cellserve.predictions import Outputs, States
 from cellserve.retry import ONCE, Retry
@@ -62,6 +62,7 @@ class SessionCalls:
         self._retry = retry
         self._states = states
         self._position = position
+        self._siblings: dict[str, SessionCalls] = {}  # of the stream that is to delete it in the end
         self._handle: tuple[object, int] = None, 0  # the socket that it is attached on, and its number there
 
     @property
@@ -129,6 +130,7 @@ class SessionCalls:
         if self._position is None and self.model is not None:
             return  # it has never been made
         yield from exchange(Request("DELETE", self._path()), retry or self._retry)
+        self._siblings.pop(self.id, None)
 
     def left(self, failed: bool) -> Call[None]:
         """Deletes it at the end of its `with` block; where an error ended that, no other error hides it."""
@@ -136,8 +138,8 @@ class SessionCalls:
             return
         try:
             yield from self.deleted(ONCE if failed else None)
-        except SessionGone:
-            pass
+        except (SessionGone, UnknownSession):
+            pass  # it is not there, as was wanted
         except Exception:
             if not failed:
                 raise

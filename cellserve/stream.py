@@ -75,7 +75,7 @@ class Stream(Streaming):
     ) -> StreamSession:
         """Makes a session, as `Client.session` does; it is created at its first step, together with others."""
         session = StreamSession(self, session_id or new_id(), model, states, keep)
-        self._own[session.id] = session
+        self._owned(session)
         return session
 
     def attach(self, session_id: str) -> StreamSession:
@@ -159,7 +159,7 @@ class AsyncStream(Streaming):
     ) -> AsyncStreamSession:
         """Makes a session, as `Stream.open` does."""
         session = AsyncStreamSession(self, session_id or new_id(), model, states, keep)
-        self._own[session.id] = session
+        self._owned(session)
         return session
 
     def attach(self, session_id: str) -> AsyncStreamSession:

@@ -28,7 +28,7 @@ class Streaming:
 
     def stepped(self, sessions: Sequence[SessionCalls], x: ArrayLike) -> Call[Array]:
         """Steps different sessions of one model at once; what had no answer is sent again from the same positions."""
-        x = np.asarray(x, np.float32)
+        x = float32(x)
         single = x.ndim == 2
         x = x[:, None] if single else x
         if x.ndim != 3 or len(x) != len(sessions) or not x.size:
@@ -67,21 +67,25 @@ class Streaming:
         assert y is not None
         return y[:, 0] if single else y
 
+    def _owned(self, session: SessionCalls) -> None:
+        """Takes charge of deleting a session in the end."""
+        self._own[session.id], session._siblings = session, self._own
+
     def left(self, failed: bool) -> Call[None]:
         """Deletes the sessions that it has opened and that are not to be kept; where an error ended it, tries once."""
         tries = Tries(ONCE if failed else self._retry)
         while own := [one for one in self._own.values() if not one.keep and one._position is not None]:
             try:
                 told: Answered = yield Exchange([text_frame(op="close", session=one.id) for one in own])
-                kept: CellserveError | None = None
+                left: CellserveError | None = None
                 for session, answer in zip(own, told.answers, strict=True):
                     if isinstance(answer, CellserveError) and not isinstance(answer, SessionGone | UnknownSession):
-                        kept = answer
+                        left = answer
                     else:
                         del self._own[session.id]
-                if kept is None:
+                if left is None:
                     return
-                raise kept
+                raise left
             except CellserveError as error:
                 try:
                     wait = tries.pause(error)

@@ -217,6 +217,7 @@ def test_what_befalls_some_sessions_of_a_frame_is_told_by_row(client: Client) ->
         sessions = [stream.open("lstm") for _ in x]
         y = stream.step(sessions, x[:, 0])
         sessions[1].delete()
+        assert sessions[1].id not in stream._own  # a stream that lives long does not gather what is gone
         with client.attach(sessions[3].id) as other:
             other.step(x[0, 1])
         with pytest.raises(StepsFailed, match="2 of 4") as failed:
