@@ -7,7 +7,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -177,14 +177,24 @@ class SessionTable:
                 return known, False
             if key_of(owner, session_id) in self.gone or key_of(owner, session_id) in self.elsewhere:
                 raise self.missing(owner, session_id)
+        return self._made(engine, states, owner, session_id or self.new_id(), origin, position), True
+
+    def _made(
+        self,
+        engine: Engine,
+        states: dict[str, Array] | None,
+        owner: str,
+        session_id: str,
+        origin: bytes,
+        position: int = 0,
+    ) -> Session:
         slot = self._room(engine)
         arena = engine.arena
         if states is not None:
             arena.write(slot, states)
         arena.position[slot], arena.used[slot] = position, self.clock()
-        session = Session(owner, session_id or self.new_id(), engine, slot, np.array((slot,)), origin)
         self.created += 1
-        return self.add(session), True
+        return self.add(Session(owner, session_id, engine, slot, np.array((slot,)), origin))
 
     def add(self, session: Session) -> Session:
         """Counts a session whose slot has been filled among the live ones."""
@@ -218,6 +228,26 @@ class SessionTable:
     ) -> tuple[Session, bool]:
         """Makes a session, wherever it is kept, as `create` does."""
         return self.create(engine, states, owner, session_id, origin, position)
+
+    async def begin_anew(self, engine: Engine, owner: str, session_id: str, origin: bytes) -> Session:
+        """Makes a session from zeros in place of whatever is or was there under its id.
+
+        Whoever waits for a turn in the session before is told that it was deleted.
+
+        Raises:
+            ModelVersionNotHere: A session of that id waits for a version of a model that is not served here.
+            ServerFull: There are as many sessions as may be.
+        """
+        key = key_of(owner, session_id)
+        if key in self.elsewhere:
+            raise self.missing(owner, session_id)
+        while (before := self.live.get(key)) is not None:
+            with suppress(SessionGone, UnknownSession):
+                async with self.alone(before):
+                    self._end(before, "deleted")
+        session = self._made(engine, None, owner, session_id, origin)
+        self.gone.pop(key, None)
+        return session
 
     async def states(self, session: Session) -> tuple[dict[str, Array], int]:
         """Gives a session's states and its position."""

@@ -65,6 +65,8 @@ redis.call('PEXPIRE', KEYS[1], ARGV[1])
 redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
 return 'written'
 """
+# The same, whatever is or was there.
+_REPLACE = b"redis.call('DEL', KEYS[1], KEYS[2])\n" + _CREATE
 # KEYS as above. ARGV: the reason, milliseconds until that is forgotten, the position that is expected, or nothing.
 _END = b"""
 local mark = redis.call('HGET', KEYS[1], 'mark')
@@ -117,7 +119,7 @@ class RedisStore:
         self.errors = 0  # how often it did not answer, so far
         self._offset = 0.0  # of the store's clock against ours, seconds
         self._scripts: dict[bytes, str] = {
-            script: hashlib.sha1(script).hexdigest() for script in (_WRITE, _CREATE, _END)
+            script: hashlib.sha1(script).hexdigest() for script in (_WRITE, _CREATE, _REPLACE, _END)
         }
 
     async def start(self) -> None:
@@ -158,9 +160,16 @@ class RedisStore:
 
     async def create(self, key: str, session: Stored) -> str:
         """Makes a session: `written`, `there` where it is already, `gone` where it was."""
+        return await self._create(_CREATE, key, session)
+
+    async def replace(self, key: str, session: Stored) -> None:
+        """Makes a session in place of whatever is or was there."""
+        await self._create(_REPLACE, key, session)
+
+    async def _create(self, script: bytes, key: str, session: Stored) -> str:
         times = self._idle_ms, self._idle_ms + self._gone_ms
-        call = self._call(_CREATE, key, *times, b"expired %d" % session.mark.position, *session.fields())
-        (outcome,) = await self._run(_CREATE, [call])
+        call = self._call(script, key, *times, b"expired %d" % session.mark.position, *session.fields())
+        (outcome,) = await self._run(script, [call])
         if outcome == "written":
             await self.used([key])
         return outcome

@@ -119,9 +119,7 @@ class SharedTable(SessionTable):
         outcome = "there"
         if found is None:
             await self._bound()
-            mark = Mark(position, *new_revisions(1))
-            told = engine.model.name, engine.model.version, engine.model.digest, origin, mark
-            new = Stored(*told, _packed(engine.arena, states))
+            new = _new(engine, states, origin, position)
             outcome = await self._store.create(key, new)
             self.created += outcome == "written"
             found = new if outcome == "written" else await self._store.load(key)
@@ -132,6 +130,21 @@ class SharedTable(SessionTable):
                 position=session.position,
             )
         return session, outcome == "written"
+
+    async def begin_anew(self, engine: Engine, owner: str, session_id: str, origin: bytes) -> Session:
+        """Makes a session from zeros in the store, in place of whatever is or was there under its id."""
+        key = key_of(owner, session_id)
+        if not isinstance(await self._store.load(key), Stored):
+            await self._bound()
+        new = _new(engine, None, origin)
+        await self._store.replace(key, new)
+        before = self.live.get(key)
+        if before is not None:
+            # What is under way in it is refused when it is written.
+            with suppress(Stale):
+                async with self.alone(before):
+                    self._forget(before)
+        return await self._cached(owner, session_id, new)
 
     async def fork(
         self, session: Session, new_id: str | None, origin: bytes, position: int | None = None
@@ -157,8 +170,9 @@ class SharedTable(SessionTable):
                 check(found.mark.position, None, Request(position, b""))
             raise self._fate(found)
         if session is not None:
-            async with self.alone(session):
-                self._forget(session)
+            with suppress(Stale):  # someone else has seen that it is gone
+                async with self.alone(session):
+                    self._forget(session)
         if outcome == "gone":
             fate = await self._store.load(key)
             if not isinstance(fate, Fate) or fate.reason != "deleted":
@@ -324,6 +338,12 @@ def _last(arena: Arena, advance: Advance, row: int, y: Array, mark: Mark) -> Las
     if advance.before is not None:
         return Last(*told, Last.BEFORE, _packed(arena, advance.before[row]))
     return Last(*told, Last.ANSWER, y[row].astype("<f4", copy=False).tobytes())
+
+
+def _new(engine: Engine, states: dict[str, Array] | None, origin: bytes, position: int = 0) -> Stored:
+    """Gives what the store is to hold of a session that begins."""
+    model, mark = engine.model, Mark(position, *new_revisions(1))
+    return Stored(model.name, model.version, model.digest, origin, mark, _packed(engine.arena, states))
 
 
 def _packed(arena: Arena, states: dict[str, Array] | None) -> bytes:

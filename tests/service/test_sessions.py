@@ -94,6 +94,19 @@ class Sessions(RuleBasedStateMachine):
         self.expected[name].used = self.now
         return name
 
+    @rule(target=known, name=st.sampled_from("abcdef"), which=WHICH)
+    def begin_anew(self, name: str, which: int) -> Any:
+        engine, table, _ = self.replicas[which % len(self.replicas)]
+        result = self.do(table.begin_anew(engine, "owner", name, b"1"))
+        if isinstance(result, Problem):
+            assert (result.status, len(self.expected), name in self.expected) == (503, LIMIT, False)
+            return multiple()
+        self.gone.pop(name, None)
+        self.origins[name] = b"1"
+        self.expected[name] = Expected(np.zeros(2, np.float32), 0)
+        self.expected[name].used = self.now
+        return name
+
     @rule(name=known, x=st.sampled_from(X), offset=st.sampled_from([None, 0, 0, 0, -1, -2, -40, 3]), which=WHICH)
     def step(self, name: str, x: np.ndarray, offset: int | None, which: int) -> None:
         expected = self.expected.get(name)
