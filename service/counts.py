@@ -69,6 +69,8 @@ class TickCounts:
         self.queue = Distribution(_SECONDS)  # of an advance, until the run of its tick
         self.run = Distribution(_SECONDS)  # of a tick
         self.store = Distribution(_SECONDS)  # of a tick, until what it has come to is written
+        self.by_rows: dict[int, list[float]] = {}  # by rows of a tick: how many there were, and their seconds
+        self.run_seconds = 0.0  # of all of them
         self.steps = 0  # that were wanted
         self.padding = 0  # that were computed beside them, where rows of a tick differ in length
         self.rerun = 0  # ticks that were run again row by row
@@ -87,6 +89,10 @@ class TickCounts:
         """
         self.rows.note(rows)
         self.run.note(took)
+        runs = self.by_rows.setdefault(rows, [0, 0.0])
+        runs[0] += 1
+        runs[1] += took
+        self.run_seconds += took
         if len(advances) == 1:
             self.queue.note(start - advances[0].arrived)
         else:

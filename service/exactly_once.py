@@ -44,6 +44,11 @@ def state_request(position: int, states: dict[str, Array] | None) -> Request:
     return _request(b"state", position, states_digest(states))
 
 
+def creation(model: str, states: dict[str, Array] | None) -> bytes:
+    """Gives the digest of a request that makes a session of a model, from zeros or from given states."""
+    return hashlib.sha256(b"create %b %b" % (model.encode(), states_digest(states))).digest()
+
+
 def states_digest(states: dict[str, Array] | None) -> bytes:
     """Gives a SHA-256 of states."""
     digest = hashlib.sha256()

@@ -118,7 +118,7 @@ class Predict:
                 f"sequences: {len(sequences)} of them, a request takes {limit}: send it in parts", limit=limit
             )
         every_output = (options.outputs or engine.model.document.signature.default_output) == "all"
-        work = _run(engine, sequences, states, every_output, options.return_states)
+        work = run_sequences(engine, sequences, states, every_output, options.return_states)
         outputs, final = await (unless_gone(work, receive) if engine.is_behind else work)
         return outputs, every_output, final
 
@@ -132,12 +132,13 @@ def labelled(document: ModelDocument, outputs: list[Array]) -> dict[str, Any]:
     return {"labels": [[names[i] for i in top] if top.ndim else names[int(top)] for top in tops]}
 
 
-async def _run(
+async def run_sequences(
     engine: Engine,
     sequences: list[Array],
     states: list[dict[str, Array] | None] | None,
     every_output: bool,
     return_states: bool,
+    name: str = "sequences",
 ) -> tuple[list[Array], list[dict[str, Array]]]:
     """Gives each sequence a slot for the time of the call, advances all of them, and reads their last states."""
     arena = engine.arena
@@ -155,7 +156,7 @@ async def _run(
             try:
                 outputs.append((await done)[0])
             except NotFinite as problem:
-                place = f"sequences[{number}]"
+                place = f"{name}[{number}]"
                 raise NotFinite(f"{place}: {problem.detail}", place=place, **problem.extensions) from None
         return outputs, [arena.read(int(slot)) for slot in slots] if return_states else []
     finally:

@@ -30,7 +30,7 @@ from service.changes import Changes, Stepped
 from service.engine import Engine
 from service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
 from service.exactly_once import Request as Once
-from service.exactly_once import state_request, states_digest, step_request
+from service.exactly_once import creation, state_request, step_request
 from service.repository import Model
 from service.service import Service
 from service.sessions import Session, SessionTable
@@ -179,7 +179,7 @@ async def create(
     origin = b""
     if session_id is not None:
         checked_id(session_id)
-        origin = hashlib.sha256(b"create %b %b" % (engine.model.name.encode(), states_digest(states))).digest()
+        origin = creation(engine.model.name, states)
     return await service.sessions.make(engine, states, owner, session_id, origin)
 
 
