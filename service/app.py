@@ -16,6 +16,8 @@ from starlette.routing import Route, WebSocketRoute
 
 from service import logs
 from service.api import openapi, operations, sessions
+from service.api.inference.http import HttpInference
+from service.api.inference.infer import Inference
 from service.api.messages import AnsweringProblems, Endpoint, Receive, Scope, Send, as_problem
 from service.api.observed import Observed, told
 from service.api.predict import Predict
@@ -34,12 +36,20 @@ def create_app(settings: Settings) -> Observed:
     Raises:
         BrokenModel: There is no model to serve.
         RuntimeUnavailable: The provider that was asked for is not to be had.
-        PortTaken: The port for operations is not to be had.
+        ModuleNotFoundError: A setting needs an extra that is not installed.
+        PortTaken: The port for operations or for gRPC is not to be had.
     """
     service = Service(settings)
     port = None
     if settings.operations_port is not None:
         port = Port(_operations(service), settings.host, settings.operations_port, settings.workers > 1)
+    inference = Inference(service)
+    grpc_server = None
+    if settings.grpc_port is not None:
+        # Here and not above: the packages are an extra.
+        from service.api.inference.grpc_server import GrpcServer
+
+        grpc_server = GrpcServer(inference)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -52,7 +62,11 @@ def create_app(settings: Settings) -> Observed:
         if port is not None:
             await port.open()
         service.ready = True
+        if grpc_server is not None:
+            await grpc_server.start()
         yield
+        if grpc_server is not None:
+            await grpc_server.stop()
         sweeping.cancel()
         with suppress(asyncio.CancelledError):
             await sweeping
@@ -75,7 +89,7 @@ def create_app(settings: Settings) -> Observed:
     app.include_router(operations.router(service))
     _answer_problems(app)
     openapi.install(app, service)
-    return Observed(HotPaths(app, predict, step), service)
+    return Observed(HotPaths(app, predict, step, HttpInference(inference)), service)
 
 
 def from_environment() -> Observed:
@@ -99,17 +113,20 @@ class HotPaths:
     FastAPI's middleware and routing would cost more than the model's step.
     """
 
-    def __init__(self, app: FastAPI, predict: Endpoint, step: Endpoint) -> None:
-        self.app, self.predict, self.step = app, predict, step
+    def __init__(self, app: FastAPI, predict: Endpoint, step: Endpoint, inference: Endpoint) -> None:
+        self.app, self.predict, self.step, self.inference = app, predict, step, inference
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serves one connection."""
-        if scope["type"] == "http" and scope["method"] == "POST":
+        if scope["type"] == "http":
             path = scope["path"]
-            if path == "/predict":
-                return self.predict(scope, receive, send)
-            if path.endswith("/step") and path.startswith("/sessions/") and path.count("/") == 3:
-                return self.step(scope, receive, send)
+            if scope["method"] == "POST":
+                if path == "/predict":
+                    return self.predict(scope, receive, send)
+                if path.endswith("/step") and path.startswith("/sessions/") and path.count("/") == 3:
+                    return self.step(scope, receive, send)
+            if path.startswith("/v2/") or path == "/v2":
+                return self.inference(scope, receive, send)
         return self.app(scope, receive, send)
 
 

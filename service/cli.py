@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if settings.workers > 1 and settings.grpc_port == 0:
+        print("cellserve serve: --grpc-port: 0 would be another port in each of --workers: give one", file=sys.stderr)
+        return 2
     if settings.snapshot is not None and settings.store != "memory":
         print(
             "cellserve serve: --snapshot: the shared store keeps the sessions itself: leave one of the two out",
@@ -80,7 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app = create_app(settings)
     except ModuleNotFoundError as error:
-        setting, extra = ("--store", "redis") if error.name == "redis" else ("--tracing", "tracing")
+        parts = {
+            "redis": ("--store", "redis"),
+            "hiredis": ("--store", "redis"),
+            "opentelemetry": ("--tracing", "tracing"),
+        }
+        setting, extra = parts.get((error.name or "").partition(".")[0], ("--grpc-port", "grpc"))
         print(f"cellserve serve: {setting} needs {error.name}: pip install 'cellserve[{extra}]'", file=sys.stderr)
         return 1
     except (BadKeysFile, BadSnapshot, BrokenModel, PortTaken, RuntimeUnavailable, StoreUnusable) as error:

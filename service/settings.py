@@ -24,6 +24,9 @@ class Settings(BaseSettings):
     models: Path = Field(Path("artifacts"), description="the model repository: NAME/VERSION/model.onnx")
     host: str = Field("127.0.0.1", description="the address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
+    grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="the port of the Open Inference Protocol over gRPC; 0 takes a free one"
+    )
     provider: Provider = Field("auto", description="where to run: auto (CUDA where it can be opened), cpu or cuda")
     threads: int = Field(1, ge=1, le=256, description="threads of ONNX Runtime within one run")
     spinning: bool = Field(False, description="whether ONNX Runtime's threads spin while they wait")

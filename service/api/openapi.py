@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from service.api.binary import MEDIA_TYPES
+from service.api.inference import openapi as inference
 from service.service import Service
 
 _SESSION = {"session": "0b54b1fd5d2a4f3f9d63a3a1e6a1c0de", "model": "sunspots", "version": 1, "position": 0,
@@ -23,6 +24,7 @@ _POSITION = {
     "description": "where the session is to be; then the request may be sent again and is applied once",
 }
 
+_BYTES = {"type": "string", "format": "binary"}
 _SAFETENSORS = MEDIA_TYPES[0].decode()
 
 
@@ -50,7 +52,7 @@ def install(app: FastAPI, service: Service) -> None:
             paths["/sessions/{session_id}/fork"]["post"]["requestBody"] = {**fork, "required": False}
             reset = _body({"position": _POSITION}, {"position": 12}, [])
             paths["/sessions/{session_id}/reset"]["post"]["requestBody"] = {**reset, "required": False}
-            tensors = {"content": {_SAFETENSORS: {"schema": {"type": "string", "format": "binary"}}}}
+            tensors = {"content": {kind.decode(): {"schema": _BYTES} for kind in MEDIA_TYPES}}
             paths["/sessions/{session_id}/state"]["put"]["requestBody"] = {**tensors, "required": True}
             paths["/sessions/{session_id}/state"]["get"]["responses"]["200"] = {"description": "the state", **tensors}
             paths["/sessions/{session_id}/state"]["put"]["responses"]["200"] = _answer("the session", _SESSION)
@@ -67,6 +69,7 @@ def install(app: FastAPI, service: Service) -> None:
                     operation["responses"]["5XX"] = _problems(
                         "Nothing was applied; Retry-After says when to try again."
                     )
+            paths |= inference.paths()
             app.openapi_schema = document
         return app.openapi_schema
 
@@ -76,8 +79,8 @@ def install(app: FastAPI, service: Service) -> None:
 def _predict() -> dict[str, Any]:
     operation = _predict_json()
     operation["description"] = "Also in safetensors, with the options in the query: docs/protocol.md has the tensors."
-    tensors = {"schema": {"type": "string", "format": "binary"}}
-    operation["requestBody"]["content"][_SAFETENSORS] = tensors
+    tensors = {"schema": _BYTES}
+    operation["requestBody"]["content"] |= {kind.decode(): tensors for kind in MEDIA_TYPES}
     operation["responses"]["200"]["content"][_SAFETENSORS] = tensors
     operation["parameters"] = [
         {"name": name, "in": "query", "schema": schema, "description": "of a body in safetensors"}

@@ -1,0 +1,69 @@
+"""The messages of the protocol's gRPC form: tensors out of requests, outputs into answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2 as pb
+
+from service.api.inference.body import check_parameters
+from service.api.inference.tensors import DATATYPES, from_bytes, from_numbers
+from service.errors import InvalidInput
+
+Array = NDArray[Any]
+Message = Any  # of the protocol, or of grpc
+
+_CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents", "INT64": "int64_contents"}
+
+
+def read_tensors(request: Message) -> dict[str, Array]:
+    """Reads the tensors of a request, which are all raw or all typed."""
+    raw: Sequence[bytes] = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise InvalidInput(
+            f"raw_input_contents: {len(raw)} for {len(request.inputs)} inputs: send one for each, or none",
+            place="raw_input_contents",
+        )
+    tensors: dict[str, Array] = {}
+    for number, tensor in enumerate(request.inputs):
+        name = tensor.name
+        check_parameters(name, tensor.parameters)
+        if name in tensors:
+            raise InvalidInput(f"inputs: {name!r} is there twice", place="inputs")
+        if raw:
+            if tensor.HasField("contents"):
+                raise InvalidInput(f"{name}: send its contents or raw_input_contents, not both", place=name)
+            tensors[name] = from_bytes(name, tensor.datatype, tensor.shape, raw[number])
+        else:
+            contents = getattr(tensor.contents, _CONTENTS.get(tensor.datatype, "fp32_contents"))
+            tensors[name] = from_numbers(name, tensor.datatype, tensor.shape, contents)
+    return tensors
+
+
+def write_answer(told: dict[str, str], outputs: dict[str, Array], parameters: dict[str, Any]) -> Message:
+    """Writes the answer to a request: what is told of it, the outputs by name, and its parameters."""
+    answer = pb.ModelInferResponse(**told, raw_output_contents=[y.tobytes() for y in outputs.values()])
+    for name, y in outputs.items():
+        answer.outputs.add(name=name, datatype=DATATYPES[y.dtype.name], shape=y.shape)
+    for name, value in parameters.items():
+        _set(answer.parameters[name], value)
+    return answer
+
+
+def plain(parameter: Message) -> Any:
+    """Gives a parameter's value, None where it has none."""
+    which = parameter.WhichOneof("parameter_choice")
+    return None if which is None else getattr(parameter, which)
+
+
+def _set(parameter: Message, value: Any) -> None:
+    if isinstance(value, bool):
+        parameter.bool_param = value
+    elif isinstance(value, str):
+        parameter.string_param = value
+    elif value < 2**63:
+        parameter.int64_param = value
+    else:
+        parameter.uint64_param = value

@@ -1,0 +1,275 @@
+"""The protocol over gRPC: `inference.GRPCInferenceService`, health and reflection, on a port of their own.
+
+The messages are tritonclient's, generated from
+https://github.com/triton-inference-server/common/blob/main/protobuf/grpc_service.proto.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from time import perf_counter
+from typing import Any
+
+import grpc
+from google.protobuf.json_format import ParseDict
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+from service.api.inference import describe
+from service.api.inference.body import check_output
+from service.api.inference.errors import NotByProtocol, grpc_code, http_status
+from service.api.inference.grpc_messages import Message, plain, read_tensors, write_answer
+from service.api.inference.grpc_stream import Stream
+from service.api.inference.infer import Inference
+from service.api.inference.statistics import Timing
+from service.api.messages import as_problem
+from service.api.observed import HEADER, Asked, new_id, noted
+from service.errors import Problem, UnknownModel
+from service.port import PortTaken
+
+Method = Callable[[Any, Message, Message], Awaitable[Message]]
+
+SERVICE = "inference.GRPCInferenceService"
+_NOT_HERE = ("SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister",
+             "CudaSharedMemoryStatus", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister", "TraceSetting",
+             "LogSettings")  # fmt: skip
+
+_LONGEST_MESSAGE, _LONGEST_VALUE = 1000, 100  # letters: with many more, clients refuse the whole status
+_LOOK_SECONDS = 0.02  # between looks at what is under way
+_LAST_SECONDS = 0.5  # for the last answers to be sent
+
+log = logging.getLogger("cellserve")
+
+
+class GrpcServer:
+    """The server; it lives in the event loop that everything else lives in.
+
+    Args:
+        inference: Answers the requests.
+
+    Raises:
+        PortTaken: Its port is not to be had.
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        self._settings = inference.service.settings
+        self._check_port()
+        self._methods = _Methods(inference)
+        self._health = health.aio.HealthServicer()
+        self._server: Any = None
+
+    def _check_port(self) -> None:
+        """Listens for a moment, since gRPC itself says in many lines, and late, that it cannot."""
+        host, port = self._settings.host, self._settings.grpc_port
+        try:
+            kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(kind, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if self._settings.workers > 1:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                probe.bind(address)
+        except OSError as error:
+            raise PortTaken(f"--grpc-port {port}: {error.strerror}") from None
+
+    async def start(self) -> None:
+        """Begins to serve."""
+        settings = self._settings
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", settings.max_body_bytes),
+                ("grpc.max_send_message_length", -1),
+                # Workers share the port; otherwise a port that is taken is an error.
+                ("grpc.so_reuseport", int(settings.workers > 1)),
+            )
+        )
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._methods, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        port = self._server.add_insecure_port(f"{host}:{settings.grpc_port}")
+        await self._server.start()
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        log.info("gRPC on %s:%d", host, port)
+
+    async def stop(self) -> None:
+        """Ends when what was begun is answered, at the latest after `shutdown_seconds`."""
+        await self._health.enter_graceful_shutdown()
+        stopping = asyncio.ensure_future(self._server.stop(self._settings.shutdown_seconds))
+        await asyncio.sleep(0)
+        methods = self._methods
+        for stream in methods.streams:
+            stream.end()
+        while (methods.under_way or methods.streams) and not stopping.done():
+            await asyncio.sleep(_LOOK_SECONDS)
+        # Whoever watches the health would go on doing so.
+        await asyncio.wait((stopping,), timeout=_LAST_SECONDS)
+        await self._server.stop(None)
+        await stopping
+
+
+def _answering(method: Method) -> Method:
+    """Counts a method's calls, and turns what it raises into a status."""
+
+    async def answer(self: Any, request: Message, context: Message) -> Message:
+        asked = self.asked(context)
+        try:
+            told = await method(self, request, context)
+            asked.surface.answered(200, perf_counter() - asked.begun)
+            return told
+        except Exception as error:
+            problem = _counted(error, asked, method.__name__)
+        await _abort(context, problem, asked)
+
+    return answer
+
+
+def _counted(error: Exception, asked: Asked, method: str) -> Problem:
+    problem = as_problem(error, noted(asked, method="gRPC", path=method))
+    asked.surface.problem(problem)
+    asked.surface.answered(http_status(problem), perf_counter() - asked.begun)
+    return problem
+
+
+async def _abort(context: Message, problem: Problem, asked: Asked) -> None:
+    told = {name: str(value) for name, value in problem.extensions.items()} | {HEADER.decode(): asked.id}
+    more = tuple((name, value) for name, value in told.items() if _is_metadata(value))
+    await context.abort(grpc.StatusCode[grpc_code(problem)], problem.detail[:_LONGEST_MESSAGE], more)
+
+
+def _is_metadata(value: str) -> bool:
+    """Says whether metadata can hold a text; the message has it too."""
+    return len(value) <= _LONGEST_VALUE and value.isascii() and value.isprintable()
+
+
+class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    def __init__(self, inference: Inference) -> None:
+        self._inference, self._service = inference, inference.service
+        self.streams: set[Stream] = set()
+        self.under_way = 0  # requests that are being answered
+
+    async def ServerLive(self, request: Message, context: Message) -> Message:
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: Message, context: Message) -> Message:
+        return pb.ServerReadyResponse(ready=self._service.ready)
+
+    @_answering
+    async def ModelReady(self, request: Message, context: Message) -> Message:
+        self._owner(context)
+        try:
+            self._inference.engine(request.name, request.version)
+        except UnknownModel:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=self._service.ready)
+
+    @_answering
+    async def ServerMetadata(self, request: Message, context: Message) -> Message:
+        self._owner(context)
+        return ParseDict(describe.server(), pb.ServerMetadataResponse())
+
+    @_answering
+    async def ModelMetadata(self, request: Message, context: Message) -> Message:
+        self._owner(context)
+        model = self._inference.engine(request.name, request.version).model
+        return ParseDict(describe.metadata(model), pb.ModelMetadataResponse())
+
+    @_answering
+    async def ModelConfig(self, request: Message, context: Message) -> Message:
+        self._owner(context)
+        config = self._inference.config(self._inference.engine(request.name, request.version))
+        return ParseDict({"config": config}, pb.ModelConfigResponse())
+
+    @_answering
+    async def ModelStatistics(self, request: Message, context: Message) -> Message:
+        self._owner(context)
+        statistics = self._inference.told_statistics(request.name, request.version)
+        return ParseDict(statistics, pb.ModelStatisticsResponse())
+
+    @_answering
+    async def RepositoryIndex(self, request: Message, context: Message) -> Message:
+        self._owner(context)
+        models = describe.index(self._service.repository.models.values())
+        return ParseDict({"models": models}, pb.RepositoryIndexResponse())
+
+    @_answering
+    async def RepositoryModelLoad(self, request: Message, context: Message) -> Message:
+        raise describe.no_loading()
+
+    RepositoryModelUnload = RepositoryModelLoad
+
+    @_answering
+    async def ModelInfer(self, request: Message, context: Message) -> Message:
+        return await self._infer(self._owner(context), request)
+
+    async def ModelStreamInfer(self, requests: AsyncIterator[Message], context: Message) -> AsyncIterator[Message]:
+        try:
+            owner = self._owner(context)
+        except Problem as problem:
+            asked = self.asked(context)
+            await _abort(context, _counted(problem, asked, "ModelStreamInfer"), asked)
+        stream = Stream(lambda request: self._streamed(owner, request), self._service.settings.stream_window)
+        self.streams.add(stream)
+        try:
+            async for answer in stream.answers(requests):
+                yield answer
+        finally:
+            self.streams.discard(stream)
+
+    async def _streamed(self, owner: str, request: Message) -> Message:
+        asked = self.asked()
+        try:
+            answer = await self._infer(owner, request)
+        except Exception as error:
+            problem = _counted(error, asked, "ModelStreamInfer")
+            told = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
+            return pb.ModelStreamInferResponse(error_message=problem.detail, infer_response=told)
+        asked.surface.answered(200, perf_counter() - asked.begun)
+        answer.parameters["triton_final_response"].bool_param = True
+        return pb.ModelStreamInferResponse(infer_response=answer)
+
+    async def _infer(self, owner: str, request: Message) -> Message:
+        engine = self._inference.engine(request.model_name, request.model_version)
+        model, timing = engine.model, Timing()
+        self.under_way += 1
+        try:
+            with self._inference.statistics(engine).request(timing):
+                tensors = read_tensors(request)
+                for output in request.outputs:
+                    check_output(output.name, output.parameters, model)
+                timing.decode_ended()
+                parameters = {name: plain(value) for name, value in request.parameters.items()}
+                inferred = await self._inference.infer(owner, engine, tensors, parameters)
+                timing.run_ended(inferred.batch)
+                wanted = [output.name for output in request.outputs] or list(inferred.outputs)
+                told = {"model_name": model.name, "model_version": str(model.version), "id": request.id}
+                return write_answer(told, {name: inferred.outputs[name] for name in wanted}, inferred.parameters)
+        finally:
+            self.under_way -= 1
+
+    def asked(self, context: Message | None = None) -> Asked:
+        """Gives what there is beside a request: its id is taken from the metadata, or made."""
+        given = dict((context.invocation_metadata() or ()) if context is not None else ()).get(HEADER.decode(), "")
+        return Asked(
+            given if 0 < len(given) <= _LONGEST_VALUE else new_id(), self._service.counts.surfaces["inference"]
+        )
+
+    def _owner(self, context: Message) -> str:
+        metadata = context.invocation_metadata() or ()
+        return self._service.owner(
+            (name.encode(), value.encode() if isinstance(value, str) else value) for name, value in metadata
+        )
+
+
+@_answering
+async def _not_here(self: Any, request: Message, context: Message) -> Message:
+    raise NotByProtocol("this server has no such extension: ServerMetadata lists those that it has")
+
+
+for _name in _NOT_HERE:
+    setattr(_Methods, _name, _not_here)

@@ -1,0 +1,126 @@
+"""`/v2`: the protocol over HTTP, plain ASGI, since `infer` carries load."""
+
+from __future__ import annotations
+
+import orjson
+
+from service.api.inference import body, compression, describe, errors
+from service.api.inference.infer import Inference
+from service.api.inference.statistics import Timing
+from service.api.messages import (
+    ClientGone,
+    OneATurn,
+    Receive,
+    Scope,
+    Send,
+    as_problem,
+    read_body,
+    send_body,
+    unless_gone,
+)
+from service.api.observed import asked_of
+from service.errors import MethodNotAllowed, NotFound
+
+_LARGE_BODY = 16 * 1024  # bytes: reading more takes longer than a step
+_JSON = (b"content-type", b"application/json")
+
+
+class HttpInference:
+    """Everything under `/v2`.
+
+    Args:
+        inference: Answers the requests.
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference, self._service = inference, inference.service
+        self._one_a_turn = OneATurn()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        try:
+            path = scope["path"].removesuffix("/").split("/")[2:]
+            changing = path[:1] == ["repository"] or path[-1:] == ["infer"]
+            if scope["method"] != ("POST" if changing else "GET"):
+                allowed = "POST" if changing else "GET"
+                raise MethodNotAllowed(f"{scope['method']} {scope['path'][:200]}: send {allowed}", allow=allowed)
+            match path:
+                case ["models", name, "versions", version, "infer"]:
+                    await self._infer(scope, receive, send, name, version)
+                case ["models", name, "infer"]:
+                    await self._infer(scope, receive, send, name, "")
+                case _:
+                    await send_body(send, 200, [_JSON], await self._told(scope, receive, path))
+        except ClientGone:
+            pass
+        except Exception as error:
+            problem, asked = as_problem(error, scope), asked_of(scope)
+            asked.surface.problem(problem)
+            headers = [header for header in problem.headers() if header[0] != b"content-type"]
+            await send_body(send, errors.http_status(problem), [_JSON, *headers], errors.document(problem, asked.id))
+
+    async def _infer(self, scope: Scope, receive: Receive, send: Send, name: str, version: str) -> None:
+        headers = dict(scope["headers"])
+        owner = self._service.owner(scope["headers"])
+        engine = self._inference.engine(name, version)
+        limit = self._service.settings.max_body_bytes
+        content = await read_body(scope, receive, limit)
+        timing = Timing()
+        with self._inference.statistics(engine).request(timing):
+            encoding = headers.get(b"content-encoding", b"identity")
+            if encoding != b"identity":
+                content = await compression.decompressed(content, encoding, limit)
+            if len(content) > _LARGE_BODY:
+                await self._one_a_turn()
+            asked = body.read(content, headers.get(body.HEADER_LENGTH), engine.model)
+            timing.decode_ended()
+            work = self._inference.infer(owner, engine, asked.tensors, asked.parameters)
+            inferred = await (unless_gone(work, receive) if engine.is_behind else work)
+            timing.run_ended(inferred.batch)
+            told, content = body.write(engine.model, asked, inferred)
+            wanted = compression.accepted(headers.get(b"accept-encoding", b""))
+            smaller = None if wanted is None else await compression.compressed(content, wanted)
+            if wanted is not None and smaller is not None:
+                told, content = [*told, (b"content-encoding", wanted)], smaller
+        await send_body(send, 200, told, content)
+
+    async def _told(self, scope: Scope, receive: Receive, path: list[str]) -> bytes:
+        """Gives what anything but `infer` is answered."""
+        inference, service = self._inference, self._service
+        match path:
+            case ["health", "live"]:
+                return b""
+            case ["health", "ready"]:
+                inference.check_ready()
+                return b""
+        service.owner(scope["headers"])
+        match path:
+            case []:
+                return orjson.dumps(describe.server())
+            case ["repository", "index"]:
+                await read_body(scope, receive, service.settings.max_body_bytes)
+                return orjson.dumps(describe.index(service.repository.models.values()))
+            case ["repository", "models", _, "load" | "unload"]:
+                raise describe.no_loading()
+            case ["models", "stats"]:
+                return orjson.dumps(inference.told_statistics())
+            case ["models", name, "versions", version, *rest]:
+                return self._told_of(name, version, rest)
+            case ["models", name, *rest]:
+                return self._told_of(name, "", rest)
+        raise NotFound(f"{scope['path'][:200]}: this server has no such extension: see /docs for what there is")
+
+    def _told_of(self, name: str, version: str, what: list[str]) -> bytes:
+        inference = self._inference
+        engine = inference.engine(name, version)
+        match what:
+            case []:
+                return orjson.dumps(describe.metadata(engine.model))
+            case ["ready"]:
+                inference.check_ready()
+                return b""
+            case ["config"]:
+                return orjson.dumps(inference.config(engine))
+            case ["stats"]:
+                return orjson.dumps(inference.told_statistics(name, version))
+        raise NotFound(f"{'/'.join(what)[:80]}: a model has no such path, or this server no such extension: see /docs")

@@ -1,0 +1,84 @@
+"""The protocol's tensors: datatypes, and arrays out of bytes or numbers; an error names the tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import InvalidInput
+from service.tensors import decode
+
+Array = NDArray[Any]
+
+# https://kserve.github.io/website, "Open Inference Protocol", "Tensor Data Types", of those a model here may have.
+DATATYPES = {"float32": "FP32", "int32": "INT32", "int64": "INT64"}
+_WIRE: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT32": np.dtype("<i4"), "INT64": np.dtype("<i8")}
+_MOST_AXES = 8
+
+
+def _nested(number: Any) -> list[msgspec.json.Decoder[Any]]:
+    types = [number]
+    for _ in range(_MOST_AXES):
+        types.append(list[types[-1]])  # type: ignore[valid-type]
+    return [msgspec.json.Decoder(kind) for kind in types[1:]]
+
+
+_FLOATS, _INTEGERS = _nested(float), _nested(int)
+
+
+def from_bytes(name: str, datatype: str, shape: Sequence[int], content: bytes | memoryview) -> Array:
+    """Makes an array of little-endian bytes, row by row.
+
+    Raises:
+        InvalidInput: The datatype is not taken here, or the shape asks for another number of bytes.
+    """
+    dtype = _dtype(name, datatype)
+    size = _size(name, shape) * dtype.itemsize
+    if len(content) != size:
+        raise InvalidInput(
+            f"{name}: {len(content)} bytes, where the shape {list(shape)} of {datatype} asks for {size}", place=name
+        )
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+def from_numbers(name: str, datatype: str, shape: Sequence[int], numbers: Any) -> Array:
+    """Makes an array of numbers, flat row by row or nested; raises InvalidInput as `from_bytes` does."""
+    dtype = _dtype(name, datatype)
+    size = _size(name, shape)
+    try:
+        with np.errstate(over="ignore"):
+            array = np.asarray(numbers, dtype)
+    except (ValueError, OverflowError):
+        raise InvalidInput(f"{name}: send data of {datatype}, flat or nested evenly", place=name) from None
+    if array.size != size:
+        raise InvalidInput(f"{name}: {array.size} numbers, where the shape {list(shape)} asks for {size}", place=name)
+    return array.reshape(shape)
+
+
+def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw) -> Array:
+    """Makes an array of JSON's numbers; raises InvalidInput as `from_bytes` does."""
+    decoders = _FLOATS if _dtype(name, datatype).kind == "f" else _INTEGERS
+    content = bytes(data)
+    head = content[:64].translate(None, b" \t\r\n")
+    depth = len(head) - len(head.lstrip(b"["))
+    if depth > _MOST_AXES:
+        raise InvalidInput(f"{name}: its data are nested too deeply: send them flat", place=name)
+    return from_numbers(name, datatype, shape, decode(decoders[max(depth, 1) - 1], data, name))
+
+
+def _dtype(name: str, datatype: str) -> np.dtype[Any]:
+    dtype = _WIRE.get(datatype)
+    if dtype is None:
+        raise InvalidInput(f"{name}: its datatype is {datatype[:40]!r}: send one of {', '.join(_WIRE)}", place=name)
+    return dtype
+
+
+def _size(name: str, shape: Sequence[int]) -> int:
+    if len(shape) > _MOST_AXES or any(axis < 0 for axis in shape):
+        raise InvalidInput(f"{name}: its shape is {list(shape)[:_MOST_AXES]}: send that of the data", place=name)
+    return math.prod(shape)
