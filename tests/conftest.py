@@ -32,6 +32,13 @@ class Server:
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60, **options)
 
+    @property
+    def grpc(self) -> str:
+        """Where it speaks gRPC, if it was started with `--grpc-port 0`."""
+        found = re.search(r"gRPC on (\S+)", "".join(self.log))
+        assert found
+        return found[1]
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Sends a signal, waits for the end, and gives the exit status."""
         if self.process.poll() is None:
