@@ -20,7 +20,7 @@ ARG RUNTIME=cpu
 WORKDIR /build
 RUN python3 -m venv /venv
 COPY . .
-RUN /venv/bin/pip install --no-cache-dir ".[${RUNTIME},redis,tracing]"
+RUN /venv/bin/pip install --no-cache-dir ".[${RUNTIME},grpc,redis,tracing]"
 
 FROM ${BASE}
 RUN useradd --uid 10001 --no-create-home cellserve
