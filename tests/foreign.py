@@ -146,3 +146,21 @@ def both_ways(last_only: bool = False) -> Any:
         W=weights(11, 2, 16, 3),
         R=weights(12, 2, 16, 4),
     )
+
+
+def letters() -> Any:
+    """No time axis, one integer below 7 a time step; the output has 7 entries."""
+    return model(
+        [
+            node("Gather", ["table", "ids"], ["e"]),
+            node("MatMul", ["s", "W"], ["sW"]),
+            node("Add", ["e", "sW"], ["z"]),
+            node("Tanh", ["z"], ["s.next"]),
+            node("MatMul", ["s.next", "U"], ["y"]),
+        ],
+        [("ids", TensorProto.INT32, ["batch"]), ("s", FLOAT, ["batch", 4])],
+        [("y", FLOAT, ["batch", 7]), ("s.next", FLOAT, ["batch", 4])],
+        table=weights(13, 7, 4),
+        W=weights(14, 4, 4),
+        U=weights(15, 4, 7),
+    )

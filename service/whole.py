@@ -1,0 +1,105 @@
+"""Runs whole sequences of a model that cannot be stepped: no slots, no quantum, never cut and never padded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import BodyTooLarge, InvalidInput, ModelFailed, NotFinite, Problem, QueueFull
+from service.layout import parts
+from service.repository import Model
+
+Array = NDArray[Any]
+
+_MOST_WAITING = 256  # requests
+
+log = logging.getLogger("cellserve")
+
+
+class WholeRuns:
+    """The runs of one model, in the order of the requests, on a thread of their own.
+
+    Args:
+        model: The model.
+        max_batch: Rows of a run, at most: sequences of one request that are of one length.
+        max_steps: Time steps of a run, over its rows, at most: what a run needs of memory grows with them.
+    """
+
+    def __init__(self, model: Model, max_batch: int, max_steps: int) -> None:
+        self._model, self._max_batch, self._max_steps = model, max_batch, max_steps
+        self._executor = ThreadPoolExecutor(1, "whole")
+        self._waiting = 0
+
+    async def run(self, sequences: Sequence[Array]) -> list[Array]:
+        """Gives the outputs `[time, *outputs]` of each sequence `[time, *features]`, from zeros.
+
+        Raises:
+            BodyTooLarge: A sequence has too many time steps.
+            QueueFull: Too many requests wait.
+            NotFinite: An output would not be finite.
+            ModelFailed: ONNX Runtime could not run one.
+        """
+        for number, sequence in enumerate(sequences):
+            if len(sequence) > self._max_steps:
+                raise BodyTooLarge(
+                    f"sequences[{number}]: {len(sequence)} time steps, and the model runs each sequence whole: "
+                    f"send {self._max_steps} at most",
+                    limit=self._max_steps,
+                )
+        if self._waiting >= _MOST_WAITING:
+            raise QueueFull(f"{self._waiting} requests are waiting for model {self._model.name!r}: try again")
+        loop = asyncio.get_running_loop()
+        outputs: dict[int, Array] = {}
+        self._waiting += 1
+        try:
+            for numbers in self._batches(sequences):
+                x = np.stack([sequences[number] for number in numbers])
+                # Batch after batch, so that one whose client has gone ends here.
+                ys = await loop.run_in_executor(self._executor, self._run, x, numbers)
+                outputs.update(zip(numbers, ys, strict=True))
+        finally:
+            self._waiting -= 1
+        return [outputs[number] for number in range(len(sequences))]
+
+    def check(self, states: object) -> None:
+        """Raises InvalidInput where states to start from were given."""
+        if states is not None:
+            raise InvalidInput(
+                f"states: model {self._model.name!r} runs whole sequences from zeros only, "
+                f"{self._model.runtime.signature.predict_only}: leave them out",
+                place="states",
+            )
+
+    def _batches(self, sequences: Sequence[Array]) -> list[list[int]]:
+        """Gives the numbers of the sequences of each run."""
+        alike: dict[int, list[int]] = {}
+        for number, sequence in enumerate(sequences):
+            alike.setdefault(len(sequence), []).append(number)
+        batches = []
+        for steps, numbers in alike.items():
+            most = max(1, min(self._max_batch, self._max_steps // steps))
+            batches += [numbers[start : start + most] for start in range(0, len(numbers), most)]
+        return batches
+
+    def _run(self, x: Array, numbers: Sequence[int]) -> Array:
+        runtime = self._model.runtime
+        try:
+            y, _ = runtime.run(x, np.full(len(x), x.shape[1], np.int32), runtime.zeros(len(x)))
+        except Exception as error:
+            log.error("model %s failed: %s", self._model.name, error)
+            raise _failed(self._model.name) from None
+        for row, number in enumerate(numbers):
+            if not all(np.isfinite(part).all() for part in parts(y[row])):
+                place = f"sequences[{number}]"
+                raise NotFinite(f"{place}: the model's output is not finite", place=place)
+        return y
+
+
+def _failed(name: str) -> Problem:
+    return ModelFailed(f"ONNX Runtime could not run model {name!r} on this request")
