@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from service.layout import Layout
 from tests import foreign
 from tests.conftest import Server, start_server
 from tests.kinds import KINDS, write_repository
+from tests.redis_server import RedisServer
 from tests.service.test_runs import by_hand
 
 STEPS = 7
@@ -221,6 +222,32 @@ def test_an_integer_out_of_bounds_in_a_frame_moves_nobody(server: Server, stream
     answer = json.loads(stream.recv(timeout=30))
     assert answer["problem"]["place"] == "x[1][0]"
     assert ask(stream, op="step", session=0, x=1)["position"] == 1
+
+
+@pytest.mark.parametrize("kind", ["letters", "symbols", "deep-1"])
+@pytest.mark.parametrize("outlives", ["snapshot", "store"])
+def test_a_repeated_step_of_any_kind_is_answered_again_after_a_restart(
+    kinds: Path, serve: Callable[..., Server], redis: RedisServer, tmp_path: Path, kind: str, outlives: str
+) -> None:
+    kept = ("--snapshot", str(tmp_path / "sessions")) if outlives == "snapshot" else ("--store", redis.url)
+    told = KINDS[kind][1]
+    x, _ = draw(told, 1, 300, np.random.default_rng(7))
+    first, long = ({"x": as_json(x[0, :2]), "outputs": "all", "position": 0}, {"x": as_json(x[0]), "outputs": "all"})
+    bodies = {"short": first, "long": {**long, "position": 0}}
+    server = serve("--models", str(kinds), *kept)
+    with server.client() as client:
+        sessions = {name: client.post("/sessions", json={"model": kind}).json()["session"] for name in bodies}
+        answers = {name: client.post(f"/sessions/{one}/step", json=bodies[name]) for name, one in sessions.items()}
+    assert server.stop() == 0
+    server = serve("--models", str(kinds), *kept)
+    with server.client() as client:
+        for name, session in sessions.items():
+            again = client.post(f"/sessions/{session}/step", json=bodies[name])
+            assert again.headers["idempotent-replay"] == "true"
+            same(again.json()["y"], answers[name].json()["y"])
+        rest = {"x": as_json(x[0, 2:]), "outputs": "all", "position": 2}
+        went_on = client.post(f"/sessions/{sessions['short']}/step", json=rest).json()["y"]
+        same(went_on, at(answers["long"].json()["y"], slice(2, None)))
 
 
 def test_a_model_that_mixes_rows_is_run_one_row_at_a_time(server: Server) -> None:
