@@ -40,8 +40,21 @@ WHOLE = Effort(batches=(*range(1, 65), 128, 256), time=12, compositions=7, long=
 SHORT = Effort(batches=(1, 2, 3, 5, 8, 16, 33, 64), time=5, compositions=3, long=0)
 
 
+class Differs(Exception):
+    """Two runs gave a row different bits.
+
+    Args:
+        what: Which.
+        difference: The largest, relative to numbers beyond 1.
+    """
+
+    def __init__(self, what: str, difference: float) -> None:
+        super().__init__(what)
+        self.difference = difference
+
+
 def prove(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> Exactness:
-    """Compares bits between runs that differ in everything but the numbers of a row.
+    """Says whether runs that differ in everything but the numbers of a row give the row the same bits.
 
     Args:
         runtimes: One model opened at the settings to prove, several where bits must agree between settings.
@@ -49,24 +62,24 @@ def prove(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> Exactne
         seed: Of the random states, inputs, lengths and cuts.
     """
     try:
-        count = sum(1 for _ in _comparisons(runtimes, effort, np.random.default_rng(seed)))
-    except _Differs as differs:
+        return Exactness(proved=True, why=compare(runtimes, effort, seed))
+    except Differs as differs:
         return Exactness(proved=False, why=str(differs))
+
+
+def compare(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> str:
+    """Compares bits as `prove` does; says over what they were the same.
+
+    Raises:
+        Differs: They are not.
+    """
+    count = sum(1 for _ in _comparisons(runtimes, effort, np.random.default_rng(seed)))
     threads = "/".join(str(runtime.options.threads) for runtime in runtimes)
     varied = "places" if runtimes[0].signature.predict_only else "places, chunkings, paddings"
-    return Exactness(
-        proved=True,
-        why=f"the same bits in {count} comparisons over batch sizes {effort.batches[0]} to {effort.batches[-1]}, "
-        f"{varied}; threads {threads}; {runtimes[0].provider}",
+    return (
+        f"the same bits in {count} comparisons over batch sizes {effort.batches[0]} to {effort.batches[-1]}, "
+        f"{varied}; threads {threads}; {runtimes[0].provider}"
     )
-
-
-class _Differs(Exception):
-    """Two runs gave a row different bits, by so much relative to numbers beyond 1."""
-
-    def __init__(self, what: str, difference: float) -> None:
-        super().__init__(what)
-        self.difference = difference
 
 
 def _comparisons(runtimes: Sequence[Runtime], effort: Effort, rng: np.random.Generator) -> Iterator[None]:
@@ -199,10 +212,10 @@ def _same(one: Array, other: Array, what: str) -> None:
         return
     difference = 0.0
     if one.shape != other.shape:
-        raise _Differs(f"{what} has another shape, {list(one.shape)}, than alone, {list(other.shape)}", math.inf)
+        raise Differs(f"{what} has another shape, {list(one.shape)}, than alone, {list(other.shape)}", math.inf)
     for own, true in zip(parts(one), parts(other), strict=True):
         off = np.abs(own.astype(np.float64) - true.astype(np.float64))
         difference = max(difference, float(np.max(off / np.maximum(1, np.abs(true)), initial=0)))
-    raise _Differs(
+    raise Differs(
         f"{what} differs from the same steps one by one in a batch of another size, by {difference:.1e}", difference
     )
