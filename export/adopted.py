@@ -59,6 +59,7 @@ def difference_from_the_original(
     Relative to numbers beyond 1, over outputs and last states.
     """
     told = model.signature
+    told = told.model_copy(update={"batch": told.batch or 1})  # whether rows mix is found out later
     x, initial = draw(told, _ROWS, STEPS, np.random.default_rng(1))
     runtime, session = model.open(told), opened(original)
     outputs, following = [spec.name for spec in told.outputs], [state.following for state in roles.states]

@@ -62,8 +62,8 @@ def adopt(request: Request, console: Console) -> Path:
         difference = adopted.difference_from_the_original(graph.original, roles, model, constants, request.contexts)
         if not difference <= TOLERANCE:
             raise ExportError(
-                f"the edited graph is off by {difference:.1e} from the graph as it was, run row by row: a mistake of "
-                f"ours, or its rows are not independent: try :batch_axis=N, or report it with the model"
+                f"what comes of it is off by {difference:.1e} from the graph as it was in a plain loop: is each "
+                f":batch_axis right? Otherwise it is a mistake of ours, please report it with the model"
             )
         status.update("proving that neither batch nor chunks change a bit")
         signature, exactness = _proved(model)

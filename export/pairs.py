@@ -40,6 +40,14 @@ def find_pairs(inputs: Sequence[Port], outputs: Sequence[Port]) -> dict[str, str
             )
         if found:
             pairs[port.name] = found[0]
+    # Of `x` and `past_x` it is the second that becomes `present_x`.
+    marked = {following for name, following in pairs.items() if _BEFORE & set(_tokens(name))}
+    pairs = {name: one for name, one in pairs.items() if one not in marked or _BEFORE & set(_tokens(name))}
+    for name, following in pairs.items():
+        rivals = [other for other, one in pairs.items() if one == following]
+        if len(rivals) > 1:
+            raise ExportError(f"{' and '.join(rivals)} could each become {following}: say which with "
+                              f"--state {name}={following}")  # fmt: skip
     return pairs
 
 
