@@ -282,7 +282,7 @@ def _proved(model: _Model) -> tuple[Signature, Exactness]:
     if differed.difference <= _ROUNDING:
         return told, Exactness(proved=False, why=f"{differed}: it is run one row and one time step at a time")
     if not told.time_axis:
-        raise ExportError(f"the same run gives other numbers the second time: {differed}: it cannot be served")
+        raise ExportError(f"its numbers are not its rows' own, are some random? {differed}: it cannot be served")
     return _whole_only(model, alone, effort, differed)
 
 
