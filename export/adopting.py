@@ -15,6 +15,7 @@ from rich.console import Console
 from export import adopted, artifacts
 from export.errors import ExportError
 from export.foreign import ForeignGraph
+from export.pairs import find_pairs
 from export.roles import InputFlag, StateFlag, find_roles
 from export.servable import ServableGraph
 from models.signature import MODEL_NAME, Exactness, ModelDocument, Signature
@@ -63,6 +64,9 @@ def _adopt(request: Request, console: Console) -> Path:
     with console.status("reading") as status:
         graph = ForeignGraph(request.model)
         constants = {name: graph.bake(name, text) for name, text in request.constants.items()}
+        told = {flag.name for flag in request.states} | {flag.name for flag in request.inputs}
+        for name in find_pairs(graph.defaults, graph.outputs).keys() | told & {port.name for port in graph.defaults}:
+            graph.free(name)
         graph.fix(request.dims)
         roles = find_roles(graph.inputs, graph.outputs, request.inputs, request.states, request.contexts)
         model = ServableGraph(graph, roles, request.contexts)

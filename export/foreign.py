@@ -39,18 +39,35 @@ class ForeignGraph:
         _check_operators(self.model, self.opset)
         if any(entry.key == METADATA_KEY for entry in self.model.metadata_props):
             raise ExportError(f"{path} is a model of cellserve's already: copy its folder into the repository")
+        self.original: bytes = self.model.SerializeToString()
         graph = self.graph = self.model.graph
-        constants = {tensor.name for tensor in graph.initializer}  # which old files list among the inputs too
-        for port in [port for port in graph.input if port.name in constants]:
+        constants = {tensor.name for tensor in graph.initializer}
+        self._defaults = [port for port in graph.input if port.name in constants]
+        for port in self._defaults:  # a weight, which old files list among the inputs too, or a default
             graph.input.remove(port)
         del graph.value_info[:]  # it tells of shapes that may change here
-        self.original: bytes = self.model.SerializeToString()
         self._front: list[Any] = []
 
     @property
     def inputs(self) -> list[Port]:
         """The inputs that are left."""
         return [_port(port) for port in self.graph.input]
+
+    @property
+    def defaults(self) -> list[Port]:
+        """What could be an input and has a value in the file."""
+        return [_port(port) for port in self._defaults]
+
+    def free(self, name: str) -> None:
+        """Makes an input of what has a default, which must be zeros: what states begin with."""
+        tensor = next(tensor for tensor in self.graph.initializer if tensor.name == name)
+        if numpy_helper.to_array(tensor).any():
+            raise ExportError(
+                f"state {name} begins with numbers of its own, and sessions begin with zeros: "
+                f"export it without them, and create sessions with these states"
+            )
+        self.graph.initializer.remove(tensor)
+        self.graph.input.append(next(port for port in self._defaults if port.name == name))
 
     @property
     def outputs(self) -> list[Port]:

@@ -37,6 +37,7 @@ class Effort:
 
 
 WHOLE = Effort(batches=(*range(1, 65), 128, 256), time=12, compositions=7, long=200)
+_ONE_BY_ONE = "the same steps one by one in a batch of another size"
 _WHOLE_TIMES = 33, 40  # time steps of sequences that are run whole
 SHORT = Effort(batches=(1, 2, 3, 5, 8, 16, 33, 64), time=5, compositions=3, long=0)
 
@@ -163,7 +164,7 @@ def _whole_sequences(
             chosen = rng.permutation(rows)[:batch]
             y = _from_zeros(runtime, x[chosen])
             for place, row in enumerate(chosen):
-                _same(y[place], alone[row][0], f"the output of row {place} of a batch of {batch} sequences")
+                _same(y[place], alone[row][0], f"row {place} of a batch of {batch} sequences", "the sequence alone")
                 yield
 
 
@@ -212,15 +213,13 @@ def _chunkings(runtime: Runtime, truth: Truth, cuts: list[tuple[int, ...]], sign
         yield
 
 
-def _same(one: Array, other: Array, what: str) -> None:
+def _same(one: Array, other: Array, what: str, than: str = _ONE_BY_ONE) -> None:
     if one.tobytes() == other.tobytes():
         return
     difference = 0.0
     if one.shape != other.shape:
-        raise Differs(f"{what} has another shape, {list(one.shape)}, than alone, {list(other.shape)}", math.inf)
+        raise Differs(f"{what} has another shape, {list(one.shape)}, than {than}, {list(other.shape)}", math.inf)
     for own, true in zip(parts(one), parts(other), strict=True):
         off = np.abs(own.astype(np.float64) - true.astype(np.float64))
         difference = max(difference, float(np.max(off / np.maximum(1, np.abs(true)), initial=0)))
-    raise Differs(
-        f"{what} differs from the same steps one by one in a batch of another size, by {difference:.1e}", difference
-    )
+    raise Differs(f"{what} differs from {than}, by {difference:.1e}", difference)

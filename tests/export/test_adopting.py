@@ -187,6 +187,16 @@ def test_constants_are_baked_into_the_graph_and_what_it_holds(adopt: Adopt, caps
     assert y[0].tolist() == [[1, 2, 3, 4], [2, 3, 4, 5]]
 
 
+def with_default(value: float) -> Any:
+    made = foreign.frames(1)
+    made.graph.initializer.append(onnx.numpy_helper.from_array(np.full((1, 4), value, np.float32), "s"))
+    return made
+
+
+def test_a_state_with_a_default_of_zeros_is_carried_all_the_same(adopt: Adopt) -> None:
+    assert [state.name for state in adopt(with_default(0)).document.signature.states] == ["s"]
+
+
 def test_a_context_of_the_last_entries_is_carried_as_a_state(adopt: Adopt) -> None:
     made = foreign.model(
         [node("ReduceSum", ["x", "one"], ["y"], keepdims=1)],
@@ -282,6 +292,8 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
                       [("x", FLOAT, ["batch", 3]), ("h", FLOAT, ["batch", 3])],
                       [("y", FLOAT, ["batch", 3]), ("hn", FLOAT, ["batch", 3])]),
         [], ""),
+    "a state that begins with numbers": (with_default(0.5), [], "state s begins with numbers of its own"),
+    "a model of our own": (foreign.described(foreign.frames(), FRAMES), [], "a model of cellserve's already"),
     "labels of another number": (foreign.frames(), ["--labels", "a,b,c"], "3 labels for an output of shape [2]"),
     "a context as long as the step": (foreign.frames(), ["--context", "x=3"], "give from 1 to 2"),
 }  # fmt: skip
