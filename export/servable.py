@@ -136,7 +136,8 @@ class ServableGraph:
 
     def _hint(self) -> str:
         dims = [dim for port in self.graph.inputs for dim in port.dims or () if isinstance(dim, str)]
-        return f"where an axis is none of time, fix its size with --dim NAME=VALUE (of {', '.join(sorted(set(dims)))})"
+        names = ", ".join(sorted(set(dims)))
+        return f"fix an axis that is none of time with --dim NAME=VALUE (of {names}), or say --input NAME:time_axis=N"
 
     def _probe(self, rows: int, time: int) -> dict[str, Any]:
         told = self._signature

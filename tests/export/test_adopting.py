@@ -127,6 +127,36 @@ def test_a_model_that_looks_ahead_predicts_whole_sequences_only(adopt: Adopt) ->
     np.testing.assert_allclose(y, session.run(["out"], {"x": x, **zeros})[0], atol=1e-5)
 
 
+def unpacked() -> Any:
+    """An LSTM before a MatMul by weights that ONNX Runtime cannot pack, so that one row has a kernel of its own."""
+    units = 48
+    return foreign.model(
+        [
+            node("Transpose", ["x"], ["xt"], perm=[1, 0, 2]),
+            node("LSTM", ["xt", "W", "R", "", "", "h", "c"], ["yt", "hn", "cn"], hidden_size=units),
+            node("Squeeze", ["yt", "one"], ["ys"]),
+            node("Transpose", ["ys"], ["yb"], perm=[1, 0, 2]),
+            node("ReduceMax", ["x"], ["largest"], keepdims=0),
+            node("Mul", ["largest", "nought"], ["zero"]),
+            node("Add", ["P", "zero"], ["weights"]),
+            node("MatMul", ["yb", "weights"], ["out"]),
+        ],
+        [("x", FLOAT, ["batch", "time", 3]), *((name, FLOAT, [1, "batch", units]) for name in "hc")],
+        [("out", FLOAT, ["batch", "time", 5]), *((f"{name}n", FLOAT, [1, "batch", units]) for name in "hc")],
+        one=np.array([1], np.int64),
+        nought=np.float32(0),
+        W=foreign.weights(9, 1, 4 * units, 3),
+        R=foreign.weights(10, 1, 4 * units, units),
+        P=foreign.weights(11, units, 5),
+    )
+
+
+def test_a_model_whose_chunks_differ_in_the_last_bits_is_stepped_one_time_step_at_a_time(adopt: Adopt) -> None:
+    model = adopt(unpacked())
+    assert (model.exactness.proved, model.document.signature.predict_only) == (False, None)
+    assert "one row and one time step at a time" in model.exactness.why
+
+
 def time_first(batch: Any = "batch") -> Any:
     """As PyTorch exports an LSTM by default: x `[time, batch, 3]`."""
     return foreign.model(
