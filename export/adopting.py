@@ -12,7 +12,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from export import adopted, artifacts
+from export import adopting_report, artifacts, plain_loop
 from export.errors import ExportError
 from export.foreign import ForeignGraph
 from export.pairs import find_pairs
@@ -57,7 +57,7 @@ def adopt(request: Request, console: Console) -> Path:
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise ExportError(f"it does not run row by row and step by step: {adopted.first_line(error)}") from None
+        raise ExportError(f"it does not run row by row and step by step: {plain_loop.first_line(error)}") from None
 
 
 def _adopt(request: Request, console: Console) -> Path:
@@ -71,7 +71,7 @@ def _adopt(request: Request, console: Console) -> Path:
         roles = find_roles(graph.inputs, graph.outputs, request.inputs, request.states, request.contexts)
         model = ServableGraph(graph, roles, request.contexts)
         status.update("running it beside the graph as it was")
-        difference = adopted.difference_from_the_original(graph.original, roles, model, constants, request.contexts)
+        difference = plain_loop.difference(graph.original, roles, model, constants, request.contexts)
         if not difference <= TOLERANCE:
             raise ExportError(
                 f"what comes of it is off by {difference:.1e} from the graph as it was in a plain loop: is each "
@@ -95,14 +95,14 @@ def _adopt(request: Request, console: Console) -> Path:
             labels=labels,
             form="ONNX made elsewhere",
             operators=graph.operators,
-            parity={"original": difference, "time_steps": adopted.STEPS},
+            parity={"original": difference, "time_steps": plain_loop.STEPS},
             exactness=exactness,
             timings={"unit": "microseconds a run, 1 thread, by batch x time", **timings},
             provenance=_provenance(request, graph),
         )
         content = model.content(document)
         folder = artifacts.write(request.artifacts, request.name, request.version, {MODEL_NAME: content})
-    adopted.show(console, str(folder), document, roles, constants, request.contexts, len(content))
+    adopting_report.show(console, str(folder), document, roles, constants, request.contexts, len(content))
     return folder
 
 

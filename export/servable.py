@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from export import adopted
+from export import plain_loop
 from export.errors import ExportError
 from export.foreign import ForeignGraph
 from export.roles import SERVED_TYPES, InputRole, Roles
@@ -59,11 +59,14 @@ class ServableGraph:
             batch=roles.batch,
         )
         following = {state.next_name for state in self._signature.states}
-        self._outputs = [port.name for port in graph.outputs if port.name not in following]
-        if not self._outputs:
+        self._names = [port.name for port in graph.outputs if port.name not in following]
+        if not self._names:
             raise ExportError("all of its outputs are next states: there is none to answer with")
-        self._look_at_outputs(any(role.order is not None and role.time_axis == 0 for role in roles.inputs),
-                              all(role.batch_axis is None for role in roles.inputs))  # fmt: skip
+        if all(role.batch_axis is None for role in roles.inputs):
+            for name in self._names:
+                graph.add_batch_axis(name, False)
+        self._time_first = any(role.order is not None and role.time_axis == 0 for role in roles.inputs)
+        self._look_at_outputs()
 
     @property
     def signature(self) -> Signature:
@@ -83,56 +86,56 @@ class ServableGraph:
         except RuntimeUnavailable as error:
             raise ExportError(str(error)) from None
 
-    def _look_at_outputs(self, time_first: bool, alone: bool) -> None:
-        """Runs the graph to see the shapes of its outputs, and turns those that are in another order of axes."""
-        told = self._signature
-        self._shapes = self._input_shapes()
-        if alone:
-            for name in self._outputs:
-                self.graph.add_batch_axis(name, False)
-        try:
-            ran = self._probe(told.batch or 2, 3)
-        except ExportError as refused:
-            if told.batch is not None:
-                raise
-            try:  # The graph says that it takes any number of rows, and may take one only.
-                ran = self._probe(1, 3)
-            except ExportError:
-                raise refused from None
-            told = self._signature = told.model_copy(update={"batch": 1})
+    def _look_at_outputs(self) -> None:
+        """Runs the graph to see its outputs, on one row where it says that it takes any number and does not."""
+        told, refused = self._signature, None
+        for batch in (None, 1) if told.batch is None else (told.batch,):
+            self._signature = told.model_copy(update={"batch": batch})
             self._shapes = self._input_shapes()
-        if time_first and told.time_axis:
-            for name in self._outputs:
-                if ran[name].ndim >= 2:
+            try:
+                outputs = self._outputs(batch or 2)
+                break
+            except ExportError as error:
+                refused = refused or error
+        else:
+            assert refused is not None
+            raise refused
+        self._signature = self._signature.model_copy(update={"outputs": outputs})
+        leads = (self._batch_name(), "time") if told.time_axis else (self._batch_name(),)
+        self._shapes |= {spec.name: (*leads, *spec.shape) for spec in outputs}
+        self._shapes |= {spec.next_name: self._state_shape(spec, self._batch_name()) for spec in told.states}
+
+    def _outputs(self, rows: int) -> tuple[TensorSpec, ...]:
+        """Gives the outputs as they come from so many rows; raises ExportError where they or the states do not fit."""
+        told = self._signature
+        ran = self._probe(rows, 3)
+        if self._time_first:
+            for name in self._names:
+                if ran[name].ndim > 1:
                     self.graph.turn_output(name, (1, 0, *range(2, ran[name].ndim)))
-            ran = self._probe(told.batch or 2, 3)
-        longer = self._probe(told.batch or 2, 5) if told.time_axis else ran
+            self._time_first = False
+            ran = self._probe(rows, 3)
+        longer = self._probe(rows, 5) if told.time_axis else ran
+        leading = (rows, 3) if told.time_axis else (rows,)
         outputs = []
-        for name in self._outputs:
+        for name in self._names:
             shape, again = ran[name].shape, longer[name].shape
-            rows = told.batch or 2
-            leading = (rows, 3) if told.time_axis else (rows,)
             if shape[: len(leading)] != leading or (told.time_axis and again != (rows, 5, *shape[2:])):
                 of = f"{rows} rows of 3 time steps" if told.time_axis else f"{rows} rows"
                 wanted = "[batch, time, ...]" if told.time_axis else "[batch, ...]"
-                raise ExportError(
-                    f"output {name} has shape {list(shape)} for {of}, where {wanted} is wanted: "
-                    f"{self._hint() if told.time_axis else 'give the axis of the batch with --input NAME:batch_axis=N'}"
-                )
+                hint = self._hint() if told.time_axis else "give the axis of the batch with --input NAME:batch_axis=N"
+                raise ExportError(f"output {name} has shape {list(shape)} for {of}, where {wanted} is wanted: {hint}")
             if str(ran[name].dtype) not in SERVED_TYPES:
                 raise ExportError(f"output {name} is {ran[name].dtype}: {', '.join(SERVED_TYPES)} can be served")
             outputs.append(TensorSpec(name=name, dtype=str(ran[name].dtype), shape=shape[len(leading) :]))
         for spec in told.states:
-            shape, wanted_shape = ran[spec.next_name].shape, self._state_shape(spec, told.batch or 2)
-            if shape != wanted_shape:
+            shape, fitting = ran[spec.next_name].shape, self._state_shape(spec, rows)
+            if shape != fitting:
                 raise ExportError(
-                    f"state {spec.name} is {list(wanted_shape)} and its next one, {spec.next_name}, {list(shape)}: "
+                    f"state {spec.name} is {list(fitting)} and its next one, {spec.next_name}, {list(shape)}: "
                     f"it cannot be fed back, give another with --state {spec.name}=OUTPUT[:batch_axis=N]"
                 )
-        self._signature = told.model_copy(update={"outputs": tuple(outputs)})
-        leads = [self._batch_name(), "time"] if told.time_axis else [self._batch_name()]
-        self._shapes |= {spec.name: (*leads, *spec.shape) for spec in outputs}
-        self._shapes |= {spec.next_name: self._state_shape(spec, self._batch_name()) for spec in told.states}
+        return tuple(outputs)
 
     def _hint(self) -> str:
         dims = [dim for port in self.graph.inputs for dim in port.dims or () if isinstance(dim, str)]
@@ -147,14 +150,14 @@ class ServableGraph:
             for spec, part in zip(told.inputs, parts(x), strict=True)
         }
         feeds |= {spec.name: state for spec, state in zip(told.states, states, strict=True)}
-        session = adopted.opened(self.content(None))
+        session = plain_loop.opened(self.content(None))
         names = [port.name for port in self.graph.outputs]
         try:
             return dict(zip(names, session.run(names, feeds), strict=True))
         except Exception as error:
             steps = f" of {time} time steps" if told.time_axis else ""
             hint = f": {self._hint()}" if told.time_axis else ""
-            raise ExportError(f"it does not run on {rows} rows{steps}, {adopted.first_line(error)}{hint}") from None
+            raise ExportError(f"it does not run on {rows} rows{steps}, {plain_loop.first_line(error)}{hint}") from None
 
     def _input_shapes(self) -> dict[str, tuple[int | str, ...]]:
         told, batch = self._signature, self._batch_name()

@@ -157,6 +157,17 @@ def test_a_model_whose_chunks_differ_in_the_last_bits_is_stepped_one_time_step_a
     assert "one row and one time step at a time" in model.exactness.why
 
 
+@pytest.mark.parametrize("shape", [[1, 4], [1, -1]])
+def test_a_graph_that_says_any_number_of_rows_and_takes_one_is_run_row_by_row(adopt: Adopt, shape: list[int]) -> None:
+    made = foreign.model(
+        [node("Add", ["x", "h"], ["sum"]), node("Reshape", ["sum", "shape"], ["y"]), node("Identity", ["y"], ["hn"])],
+        [("x", FLOAT, ["batch", 4]), ("h", FLOAT, ["batch", 4])],
+        [("y", FLOAT, [1, "n"]), ("hn", FLOAT, [1, "n"])],
+        shape=np.array(shape, np.int64),
+    )
+    assert adopt(made).document.signature.batch == 1
+
+
 def time_first(batch: Any = "batch") -> Any:
     """As PyTorch exports an LSTM by default: x `[time, batch, 3]`."""
     return foreign.model(
