@@ -71,8 +71,10 @@ class Engine:
         self.arena = Arena(model.runtime.signature.states, settings.held_sessions + settings.max_queued_steps)
         exact = model.exactness.proved
         self.max_batch = settings.max_batch if exact else 1
+        self.counts = TickCounts()
         cannot = model.runtime.signature.predict_only is not None
-        self.whole = WholeRuns(model, self.max_batch, settings.max_whole_steps) if cannot else None
+        whole = self.max_batch, settings.max_whole_steps, self.counts
+        self.whole = WholeRuns(model, *whole) if cannot else None
         self._quantum = settings.quantum if exact else 1
         self._inline_seconds = settings.inline_microseconds / 1e6
         self._max_queued = settings.max_queued_steps
@@ -87,7 +89,6 @@ class Engine:
         self._short = Lane(self._cost, self.max_batch, self._quantum, cheap_seconds)
         self._long = Lane(self._cost, self.max_batch, self._quantum, cheap_seconds)
         self._lanes = [self._short, self._long]
-        self.counts = TickCounts()
         self.tracing: Tracing | None = None
         self.queued = 0  # time steps that wait, over all slots
         self.settle: Callable[[Slots, Array], Array]  # told the slots of sessions that have moved and how far

@@ -38,7 +38,6 @@ class Effort:
 
 WHOLE = Effort(batches=(*range(1, 65), 128, 256), time=12, compositions=7, long=200)
 _ONE_BY_ONE = "the same steps one by one in a batch of another size"
-_WHOLE_TIMES = 33, 40  # time steps of sequences that are run whole
 _FEW = 5
 SHORT = Effort(batches=(1, 2, 3, 5, 8, 16, 33, 64), time=5, compositions=3, long=0)
 
@@ -156,7 +155,8 @@ def _whole_sequences(
     runtimes: Sequence[Runtime], rows: int, effort: Effort, rng: np.random.Generator
 ) -> Iterator[None]:
     """Compares the rows of batches of whole sequences from zeros, of one length each, with each row alone."""
-    for time in _WHOLE_TIMES:
+    fewest = runtimes[0].signature.min_steps
+    for time in (max(effort.time, fewest), max(effort.compositions, fewest)):
         x, _ = draw(runtimes[0].signature, rows, time, rng)
         try:
             alone = [_from_zeros(runtimes[0], x[row : row + 1]) for row in range(rows)]

@@ -6,11 +6,13 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.counts import TickCounts
 from service.errors import BodyTooLarge, InvalidInput, ModelFailed, NotFinite, Problem, QueueFull
 from service.layout import parts
 from service.repository import Model
@@ -29,9 +31,11 @@ class WholeRuns:
         model: The model.
         max_batch: Rows of a run, at most: sequences of one request that are of one length.
         max_steps: Time steps of a run, over its rows, at most: what a run needs of memory grows with them.
+        counts: Of the engine; a run counts as a tick.
     """
 
-    def __init__(self, model: Model, max_batch: int, max_steps: int) -> None:
+    def __init__(self, model: Model, max_batch: int, max_steps: int, counts: TickCounts) -> None:
+        self._counts = counts
         self._model, self._max_batch, self._max_steps = model, max_batch, max_steps
         self._executor = ThreadPoolExecutor(1, "whole")
         self._waiting = 0
@@ -40,12 +44,19 @@ class WholeRuns:
         """Gives the outputs `[time, *outputs]` of each sequence `[time, *features]`, from zeros.
 
         Raises:
+            InvalidInput: A sequence has too few time steps.
             BodyTooLarge: A sequence has too many time steps.
             QueueFull: Too many requests wait.
             NotFinite: An output would not be finite.
             ModelFailed: ONNX Runtime could not run one.
         """
+        fewest = self._model.runtime.signature.min_steps
         for number, sequence in enumerate(sequences):
+            if len(sequence) < fewest:
+                place = f"sequences[{number}]"
+                raise InvalidInput(
+                    f"{place}: {len(sequence)} time steps, and the model wants {fewest} at least", place=place
+                )
             if len(sequence) > self._max_steps:
                 raise BodyTooLarge(
                     f"sequences[{number}]: {len(sequence)} time steps, and the model runs each sequence whole: "
@@ -61,7 +72,12 @@ class WholeRuns:
             for numbers in self._batches(sequences):
                 x = np.stack([sequences[number] for number in numbers])
                 # Batch after batch, so that one whose client has gone ends here.
-                ys = await loop.run_in_executor(self._executor, self._run, x, numbers)
+                arrived = perf_counter()
+                ys, start = await loop.run_in_executor(self._executor, self._run, x, numbers)
+                self._counts.rows.note(len(x))
+                self._counts.queue.note(start - arrived)
+                self._counts.run.note(perf_counter() - start)
+                self._counts.steps += x.shape[0] * x.shape[1]
                 outputs.update(zip(numbers, ys, strict=True))
         finally:
             self._waiting -= 1
@@ -91,8 +107,9 @@ class WholeRuns:
             batches += [numbers[start : start + most] for start in range(0, len(numbers), most)]
         return batches
 
-    def _run(self, x: Array, numbers: Sequence[int]) -> Array:
-        runtime = self._model.runtime
+    def _run(self, x: Array, numbers: Sequence[int]) -> tuple[Array, float]:
+        """Gives the outputs, and when the run began, in seconds of `time.perf_counter`."""
+        runtime, start = self._model.runtime, perf_counter()
         try:
             y, _ = runtime.run(x, np.full(len(x), x.shape[1], np.int32), runtime.zeros(len(x)))
         except Exception as error:
@@ -102,7 +119,7 @@ class WholeRuns:
             if not all(np.isfinite(part).all() for part in parts(y[row])):
                 place = f"sequences[{number}]"
                 raise NotFinite(f"{place}: the model's output is not finite", place=place)
-        return y
+        return y, start
 
 
 def _failed(name: str) -> Problem:

@@ -43,6 +43,7 @@ BOTH_WAYS = Signature(
     states=(),
     lengths=None,
     predict_only="its LSTM is bidirectional",
+    min_steps=2,
 )
 ONE = {"batch": 1}
 KINDS = {

@@ -173,7 +173,8 @@ def test_a_bad_step_names_the_place_and_what_to_send(server: Server, stream: Cli
         assert answer.status_code == 422, answer.text
         assert answer.json()["place"] == place, answer.text
         assert told in answer.json()["detail"]
-        assert framed["problem"] == answer.json()
+        assert framed["problem"]["detail"] == answer.json()["detail"]
+        assert framed["problem"]["place"] == place
         assert client.get(f"/sessions/{session}").json()["position"] == 0
 
 
@@ -187,6 +188,7 @@ def test_a_bad_step_names_the_place_and_what_to_send(server: Server, stream: Cli
         ({"model": "symbols", "sequences": [[1]]}, "sequences[0]", "expected an object, got an array"),
         ({"model": "symbols", "sequences": [{"symbol": 1, "level": [1, 2]}]}, 'sequences[0]["symbol"]', "an array"),
         ({"model": "both-ways", "sequences": [[[1, 2, 3]]], "states": [None]}, "states", "leave them out"),
+        ({"model": "both-ways", "sequences": [[[1, 2, 3]] * 2, [[1, 2, 3]]]}, "sequences[1]", "the model wants 2"),
         ({"model": "both-ways", "sequences": [[[1, 2, 3]] * 51]}, "", "send 50 at most"),
     ],
 )
@@ -286,6 +288,8 @@ def test_a_model_that_cannot_be_stepped_predicts_and_says_why_there_are_no_sessi
         refused = client.post("/sessions", json={"model": "both-ways"})
         named = client.put("/sessions/mine", json={"model": "both-ways", "states": {"s": [1]}})
         opened = ask(stream, op="open", model="both-ways")
+        metrics = client.get("/metrics").text
+    assert 'cellserve_steps_total{model="both-ways",version="1"} 113.0' in metrics, metrics
     session = ort.InferenceSession(foreign.both_ways().SerializeToString())
     for row, sequence in enumerate(sequences):
         (theirs,) = session.run(None, {"x": np.array([sequence], np.float32)})
