@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,8 @@ class Engine:
         cannot = model.runtime.signature.predict_only is not None
         whole = self.max_batch, settings.max_whole_steps, self.counts
         self.whole = WholeRuns(model, *whole) if cannot else None
+        if cannot:
+            self.submit = self._refuse  # type: ignore[method-assign]  # costs the others nothing
         self._quantum = settings.quantum if exact else 1
         self._inline_seconds = settings.inline_microseconds / 1e6
         self._max_queued = settings.max_queued_steps
@@ -136,6 +138,10 @@ class Engine:
             self._scheduled = True
             loop.call_soon(self._gather, 0)
         return advance
+
+    def _refuse(self, *work: Any, **more: Any) -> NoReturn:
+        self.model.check_steppable()
+        raise AssertionError("models that can be stepped do not get here")
 
     @property
     def is_behind(self) -> bool:

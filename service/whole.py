@@ -83,13 +83,14 @@ class WholeRuns:
             self._waiting -= 1
         return [outputs[number] for number in range(len(sequences))]
 
-    def check(self, states: object) -> None:
-        """Raises InvalidInput where states to start from were given."""
-        if states is not None:
+    def check(self, states: bool, return_states: bool) -> None:
+        """Raises InvalidInput where a request has states to start from, or wants those at the end."""
+        if states or return_states:
+            place = "states" if states else "return_states"
             raise InvalidInput(
-                f"states: model {self._model.name!r} runs whole sequences from zeros only, "
-                f"{self._model.runtime.signature.predict_only}: leave them out",
-                place="states",
+                f"{place}: model {self._model.name!r} runs whole sequences from zeros only, "
+                f"{self._model.runtime.signature.predict_only}: leave it out",
+                place=place,
             )
 
     def seconds(self, batch: int, time_steps: int) -> float:

@@ -120,11 +120,9 @@ class Predict:
                 f"sequences: {len(sequences)} of them, a request takes {limit}: send it in parts", limit=limit
             )
         every_output = (options.outputs or engine.model.document.signature.default_output) == "all"
-        if engine.whole is not None:
-            engine.whole.check(states)
-            return await unless_gone(engine.whole.run(sequences), receive), every_output, [{} for _ in sequences]
         work = _run(engine, sequences, states, every_output, options.return_states)
-        outputs, final = await (unless_gone(work, receive) if engine.is_behind else work)
+        may_wait = engine.is_behind or engine.whole is not None
+        outputs, final = await (unless_gone(work, receive) if may_wait else work)
         return outputs, every_output, final
 
 
@@ -145,6 +143,9 @@ async def _run(
     return_states: bool,
 ) -> tuple[list[Array], list[dict[str, Array]]]:
     """Gives each sequence a slot for the time of the call, advances all of them, and reads their last states."""
+    if engine.whole is not None:
+        engine.whole.check(states is not None, return_states)
+        return await engine.whole.run(sequences), []
     arena = engine.arena
     slots = arena.take_many(len(sequences))
     if slots is None:

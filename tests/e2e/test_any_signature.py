@@ -187,7 +187,12 @@ def test_a_bad_step_names_the_place_and_what_to_send(server: Server, stream: Cli
         ({"model": "letters", "sequences": [[]]}, "sequences[0]", "send at least one time step"),
         ({"model": "symbols", "sequences": [[1]]}, "sequences[0]", "expected an object, got an array"),
         ({"model": "symbols", "sequences": [{"symbol": 1, "level": [1, 2]}]}, 'sequences[0]["symbol"]', "an array"),
-        ({"model": "both-ways", "sequences": [[[1, 2, 3]]], "states": [None]}, "states", "leave them out"),
+        ({"model": "both-ways", "sequences": [[[1, 2, 3]]], "states": [None]}, "states", "leave it out"),
+        (
+            {"model": "both-ways", "sequences": [[[1, 2, 3]] * 2], "return_states": True},
+            "return_states",
+            "leave it out",
+        ),
         ({"model": "both-ways", "sequences": [[[1, 2, 3]] * 2, [[1, 2, 3]]]}, "sequences[1]", "the model wants 2"),
         ({"model": "both-ways", "sequences": [[[1, 2, 3]] * 51]}, "", "send 50 at most"),
     ],
