@@ -78,6 +78,9 @@ def _stems(name: str, markers: set[str]) -> set[tuple[str, ...]]:
     tokens = _tokens(name)
     kept = tuple(token for token in tokens if token not in markers) or tokens
     stems = {kept}
+    for place, token in enumerate(tokens):  # one of them may be the name itself: n and n.next
+        if token in markers and len(tokens) > 1:
+            stems.add(tokens[:place] + tokens[place + 1 :])
     if markers is _BEFORE and len(kept) > 1 and kept[-1] == "0":  # h0
         stems.add(kept[:-1])
     if markers is _AFTER and len(kept[-1]) > 1 and kept[-1].endswith("n"):  # hn

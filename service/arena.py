@@ -83,7 +83,7 @@ class Arena:
 
     def read(self, slot: int) -> dict[str, Array]:
         """Copies one slot's states, by name."""
-        return {spec.name: array[slot].copy() for spec, array in zip(self.specs, self._arrays, strict=True)}
+        return {spec.name: array[slot, ...].copy() for spec, array in zip(self.specs, self._arrays, strict=True)}
 
     @property
     def names(self) -> list[str]:

@@ -165,3 +165,17 @@ def letters() -> Any:
         W=weights(14, 4, 4),
         U=weights(15, 4, 7),
     )
+
+
+def counting() -> Any:
+    """No time axis; `y = x + n` and `n.next = n + 1`, all of them one number a row, n an integer."""
+    return model(
+        [
+            node("Cast", ["n"], ["number"], to=FLOAT),
+            node("Add", ["x", "number"], ["y"]),
+            node("Add", ["n", "one"], ["n.next"]),
+        ],
+        [("x", FLOAT, ["batch"]), ("n", INT64, ["batch"])],
+        [("y", FLOAT, ["batch"]), ("n.next", INT64, ["batch"])],
+        one=np.int64(1),
+    )

@@ -45,8 +45,14 @@ BOTH_WAYS = Signature(
     predict_only="its LSTM is bidirectional",
     min_steps=2,
 )
+COUNTING = signature(
+    inputs=(TensorSpec(name="x", shape=()),),
+    outputs=(TensorSpec(name="y", shape=()),),
+    states=(StateSpec(name="n", next_name="n.next", dtype="int64", shape=()),),
+)
 ONE = {"batch": 1}
 KINDS = {
+    "counting": (foreign.counting(), COUNTING),  # numbers without an axis, its state an integer
     "frames": (foreign.frames(), FRAMES),
     "letters": (foreign.letters(), LETTERS),
     "symbols": (foreign.symbols(), SYMBOLS),  # several inputs and outputs

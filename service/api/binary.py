@@ -159,7 +159,7 @@ def _states(tensors: dict[str, Array], model: Model, count: int) -> list[dict[st
         if tensors[name].shape != (count, *spec.shape):
             shape = list(tensors[name].shape)
             raise InvalidInput(f"{name}: its shape is {shape}: send {[count, *spec.shape]}", place=name)
-    return [{name: tensors[name][row] for name in specs} for row in range(count)]
+    return [{name: tensors[name][row, ...] for name in specs} for row in range(count)]
 
 
 def _checked(tensor: Array, spec: TensorSpec | StateSpec, name: str) -> Array:

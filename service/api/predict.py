@@ -79,7 +79,8 @@ class Predict:
         answer["outputs"] = [model.outputs.named(y) for y in wanted]
         answer |= labelled(model.document, wanted)
         if request.return_states:
-            answer["states"] = final
+            # orjson writes NumPy's numbers, and no arrays without an axis.
+            answer["states"] = [{name: s if s.ndim else s[()] for name, s in states.items()} for states in final]
         await send_json(send, answer)
 
     def _read(self, body: bytes) -> tuple[PredictRequest[Any], Engine, list[Array]]:

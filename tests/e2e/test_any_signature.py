@@ -97,7 +97,7 @@ def test_steps_in_chunks_are_one_run_over_the_sequence_and_the_graph_by_hand(ser
     for name, tensor in ended.items():
         assert tensor.tobytes() == np.array(whole["states"][0][name], tensor.dtype).tobytes()
     for row in range(3):
-        zeros = [np.zeros((*s.shape[: s.batch_axis], 1, *s.shape[s.batch_axis :]), np.float32) for s in told.states]
+        zeros = [np.zeros((*s.shape[: s.batch_axis], 1, *s.shape[s.batch_axis :]), s.dtype) for s in told.states]
         outputs, _ = by_hand(made, told, x[row : row + 1], zeros, lengths[row])
         for t in range(lengths[row]):
             y = at(whole["outputs"][row], t)
@@ -105,7 +105,7 @@ def test_steps_in_chunks_are_one_run_over_the_sequence_and_the_graph_by_hand(ser
                 np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["frames", "letters", "symbols", "deep-1"])
+@pytest.mark.parametrize("kind", ["frames", "letters", "symbols", "deep-1", "counting"])
 def test_json_safetensors_and_frames_give_the_same(server: Server, stream: ClientConnection, kind: str) -> None:
     told = KINDS[kind][1]
     x, _ = draw(told, 4, 3, np.random.default_rng(6))
@@ -137,6 +137,25 @@ def test_json_safetensors_and_frames_give_the_same(server: Server, stream: Clien
         same(outputs.named(y[row]), wanted)
     single = ask(stream, op="step", session=0, x=at(as_json(x[1]), 0))
     assert single["position"] == 4
+
+
+@pytest.mark.parametrize(
+    ("n", "place", "told"),
+    [
+        (2.5, 'states["n"]', "expected an integer, got a number"),
+        (2**70, 'states["n"]', "out of bounds"),
+        ([1], 'states["n"]', "expected an array of shape []"),
+        (None, 'states["n"]', "expected an integer, got null"),
+    ],
+)
+def test_a_state_of_integers_takes_integers(server: Server, n: Any, place: str, told: str) -> None:
+    with server.client() as client:
+        good = client.post("/sessions", json={"model": "counting", "states": {"n": 41}}).json()["session"]
+        assert client.post(f"/sessions/{good}/step", json={"x": [0.5, 1], "outputs": "all"}).json()["y"] == [41.5, 43]
+        assert client.post(f"/sessions/{good}/step", json={"x": 0.5}).json()["y"] == 43.5
+        bad = client.post("/sessions", json={"model": "counting", "states": {"n": n}})
+        assert (bad.status_code, bad.json()["place"]) == (422, place), bad.text
+        assert told in bad.json()["detail"]
 
 
 HOSTILE = [
@@ -240,7 +259,7 @@ def test_a_repeated_step_of_any_kind_is_answered_again_after_a_restart(
     asked: list[tuple[str, dict[str, Any], Any]] = []  # a session, a step, its answer
     server = serve("--models", str(kinds), *kept)
     with server.client() as client:
-        for kind in ("letters", "symbols", "deep-1"):
+        for kind in ("letters", "symbols", "deep-1", "counting"):
             x, _ = draw(KINDS[kind][1], 1, 300, np.random.default_rng(7))
             for length in (2, 300):  # the answer is kept, or made again where it would be large
                 session = client.post("/sessions", json={"model": kind}).json()["session"]

@@ -23,7 +23,7 @@ from service.repository import Model, load
 from service.runtime import RuntimeOptions
 from tests import foreign
 from tests.foreign import FLOAT, INT64
-from tests.kinds import DEEP, FRAMES, LETTERS, LSTM, SYMBOLS
+from tests.kinds import COUNTING, DEEP, FRAMES, LETTERS, LSTM, SYMBOLS
 
 ONE = {"batch": 1}
 Adopt = Callable[..., Model]
@@ -55,6 +55,7 @@ def adopt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Adopt:
         ("h", "hn"), ("c", "cn"), ("h0", "hn"), ("h_0", "h_n"), ("state", "stateN"), ("past_x", "present_x"),
         ("past_key.0", "present_key.0"), ("x_in", "x_out"), ("h", "h.next"), ("hidden", "new_hidden"),
         ("prevState", "nextState"), ("cache_in_3", "cache_out_3"), ("initial_h", "final_h"), ("lstm/h", "lstm/h_next"),
+        ("n", "n.next"),
     ],
 )  # fmt: skip
 def test_names_tell_which_output_is_the_next_state(name: str, following: str) -> None:
@@ -90,6 +91,7 @@ KINDS: dict[str, tuple[Any, list[str], Signature]] = {
     "rank 3, batch axis 1": (foreign.deep(), [], DEEP),
     "as told": (foreign.deep(), ["--state", "state=stateN:batch_axis=1", "--input", "input"], DEEP),
     "several inputs and outputs, bounds of a table": (foreign.symbols(), [], SYMBOLS),
+    "a state of one integer": (foreign.counting(), [], COUNTING),
     "symbols": (foreign.letters(), [], LETTERS),
     "bounds as told": (
         foreign.letters(),
