@@ -14,8 +14,13 @@ serve: setup
 
 setup: $(EXAMPLES:%=artifacts/%/1/model.onnx)
 
-test: $(BIN)/.dev setup check servers
+test: $(BIN)/.dev $(BIN)/.silero setup check servers
 	$(BIN)/pytest
+
+# The tests adopt Silero VAD: its package's files alone, without PyTorch, which it would bring.
+$(BIN)/.silero: | $(BIN)/.dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps 'silero-vad>=6.2,<6.3'
+	touch $@
 
 # The tests run a real Redis and a real load balancer.
 servers:

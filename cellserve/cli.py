@@ -12,6 +12,7 @@ COMMANDS = {
     "models": ("service.listing", "list the models of a repository", "cpu]' or 'cellserve[gpu"),
     "train": ("models.training_cli", "train the example networks", "export"),
     "export": ("export.__main__", "turn a saved Keras network into a model to serve", "export"),
+    "adopt": ("export.adopting_cli", "take a stateful ONNX model made elsewhere", "adopt"),
 }
 
 HELP = """\

@@ -147,7 +147,7 @@ class Changes:
         """
         engine = sessions[0].engine
         turns = self._table.turns[engine]
-        y = np.zeros((*x.shape[:2], *engine.model.output_shape), np.float32)
+        y = engine.model.outputs.zeros(*x.shape[:2])
         stepped = SteppedMany(y, np.zeros(len(sessions), np.int64), {}, set())
         rows: Sequence[int] = range(len(sessions))
         claimed: Sequence[int] = ()
@@ -354,7 +354,7 @@ class Changes:
         done: Told | None = None,
     ) -> Advance:
         arena = engine.arena
-        size = 4 * int(np.prod(engine.model.output_shape)) * (x.shape[1] if every_output else 1)
+        size = engine.model.outputs.step_bytes * (x.shape[1] if every_output else 1)
         large = size > max(_LARGE_ANSWER, arena.row_bytes)
         before = [arena.read(session.slot) if large else None for session in sessions]
         advance = self._queue(engine, slots, x, every_output, done)

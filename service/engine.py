@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from service.arena import Arena, Slots
 from service.counts import TickCounts
 from service.errors import ModelFailed, NotFinite, Problem, QueueFull
+from service.layout import parts
 from service.repository import Model
 from service.settings import Settings
 from service.ticks import Advance, Cost, Lane, Tick, Told
+from service.whole import WholeRuns
 
 if TYPE_CHECKING:
     from service.tracing import Tracing
@@ -69,11 +71,17 @@ class Engine:
         self.arena = Arena(model.runtime.signature.states, settings.held_sessions + settings.max_queued_steps)
         exact = model.exactness.proved
         self.max_batch = settings.max_batch if exact else 1
+        self.counts = TickCounts()
+        cannot = model.runtime.signature.predict_only is not None
+        whole = self.max_batch, settings.max_whole_steps, self.counts
+        self.whole = WholeRuns(model, *whole) if cannot else None
+        if cannot:
+            self.submit = self._refuse  # type: ignore[method-assign]  # costs the others nothing
         self._quantum = settings.quantum if exact else 1
         self._inline_seconds = settings.inline_microseconds / 1e6
         self._max_queued = settings.max_queued_steps
         self._executor = executor
-        self._cost = Cost(model.runtime, self.max_batch)
+        self._cost = Cost(self.whole or model.runtime, self.max_batch)
         # What a full tick can do in the event loop's time counts as short.
         rows = min(self.max_batch, _FULL_ROWS)
         self._short_steps = (
@@ -83,7 +91,6 @@ class Engine:
         self._short = Lane(self._cost, self.max_batch, self._quantum, cheap_seconds)
         self._long = Lane(self._cost, self.max_batch, self._quantum, cheap_seconds)
         self._lanes = [self._short, self._long]
-        self.counts = TickCounts()
         self.tracing: Tracing | None = None
         self.queued = 0  # time steps that wait, over all slots
         self.settle: Callable[[Slots, Array], Array]  # told the slots of sessions that have moved and how far
@@ -131,6 +138,10 @@ class Engine:
             self._scheduled = True
             loop.call_soon(self._gather, 0)
         return advance
+
+    def _refuse(self, *work: Any, **more: Any) -> NoReturn:
+        self.model.check_steppable()
+        raise AssertionError("models that can be stepped do not get here")
 
     @property
     def is_behind(self) -> bool:
@@ -217,7 +228,7 @@ class Engine:
 
     def _run_rows(self, x: Array, lengths: NDArray[np.int32], states: list[Array], error: Exception) -> Ran:
         signature = self.model.runtime.signature
-        y = np.zeros((*x.shape[:2], *signature.outputs[0].shape), signature.outputs[0].dtype)
+        y = self.model.outputs.zeros(*x.shape[:2])
         if len(x) == 1:
             return Ran(y, states, {0: error})
         following = [state.copy() for state in states]
@@ -389,7 +400,7 @@ class Engine:
                 advance.done.set_exception(advance.problems[0])
             else:
                 steps = advance.x.shape[1] if advance.every_output else 1
-                advance.done.set_result(np.zeros((advance.rows, steps, *self.model.output_shape), np.float32))
+                advance.done.set_result(self.model.outputs.zeros(advance.rows, steps))
 
     def _note_problems(self, advance: Advance, rows: range, length: int, ran: Ran) -> None:
         """Notes which rows of an advance failed, or are not finite at a valid time step or in a next state."""
@@ -402,7 +413,8 @@ class Engine:
             if row in ran.failed:
                 problems[place] = self._failed()
                 continue
-            finite = np.isfinite(ran.y[row, :length]).reshape(length, -1).all(axis=1)
+            each = (np.isfinite(part).reshape(length, -1).all(axis=1) for part in parts(ran.y[row, :length]))
+            finite = np.logical_and.reduce(list(each))
             states = (np.take(state, row, spec.batch_axis) for state, spec in zip(ran.states, specs, strict=True))
             if not finite.all():
                 problems[place] = _not_finite(advance.position + int(np.argmin(finite)), None)
@@ -414,7 +426,7 @@ class Engine:
 def _all_finite(ran: Ran) -> bool:
     with np.errstate(invalid="ignore", over="ignore"):
         # A sum that is finite has only finite summands, and costs half as much as looking at each.
-        return all(math.isfinite(array.sum()) or np.isfinite(array).all() for array in (ran.y, *ran.states))
+        return all(math.isfinite(array.sum()) or np.isfinite(array).all() for array in (*parts(ran.y), *ran.states))
 
 
 def _not_finite(first: int, last: int | None) -> Problem:

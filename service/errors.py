@@ -74,6 +74,13 @@ class InvalidInput(Problem):
     title = "The input does not fit"
 
 
+class CannotBeStepped(Problem):
+    """The model takes whole sequences only, it says why; no session can be had of it."""
+
+    status = 422
+    title = "The model cannot be stepped"
+
+
 class NotFinite(InvalidInput):
     """The model's output or next state would not be finite; nothing was applied."""
 

@@ -37,11 +37,26 @@ class Effort:
 
 
 WHOLE = Effort(batches=(*range(1, 65), 128, 256), time=12, compositions=7, long=200)
+_ONE_BY_ONE = "the same steps one by one in a batch of another size"
+_FEW = 5
 SHORT = Effort(batches=(1, 2, 3, 5, 8, 16, 33, 64), time=5, compositions=3, long=0)
 
 
+class Differs(Exception):
+    """Two runs gave a row different bits.
+
+    Args:
+        what: Which.
+        difference: The largest, relative to numbers beyond 1.
+    """
+
+    def __init__(self, what: str, difference: float) -> None:
+        super().__init__(what)
+        self.difference = difference
+
+
 def prove(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> Exactness:
-    """Compares bits between runs that differ in everything but the numbers of a row.
+    """Says whether runs that differ in everything but the numbers of a row give the row the same bits.
 
     Args:
         runtimes: One model opened at the settings to prove, several where bits must agree between settings.
@@ -49,24 +64,26 @@ def prove(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> Exactne
         seed: Of the random states, inputs, lengths and cuts.
     """
     try:
-        count = sum(1 for _ in _comparisons(runtimes, effort, np.random.default_rng(seed)))
-    except _Differs as differs:
+        return Exactness(proved=True, why=compare(runtimes, effort, seed))
+    except Differs as differs:
         return Exactness(proved=False, why=str(differs))
+
+
+def compare(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> str:
+    """Compares bits as `prove` does; says over what they were the same.
+
+    Raises:
+        Differs: They are not.
+    """
+    if runtimes[0].signature.batch == 1:  # each row has a run of its own in any batch
+        effort = replace(effort, batches=effort.batches[:_FEW])
+    count = sum(1 for _ in _comparisons(runtimes, effort, np.random.default_rng(seed)))
     threads = "/".join(str(runtime.options.threads) for runtime in runtimes)
     varied = "places" if runtimes[0].signature.predict_only else "places, chunkings, paddings"
-    return Exactness(
-        proved=True,
-        why=f"the same bits in {count} comparisons over batch sizes {effort.batches[0]} to {effort.batches[-1]}, "
-        f"{varied}; threads {threads}; {runtimes[0].provider}",
+    return (
+        f"the same bits in {count} comparisons over batch sizes {effort.batches[0]} to {effort.batches[-1]}, "
+        f"{varied}; threads {threads}; {runtimes[0].provider}"
     )
-
-
-class _Differs(Exception):
-    """Two runs gave a row different bits, by so much relative to numbers beyond 1."""
-
-    def __init__(self, what: str, difference: float) -> None:
-        super().__init__(what)
-        self.difference = difference
 
 
 def _comparisons(runtimes: Sequence[Runtime], effort: Effort, rng: np.random.Generator) -> Iterator[None]:
@@ -138,14 +155,19 @@ def _whole_sequences(
     runtimes: Sequence[Runtime], rows: int, effort: Effort, rng: np.random.Generator
 ) -> Iterator[None]:
     """Compares the rows of batches of whole sequences from zeros, of one length each, with each row alone."""
-    for time in (effort.time, effort.compositions):
+    fewest = runtimes[0].signature.min_steps
+    for time in (max(effort.time, fewest), max(effort.compositions, fewest)):
         x, _ = draw(runtimes[0].signature, rows, time, rng)
-        alone = [_from_zeros(runtimes[0], x[row : row + 1]) for row in range(rows)]
+        try:
+            alone = [_from_zeros(runtimes[0], x[row : row + 1]) for row in range(rows)]
+        except Exception as error:  # a convolution, say, that is longer
+            reason = str(error).strip().splitlines()[0]
+            raise Differs(f"sequences of {time} time steps cannot be run ({reason})", math.inf) from None
         for runtime, batch in itertools.product(runtimes, effort.batches):
             chosen = rng.permutation(rows)[:batch]
             y = _from_zeros(runtime, x[chosen])
             for place, row in enumerate(chosen):
-                _same(y[place], alone[row][0], f"the output of row {place} of a batch of {batch} sequences")
+                _same(y[place], alone[row][0], f"row {place} of a batch of {batch} sequences", "the sequence alone")
                 yield
 
 
@@ -194,15 +216,13 @@ def _chunkings(runtime: Runtime, truth: Truth, cuts: list[tuple[int, ...]], sign
         yield
 
 
-def _same(one: Array, other: Array, what: str) -> None:
+def _same(one: Array, other: Array, what: str, than: str = _ONE_BY_ONE) -> None:
     if one.tobytes() == other.tobytes():
         return
     difference = 0.0
     if one.shape != other.shape:
-        raise _Differs(f"{what} has another shape, {list(one.shape)}, than alone, {list(other.shape)}", math.inf)
+        raise Differs(f"{what} has another shape, {list(one.shape)}, than {than}, {list(other.shape)}", math.inf)
     for own, true in zip(parts(one), parts(other), strict=True):
         off = np.abs(own.astype(np.float64) - true.astype(np.float64))
         difference = max(difference, float(np.max(off / np.maximum(1, np.abs(true)), initial=0)))
-    raise _Differs(
-        f"{what} differs from the same steps one by one in a batch of another size, by {difference:.1e}", difference
-    )
+    raise Differs(f"{what} differs from {than}, by {difference:.1e}", difference)

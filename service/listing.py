@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             str(model.version),
             ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.inputs),
             ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.outputs),
-            ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.states),
+            ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.states)
+            if signature.predict_only is None
+            else "whole sequences only",
             document.form,
             "yes" if model.exactness.proved else "no",
             ", ".join(f"{metric} {value:.4g}" for metric, value in document.metrics.items()),

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME, Exactness, ModelDocument
-from service.errors import UnknownModel
+from service.errors import CannotBeStepped, UnknownModel
 from service.exactness import SHORT, prove
+from service.layout import Layout
 from service.runtime import Runtime, RuntimeOptions, RuntimeUnavailable
 from service.tensors import TensorReader
 
@@ -35,15 +36,20 @@ class Model:
     def __init__(self, name: str, version: int, digest: str, runtime: Runtime, max_batch: int) -> None:
         self.name, self.version, self.digest, self.runtime = name, version, digest, runtime
         self.reader = TensorReader(runtime.signature)
+        self.inputs, self.outputs = Layout(runtime.signature.inputs), Layout(runtime.signature.outputs)
         # Kernels differ between processors: what was proved where it was exported is proved again where it runs.
         self.exactness: Exactness = (
             prove([runtime], SHORT.up_to(max_batch)) if self.document.exactness.proved else self.document.exactness
         )
 
-    @property
-    def output_shape(self) -> tuple[int, ...]:
-        """The shape of one time step's output."""
-        return self.runtime.signature.outputs[0].shape
+    def check_steppable(self) -> None:
+        """Raises CannotBeStepped where the model takes whole sequences only."""
+        why = self.runtime.signature.predict_only
+        if why is not None:
+            raise CannotBeStepped(
+                f"model {self.name!r} cannot be stepped, so that there are no sessions of it: {why}: "
+                f"send whole sequences to POST /predict"
+            )
 
     @property
     def document(self) -> ModelDocument:
@@ -117,7 +123,10 @@ def load(name: str, path: Path, options: RuntimeOptions, max_batch: int) -> Mode
         if options.provider == "cuda":
             raise
         raise BrokenModel(str(error)) from None
-    model = Model(name, int(path.name), digests[MODEL_NAME], runtime, max_batch)
+    try:
+        model = Model(name, int(path.name), digests[MODEL_NAME], runtime, max_batch)
+    except Exception as error:
+        raise BrokenModel(f"it cannot be run: {str(error).strip().splitlines()[0]}") from None
     log.info("%s version %s on %s, exact: %s", name, path.name, runtime.provider, model.exactness.proved)
     return model
 

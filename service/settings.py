@@ -40,6 +40,9 @@ class Settings(BaseSettings):
     max_queued_steps: int = Field(
         1_000_000, ge=1, description="time steps that may wait to be run, for each model; more are answered 503"
     )
+    max_whole_steps: int = Field(
+        65_536, ge=1, description="time steps of one run of a model that cannot be stepped; a longer sequence gets 413"
+    )
     max_sessions: int = Field(100_000, ge=1, description="live sessions, at most")
     when_full: WhenFull = Field(
         "refuse",

@@ -13,15 +13,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from models.signature import Signature
+from models.signature import Signature, TensorSpec
 from service.errors import InvalidInput, NotJson
+from service.layout import Layout
+from service.numbers import FLOAT32_MAX, JSON_NAMES, array_of, bounds_of, not_finite, state_of
 
 Array = NDArray[Any]
 T = TypeVar("T")
-
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-_JSON_NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool": "a boolean", "null": "null",
-               "array": "an array", "object": "an object"}  # fmt: skip
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, place: str = "") -> T:
@@ -46,29 +44,25 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, place: s
         raise _unparsable(str(error), bytes(body), place) from None
 
 
-class TensorReader:
-    """Reads the tensors of one model's requests.
+class InputReader:
+    """Reads one input of requests, out of JSON.
 
     Args:
-        signature: Of the model; it has one input.
+        spec: Of the input.
     """
 
-    def __init__(self, signature: Signature) -> None:
-        self.spec = signature.inputs[0]
-        self.states_spec = {state.name: state for state in signature.states}
-        steps: Any = float
-        for _ in range(len(self.spec.shape) + 1):
-            steps = list[steps]
-        self._step = msgspec.json.Decoder(steps.__args__[0])
-        self._steps = msgspec.json.Decoder(steps)
-        self._sequences = msgspec.json.Decoder(list[steps])
-        self._tensors = msgspec.json.Decoder(dict[str, Any])
-        self._tensor_list = msgspec.json.Decoder(list[dict[str, Any] | None])
-        self._flat = self.spec.shape[0] if len(self.spec.shape) == 1 else None
-        self._features = "x".join(map(str, self.spec.shape))
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+        step: Any = float if spec.dtype == "float32" else int
+        for _ in spec.shape:
+            step = list[step]
+        self._step = msgspec.json.Decoder(step)
+        self._steps = msgspec.json.Decoder(list[step])
+        self._sequences = msgspec.json.Decoder(list[list[step]])
+        self.flat = spec.shape[0] if len(spec.shape) == 1 and spec.dtype == "float32" else None
 
     def sequences(self, raw: msgspec.Raw) -> list[Array]:
-        """Reads `sequences`: a list of `[time, *features]`, each of its own length, from the first time step on."""
+        """Reads a list of `[time, *features]`, each of its own length."""
         return self.arrays(decode(self._sequences, raw, "sequences"))
 
     def arrays(self, sequences: list[list[Any]]) -> list[Array]:
@@ -77,16 +71,76 @@ class TensorReader:
             return [self._sequence(sequence, f"sequences[{number}]") for number, sequence in enumerate(sequences)]
 
     def _sequence(self, values: list[Any], place: str) -> Array:
-        if self._flat and set(map(len, values)) == {self._flat}:
+        if self.flat and set(map(len, values)) == {self.flat}:
             # In half the time that np.asarray takes for nested lists.
-            numbers = np.fromiter(chain.from_iterable(values), np.float32, len(values) * self._flat)
+            numbers = np.fromiter(chain.from_iterable(values), np.float32, len(values) * self.flat)
             if np.isfinite(numbers).all():
-                return numbers.reshape(-1, self._flat)
-        return self._array(values, place)
+                return numbers.reshape(-1, self.flat)
+        return array_of(values, self.spec, place)
 
-    def single(self, values: list[Any]) -> Array | None:
-        """Makes `[1, features]` of one time step's numbers; None where they do not fit or are no plain list."""
-        if self._flat == len(values) and max(values) <= _FLOAT32_MAX and min(values) >= -_FLOAT32_MAX:
+    def steps(self, raw: msgspec.Raw, place: str) -> Array:
+        """Reads `[time, *features]`."""
+        return self._sequence(decode(self._steps, raw, place), place)
+
+    def x(self, raw: msgspec.Raw, place: str) -> tuple[Array, bool]:
+        """Reads one time step `[*features]` or several `[time, *features]`.
+
+        Returns:
+            `[time, *features]`, and whether it was one time step without a time axis.
+        """
+        if _depth(raw) > len(self.spec.shape):
+            return array_of(decode(self._steps, raw, place), self.spec, place), False
+        return array_of([decode(self._step, raw, place)], self.spec, place, single=True), True
+
+
+class TensorReader:
+    """Reads the tensors of one model's requests.
+
+    Of several inputs, an object keyed by their names stands in place of the array; what is read is structured
+    (`service.layout`).
+
+    Args:
+        signature: Of the model.
+    """
+
+    def __init__(self, signature: Signature) -> None:
+        self.states_spec = {state.name: state for state in signature.states}
+        self._inputs = {spec.name: InputReader(spec) for spec in signature.inputs}
+        self._only = next(iter(self._inputs.values())) if len(self._inputs) == 1 else None
+        self._layout = Layout(signature.inputs)
+        spec = signature.inputs[0]
+        self._flat = self._only.flat if self._only else None
+        # Of a model that takes one integer a time step.
+        self._symbols = bounds_of(spec) if self._only and spec.dtype != "float32" and not spec.shape else None
+        self._raws = msgspec.json.Decoder(dict[str, msgspec.Raw])
+        self._raw_list = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+        self._tensors = msgspec.json.Decoder(dict[str, Any])
+        self._tensor_list = msgspec.json.Decoder(list[dict[str, Any] | None])
+
+    @property
+    def plain(self) -> bool:
+        """Whether a time step is a list of numbers, as of nearly every model."""
+        return self._flat is not None
+
+    def sequences(self, raw: msgspec.Raw) -> list[Array]:
+        """Reads `sequences`: a list of `[time, *features]`, each of its own length, from the first time step on."""
+        if self._only is not None:
+            return self._only.sequences(raw)
+        given: list[dict[str, msgspec.Raw]] = decode(self._raw_list, raw, "sequences")
+        return [self._joined(tensors, f"sequences[{number}]", whole=True)[0] for number, tensors in enumerate(given)]
+
+    def arrays(self, sequences: list[list[Any]]) -> list[Array]:
+        """Makes arrays `[time, *features]` of sequences in nested lists of numbers, where the model is plain."""
+        assert self._only is not None
+        return self._only.arrays(sequences)
+
+    def single(self, values: list[Any] | int) -> Array | None:
+        """Makes `[1, *features]` of one time step's numbers; None where they do not fit or are more than a list."""
+        if type(values) is int:
+            bounds = self._symbols
+            if bounds is not None and bounds[0] <= values <= bounds[1]:
+                return np.array((values,), self._layout.dtype)
+        elif self._flat == len(values) and max(values) <= FLOAT32_MAX and min(values) >= -FLOAT32_MAX:  # type: ignore[arg-type]
             return np.array([values], np.float32)
         return None
 
@@ -96,11 +150,29 @@ class TensorReader:
         Returns:
             `[time, *features]`, and whether it was one time step without a time axis.
         """
-        single = _depth(raw) <= len(self.spec.shape)
-        values = decode(self._step if single else self._steps, raw, "x")
-        if single:
-            return self._array([values], "x", single=True), True
-        return self._array(values, "x"), False
+        if self._only is not None:
+            return self._only.x(raw, "x")
+        return self._joined(decode(self._raws, raw, "x"), "x")
+
+    def _joined(self, tensors: dict[str, msgspec.Raw], place: str, whole: bool = False) -> tuple[Array, bool]:
+        """Makes one array of several inputs; whole: each must have a time axis."""
+        if tensors.keys() != self._inputs.keys():
+            raise InvalidInput(
+                f"{place}: has the tensors {sorted(tensors)}, the model's inputs are {sorted(self._inputs)}",
+                place=place,
+            )
+        read = {}
+        for name, reader in self._inputs.items():
+            where = f"{place}[{json.dumps(name)}]"
+            read[name] = (reader.steps(tensors[name], where), False) if whole else reader.x(tensors[name], where)
+        times = {name: "none" if single else str(len(array)) for name, (array, single) in read.items()}
+        if len(set(times.values())) > 1:
+            told = ", ".join(f"{name} {time}" for name, time in times.items())
+            raise InvalidInput(
+                f"{place}: the inputs differ in time steps ({told}): send as many of each, or none with a time axis",
+                place=place,
+            )
+        return self._layout.join([array for array, _ in read.values()]), "none" in times.values()
 
     def states(self, raw: msgspec.Raw, count: int) -> list[dict[str, Array] | None]:
         """Reads `states` of a prediction: one `{tensor: array}` a sequence, or null for zeros."""
@@ -126,52 +198,9 @@ class TensorReader:
                 place=place,
             )
         return {
-            name: checked_array(tensors[name], spec.shape, f"{place}[{json.dumps(name)}]")
+            name: state_of(tensors[name], spec, f"{place}[{json.dumps(name)}]")
             for name, spec in self.states_spec.items()
         }
-
-    def _array(self, values: list[Any], place: str, single: bool = False) -> Array:
-        """Makes `[time, *features]` of nested lists of numbers, or says where they do not fit."""
-        try:
-            with np.errstate(over="ignore"):
-                array = np.asarray(values, np.float32)
-        except ValueError:
-            array = None
-        if array is None or array.shape[1:] != self.spec.shape or not len(array):
-            raise self._shape_error(values, place, single)
-        if not np.isfinite(array).all():
-            where = tuple(np.argwhere(~np.isfinite(array))[0])
-            raise _not_finite(place + _brackets(where[1:] if single else where))
-        return array
-
-    def _shape_error(self, values: list[Any], place: str, single: bool) -> InvalidInput:
-        if not values:
-            return InvalidInput(f"{place}: empty: send at least one time step", place=place)
-        for step, value in enumerate(values):
-            found = _first_misfit(value, self.spec.shape, place if single else f"{place}[{step}]")
-            if found:
-                where, length, wanted = found
-                return InvalidInput(
-                    f"{where}: {length} numbers where the model takes {wanted} (a time step is {self._features})",
-                    place=where,
-                )
-        raise AssertionError("lists that fit do not get here")
-
-
-def checked_array(values: Any, shape: tuple[int, ...], place: str) -> Array:
-    """Makes a float32 array of a shape of nested lists of numbers, or raises InvalidInput that names the place."""
-    for where, leaf in _leaves(values, place):
-        if isinstance(leaf, bool) or not isinstance(leaf, int | float):
-            raise InvalidInput(f"{where}: expected a number, got {_json_name(leaf)}", place=where)
-        if not abs(leaf) <= _FLOAT32_MAX:
-            raise _not_finite(where)
-    try:
-        array = np.asarray(values, np.float32)
-    except ValueError:
-        array = np.empty(0, np.float32)
-    if array.shape != shape:
-        raise InvalidInput(f"{place}: expected an array of shape {list(shape)}", place=place)
-    return array
 
 
 def _depth(raw: msgspec.Raw) -> int:
@@ -185,54 +214,20 @@ def _depth(raw: msgspec.Raw) -> int:
     return depth
 
 
-def _leaves(values: Any, place: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(values, list):
-        for number, value in enumerate(values):
-            yield from _leaves(value, f"{place}[{number}]")
-    else:
-        yield place, values
-
-
-def _first_misfit(value: Any, shape: tuple[int, ...], place: str) -> tuple[str, int, int] | None:
-    """Gives the place of the first list of a wrong length, that length, and the right one."""
-    if not shape:
-        return None
-    if len(value) != shape[0]:
-        return place, len(value), shape[0]
-    for number, inner in enumerate(value):
-        found = _first_misfit(inner, shape[1:], f"{place}[{number}]")
-        if found:
-            return found
-    return None
-
-
-def _brackets(where: tuple[int, ...]) -> str:
-    return "".join(f"[{number}]" for number in where)
-
-
-def _not_finite(place: str) -> InvalidInput:
-    return InvalidInput(f"{place}: not a finite number that float32 can hold", place=place)
-
-
-def _json_name(value: Any) -> str:
-    names = {bool: "bool", int: "int", float: "float", str: "str", type(None): "null", list: "array", dict: "object"}
-    return _JSON_NAMES[names[type(value)]]
-
-
 def _misfit(message: str, body: bytes, place: str) -> InvalidInput:
     """Turns msgspec's message (``Expected `float`, got `str` - at `$[3][17]` ``) into ours."""
     what, _, path = message.partition(" - at `$")
     where = place + path.rstrip("`")
     where = where if place else where.removeprefix(".")
     if what == "Number out of range":
-        return _not_finite(where)
+        return not_finite(where)
     what = re.sub(r"`([a-z| ]+)`", lambda match: _words(match[1]), what)
     what = what[:1].lower() + what[1:]
     return InvalidInput(f"{where}: {what}" if where else what, place=where)
 
 
 def _words(types: str) -> str:
-    return " or ".join(_JSON_NAMES.get(name, f"`{name}`") for name in types.split(" | "))
+    return " or ".join(JSON_NAMES.get(name, f"`{name}`") for name in types.split(" | "))
 
 
 def _unparsable(message: str, body: bytes, place: str) -> InvalidInput | NotJson:
@@ -243,7 +238,7 @@ def _unparsable(message: str, body: bytes, place: str) -> InvalidInput | NotJson
         return NotJson(f"{message}: send a JSON document in UTF-8")
     for where, leaf in _everything(parsed, place):
         if isinstance(leaf, float) and not math.isfinite(leaf):
-            return _not_finite(where)
+            return not_finite(where)
     return NotJson(f"{message}: send a JSON document in UTF-8")
 
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from service.arena import Slots
 from service.errors import Problem
 from service.exactly_once import Request
-from service.runtime import Runtime
 
 Array = NDArray[Any]
 
@@ -221,6 +220,13 @@ class Lane:
         return rows
 
 
+class Timed(Protocol):
+    """What can be measured."""
+
+    def seconds(self, batch: int, time_steps: int) -> float:
+        """Gives the seconds of a run."""
+
+
 class Cost:
     """Predicts the seconds of a run from those measured: `factor * (call + steps * (step + rows * row))`.
 
@@ -229,7 +235,7 @@ class Cost:
         max_batch: Rows of the largest run.
     """
 
-    def __init__(self, runtime: Runtime, max_batch: int) -> None:
+    def __init__(self, runtime: Timed, max_batch: int) -> None:
         one, many, long = (runtime.seconds(rows, steps) for rows, steps in ((1, 1), (max_batch, 1), (1, _PROBE_STEPS)))
         step = max(0.0, long - one) / (_PROBE_STEPS - 1)
         self._row = max(1e-9, many - one) / max(1, max_batch - 1)

@@ -60,8 +60,9 @@ def frames(batch: Any = "batch") -> Any:
     )
 
 
-def symbols(batch: Any = "batch") -> Any:
+def symbols(batch: Any = "batch", overflowing: bool = False) -> Any:
     """No time axis, two inputs (a symbol below 7, a level of 2 numbers), two outputs, one of them an integer."""
+    given = [node("Mul", ["s.next", "lV"], ["a"]), node("Mul", ["lV", "a"], ["features"])]
     return model(
         [
             node("Gather", ["table", "symbol"], ["e"]),
@@ -69,7 +70,7 @@ def symbols(batch: Any = "batch") -> Any:
             node("MatMul", ["s", "W"], ["sW"]),
             node("Sum", ["e", "lV", "sW"], ["z"]),
             node("Tanh", ["z"], ["s.next"]),
-            node("Identity", ["s.next"], ["features"]),
+            *(given if overflowing else [node("Identity", ["s.next"], ["features"])]),
             node("ArgMax", ["s.next"], ["top"], axis=1, keepdims=0),
         ],
         [("symbol", INT64, [batch]), ("level", FLOAT, [batch, 2]), ("s", FLOAT, [batch, 4])],
@@ -145,4 +146,36 @@ def both_ways(last_only: bool = False) -> Any:
         shape=np.array([0, 0, 8], np.int64),
         W=weights(11, 2, 16, 3),
         R=weights(12, 2, 16, 4),
+    )
+
+
+def letters() -> Any:
+    """No time axis, one integer below 7 a time step; the output has 7 entries."""
+    return model(
+        [
+            node("Gather", ["table", "ids"], ["e"]),
+            node("MatMul", ["s", "W"], ["sW"]),
+            node("Add", ["e", "sW"], ["z"]),
+            node("Tanh", ["z"], ["s.next"]),
+            node("MatMul", ["s.next", "U"], ["y"]),
+        ],
+        [("ids", TensorProto.INT32, ["batch"]), ("s", FLOAT, ["batch", 4])],
+        [("y", FLOAT, ["batch", 7]), ("s.next", FLOAT, ["batch", 4])],
+        table=weights(13, 7, 4),
+        W=weights(14, 4, 4),
+        U=weights(15, 4, 7),
+    )
+
+
+def counting() -> Any:
+    """No time axis; `y = x + n` and `n.next = n + 1`, all of them one number a row, n an integer."""
+    return model(
+        [
+            node("Cast", ["n"], ["number"], to=FLOAT),
+            node("Add", ["x", "number"], ["y"]),
+            node("Add", ["n", "one"], ["n.next"]),
+        ],
+        [("x", FLOAT, ["batch"]), ("n", INT64, ["batch"])],
+        [("y", FLOAT, ["batch"]), ("n.next", INT64, ["batch"])],
+        one=np.int64(1),
     )

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
+from models.signature import StateSpec, TensorSpec
 from service.errors import InvalidInput, NotSafetensors
+from service.numbers import checked
 from service.repository import Model
 
 Array = NDArray[Any]
@@ -43,7 +45,8 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
     """Reads the tensors of a prediction.
 
     `x` is `[sequences, time, *features]`, or, with `lengths [sequences]`, all time steps one sequence after the other,
-    `[sum of lengths, *features]`. The model's states, each `[sequences, *shape]`, may be given to start from.
+    `[sum of lengths, *features]`. Several inputs stand under their own names, each like x. The model's states, each
+    `[sequences, *shape]`, may be given to start from.
 
     Returns:
         The sequences, each `[time, *features]`, and the states of each where they are given.
@@ -52,30 +55,44 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
         NotSafetensors: It cannot be parsed.
         InvalidInput: A tensor is missing or does not fit.
     """
-    tensors = _load(body)
-    known = {"x", "lengths"} | model.reader.states_spec.keys()
-    if tensors.keys() - known or "x" not in tensors:
+    tensors, inputs = _load(body), model.inputs
+    specs = {"x" if len(inputs.specs) == 1 else spec.name: spec for spec in inputs.specs}
+    known = {*specs, "lengths"} | model.reader.states_spec.keys()
+    if tensors.keys() - known or specs.keys() - tensors.keys():
+        needed = ", ".join(specs)
         raise InvalidInput(
-            f"there are the tensors {sorted(tensors)}: send x, and of {sorted(known - {'x'})} what you need"
+            f"there are the tensors {sorted(tensors)}: send {needed}, and of {sorted(known - set(specs))} what you need"
         )
-    x, shape = tensors["x"], model.reader.spec.shape
-    _check(x, "x")
+    arrays = {name: _checked(tensors[name], spec, name) for name, spec in specs.items()}
     lengths = tensors.get("lengths")
     if lengths is None:
-        if x.ndim != 2 + len(shape) or x.shape[2:] != shape or not x.size:
-            raise InvalidInput(
-                f"x: its shape is {list(x.shape)}: send [sequences, time, {_words(shape)}], "
-                f"or [time steps, {_words(shape)}] with lengths",
-                place="x",
-            )
-        sequences = list(x)
+        leading: list[int] | None = None
+        for name, spec in specs.items():
+            shape, own = list(arrays[name].shape), len(spec.shape)
+            if len(shape) != 2 + own or tuple(shape[2:]) != spec.shape or not arrays[name].size:
+                raise InvalidInput(
+                    f"{name}: its shape is {shape}: send {_words('sequences', 'time', *spec.shape)}, "
+                    f"or {_words('time steps', *spec.shape)} with lengths",
+                    place=name,
+                )
+            leading = leading or shape[:2]
+            if shape[:2] != leading:
+                raise InvalidInput(
+                    f"{name}: its shape is {shape}, another input's begins with {leading}: send as many time steps",
+                    place=name,
+                )
+        sequences = list(inputs.join(list(arrays.values())))
     else:
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not lengths.size or (lengths < 1).any():
             raise InvalidInput("lengths: send one integer a sequence, each at least 1", place="lengths")
-        if x.shape != (int(lengths.sum()), *shape):
-            raise InvalidInput(
-                f"x: its shape is {list(x.shape)}, lengths ask for [{int(lengths.sum())}, {_words(shape)}]", place="x"
-            )
+        total = sum(lengths.tolist())  # of Python's integers, which do not overflow
+        for name, spec in specs.items():
+            if arrays[name].shape != (total, *spec.shape):
+                shape = list(arrays[name].shape)
+                raise InvalidInput(
+                    f"{name}: its shape is {shape}, lengths ask for {_words(total, *spec.shape)}", place=name
+                )
+        x = inputs.join(list(arrays.values()))
         ends = np.cumsum(lengths).tolist()
         sequences = [x[start:end] for start, end in zip((0, *ends), ends, strict=False)]
     given = tensors.keys() & model.reader.states_spec.keys()
@@ -98,7 +115,7 @@ def read_states(body: bytes, model: Model) -> tuple[dict[str, Array], dict[str, 
     if tensors.keys() != specs.keys():
         raise InvalidInput(f"there are the tensors {sorted(tensors)}: send the model's states, {sorted(specs)}")
     for name, tensor in tensors.items():
-        _check(tensor, name)
+        tensors[name] = _checked(tensor, specs[name], name)
         if tensor.shape != specs[name].shape:
             raise InvalidInput(f"{name}: its shape is {list(tensor.shape)}: send {list(specs[name].shape)}", place=name)
     # The format's header: its length, then JSON; whoever parsed the tensors has checked both.
@@ -120,8 +137,12 @@ def _load(body: bytes) -> dict[str, Array]:
 
 
 def write(model: Model, outputs: list[Array], every_output: bool, states: list[dict[str, Array]] | None) -> bytes:
-    """Writes `y`: `[sequences, *outputs]`, or, of all time steps, `[sum of lengths, *outputs]` with `lengths`."""
-    tensors = {"y": np.concatenate(outputs)}
+    """Writes `y`: `[sequences, *outputs]`, or, of all time steps, `[sum of lengths, *outputs]` with `lengths`.
+
+    Several outputs stand under their own names.
+    """
+    y = np.concatenate(outputs)
+    tensors: dict[str, Array] = {"y": y} if y.dtype.names is None else model.outputs.named(y)
     if every_output:
         tensors["lengths"] = np.array([len(y) for y in outputs], np.int64)
     for name in model.reader.states_spec if states else ():
@@ -134,20 +155,20 @@ def _states(tensors: dict[str, Array], model: Model, count: int) -> list[dict[st
     for name, spec in specs.items():
         if name not in tensors:
             raise InvalidInput(f"{name}: missing: send all of the model's states or none", place=name)
-        _check(tensors[name], name)
+        tensors[name] = _checked(tensors[name], spec, name)
         if tensors[name].shape != (count, *spec.shape):
             shape = list(tensors[name].shape)
             raise InvalidInput(f"{name}: its shape is {shape}: send {[count, *spec.shape]}", place=name)
-    return [{name: tensors[name][row] for name in specs} for row in range(count)]
+    return [{name: tensors[name][row, ...] for name in specs} for row in range(count)]
 
 
-def _check(tensor: Array, name: str) -> None:
-    if tensor.dtype != np.float32:
+def _checked(tensor: Array, spec: TensorSpec | StateSpec, name: str) -> Array:
+    if spec.dtype == "float32" and tensor.dtype != np.float32:
         raise InvalidInput(f"{name}: its type is {tensor.dtype}: send float32", place=name)
-    if not np.isfinite(tensor).all():
-        place = name + "".join(f"[{number}]" for number in np.argwhere(~np.isfinite(tensor))[0])
-        raise InvalidInput(f"{place}: not a finite number", place=place)
+    if spec.dtype != "float32" and tensor.dtype.kind not in "iu":
+        raise InvalidInput(f"{name}: its type is {tensor.dtype}: send {spec.dtype}", place=name)
+    return checked(tensor, spec, name)
 
 
-def _words(shape: tuple[int, ...]) -> str:
-    return ", ".join(map(str, shape))
+def _words(*shape: int | str) -> str:
+    return f"[{', '.join(map(str, shape))}]"

@@ -122,7 +122,11 @@ def _step() -> dict[str, Any]:
         "parameters": [{"name": "session_id", "in": "path", "required": True, "schema": {"type": "string"}}],
         "requestBody": _body(
             {
-                "x": {**_NUMBERS, "description": "one time step [feature], or several [time][feature], all or none"},
+                "x": {
+                    "type": ["array", "integer", "number", "object"],
+                    "description": "one time step [feature], or several [time][feature], all or none; a number where "
+                    "the model takes one a time step, an object keyed by tensor where it has several inputs",
+                },
                 "outputs": _OUTPUTS,
                 "position": _POSITION,
             },

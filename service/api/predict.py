@@ -25,6 +25,7 @@ from service.api.messages import (
 )
 from service.engine import Engine
 from service.errors import BodyTooLarge, InvalidInput, NotFinite, QueueFull
+from service.layout import parts
 from service.service import Service
 from service.tensors import decode
 
@@ -74,10 +75,12 @@ class Predict:
             states = model.reader.states(request.states, len(sequences))
         outputs, every_output, final = await self._advance(engine, receive, sequences, states, request)
         answer: dict[str, Any] = {"model": model.name, "version": model.version}
-        answer["outputs"] = outputs if every_output else [y[-1] for y in outputs]
-        answer |= labelled(model.document, answer["outputs"])
+        wanted = outputs if every_output else [y[-1] for y in outputs]
+        answer["outputs"] = [model.outputs.named(y) for y in wanted]
+        answer |= labelled(model.document, wanted)
         if request.return_states:
-            answer["states"] = final
+            # orjson writes NumPy's numbers, and no arrays without an axis.
+            answer["states"] = [{name: s if s.ndim else s[()] for name, s in states.items()} for states in final]
         await send_json(send, answer)
 
     def _read(self, body: bytes) -> tuple[PredictRequest[Any], Engine, list[Array]]:
@@ -85,7 +88,7 @@ class Predict:
             # What nearly every request is, in one pass; all else, and every error, takes the long way.
             plain = _plain_decoder.decode(body)
             engine = self.service.engine(plain.model)
-            if len(engine.model.reader.spec.shape) == 1:
+            if engine.model.reader.plain:
                 return plain, engine, engine.model.reader.arrays(plain.sequences)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             pass
@@ -119,16 +122,17 @@ class Predict:
             )
         every_output = (options.outputs or engine.model.document.signature.default_output) == "all"
         work = run_sequences(engine, sequences, states, every_output, options.return_states)
-        outputs, final = await (unless_gone(work, receive) if engine.is_behind else work)
+        may_wait = engine.is_behind or engine.whole is not None
+        outputs, final = await (unless_gone(work, receive) if may_wait else work)
         return outputs, every_output, final
 
 
 def labelled(document: ModelDocument, outputs: list[Array]) -> dict[str, Any]:
-    """Gives `labels`, the name of the largest entry of each output, where the model names them."""
+    """Gives `labels`, the name of the largest entry of each (first) output, where the model names them."""
     names = document.labels
     if names is None:
         return {}
-    tops = [np.argmax(y, axis=-1) for y in outputs]
+    tops = [np.argmax(parts(y)[0], axis=-1) for y in outputs]
     return {"labels": [[names[i] for i in top] if top.ndim else names[int(top)] for top in tops]}
 
 
@@ -141,6 +145,9 @@ async def run_sequences(
     name: str = "sequences",
 ) -> tuple[list[Array], list[dict[str, Array]]]:
     """Gives each sequence a slot for the time of the call, advances all of them, and reads their last states."""
+    if engine.whole is not None:
+        engine.whole.check(states is not None, return_states)
+        return await engine.whole.run(sequences), []
     arena = engine.arena
     slots = arena.take_many(len(sequences))
     if slots is None:

@@ -76,7 +76,7 @@ class ResetRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 _create_decoder = msgspec.json.Decoder(CreateRequest)
 _step_decoder = msgspec.json.Decoder(StepRequest[msgspec.Raw])
-_plain_step_decoder = msgspec.json.Decoder(StepRequest[list[float]])
+_plain_step_decoder = msgspec.json.Decoder(StepRequest[list[float] | int])
 _fork_decoder = msgspec.json.Decoder(ForkRequest)
 _reset_decoder = msgspec.json.Decoder(ResetRequest)
 
@@ -105,7 +105,7 @@ class Step:
 
 
 def plain_step(model: Model, body: bytes) -> tuple[Array | None, Once | None]:
-    """Reads what nearly every step is, one time step, in one pass: gives `[1, features]` and where it starts.
+    """Reads what nearly every step is, one time step, in one pass: gives `[1, *features]` and where it starts.
 
     All else, and every error, takes the long way: gives None, or raises what msgspec raises.
     """
@@ -139,8 +139,9 @@ def written(
 ) -> dict[str, Any]:
     """Writes the answer to a step that has given y `[time, *outputs]`."""
     output = y if every_output and not single else y[-1]
-    answer: dict[str, Any] = {"session": session.id, "position": position, "y": output}
-    document = session.model.document
+    model = session.model
+    answer: dict[str, Any] = {"session": session.id, "position": position, "y": model.outputs.named(output)}
+    document = model.document
     if document.labels is not None:
         answer["label" if output.ndim == y.ndim - 1 else "labels"] = labelled(document, [output])["labels"][0]
     answer["durable"] = table.durable
@@ -175,6 +176,7 @@ async def create(
 ) -> tuple[Session, bool]:
     """Makes a session as it was asked, whatever the surface; says also whether it is new."""
     engine = service.engine(wanted.model)
+    engine.model.check_steppable()
     states = None if bytes(wanted.states) == b"null" else engine.model.reader.state(wanted.states)
     origin = b""
     if session_id is not None:

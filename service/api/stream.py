@@ -40,6 +40,7 @@ from service.arena import Slots
 from service.changes import SteppedMany
 from service.errors import Forbidden, InvalidInput, Problem, Stale, Unauthorized, UnknownSession
 from service.exactly_once import state_request, step_request
+from service.numbers import checked_together
 from service.service import Service
 from service.sessions import Session
 from service.tensors import decode
@@ -92,7 +93,7 @@ class Step(_Frame, tag="step", kw_only=True):
 
 class _PlainStep(_Frame, tag="step", kw_only=True):
     session: int | str
-    x: list[float]
+    x: list[float] | int
     outputs: Literal["last", "all"] | None = None
     position: Position | None = None
 
@@ -359,7 +360,7 @@ class _Socket:
         try:
             stepped = SteppedMany(done.result(), np.array(advance.reached), advance.problems or {}, set())
         except Problem as problem:  # of the only row
-            y = np.zeros((*advance.x.shape[:2], *group.sessions[0].model.output_shape))
+            y = group.sessions[0].model.outputs.zeros(*advance.x.shape[:2])
             stepped = SteppedMany(y, np.array(advance.reached), {0: problem}, set())
         if any(isinstance(problem, Stale) for problem in stepped.problems.values()):
             self._later(self._answer_frame_again(ref, group, advance, stepped))
@@ -477,7 +478,7 @@ class _Socket:
         for row, problem in stepped.problems.items():
             statuses[row] = problem.status
         head = _HEADER.pack(kind | STEPPED, ref, *y.shape[:2])
-        parts = head, positions.astype("<u8"), statuses, y.astype("<f4")
+        parts = head, positions.astype("<u8"), statuses, y
         for row, problem in stepped.problems.items():
             about = _problem(self.scope, ref, problem, session=group.sessions[row].id, row=row)
             self._put_json(about, last=False)
@@ -504,15 +505,16 @@ class _Socket:
         if int(handles.max()) >= len(self.sessions):
             raise UnknownSession(f"no handle {int(handles.max())} on this socket: open or attach the session first")
         group = self._group(handles)
-        shape = count, steps, *group.sessions[0].model.reader.spec.shape
-        x = np.frombuffer(body, "<f4", offset=start) if (len(body) - start) % 4 == 0 else np.empty(0, "<f4")
-        if x.size != math.prod(shape):  # of Python's integers, which no header makes overflow
-            whole = start + 4 * math.prod(shape)
-            raise InvalidInput(f"the frame has {len(body)} bytes: x of shape {list(shape)} in float32 makes it {whole}")
-        x = x.reshape(shape)
-        if not np.isfinite(x).all():
-            place = "x" + "".join(f"[{number}]" for number in np.argwhere(~np.isfinite(x))[0])
-            raise InvalidInput(f"{place}: not a finite number", place=place)
+        inputs = group.sessions[0].model.inputs
+        size = math.prod(inputs.shape) * inputs.frame_dtype.itemsize
+        whole = start + count * steps * size  # of Python's integers, which no header makes overflow
+        if len(body) != whole:
+            raise InvalidInput(
+                f"the frame has {len(body)} bytes: x, {count} sessions by {steps} time steps of {size} bytes, "
+                f"makes it {whole}"
+            )
+        x = np.frombuffer(body, inputs.frame_dtype, offset=start).reshape(count, steps, *inputs.shape)
+        x = checked_together(x, inputs, "x")
         return kind, ref, group, x, positions
 
     def _group(self, handles: NDArray[np.uint32]) -> _Group:

@@ -265,7 +265,8 @@ class SharedTable(SessionTable):
         if last is not None:
             y = before = None
             if last.kind == Last.ANSWER:
-                y = np.frombuffer(last.content, "<f4").reshape(-1, *session.model.output_shape)
+                outputs = session.model.outputs
+                y = np.frombuffer(last.content, outputs.dtype).reshape(-1, *outputs.shape)
             elif last.kind == Last.BEFORE:
                 before = _unpacked(arena, last.content)
             session.applied = Applied(Request(last.position, last.digest), last.reached, y, before)
@@ -337,7 +338,7 @@ def _last(arena: Arena, advance: Advance, row: int, y: Array, mark: Mark) -> Las
     told = request.digest, request.position, mark.position
     if advance.before is not None:
         return Last(*told, Last.BEFORE, _packed(arena, advance.before[row]))
-    return Last(*told, Last.ANSWER, y[row].astype("<f4", copy=False).tobytes())
+    return Last(*told, Last.ANSWER, y[row].tobytes())
 
 
 def _new(engine: Engine, states: dict[str, Array] | None, origin: bytes, position: int = 0) -> Stored:

@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import threading
 import time
@@ -125,10 +126,11 @@ class Snapshots:
                 rows = {"position": arena.position[slots], "used": arena.used[slots] + to_wall}
                 rows |= {f"state.{name}": state for name, state in arena.read_many(slots).items()}
                 answers = [one.applied.y for one in own if one.applied is not None and one.applied.y is not None]
-                rows["answers"] = np.concatenate([y.ravel() for y in answers] or [np.empty(0, np.float32)])
-                for name in arena.names:
-                    befores = [one.applied.before[name] for one in own if one.applied and one.applied.before]
-                    rows[f"before.{name}"] = np.concatenate([s.ravel() for s in befores] or [np.empty(0, np.float32)])
+                rows["answers"] = np.frombuffer(b"".join(y.tobytes() for y in answers), np.uint8)
+                for spec in arena.specs:
+                    befores = [one.applied.before[spec.name] for one in own if one.applied and one.applied.before]
+                    nothing = [np.empty(0, spec.dtype)]
+                    rows[f"before.{spec.name}"] = np.concatenate([s.ravel() for s in befores] or nothing)
                 for name, array in rows.items():
                     part.arrays.setdefault(name, []).append(array)
                 await asyncio.sleep(0)
@@ -179,6 +181,7 @@ def _fill(table: SessionTable, engine: Engine, told: list[list[Any]], arrays: di
         raise BadSnapshot(f"it has {len(told)} sessions of model {engine.model.name}: raise --max-sessions")
     arena.write_many(slots, {name: arrays[f"state.{name}"] for name in arena.names})
     arena.position[slots], arena.used[slots] = arrays["position"], arrays["used"] + now
+    outputs, kept = engine.model.outputs, arrays["answers"].tobytes()
     answers, befores = 0, 0
     for row, (owner, session_id, origin, applied) in enumerate(told):
         slot = int(slots[row])
@@ -187,9 +190,9 @@ def _fill(table: SessionTable, engine: Engine, told: list[list[Any]], arrays: di
             position, digest, reached, shape, large = applied
             y = before = None
             if shape is not None:
-                size = int(np.prod(shape))
-                y = arrays["answers"][answers : answers + size].reshape(shape)
-                answers += size
+                size = math.prod(shape)
+                y = np.frombuffer(kept, outputs.dtype, size, answers).reshape(shape)
+                answers += y.nbytes
             elif large:
                 before = {
                     spec.name: arrays[f"before.{spec.name}"].reshape(-1, *spec.shape)[befores] for spec in arena.specs

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from models.signature import Exactness, Signature, StateSpec, TensorSpec
 from service.changes import Changes
 from service.engine import Engine
+from service.layout import Layout
 from service.sessions import SessionTable
 from service.settings import Settings
 
@@ -60,7 +61,7 @@ class Model:
         self.name, self.version, self.digest = "halving", 1, "0" * 64
         self.runtime = Halving()
         self.exactness = Exactness(proved=exact, why="")
-        self.output_shape = (2,)
+        self.inputs, self.outputs = Layout(self.runtime.signature.inputs), Layout(self.runtime.signature.outputs)
 
 
 def truth(x: NDArray[Any], state: NDArray[Any] | None = None) -> NDArray[Any]:

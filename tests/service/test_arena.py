@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,3 +71,22 @@ def test_gather_and_scatter_put_the_batch_where_the_model_has_it() -> None:
     assert other is not None
     arena.copy(slots[:1], other)
     assert (arena.read(int(other[0]))["c"] == states[1][:, 0]).all()
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((5,), 0), ((5,), 1), ((2, 5), 1), ((2, 5), 2), ((2, 3, 4), 2), ((), 0)])
+def test_rows_are_gathered_and_scattered_along_the_batch_axis(shape: tuple[int, ...], axis: int) -> None:
+    spec = StateSpec(name="s", next_name="s.next", shape=shape, batch_axis=axis)
+    arena = Arena((spec,), 100)
+    taken = arena.take_many(20)
+    assert taken is not None
+    true = np.random.default_rng(1).normal(size=(20, *shape)).astype(np.float32)
+    slots = np.random.default_rng(2).permutation(taken)[:7]
+    arena.write_many(taken, {"s": true})
+    (rows,) = arena.gather(slots)
+    assert rows.flags.c_contiguous
+    assert rows.shape == (*shape[:axis], 7, *shape[axis:])
+    assert (np.moveaxis(rows, axis, 0) == true[slots]).all()
+    arena.scatter(slots, [rows + 1])
+    changed = arena.read_many(taken)["s"] - true
+    assert (changed[slots].round() == 1).all()
+    assert (np.delete(changed, slots, 0) == 0).all()
