@@ -133,6 +133,16 @@ class Engine:
         return advance
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no session or sequence has a slot, and nothing is under way."""
+        return not (self.arena.taken or self.queued or self._on_thread or self._committing)
+
+    def close(self) -> None:
+        """Frees the model and the arena of an idle engine, whoever still refers to it."""
+        self.model.runtime.close()
+        self.arena.free()
+
+    @property
     def is_behind(self) -> bool:
         """Whether what arrives now will wait for so long that its client may be gone before it is computed."""
         return self.queued > self.max_batch and (
