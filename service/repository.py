@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from service.tensors import TensorReader
 log = logging.getLogger("cellserve")
 
 _NUMBER = r"[1-9][0-9]{0,8}"
+_MANIFEST_BYTES = 1024 * 1024
 _FILES = (MANIFEST_NAME, MODEL_NAME, STEP_NAME)
 
 Stamp = tuple[tuple[int, int, int] | None, ...]  # of each file that matters: when it was changed, its size, its inode
@@ -217,26 +219,25 @@ def _load(key: VersionKey, path: Path, options: RuntimeOptions, max_batch: int, 
     try:
         model = Model(*key, digest, runtime, max_batch)
     except Exception as error:
-        raise BrokenModel(f"it cannot be run: {str(error).splitlines()[0]}") from None
+        raise BrokenModel(cannot_be_run(error)) from None
     log.info("%s version %s on %s, exact: %s", *key, runtime.provider, model.exactness.proved)
     return model
+
+
+def cannot_be_run(error: Exception) -> str:
+    """Says in one line what came of trying to run a model."""
+    return f"it cannot be run: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
 def _files(path: Path, max_bytes: int) -> tuple[str, dict[str, bytes]]:
     """Reads the files of one version and compares them with its manifest; gives the model's digest and the files."""
     digests, files = _digests(path), {}
     for file in digests.keys() & {MODEL_NAME, STEP_NAME}:
-        try:
-            size = (path / file).stat().st_size
-            if size > max_bytes:
-                raise BrokenModel(f"{file} has {size} bytes, more than a model may have: see --max-model-bytes")
-            files[file] = (path / file).read_bytes()
-        except OSError as error:
-            raise BrokenModel(f"{file}: {error.strerror}: it is missing, or has not been copied yet") from None
+        files[file] = _read(path / file, max_bytes)
         if hashlib.sha256(files[file]).hexdigest() != digests[file]:
             raise BrokenModel(
-                f"{file} is not the file that its {MANIFEST_NAME} describes: it was changed or damaged, or has not been "
-                f"copied whole yet"
+                f"{file} is not the file that its {MANIFEST_NAME} describes: it was changed or damaged, or has not "
+                f"been copied whole yet"
             )
     return digests[MODEL_NAME], files
 
@@ -244,16 +245,26 @@ def _files(path: Path, max_bytes: int) -> tuple[str, dict[str, bytes]]:
 def _digests(path: Path) -> dict[str, str]:
     """Reads a manifest: the SHA-256 of each file."""
     try:
-        digests: dict[str, str] = json.loads((path / MANIFEST_NAME).read_bytes())["files"]
+        digests: dict[str, str] = json.loads(_read(path / MANIFEST_NAME, _MANIFEST_BYTES))["files"]
         if not all(isinstance(digest, str) for digest in digests.values()):
             raise TypeError
-    except OSError as error:
-        raise BrokenModel(f"{MANIFEST_NAME}: {error.strerror}: it is missing, or has not been copied yet") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BrokenModel(f'{MANIFEST_NAME} is not {{"files": {{NAME: SHA-256}}}}') from None
     if MODEL_NAME not in digests:
         raise BrokenModel(f"its {MANIFEST_NAME} does not list {MODEL_NAME}")
     return digests
+
+
+def _read(path: Path, most: int) -> bytes:
+    try:
+        told = path.stat()
+        if not stat.S_ISREG(told.st_mode):
+            raise BrokenModel(f"{path.name} is not a file")  # a pipe would be read for ever
+        if told.st_size > most:
+            raise BrokenModel(f"{path.name} has {told.st_size} bytes, {most} may be: see --max-model-bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise BrokenModel(f"{path.name}: {error.strerror}: it is missing, or has not been copied yet") from None
 
 
 def _stamp(path: Path) -> Stamp:

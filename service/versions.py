@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from service.engine import Engine
 from service.errors import RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
-from service.repository import BrokenModel, Model, Repository, VersionKey
+from service.repository import BrokenModel, Model, Repository, VersionKey, cannot_be_run
 from service.runtime import RuntimeUnavailable
 from service.sessions import SessionTable
 
@@ -247,7 +247,7 @@ class Versions:
                 raise
             self.repository.refuse(key, str(error))
         except Exception as error:
-            self.repository.refuse(key, f"it cannot be run: {str(error).splitlines()[0]}")
+            self.repository.refuse(key, cannot_be_run(error))
         return {}
 
     def _put(self, fresh: Engines, newest: dict[str, Engine]) -> None:

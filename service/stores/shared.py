@@ -311,7 +311,9 @@ class SharedTable(SessionTable):
         return late
 
     def _fate(self, found: Stored | Fate | None) -> Problem:
-        return gone(found.reason, found.position) if isinstance(found, Fate) else unknown()
+        if isinstance(found, Stored):
+            return Stale()  # another session of that id, or on another version
+        return unknown() if found is None else gone(found.reason, found.position)
 
     def missing(self, owner: str, session_id: str) -> Problem:
         """Gives what to raise where a session has no slot here any more: it may be in the store."""

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -140,6 +141,7 @@ def test_a_model_file_that_cannot_be_served_is_refused_and_the_version_before_it
         (lambda folder: (folder / MANIFEST_NAME).write_text('{"files": {}}'), "does not list"),
         (lambda folder: (folder / MANIFEST_NAME).write_bytes(b"\xff\xfe\xfa"), "is not {"),
         (lambda folder: (folder / MODEL_NAME).unlink(), "has not been copied yet"),
+        (lambda folder: (folder / MODEL_NAME).unlink() or os.mkfifo(folder / MODEL_NAME), "is not a file"),
         (lambda folder: (folder / MODEL_NAME).write_bytes(b"\0" + (folder / MODEL_NAME).read_bytes()), "changed or"),
     ],
 )
@@ -157,6 +159,7 @@ def test_a_folder_that_is_not_whole_is_refused_until_its_files_change(
     assert reason in served.state(2).reason
     assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
     for file in (MODEL_NAME, MANIFEST_NAME):
+        (models / "rnn/2" / file).unlink(missing_ok=True)
         shutil.copy(whole / file, models / "rnn/2" / file)
     served.reload()
     assert served.serving() == {"rnn": 2}
