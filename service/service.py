@@ -88,7 +88,9 @@ class Service:
             self._engine_of,
             self.sessions,
             settings.max_old_versions,
-            ThreadPoolExecutor(1, "load", _yield_to_the_event_loop),
+            # Of no lower priority: much of its work holds the interpreter's lock, and where the machine is busy one
+            # that holds it and does not run kept the event loop waiting for up to 110 ms, at equal priority 29.
+            ThreadPoolExecutor(1, "load"),
         )
         self.engines = self.versions.newest
         self.sessions.load = self.versions.holding

@@ -146,7 +146,7 @@ class SessionTable:
     def dismiss(self, engine: Engine) -> None:
         """Lets go of an engine that has no sessions."""
         del self.by_slot[engine], self.turns[engine], self._numbers[engine]
-        # The two refer to each other: what nothing refers to is freed at once, what does so is not even looked for.
+        # The two refer to each other, and of what was there at the start the collector frees nothing (`gc.freeze`).
         del engine.settle, engine.release
         engine.commit = None
 

@@ -206,6 +206,8 @@ def test_operators_reload_at_once_and_nobody_else_does(models: Path, serve: Serv
     server = serve("--models", str(models), *flags)
     add_version(models, "lstm", 2)
     with server.client() as client:
+        mine = {"url": "/sessions/mine", "json": {"model": "lstm"}, "headers": bearer(alice)}
+        assert client.put(**mine).status_code == 201
         assert client.post("/models/reload").status_code == 401
         assert client.post("/models/reload", headers=bearer(alice)).status_code == 403
         assert client.get("/models/lstm", headers=bearer(alice)).json()["version"] == 1
@@ -213,6 +215,8 @@ def test_operators_reload_at_once_and_nobody_else_does(models: Path, serve: Serv
         assert told["loaded"] == ["lstm:2"]
         assert {model["name"]: model["version"] for model in told["models"]} == {"lstm": 2, "rnn": 1}
         assert client.post("/models/reload", headers=bearer(bob)).json()["loaded"] == []
+        again = client.put(**mine)  # a repetition, though the name means another version by now
+        assert (again.status_code, again.json()["version"]) == (200, 1)
         models.rename(tmp_path / "away")
         away = client.post("/models/reload", headers=bearer(bob))
         assert (away.status_code, "repository-unusable" in away.json()["type"]) == (503, True)
