@@ -405,7 +405,7 @@ class SessionTable:
         """Gives what to raise where a session is not among the live ones."""
         model = self.elsewhere.get(key_of(owner, session_id))
         if model is not None:
-            return ModelVersionNotHere(f"the session is of model {model}, which is not served here: serve it again")
+            return ModelVersionNotHere(f"the session is of model {model}, which is not here: put it back")
         tombstone = self.gone.get(key_of(owner, session_id))
         return unknown() if tombstone is None else gone(tombstone.reason, tombstone.position)
 

@@ -182,7 +182,7 @@ class Versions:
         # Whoever had looked an engine up in the turn in which it was dismissed has its slots by now.
         for engine in [engine for engine in self._leaving if engine.is_idle]:
             self._leaving.remove(engine)
-            engine.close()
+            self._thread.submit(engine.close)  # to give much memory back takes long too
         serving, kept = set(self.newest.values()), self._clock() - _KEPT_SECONDS
         for key, engine in list(self.loaded.items()):
             if engine not in serving and engine.is_idle and self._asked.get(key, kept) <= kept:

@@ -43,6 +43,7 @@ class Served:
 
     def __init__(self, models: Path, most_old: int = 8, max_bytes: int = 10**9) -> None:
         self.now = 0.0
+        self.thread = ThreadPoolExecutor(1)
         settings = Settings(max_batch=4, quantum=8, max_sessions=100)
         self.table = SessionTable(100, 1e9, 1e9, clock=lambda: self.now)
         self.changes = Changes(self.table)
@@ -52,7 +53,7 @@ class Served:
             lambda model: Engine(model, settings, ticks),
             self.table,
             most_old,
-            ThreadPoolExecutor(1),
+            self.thread,
             lambda: self.now,
         )
 
@@ -60,9 +61,10 @@ class Served:
         asyncio.run(self.versions.reload(again))
 
     def sweep(self) -> None:
-        """An engine is freed in the turn after the one in which it was dismissed."""
+        """An engine is freed, on the thread, after the turn in which it was dismissed."""
         self.versions.sweep()
         self.versions.sweep()
+        self.thread.submit(int).result()
 
     def serving(self) -> dict[str, int]:
         return {name: engine.model.version for name, engine in self.versions.newest.items()}
@@ -258,10 +260,10 @@ def test_an_old_version_waits_for_the_sequences_that_it_has_begun(models: Path) 
     engine.arena.give_back(slots)
     served.versions.sweep()
     slots = engine.arena.take_many(1)  # by one who had looked the engine up just before
-    served.versions.sweep()
+    served.sweep()
     assert engine.model.runtime._session is not None
     engine.arena.give_back(slots)
-    served.versions.sweep()
+    served.sweep()
     assert engine.model.runtime._session is None
 
 
