@@ -22,7 +22,7 @@ from service.tensors import TensorReader
 log = logging.getLogger("cellserve")
 
 _NUMBER = r"[1-9][0-9]{0,8}"
-_MANIFEST_BYTES = 1024 * 1024
+_MANIFEST_BYTES, _LARGEST_PROTOCOL_BUFFER = 1024 * 1024, 2**31 - 1
 _FILES = (MANIFEST_NAME, MODEL_NAME, STEP_NAME)
 
 Stamp = tuple[tuple[int, int, int] | None, ...]  # of each file that matters: when it was changed, its size, its inode
@@ -151,7 +151,7 @@ class Repository:
         if version is None or version.refused:
             raise BrokenModel(version.refused if version else "it is not in the folder any more")
         try:
-            model = _load(key, version.path, self._options, self._max_batch, self._max_bytes)
+            model = load(key.name, version.path, self._options, self._max_batch, self._max_bytes)
         except BrokenModel as broken:
             self.refuse(key, str(broken))
             raise
@@ -196,7 +196,9 @@ class Repository:
         return replace(version, refused=reason)
 
 
-def _load(key: VersionKey, path: Path, options: RuntimeOptions, max_batch: int, max_bytes: int) -> Model:
+def load(
+    name: str, path: Path, options: RuntimeOptions, max_batch: int, max_bytes: int = _LARGEST_PROTOCOL_BUFFER
+) -> Model:
     """Checks the files of one version and opens it.
 
     Raises:
@@ -217,10 +219,10 @@ def _load(key: VersionKey, path: Path, options: RuntimeOptions, max_batch: int, 
             raise
         raise BrokenModel(str(error)) from None
     try:
-        model = Model(*key, digest, runtime, max_batch)
+        model = Model(name, int(path.name), digest, runtime, max_batch)
     except Exception as error:
         raise BrokenModel(cannot_be_run(error)) from None
-    log.info("%s version %s on %s, exact: %s", *key, runtime.provider, model.exactness.proved)
+    log.info("%s version %s on %s, exact: %s", name, path.name, runtime.provider, model.exactness.proved)
     return model
 
 
