@@ -103,7 +103,7 @@ class Runtime:
 
     def close(self) -> None:
         """Frees what ONNX Runtime holds; nothing can be run any more."""
-        self._session = self._step = None
+        self._session = self._step = self._runs = None
         self._bindings = threading.local()
 
     @property
