@@ -82,7 +82,10 @@ class Settings(BaseSettings):
         description="owners, separated by commas, whose keys may read /metrics and reload models",
     )
     operations_port: int | None = Field(
-        None, ge=1, le=65535, description="a second port, for /metrics, /healthz and /readyz, where no key is needed"
+        None,
+        ge=1,
+        le=65535,
+        description="a second port, for /metrics, reloading, /healthz and /readyz; no key is needed there",
     )
     log_format: LogFormat = Field("text", description="lines of the log: text, or json, an object each")
     access_log: bool = Field(False, description="whether each request is a line of the log")

@@ -21,6 +21,7 @@ from service.runtime import Runtime
 from tests.conftest import Server
 from tests.e2e.test_keys import bearer, new_key
 from tests.e2e.test_predict_and_sessions import create, frames
+from tests.e2e.test_replicas import free_port
 from tests.e2e.test_stream import answered, ask, binary
 from tests.networks import FEATURES
 from tests.redis_server import RedisServer
@@ -202,7 +203,8 @@ def test_what_is_broken_is_told_in_models_and_once_in_the_log_and_going_back_is_
 def test_operators_reload_at_once_and_nobody_else_does(models: Path, serve: Serve, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     alice, bob = new_key("alice", keys), new_key("bob", keys)
-    flags = "--reload-seconds", "0", "--api-keys-file", str(keys), "--operators", "bob"
+    port = free_port()
+    flags = "--reload-seconds", "0", "--api-keys-file", str(keys), "--operators", "bob", "--operations-port", str(port)
     server = serve("--models", str(models), *flags)
     add_version(models, "lstm", 2)
     with server.client() as client:
@@ -217,6 +219,8 @@ def test_operators_reload_at_once_and_nobody_else_does(models: Path, serve: Serv
         assert client.post("/models/reload", headers=bearer(bob)).json()["loaded"] == []
         again = client.put(**mine)  # a repetition, though the name means another version by now
         assert (again.status_code, again.json()["version"]) == (200, 1)
+        add_version(models, "rnn", 2)
+        assert httpx.post(f"http://127.0.0.1:{port}/models/reload").json()["loaded"] == ["rnn:2"]
         models.rename(tmp_path / "away")
         away = client.post("/models/reload", headers=bearer(bob))
         assert (away.status_code, "repository-unusable" in away.json()["type"]) == (503, True)
