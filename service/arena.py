@@ -69,6 +69,13 @@ class Arena:
             array[slots] = 0
         self._free.extend(slots.tolist())
 
+    def free(self) -> None:
+        """Lets go of all memory; no slot may be in use, and none can be taken any more."""
+        self._arrays = [array[:0].copy() for array in self._arrays]
+        self.position, self.used, self.held = self.position[:0], self.used[:0], self.held[:0]
+        self._free.clear()
+        self.capacity = self.limit = 0
+
     def gather(self, slots: Slots) -> list[Array]:
         """Copies the states of some slots: one `[len(slots), *shape]` a state (batch at the state's batch axis)."""
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from operator import attrgetter
@@ -146,7 +147,6 @@ class Changes:
             requests: Where each is to start from; then each is applied once, however often it is sent.
         """
         engine = sessions[0].engine
-        turns = self._table.turns[engine]
         y = engine.model.outputs.zeros(*x.shape[:2])
         stepped = SteppedMany(y, np.zeros(len(sessions), np.int64), {}, set())
         rows: Sequence[int] = range(len(sessions))
@@ -161,9 +161,9 @@ class Changes:
         try:
             rows = self._living(sessions, rows, stepped)
             if len(rows) == len(sessions):
-                await turns.enter(sessions, slots)
-            else:
-                await turns.enter([sessions[row] for row in rows], slots[rows])
+                await self._table.turns[engine].enter(sessions, slots)
+            elif rows:
+                await self._table.turns[engine].enter([sessions[row] for row in rows], slots[rows])
             rows = self._living(sessions, rows, stepped)
         finally:
             for row in claimed:  # those that have ended too: a socket asks for them again
@@ -217,6 +217,29 @@ class Changes:
             stepped.y[row], stepped.positions[row] = alone.y, alone.position
             if alone.replayed:
                 stepped.replayed.add(row)
+
+    async def step_versions(
+        self, sessions: Sequence[Session], slots: Slots, x: Array, requests: Sequence[Request] | None = None
+    ) -> SteppedMany:
+        """Steps sessions of several versions, whose inputs and outputs are alike, as `step_many` those of one."""
+        rows_of: dict[Engine, list[int]] = {}
+        for row, session in enumerate(sessions):
+            rows_of.setdefault(session.engine, []).append(row)
+        parts = list(rows_of.values())
+        asked = [None if requests is None else [requests[row] for row in rows] for rows in parts]
+        done = await asyncio.gather(
+            *(
+                self.step_many([sessions[row] for row in rows], slots[rows], x[rows], own)
+                for rows, own in zip(parts, asked, strict=True)
+            )
+        )
+        y = np.zeros((len(sessions), *done[0].y.shape[1:]), done[0].y.dtype)
+        whole = SteppedMany(y, np.zeros(len(sessions), np.int64), {}, set())
+        for rows, part in zip(parts, done, strict=True):
+            whole.y[rows], whole.positions[rows] = part.y, part.positions
+            whole.problems.update({rows[row]: problem for row, problem in part.problems.items()})
+            whole.replayed.update(rows[row] for row in part.replayed)
+        return whole
 
     async def _followed(
         self, sessions: Sequence[Session], requests: Sequence[Request] | None, rows: Sequence[int], stepped: SteppedMany

@@ -144,6 +144,19 @@ class Engine:
         raise AssertionError("models that can be stepped do not get here")
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no session or sequence has a slot, and nothing is under way."""
+        busy = self.arena.taken or self.queued or self._on_thread or self._committing
+        return not busy and (self.whole is None or self.whole.is_idle)
+
+    def close(self) -> None:
+        """Frees the model and the arena of an idle engine, whoever still refers to it."""
+        if self.whole is not None:
+            self.whole.close()
+        self.model.runtime.close()
+        self.arena.free()
+
+    @property
     def is_behind(self) -> bool:
         """Whether what arrives now will wait for so long that its client may be gone before it is computed."""
         return self.queued > self.max_batch and (

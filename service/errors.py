@@ -209,7 +209,27 @@ class ModelVersionNotHere(Problem):
 
     status = 503
     title = "The session's model is not served here"
-    retry_after = 60
+    retry_after = 5
+
+
+class VersionLoading(Problem):
+    """The version is in the repository and is being loaded, since this request asked for it."""
+
+    status = 503
+    title = "The version is being loaded"
+    retry_after = 1
+
+    def __init__(self, key: tuple[str, int]) -> None:
+        super().__init__(f"model: version {key[1]} of {key[0]!r} is being loaded: try again in a second")
+        self.key = key
+
+
+class RepositoryUnusable(Problem):
+    """The model repository cannot be read, or is empty; what was served still is."""
+
+    status = 503
+    title = "The models cannot be read"
+    retry_after = 5
 
 
 class Stale(Problem):

@@ -13,7 +13,7 @@ EPILOG = """\
 example:
   cellserve models --models artifacts
 
-The table shows the version that would be served of each model; the exit status is 1 where none could be.
+The newest version of each that is sound would be served; the exit status is 1 where none could be.
 """
 
 
@@ -32,27 +32,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     from service.runtime import RuntimeOptions
     from service.settings import Settings
 
+    settings = Settings()
+    repository = Repository(folder, RuntimeOptions(), settings.max_batch, settings.max_model_bytes)
     try:
-        repository = Repository(folder, RuntimeOptions(), Settings().max_batch)
+        repository.scan()
     except BrokenModel as broken:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"cellserve models: {broken}", markup=False)
         return 1
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("model", "version", "takes", "gives", "states", "form", "exact", "test metrics"):
         table.add_column(heading)
-    for name, model in repository.models.items():
-        document, signature = model.document, model.document.signature
-        table.add_row(
-            name,
-            str(model.version),
-            ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.inputs),
-            ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.outputs),
-            ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.states)
-            if signature.predict_only is None
-            else "whole sequences only",
-            document.form,
-            "yes" if model.exactness.proved else "no",
-            ", ".join(f"{metric} {value:.4g}" for metric, value in document.metrics.items()),
-        )
+    for versions in repository.by_name().values():
+        for version in versions:
+            try:
+                model = repository.open(version.key)
+            except BrokenModel:
+                continue  # the log has told why
+            document, signature = model.document, model.document.signature
+            table.add_row(
+                model.name,
+                str(model.version),
+                ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.inputs),
+                ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.outputs),
+                ", ".join(f"{spec.name} {list(spec.shape)}" for spec in signature.states)
+                if signature.predict_only is None
+                else "whole sequences only",
+                document.form,
+                "yes" if model.exactness.proved else "no",
+                ", ".join(f"{metric} {value:.4g}" for metric, value in document.metrics.items()),
+            )
+            break
     Console().print(table)
-    return 0
+    return 0 if table.row_count else 1

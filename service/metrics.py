@@ -122,7 +122,8 @@ class _Own(Collector):
 
     def _of_engines(self) -> Iterator[Metric]:
         engines = [
-            ([engine.model.name, str(engine.model.version)], engine) for engine in self._service.engines.values()
+            ([engine.model.name, str(engine.model.version)], engine)
+            for engine in self._service.versions.loaded.values()
         ]
         labels = ["model", "version"]
         stages = HistogramMetricFamily(

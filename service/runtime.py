@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,8 +89,8 @@ class Runtime:
         self, model: Path | bytes, options: RuntimeOptions = RuntimeOptions(), step: Path | bytes | None = None
     ) -> None:
         self.options = options
-        self._session = _open(model, options)
-        self._step = None if step is None else _open(step, options)
+        self._session: Any = _open(model, options)
+        self._step: Any = None if step is None else _open(step, options)
         self.provider: str = self._session.get_providers()[0]
         self.document = read_document(self._session)
         signature = self.signature
@@ -100,6 +100,11 @@ class Runtime:
         runs = Runs(signature, self.call)
         self._runs = None if runs.plain else runs
         self._bindings = threading.local()  # runs on several threads at once have one each
+
+    def close(self) -> None:
+        """Frees what ONNX Runtime holds; nothing can be run any more."""
+        self._session = self._step = self._runs = None
+        self._bindings = threading.local()
 
     @property
     def signature(self) -> Signature:
@@ -146,7 +151,7 @@ class Runtime:
         name = "step" if single else "sequence"
         bound: tuple[ort.InferenceSession, ort.IOBinding] | None = getattr(self._bindings, name, None)
         if bound is None:
-            session: Any = self._step if single else self._session
+            session = self._step if single else self._session
             bound = session, session.io_binding()
             setattr(self._bindings, name, bound)
         return bound
@@ -196,15 +201,7 @@ def _open(model: Path | bytes, options: RuntimeOptions) -> ort.InferenceSession:
 
 def read_document(session: ort.InferenceSession) -> ModelDocument:
     """Reads what an open model says about itself, or raises RuntimeUnavailable where it says nothing that holds."""
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    if text is None:
-        raise RuntimeUnavailable(
-            f"the file has no {METADATA_KEY!r} metadata: it was not made by `cellserve export`, export the Keras model"
-        )
-    try:
-        document = ModelDocument.model_validate(json.loads(text))
-    except (ValueError, ValidationError) as error:
-        raise RuntimeUnavailable(f"the file's {METADATA_KEY!r} metadata is damaged: {error}") from None
+    document = parse_document(session.get_modelmeta().custom_metadata_map)
     names = {tensor.name for tensor in session.get_inputs()} | {tensor.name for tensor in session.get_outputs()}
     signature = document.signature
     told = {spec.name for spec in (*signature.inputs, *signature.outputs)} | {spec.name for spec in signature.states}
@@ -212,3 +209,22 @@ def read_document(session: ort.InferenceSession) -> ModelDocument:
     if names != told:
         raise RuntimeUnavailable(f"the file's graph has the tensors {sorted(names)}, its signature {sorted(told)}")
     return document
+
+
+def parse_document(metadata: Mapping[str, str]) -> ModelDocument:
+    """Reads what the metadata of a model file say; raises RuntimeUnavailable where they say nothing that holds."""
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        raise RuntimeUnavailable(
+            f"the file has no {METADATA_KEY!r} metadata: it was not made by `cellserve export`, export the Keras model"
+        )
+    try:
+        return ModelDocument.model_validate(json.loads(text))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RuntimeUnavailable(
+            f"the file's {METADATA_KEY!r} metadata does not fit this service: {place}: {first['msg']}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise RuntimeUnavailable(f"the file's {METADATA_KEY!r} metadata is damaged: {error}") from None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from service.arena import Slots
 from service.engine import Engine
 from service.errors import ModelVersionNotHere, Problem, ServerFull, SessionExists, SessionGone, UnknownSession
 from service.exactly_once import Applied, Request, check
-from service.repository import Model
+from service.repository import Model, VersionKey
 from service.settings import WhenFull
 from service.turns import Turns
 
@@ -111,6 +112,10 @@ class SessionTable:
         self.ended = dict.fromkeys(("deleted", "expired", "evicted"), 0)  # so far
         self.by_slot: dict[Engine, dict[int, Session]] = {}
         self.turns: dict[Engine, Turns] = {}
+        self._numbers: dict[Engine, int] = {}  # in the order of by_slot; none is used twice
+        self._engines = itertools.count()
+        # Gives the engine of a version by its name and digest, loaded where it has to be; for sessions from elsewhere.
+        self.load: Callable[[VersionKey, str], Awaitable[Engine | None]] | None = None
 
     def __len__(self) -> int:
         return len(self.live)
@@ -134,8 +139,16 @@ class SessionTable:
         """Takes charge of an engine's sessions."""
         self.by_slot[engine] = {}
         self.turns[engine] = turns = Turns(engine.arena)
+        self._numbers[engine] = next(self._engines)
         engine.settle = partial(self._settle, engine)
         engine.release = turns.leave
+
+    def dismiss(self, engine: Engine) -> None:
+        """Lets go of an engine that has no sessions."""
+        del self.by_slot[engine], self.turns[engine], self._numbers[engine]
+        # The two refer to each other, and of what was there at the start the collector frees nothing (`gc.freeze`).
+        del engine.settle, engine.release
+        engine.commit = None
 
     def create(
         self,
@@ -245,6 +258,8 @@ class SessionTable:
             with suppress(SessionGone, UnknownSession):
                 async with self.alone(before):
                     self._end(before, "deleted")
+        if engine not in self.by_slot:  # it was unloaded while the session was waited for
+            raise ModelVersionNotHere(f"{engine.model.key} was just unloaded: send the request again")
         session = self._made(engine, None, owner, session_id, origin)
         self.gone.pop(key, None)
         return session
@@ -278,7 +293,10 @@ class SessionTable:
         """
         first, beyond = after
         found: list[Listed] = []
-        for number, (engine, sessions) in list(enumerate(self.by_slot.items()))[first:]:
+        for engine, sessions in self.by_slot.items():
+            number = self._numbers[engine]
+            if number < first:
+                continue
             for slot in range(beyond if number == first else 0, engine.arena.capacity):
                 session = sessions.get(slot)
                 if session is not None and session.owner == owner:
@@ -376,9 +394,9 @@ class SessionTable:
     @asynccontextmanager
     async def alone(self, session: Session) -> AsyncIterator[Session]:
         """Waits until the session is this request's alone, after those that came before it."""
-        turns = self.turns[session.engine]
         if not session.alive:
             raise self.missing(session.owner, session.id)
+        turns = self.turns[session.engine]
         await turns.enter((session,), session.slots)
         if not session.alive:
             raise self.missing(session.owner, session.id)
@@ -419,7 +437,7 @@ class SessionTable:
         """Gives what to raise where a session is not among the live ones."""
         model = self.elsewhere.get(key_of(owner, session_id))
         if model is not None:
-            return ModelVersionNotHere(f"the session is of model {model}, which is not served here: serve it again")
+            return ModelVersionNotHere(f"the session is of model {model}, which is not here: put it back")
         tombstone = self.gone.get(key_of(owner, session_id))
         return unknown() if tombstone is None else gone(tombstone.reason, tombstone.position)
 

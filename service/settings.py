@@ -22,6 +22,13 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
     models: Path = Field(Path("artifacts"), description="the model repository: NAME/VERSION/model.onnx")
+    reload_seconds: float = Field(
+        5, ge=0, description="how often the model repository is looked over for new versions; 0 for never"
+    )
+    max_model_bytes: int = Field(1024**3, ge=1, description="size of a model file, at most")
+    max_old_versions: int = Field(
+        8, ge=0, description="versions loaded beside the newest of each model because they were asked for, at most"
+    )
     host: str = Field("127.0.0.1", description="the address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
     grpc_port: int | None = Field(
@@ -81,7 +88,10 @@ class Settings(BaseSettings):
         description="owners, separated by commas, whose keys may read /metrics and reload models",
     )
     operations_port: int | None = Field(
-        None, ge=1, le=65535, description="a second port, for /metrics, /healthz and /readyz, where no key is needed"
+        None,
+        ge=1,
+        le=65535,
+        description="a second port, for /metrics, reloading, /healthz and /readyz; no key is needed there",
     )
     log_format: LogFormat = Field("text", description="lines of the log: text, or json, an object each")
     access_log: bool = Field(False, description="whether each request is a line of the log")

@@ -40,6 +40,15 @@ class WholeRuns:
         self._executor = ThreadPoolExecutor(1, "whole")
         self._waiting = 0
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits or is under way."""
+        return not self._waiting
+
+    def close(self) -> None:
+        """Ends the thread of idle runs."""
+        self._executor.shutdown()
+
     async def run(self, sequences: Sequence[Array]) -> list[Array]:
         """Gives the outputs `[time, *outputs]` of each sequence `[time, *features]`, from zeros.
 

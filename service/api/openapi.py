@@ -16,7 +16,8 @@ _NUMBERS = {"description": "numbers, nested as deep as the model's input and out
 _STATES = {"type": "object", "description": "one array a state, by its tensor's name: see GET /models/{name}"}
 _OUTPUTS = {"enum": ["last", "all", None], "description": "outputs of the last or of all time steps; the model's own "
             "default where it is missing"}  # fmt: skip
-_MODEL = {"type": ["string", "null"], "description": "may be left out where one model is served"}
+_MODEL = {"type": ["string", "null"], "description": "NAME, its newest version, or NAME:VERSION; may be left out where "
+          "one model is served"}  # fmt: skip
 
 _POSITION = {
     "type": ["integer", "null"],

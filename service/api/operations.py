@@ -8,38 +8,47 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from service.metrics import MEDIA_TYPE
-from service.repository import Model
 from service.service import Service
+from service.versions import VersionState
 
 
 def router(service: Service) -> APIRouter:
     """Makes the routes."""
     routes = APIRouter()
+    versions = service.versions
 
     def needs_key(request: Request) -> None:
         service.owner(request.scope["headers"])
 
+    def needs_operator(request: Request) -> None:
+        service.operator(request.scope["headers"])
+
     may = [Depends(needs_key)]
 
-    @routes.get("/models", dependencies=may, tags=["models"], summary="List the models")
+    @routes.get("/models", dependencies=may, tags=["models"], summary="List the models and how each version stands")
     async def models() -> dict[str, Any]:
-        return {"models": [_short(model) for model in service.repository.models.values()]}
+        return {"models": _all(service)}
 
-    @routes.get("/models/{name}", dependencies=may, tags=["models"], summary="Describe a model")
+    @routes.get("/models/{name}", dependencies=may, tags=["models"], summary="Describe a model, NAME or NAME:VERSION")
     async def model(name: str) -> dict[str, Any]:
-        found = service.repository.get(name)
+        engine = await service.engine_when_loaded(name)
+        found = engine.model
         document = found.document.model_dump(mode="json", exclude={"format", "name", "exactness"})
+        states = versions.states()[found.name]
         return {
-            **_short(found),
+            "name": found.name,
+            "version": found.version,
             **document,
             "digest": found.digest,
             "exact": found.exactness.proved,
             "exactness": found.exactness.why,
             "provider": found.runtime.provider,
+            "versions": [_stands(state) for state in states],
         }
 
-    def needs_operator(request: Request) -> None:
-        service.operator(request.scope["headers"])
+    @routes.get("/models/{name}/versions/{version}", dependencies=may, tags=["models"], summary="Describe a version")
+    async def version(name: str, version: str) -> dict[str, Any]:
+        return await model(f"{name}:{version}")
 
     routes.include_router(own(service, [Depends(needs_operator)]))
     return routes
@@ -53,6 +62,18 @@ def own(service: Service, may: list[Any]) -> APIRouter:
     async def metrics() -> Response:
         return Response(await service.metrics.text(), media_type=MEDIA_TYPE)
 
+    @routes.post(
+        "/models/reload",
+        dependencies=may,
+        tags=["models"],
+        summary="Look the model repository over now",
+    )
+    async def reload() -> dict[str, Any]:
+        versions = service.versions
+        before = set(versions.loaded)
+        await versions.reload(again=True)
+        return {"loaded": [str(key) for key in versions.loaded if key not in before], "models": _all(service)}
+
     @routes.get("/healthz", summary="Is the process alive?")
     async def healthz() -> dict[str, str]:
         return {"status": "alive"}
@@ -65,5 +86,21 @@ def own(service: Service, may: list[Any]) -> APIRouter:
     return routes
 
 
-def _short(model: Model) -> dict[str, Any]:
-    return {"name": model.name, "version": model.version, "description": model.document.description}
+def _all(service: Service) -> list[dict[str, Any]]:
+    return [_listed(service, name, states) for name, states in service.versions.states().items()]
+
+
+def _listed(service: Service, name: str, states: list[VersionState]) -> dict[str, Any]:
+    """Gives what the list tells of a model: its newest version, where one is served, and how all of them stand."""
+    engine = service.engines.get(name)
+    return {
+        "name": name,
+        "version": None if engine is None else engine.model.version,
+        "description": "" if engine is None else engine.model.document.description,
+        "versions": [_stands(state) for state in states],
+    }
+
+
+def _stands(state: VersionState) -> dict[str, Any]:
+    told: dict[str, Any] = {"version": state.key.version, "state": state.state, "sessions": state.sessions}
+    return told | ({"reason": state.reason} if state.reason else {})

@@ -24,7 +24,7 @@ from service.api.messages import (
     unless_gone,
 )
 from service.engine import Engine
-from service.errors import BodyTooLarge, InvalidInput, NotFinite, QueueFull
+from service.errors import BodyTooLarge, InvalidInput, NotFinite, QueueFull, VersionLoading
 from service.layout import parts
 from service.service import Service
 from service.tensors import decode
@@ -66,7 +66,11 @@ class Predict:
         check_json(kind)
         body = await read_body(scope, receive, self.service.settings.max_body_bytes)
         await self._one_a_turn()
-        request, engine, sequences = self._read(body)
+        try:
+            request, engine, sequences = self._read(body)
+        except VersionLoading as loading:
+            await self.service.versions.loading(loading.key)
+            request, engine, sequences = self._read(body)
         model = engine.model
         if not sequences:
             raise InvalidInput("sequences: empty: send at least one sequence", place="sequences")
@@ -100,7 +104,7 @@ class Predict:
         options = binary.read_options(scope["query_string"])
         body = await read_body(scope, receive, self.service.settings.max_body_bytes)
         await self._one_a_turn()
-        engine = self.service.engine(options.model)
+        engine = await self.service.engine_when_loaded(options.model)
         sequences, states = binary.read(body, engine.model)
         outputs, every_output, final = await self._advance(engine, receive, sequences, states, options)
         answer = binary.write(engine.model, outputs, every_output, final if options.return_states else None)

@@ -175,7 +175,7 @@ async def create(
     service: Service, owner: str, wanted: CreateRequest, session_id: str | None = None
 ) -> tuple[Session, bool]:
     """Makes a session as it was asked, whatever the surface; says also whether it is new."""
-    engine = service.engine(wanted.model)
+    engine = await service.engine_when_loaded(wanted.model)
     engine.model.check_steppable()
     states = None if bytes(wanted.states) == b"null" else engine.model.reader.state(wanted.states)
     origin = b""

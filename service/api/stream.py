@@ -139,6 +139,7 @@ class _Group:
 
     sessions: list[Session]
     slots: Slots
+    mixed: bool = False  # whether they are of several versions
     endings: int = -1  # how many sessions had ended when all of these were seen alive
 
 
@@ -343,7 +344,7 @@ class _Socket:
         """Begins a binary frame in the same way."""
         try:
             kind, ref, group, x, _ = self._steps(body)
-            if kind != STEP:
+            if kind != STEP or group.mixed:
                 return False
             done = Told(partial(self._answer_frame, ref, group))
             alive = self._is_alive(group)
@@ -467,9 +468,9 @@ class _Socket:
             handles = [self.handles[session.id] for session in group.sessions]
             found = [await self._found(handle) for handle in handles]
             self.groups.clear()
-            group = _Group(found, np.array([session.slot for session in found]))
-        stepped = await self.service.changes.step_many(group.sessions, group.slots, x, requests)
-        self._put_frame(kind, ref, group, stepped, begun)
+            group = _grouped(found)
+        step = self.service.changes.step_versions if group.mixed else self.service.changes.step_many
+        self._put_frame(kind, ref, group, await step(group.sessions, group.slots, x, requests), begun)
 
     def _put_frame(self, kind: int, ref: int, group: _Group, stepped: SteppedMany, begun: float) -> None:
         y, positions = stepped.y, stepped.positions
@@ -526,12 +527,22 @@ class _Socket:
             if len(set(named)) < len(named):
                 raise InvalidInput("a session is in the frame twice: send its time steps side by side, or two frames")
             sessions = [self.sessions[handle] for handle in named]
-            if any(session.engine is not sessions[0].engine for session in sessions):
-                raise InvalidInput("the sessions are of several models: send a frame for each model")
             if len(self.groups) >= _GROUPS:
                 self.groups.clear()
-            self.groups[key] = group = _Group(sessions, np.array([session.slot for session in sessions]))
+            self.groups[key] = group = _grouped(sessions)
         return group
+
+
+def _grouped(sessions: list[Session]) -> _Group:
+    """Groups sessions; raises InvalidInput where they are not of one model, or of versions with other tensors."""
+    engines = {session.engine for session in sessions}
+    signatures = [engine.model.document.signature for engine in engines]
+    alike = {engine.model.name for engine in engines}, {(one.inputs, one.outputs) for one in signatures}
+    if any(len(kinds) > 1 for kinds in alike):
+        raise InvalidInput(
+            "the sessions are of several models, or of versions with other inputs or outputs: send a frame for each"
+        )
+    return _Group(sessions, np.array([session.slot for session in sessions]), len(engines) > 1)
 
 
 def _problem(scope: Scope, ref: Any, problem: Problem, **more: Any) -> dict[str, Any]:

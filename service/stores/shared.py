@@ -15,6 +15,7 @@ from service.arena import Arena
 from service.engine import Engine
 from service.errors import ModelVersionNotHere, Problem, ServerFull, SessionExists, SessionWentBack, Stale, StoreAway
 from service.exactly_once import Applied, Request, check
+from service.repository import VersionKey
 from service.sessions import Listed, Session, SessionTable, gone, key_of, unknown
 from service.stores.records import Fate, Last, Mark, Stored, Write, new_revisions
 from service.stores.redis import RedisStore
@@ -230,10 +231,12 @@ class SharedTable(SessionTable):
         if not isinstance(stored, Stored):
             raise self._fate(stored)
         engine = next((engine for engine in self.by_slot if engine.model.digest == stored.digest), None)
+        if engine is None and self.load is not None:
+            engine = await self.load(VersionKey(stored.model, stored.version), stored.digest)
         if engine is None:
             raise ModelVersionNotHere(
-                f"the session is of model {stored.model!r}, version {stored.version}, which this server has not: "
-                f"try again, another one may have it"
+                f"the session is of model {stored.model!r}, version {stored.version}, which this server has not "
+                f"(yet): try again in a few seconds, another one may have it"
             )
         known = self.live.get(key_of(owner, session_id))
         if known is not None:
@@ -323,7 +326,9 @@ class SharedTable(SessionTable):
         return late
 
     def _fate(self, found: Stored | Fate | None) -> Problem:
-        return gone(found.reason, found.position) if isinstance(found, Fate) else unknown()
+        if isinstance(found, Stored):
+            return Stale()  # another session of that id, or on another version
+        return unknown() if found is None else gone(found.reason, found.position)
 
     def missing(self, owner: str, session_id: str) -> Problem:
         """Gives what to raise where a session has no slot here any more: it may be in the store."""

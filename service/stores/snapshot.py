@@ -14,7 +14,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,7 @@ from safetensors.numpy import load, save
 
 from service.engine import Engine
 from service.exactly_once import Applied, Request
+from service.repository import VersionKey
 from service.sessions import Session, SessionTable, Tombstone, key_of
 
 Array = NDArray[Any]
@@ -59,15 +60,22 @@ class Snapshots:
     Args:
         path: The file; beside it a lock keeps other processes from using it too.
         table: The sessions.
-        engines: Of the models that are served, whatever their names.
+        engines: Of the versions that are loaded.
+        find: Gives the engine of a version by its name and digest, loaded where it has to be.
 
     Raises:
         BadSnapshot: Another process uses the file, or it cannot be written there.
     """
 
-    def __init__(self, path: Path, table: SessionTable, engines: Callable[[], list[Engine]]) -> None:
-        self._path, self._table, self._engines = path, table, engines
-        self._kept: list[tuple[_Part, dict[str, Array]]] = []  # of models that are not served here
+    def __init__(
+        self,
+        path: Path,
+        table: SessionTable,
+        engines: Callable[[], list[Engine]],
+        find: Callable[[VersionKey, str], Engine | None],
+    ) -> None:
+        self._path, self._table, self._engines, self._find = path, table, engines, find
+        self._kept: list[tuple[_Part, dict[str, Array]]] = []  # of versions that are not here
         self._lock = _locked(path)
         self._saving = threading.Lock()
 
@@ -82,18 +90,17 @@ class Snapshots:
         document = _read(self._path)
         told = orjson.loads(document.pop("told").tobytes())
         table, now = self._table, self._table.clock() - time.time()
-        engines = {engine.model.digest: engine for engine in self._engines()}
         count = 0
         for place, part in enumerate(told["models"]):
             arrays = {name: document[f"{place}/{name}"] for name in part["arrays"]}
-            engine = engines.get(part["digest"])
+            engine = self._find(VersionKey(part["model"], part["version"]), part["digest"])
             if engine is None:
                 kept = _Part({key: part[key] for key in ("model", "version", "digest")}, part["sessions"])
                 self._kept.append((kept, arrays))
                 waiting = f"{part['model']!r}, version {part['version']}"
                 table.elsewhere |= {key_of(owner, name): waiting for owner, name, *_ in part["sessions"]}
                 log.error(
-                    "%d sessions of model %s version %s wait in the snapshot: that version is not served here",
+                    "%d sessions of model %s version %s wait in the snapshot: that version is not here",
                     len(part["sessions"]), part["model"], part["version"],
                 )  # fmt: skip
                 continue
@@ -101,6 +108,23 @@ class Snapshots:
         for key, reason, position, until in told["gone"]:
             table.gone[key] = Tombstone(reason, position, until + now)
         return count
+
+    async def resume(self, find: Callable[[VersionKey, str], Awaitable[Engine | None]]) -> None:
+        """Fills the table with the sessions that have waited for a version which is here by now; not during a write.
+
+        Args:
+            find: Gives the engine of a version by its name and digest, loaded where it has to be.
+        """
+        for kept in list(self._kept):
+            part, arrays = kept
+            key = VersionKey(part.told["model"], part.told["version"])
+            engine = await find(key, part.told["digest"])
+            if engine is not None:
+                _fill(self._table, engine, part.sessions, arrays, self._table.clock() - time.time())
+                self._kept.remove(kept)
+                for owner, name, *_ in part.sessions:
+                    del self._table.elsewhere[key_of(owner, name)]
+                log.info("%d sessions of model %s version %s are back", len(part.sessions), *key)
 
     async def write(self) -> None:
         """Writes all sessions, a few in each turn of the event loop and the file on a thread; raises OSError."""

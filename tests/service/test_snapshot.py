@@ -20,7 +20,7 @@ file = Path(sys.argv[1])
 
 def restored():
     engine, table, _ = machinery()
-    snapshots = Snapshots(file, table, lambda: [engine])
+    snapshots = Snapshots(file, table, lambda: [engine], lambda key, digest: engine)
     assert snapshots.restore() == 1
     snapshots.close()
     session = table.get("", "one")
@@ -36,7 +36,7 @@ def write(attempt):
                 os._exit(9)
     engine, table, _ = machinery()
     session, _ = table.create(engine, {"s": [attempt, attempt]}, session_id="one", position=attempt)
-    snapshots = Snapshots(file, table, lambda: [engine])
+    snapshots = Snapshots(file, table, lambda: [engine], lambda key, digest: engine)
     threading.setprofile(count)  # of the thread that the file is written on
     asyncio.run(snapshots.write())
     os._exit(0)

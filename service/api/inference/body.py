@@ -107,7 +107,9 @@ def read(body: bytes, header_length: bytes | None, model: Model) -> Asked:
 
 def _raw(body: bytes, model: Model) -> Asked:
     """Reads a body that is the bytes of the model's one input alone: one sequence."""
-    spec = model.reader.spec
+    if len(model.inputs.specs) > 1:
+        raise InvalidInput("the body is bytes alone: the model has several inputs, send JSON that tells them apart")
+    spec = model.inputs.specs[0]
     datatype, step = DATATYPES[spec.dtype], np.dtype(spec.dtype).itemsize * math.prod(spec.shape)
     if not body or len(body) % step:
         raise InvalidInput(f"{spec.name}: {len(body)} bytes: a time step has {step}", place=spec.name)
@@ -146,7 +148,7 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def write(model: Model, asked: Asked, inferred: Inferred) -> tuple[list[tuple[bytes, bytes]], bytes]:
+def write(asked: Asked, inferred: Inferred) -> tuple[list[tuple[bytes, bytes]], bytes]:
     """Writes an answer: its headers, and its body."""
     outputs, contents = [], []
     for name, as_bytes in asked.outputs.items():
@@ -158,7 +160,7 @@ def write(model: Model, asked: Asked, inferred: Inferred) -> tuple[list[tuple[by
         else:
             output["data"] = y.ravel()
         outputs.append(output)
-    told: dict[str, Any] = {"model_name": model.name, "model_version": str(model.version)}
+    told: dict[str, Any] = {"model_name": inferred.model.name, "model_version": str(inferred.model.version)}
     if asked.id:
         told["id"] = asked.id
     if inferred.parameters:

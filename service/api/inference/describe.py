@@ -11,6 +11,7 @@ from service.api.inference.errors import NotByProtocol
 from service.api.inference.tensors import DATATYPES
 from service.engine import Engine
 from service.repository import Model
+from service.versions import VersionState
 
 EXTENSIONS = ("sequence", "sequence(string_id)", "binary_tensor_data", "model_configuration", "model_repository",
               "statistics", "parameters")  # fmt: skip
@@ -22,8 +23,8 @@ def server() -> dict[str, Any]:
     return {"name": "cellserve", "version": importlib.metadata.version("cellserve"), "extensions": list(EXTENSIONS)}
 
 
-def metadata(model: Model) -> dict[str, Any]:
-    """Gives a model's metadata; -1 is any number.
+def metadata(model: Model, versions: list[str]) -> dict[str, Any]:
+    """Gives a model's metadata, and which versions can be asked for; -1 is any number.
 
     Its states are the server's and are not told. Nor is the optional `lengths`: there is no word for optional here, and
     clients that make up data for every input (perf_analyzer) would send it.
@@ -31,7 +32,7 @@ def metadata(model: Model) -> dict[str, Any]:
     signature = model.document.signature
     return {
         "name": model.name,
-        "versions": [str(model.version)],
+        "versions": versions,
         "platform": PLATFORM,
         "inputs": _tensors(signature, signature.inputs),
         "outputs": _tensors(signature, signature.outputs),
@@ -62,9 +63,19 @@ def config(engine: Engine, idle_seconds: float) -> dict[str, Any]:
     }
 
 
-def index(models: Iterable[Model]) -> list[dict[str, str]]:
-    """Gives the repository's index: what is served, all of it ready."""
-    return [{"name": model.name, "version": str(model.version), "state": "READY", "reason": ""} for model in models]
+def index(states: Iterable[VersionState]) -> list[dict[str, str]]:
+    """Gives the repository's index: which versions there are, and how they stand."""
+    words = {"serving": "READY", "draining": "READY", "loaded": "READY", "refused": "UNAVAILABLE"}
+    # What is on disk alone is loaded when it is asked for.
+    return [
+        {
+            "name": one.key.name,
+            "version": str(one.key.version),
+            "state": words.get(one.state, "READY"),
+            "reason": one.reason,
+        }
+        for one in states
+    ]
 
 
 def no_loading() -> NotByProtocol:

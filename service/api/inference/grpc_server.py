@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -163,7 +164,7 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
     async def ModelReady(self, request: Message, context: Message) -> Message:
         self._owner(context)
         try:
-            self._inference.engine(request.name, request.version)
+            await self._inference.engine(request.name, request.version)
         except UnknownModel:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self._service.ready)
@@ -176,25 +177,25 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
     @_answering
     async def ModelMetadata(self, request: Message, context: Message) -> Message:
         self._owner(context)
-        model = self._inference.engine(request.name, request.version).model
-        return ParseDict(describe.metadata(model), pb.ModelMetadataResponse())
+        model = (await self._inference.engine(request.name, request.version)).model
+        return ParseDict(describe.metadata(model, self._inference.versions(model.name)), pb.ModelMetadataResponse())
 
     @_answering
     async def ModelConfig(self, request: Message, context: Message) -> Message:
         self._owner(context)
-        config = self._inference.config(self._inference.engine(request.name, request.version))
+        config = self._inference.config(await self._inference.engine(request.name, request.version))
         return ParseDict({"config": config}, pb.ModelConfigResponse())
 
     @_answering
     async def ModelStatistics(self, request: Message, context: Message) -> Message:
         self._owner(context)
-        statistics = self._inference.told_statistics(request.name, request.version)
+        statistics = await self._inference.told_statistics(request.name, request.version)
         return ParseDict(statistics, pb.ModelStatisticsResponse())
 
     @_answering
     async def RepositoryIndex(self, request: Message, context: Message) -> Message:
         self._owner(context)
-        models = describe.index(self._service.repository.models.values())
+        models = describe.index(chain.from_iterable(self._service.versions.states().values()))
         return ParseDict({"models": models}, pb.RepositoryIndexResponse())
 
     @_answering
@@ -234,7 +235,7 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         return pb.ModelStreamInferResponse(infer_response=answer)
 
     async def _infer(self, owner: str, request: Message) -> Message:
-        engine = self._inference.engine(request.model_name, request.model_version)
+        engine = await self._inference.engine(request.model_name, request.model_version)
         model, timing = engine.model, Timing()
         self.under_way += 1
         try:
@@ -244,9 +245,11 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
                     check_output(output.name, output.parameters, model)
                 timing.decode_ended()
                 parameters = {name: plain(value) for name, value in request.parameters.items()}
-                inferred = await self._inference.infer(owner, engine, tensors, parameters)
+                any_version = not request.model_version
+                inferred = await self._inference.infer(owner, engine, tensors, parameters, any_version)
                 timing.run_ended(inferred.batch)
                 wanted = [output.name for output in request.outputs] or list(inferred.outputs)
+                model = inferred.model
                 told = {"model_name": model.name, "model_version": str(model.version), "id": request.id}
                 return write_answer(told, {name: inferred.outputs[name] for name in wanted}, inferred.parameters)
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import orjson
 
 from service.api.inference import body, compression, describe, errors
@@ -62,7 +64,7 @@ class HttpInference:
     async def _infer(self, scope: Scope, receive: Receive, send: Send, name: str, version: str) -> None:
         headers = dict(scope["headers"])
         owner = self._service.owner(scope["headers"])
-        engine = self._inference.engine(name, version)
+        engine = await self._inference.engine(name, version)
         limit = self._service.settings.max_body_bytes
         content = await read_body(scope, receive, limit)
         timing = Timing()
@@ -74,10 +76,10 @@ class HttpInference:
                 await self._one_a_turn()
             asked = body.read(content, headers.get(body.HEADER_LENGTH), engine.model)
             timing.decode_ended()
-            work = self._inference.infer(owner, engine, asked.tensors, asked.parameters)
+            work = self._inference.infer(owner, engine, asked.tensors, asked.parameters, not version)
             inferred = await (unless_gone(work, receive) if engine.is_behind else work)
             timing.run_ended(inferred.batch)
-            told, content = body.write(engine.model, asked, inferred)
+            told, content = body.write(asked, inferred)
             wanted = compression.accepted(headers.get(b"accept-encoding", b""))
             smaller = None if wanted is None else await compression.compressed(content, wanted)
             if wanted is not None and smaller is not None:
@@ -99,28 +101,28 @@ class HttpInference:
                 return orjson.dumps(describe.server())
             case ["repository", "index"]:
                 await read_body(scope, receive, service.settings.max_body_bytes)
-                return orjson.dumps(describe.index(service.repository.models.values()))
+                return orjson.dumps(describe.index(chain.from_iterable(service.versions.states().values())))
             case ["repository", "models", _, "load" | "unload"]:
                 raise describe.no_loading()
             case ["models", "stats"]:
-                return orjson.dumps(inference.told_statistics())
+                return orjson.dumps(await inference.told_statistics())
             case ["models", name, "versions", version, *rest]:
-                return self._told_of(name, version, rest)
+                return await self._told_of(name, version, rest)
             case ["models", name, *rest]:
-                return self._told_of(name, "", rest)
+                return await self._told_of(name, "", rest)
         raise NotFound(f"{scope['path'][:200]}: this server has no such extension: see /docs for what there is")
 
-    def _told_of(self, name: str, version: str, what: list[str]) -> bytes:
+    async def _told_of(self, name: str, version: str, what: list[str]) -> bytes:
         inference = self._inference
-        engine = inference.engine(name, version)
+        engine = await inference.engine(name, version)
         match what:
             case []:
-                return orjson.dumps(describe.metadata(engine.model))
+                return orjson.dumps(describe.metadata(engine.model, inference.versions(name)))
             case ["ready"]:
                 inference.check_ready()
                 return b""
             case ["config"]:
                 return orjson.dumps(inference.config(engine))
             case ["stats"]:
-                return orjson.dumps(inference.told_statistics(name, version))
+                return orjson.dumps(await inference.told_statistics(name, version))
         raise NotFound(f"{'/'.join(what)[:80]}: a model has no such path, or this server no such extension: see /docs")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +28,11 @@ from service.errors import (
     InvalidInput,
     SessionExists,
     SessionGone,
-    UnknownModel,
     UnknownSession,
 )
 from service.exactly_once import creation, step_request
+from service.layout import Layout, parts
+from service.repository import Model
 from service.service import Service
 from service.sessions import Session
 
@@ -50,12 +52,31 @@ class Sequence(NamedTuple):
     position: int | None
 
 
+class Inputs(NamedTuple):
+    """A request's inputs, as a version of the model takes them."""
+
+    name: str  # of the first one
+    x: Array  # [batch, time, *features]
+    single: bool  # whether it had no time axis
+    lengths: Array | None  # [batch]
+
+    def check_alone(self) -> None:
+        """Raises InvalidInput where there is more than a sequence takes at a time."""
+        if len(self.x) != 1 or self.lengths is not None:
+            raise InvalidInput(
+                f"{self.name}: the request has a batch of {len(self.x)}"
+                f"{' with lengths' if self.lengths is not None else ''}: a request of a sequence has a batch of 1",
+                place=self.name,
+            )
+
+
 class Inferred(NamedTuple):
     """What came out: by name the outputs, each with the axes that the input had, and the answer's parameters."""
 
     outputs: dict[str, Array]
     batch: int
     parameters: dict[str, Any]
+    model: Model  # the version that it ran on
 
 
 class Inference:
@@ -67,17 +88,21 @@ class Inference:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._statistics: dict[Engine, Statistics] = {}
+        self._statistics: WeakKeyDictionary[Engine, Statistics] = WeakKeyDictionary()
 
-    def engine(self, name: str, version: str = "") -> Engine:
-        """Gives the engine of a model, raises UnknownModel where that model or version is not served."""
-        engine = self.service.engine(name)
-        if version and version != str(engine.model.version):
-            raise UnknownModel(
-                f"model {name!r} is served in version {engine.model.version}, not in {version[:20]!r}: "
-                f"send that one, or none"
-            )
-        return engine
+    async def engine(self, name: str, version: str = "") -> Engine:
+        """Gives the engine of a model's newest version or of that one, which may have to be loaded.
+
+        Raises:
+            UnknownModel: There is no such model or version, or it is refused.
+            ServerFull: As many old versions are loaded as may be.
+        """
+        return await self.service.engine_when_loaded(f"{name}:{version}" if version else name)
+
+    def versions(self, name: str) -> list[str]:
+        """Gives the versions of a model that can be asked for, the newest first."""
+        states = self.service.versions.states().get(name, ())
+        return [str(one.key.version) for one in states if one.state in ("serving", "draining", "loaded", "available")]
 
     def statistics(self, engine: Engine) -> Statistics:
         """Gives the counts of a model's requests."""
@@ -86,9 +111,9 @@ class Inference:
             found = self._statistics[engine] = Statistics(engine)
         return found
 
-    def told_statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
-        """Gives the statistics of a model, of all without a name; raises UnknownModel."""
-        engines = [self.engine(name, version)] if name else self.service.engines.values()
+    async def told_statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
+        """Gives the statistics of a model, of all that are loaded without a name; raises as `engine` does."""
+        engines = [await self.engine(name, version)] if name else self.service.versions.loaded.values()
         return {"model_stats": [self.statistics(engine).document() for engine in engines]}
 
     def config(self, engine: Engine) -> dict[str, Any]:
@@ -101,15 +126,21 @@ class Inference:
             raise NotReady("the server is starting or stopping: try again in a second")
 
     async def infer(
-        self, owner: str, engine: Engine, tensors: Mapping[str, Array], parameters: Mapping[str, Any]
+        self,
+        owner: str,
+        engine: Engine,
+        tensors: Mapping[str, Array],
+        parameters: Mapping[str, Any],
+        any_version: bool = False,
     ) -> Inferred:
         """Runs whole sequences, or steps the sequence that the parameters name.
 
         Args:
             owner: Whose request it is.
             engine: Of the model.
-            tensors: The model's input, `[batch, time, *features]`, or `[batch, *features]` for one time step; and, for
+            tensors: The model's inputs, `[batch, time, *features]`, or `[batch, *features]` for one time step; and, for
                 whole sequences, `lengths [batch]`.
+            any_version: Whether no version was asked for: a sequence stays on the one that it was started on.
             parameters: `sequence_id`, `sequence_start`, `sequence_end`, `position`; others are not looked at.
 
         Raises:
@@ -119,94 +150,88 @@ class Inference:
             SessionExists, PositionConflict, SessionWentBack, StepInFlight, NotFinite, QueueFull: As a session's step.
         """
         sequence = _sequence(parameters)
-        signature = engine.model.document.signature
-        x, single, lengths = self._inputs(engine, tensors)
+        inputs = _inputs(engine.model, tensors)
+        told: dict[str, Any] = {}
         if sequence is None:
-            y = await self._whole(engine, x, lengths)
-            told: dict[str, Any] = {}
-        elif signature.predict_only:
-            raise InvalidInput(
-                f"sequence_id: model {engine.model.name!r} cannot be stepped ({signature.predict_only}): leave it out",
-                place="sequence_id",
-            )
+            y = await self._whole(engine, inputs)
         else:
-            if len(x) != 1 or lengths is not None:
-                raise InvalidInput(
-                    f"{engine.model.reader.spec.name}: the request has a batch of {len(x)}"
-                    f"{' with lengths' if lengths is not None else ''}: a request of a sequence has a batch of 1",
-                    place=engine.model.reader.spec.name,
-                )
-            y, told = await self._step(owner, engine, sequence, x[0])
-            y = y[None]
-        return Inferred({signature.outputs[0].name: y[:, 0] if single else y}, len(x), told)
+            engine.model.check_steppable()
+            inputs.check_alone()
+            session, inputs = await self._session(owner, engine, sequence, inputs, tensors if any_version else None)
+            y, told = await self._step(session, sequence, inputs.x[0])
+            y, engine = y[None], session.engine
+        outputs = dict(zip(_names(engine.model.outputs), parts(y[:, 0] if inputs.single else y), strict=True))
+        return Inferred(outputs, len(inputs.x), told, engine.model)
 
-    def _inputs(self, engine: Engine, tensors: Mapping[str, Array]) -> tuple[Array, bool, Array | None]:
-        """Gives x `[batch, time, *features]`, whether it had no time axis, and the lengths where there are any."""
-        signature = engine.model.document.signature
-        spec = engine.model.reader.spec
-        known = {spec.name, *([signature.lengths] if signature.lengths else [])}
-        if spec.name not in tensors or tensors.keys() - known:
-            raise InvalidInput(
-                f"inputs: there are {sorted(tensors)}: send {spec.name}, and lengths where rows are padded",
-                place="inputs",
-            )
-        x = tensors[spec.name]
-        _check(spec, x)
-        single = x.ndim == 1 + len(spec.shape)
-        if single:
-            x = x[:, None]
-        lengths = tensors.get(signature.lengths) if signature.lengths else None
-        if lengths is None:
-            return x, single, None
-        if lengths.dtype != np.int32 or lengths.shape not in ((len(x),), (len(x), 1)):
-            raise InvalidInput(f"lengths: send INT32 of shape [{len(x)}], one a row", place="lengths")
-        if (lengths < 1).any() or (lengths > x.shape[1]).any():
-            raise InvalidInput(f"lengths: each is to be from 1 to {x.shape[1]}, the time steps sent", place="lengths")
-        return x, single, lengths.ravel()
-
-    async def _whole(self, engine: Engine, x: Array, lengths: Array | None) -> Array:
+    async def _whole(self, engine: Engine, inputs: Inputs) -> Array:
         """Runs whole sequences from zeros; gives y `[batch, time, *outputs]`, zeros past a row's length."""
+        x, lengths = inputs.x, inputs.lengths
         limit = self.service.settings.max_sequences
         if len(x) > limit:
             raise BodyTooLarge(f"the batch is {len(x)}, a request takes {limit}: send it in parts", limit=limit)
         rows = list(x) if lengths is None else [x[row, :length] for row, length in enumerate(lengths)]
-        outputs, _ = await run_sequences(engine, rows, None, True, False, engine.model.reader.spec.name)
+        outputs, _ = await run_sequences(engine, rows, None, True, False, _names(engine.model.inputs)[0])
         if len(outputs) == 1 and lengths is None:
             return outputs[0][None]
-        y = np.zeros((*x.shape[:2], *engine.model.output_shape), outputs[0].dtype)
+        y = engine.model.outputs.zeros(*x.shape[:2])
         for row, output in enumerate(outputs):
             y[row, : len(output)] = output
         return y
 
-    async def _step(self, owner: str, engine: Engine, sequence: Sequence, x: Array) -> tuple[Array, dict[str, Any]]:
+    async def _session(
+        self, owner: str, engine: Engine, sequence: Sequence, inputs: Inputs, again: Mapping[str, Array] | None
+    ) -> tuple[Session, Inputs]:
+        """Gives a sequence's session, and the inputs as its version of the model takes them.
+
+        Args:
+            owner: Whose it is.
+            engine: Of the version that it starts on, or must be on.
+            sequence: The sequence.
+            inputs: As that version takes them.
+            again: The tensors, to be read anew where the session is on another version and may be.
+        """
         table, name = self.service.sessions, engine.model.name
-        # In Triton each model has its sequences for itself. No model's name has a ~ in it.
-        session_id = f"{name}~{sequence.id}"
+        session_id = _session_id(name, sequence)
+        try:
+            if not sequence.start:
+                session = await table.find(owner, session_id)
+            elif sequence.position is None:
+                session = await table.begin_anew(engine, owner, session_id, creation(name, None))
+            else:
+                session, _ = await table.make(engine, None, owner, session_id, creation(name, None))
+        except SessionGone as gone:
+            raise _over(name, sequence, gone) from None
+        except UnknownSession:
+            raise _not_started(name, sequence) from None
+        if session.engine is engine:
+            return session, inputs
+        same = session.model.name == name and _names(session.model.outputs) == _names(engine.model.outputs)
+        if again is not None and same:
+            return session, _inputs(session.model, again)
+        raise SessionExists(
+            f"session {session_id!r} is of model {session.model.name!r}, version {session.model.version}: "
+            f"ask that version, or choose another sequence_id",
+            position=session.position,
+        )
+
+    async def _step(self, session: Session, sequence: Sequence, x: Array) -> tuple[Array, dict[str, Any]]:
+        table, name = self.service.sessions, session.model.name
         once = None if sequence.position is None else step_request(sequence.position, x, True)
         try:
-            session = await self._session(owner, engine, sequence, session_id)
-            if session.engine is not engine:
-                raise SessionExists(
-                    f"session {session_id!r} is of model {session.model.name!r}, version {session.model.version}: "
-                    f"choose another sequence_id",
-                    position=session.position,
-                )
             stepped = await self.service.changes.step(session, x, True, once)
         except SessionGone as gone:
             raise _over(name, sequence, gone) from None
         except UnknownSession:
-            raise SequenceNotStarted(
-                f"sequence {sequence.id!r} of model {name!r} is not known: send sequence_start with its first request"
-            ) from None
+            raise _not_started(name, sequence) from None
         if sequence.end:
             # Not where another request has moved it, ended it or begun it anew meanwhile.
             with suppress(Conflict, SessionGone, UnknownSession):
-                await table.delete(owner, session_id, stepped.position)
+                await table.delete(session.owner, session.id, stepped.position)
         told: dict[str, Any] = {
             "sequence_id": sequence.given,
             "sequence_start": sequence.start,
             "sequence_end": sequence.end,
-            "session": session_id,
+            "session": session.id,
             "position": stepped.position,
             "durable": table.durable,
         }
@@ -214,15 +239,16 @@ class Inference:
             told["replayed"] = stepped.replayed
         return stepped.y, told
 
-    async def _session(self, owner: str, engine: Engine, sequence: Sequence, session_id: str) -> Session:
-        table = self.service.sessions
-        if not sequence.start:
-            return await table.find(owner, session_id)
-        origin = creation(engine.model.name, None)
-        if sequence.position is None:
-            return await table.begin_anew(engine, owner, session_id, origin)
-        session, _ = await table.make(engine, None, owner, session_id, origin)
-        return session
+
+def _session_id(model: str, sequence: Sequence) -> str:
+    # In Triton each model has its sequences for itself. No model's name has a ~ in it.
+    return f"{model}~{sequence.id}"
+
+
+def _not_started(model: str, sequence: Sequence) -> SequenceNotStarted:
+    return SequenceNotStarted(
+        f"sequence {sequence.id!r} of model {model!r} is not known: send sequence_start with its first request"
+    )
 
 
 def _over(model: str, sequence: Sequence, gone: SessionGone) -> SessionGone:
@@ -270,6 +296,43 @@ def _flag(parameters: Mapping[str, Any], name: str) -> bool:
     if not isinstance(value, bool):
         raise InvalidInput(f"{name}: send true or false", place=name)
     return value
+
+
+def _names(layout: Layout) -> list[str]:
+    return [spec.name for spec in layout.specs]
+
+
+def _inputs(model: Model, tensors: Mapping[str, Array]) -> Inputs:
+    """Reads a model's inputs, or raises InvalidInput where one is missing or does not fit."""
+    names, optional = _names(model.inputs), model.document.signature.lengths
+    known = {*names, *([optional] if optional else [])}
+    if set(names) - tensors.keys() or tensors.keys() - known:
+        raise InvalidInput(
+            f"inputs: there are {sorted(tensors)}: send {', '.join(names)}, and lengths where rows are padded",
+            place="inputs",
+        )
+    for spec in model.inputs.specs:
+        _check(spec, tensors[spec.name])
+    leading = {spec.name: _leading(spec, tensors[spec.name]) for spec in model.inputs.specs}
+    if len(set(leading.values())) > 1:
+        raise InvalidInput(f"inputs: their batch and time differ: {leading}: send the same of each", place="inputs")
+    x = model.inputs.join([tensors[name] for name in names])
+    single = len(leading[names[0]]) == 1
+    if single:
+        x = x[:, None]
+    lengths = tensors.get(optional) if optional else None
+    if lengths is not None:
+        if lengths.dtype != np.int32 or lengths.shape not in ((len(x),), (len(x), 1)):
+            raise InvalidInput(f"lengths: send INT32 of shape [{len(x)}], one a row", place="lengths")
+        if (lengths < 1).any() or (lengths > x.shape[1]).any():
+            raise InvalidInput(f"lengths: each is to be from 1 to {x.shape[1]}, the time steps sent", place="lengths")
+        lengths = lengths.ravel()
+    return Inputs(names[0], x, single, lengths)
+
+
+def _leading(spec: TensorSpec, x: Array) -> tuple[int, ...]:
+    """Gives a tensor's batch and, where it has that axis, its time."""
+    return x.shape[: x.ndim - len(spec.shape)]
 
 
 def _check(spec: TensorSpec, x: Array) -> None:

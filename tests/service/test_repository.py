@@ -1,0 +1,496 @@
+"""The repository and the versions that are loaded from it: what serves, what is refused and why, what is let go."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import shutil
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from models.signature import MANIFEST_NAME, METADATA_KEY, MODEL_NAME
+from service.changes import Changes
+from service.engine import Engine
+from service.errors import Problem, RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
+from service.repository import BrokenModel, Repository, VersionKey
+from service.runtime import RuntimeOptions
+from service.sessions import SessionTable
+from service.settings import Settings
+from service.versions import Versions, VersionState
+from tests.service.test_model_file import external
+from tests.versions import add_version, changed, copy_of, remove_version, scaled
+
+KEY = VersionKey("rnn", 2)
+
+
+@pytest.fixture
+def models(repository: Path, tmp_path: Path) -> Path:
+    return copy_of(repository, tmp_path, "rnn")
+
+
+class Served:
+    """A repository whose versions are served, without a server."""
+
+    def __init__(self, models: Path, most_old: int = 8, max_bytes: int = 10**9) -> None:
+        self.now = 0.0
+        self.thread = ThreadPoolExecutor(1)
+        settings = Settings(max_batch=4, quantum=8, max_sessions=100)
+        self.table = SessionTable(100, 1e9, 1e9, clock=lambda: self.now)
+        self.changes = Changes(self.table)
+        ticks = ThreadPoolExecutor(1)
+        self.versions = Versions(
+            Repository(models, RuntimeOptions("cpu"), 4, max_bytes),
+            lambda model: Engine(model, settings, ticks),
+            self.table,
+            most_old,
+            self.thread,
+            lambda: self.now,
+        )
+
+    def reload(self, again: bool = False) -> None:
+        asyncio.run(self.versions.reload(again))
+
+    def sweep(self) -> None:
+        """An engine is freed, on the thread, after the turn in which it was dismissed."""
+        self.versions.sweep()
+        self.versions.sweep()
+        self.thread.submit(int).result()
+
+    def serving(self) -> dict[str, int]:
+        return {name: engine.model.version for name, engine in self.versions.newest.items()}
+
+    def states(self, name: str = "rnn") -> dict[int, str]:
+        return {state.key.version: state.state for state in self.versions.states()[name]}
+
+    def state(self, version: int) -> VersionState:
+        return next(state for state in self.versions.states()["rnn"] if state.key.version == version)
+
+
+def metadata_of(text: str) -> Callable[[onnx.ModelProto], None]:
+    def change(proto: onnx.ModelProto) -> None:
+        next(entry for entry in proto.metadata_props if entry.key == METADATA_KEY).value = text
+
+    return change
+
+
+def renamed_input(proto: onnx.ModelProto) -> None:
+    proto.graph.input[0].name = "other"
+    for node in proto.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = "other" if name == "x" else name
+
+
+def custom(proto: onnx.ModelProto) -> None:
+    proto.graph.node.append(helper.make_node("Steal", [], ["stolen"], domain="custom.ops"))
+    proto.opset_import.append(helper.make_opsetid("custom.ops", 1))
+
+
+def unknown_operator(proto: onnx.ModelProto) -> None:
+    proto.graph.node.append(helper.make_node("NoSuchThing", [], ["nothing"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda model: b"not a model", "no ONNX file"),
+        (lambda model: b"", "metadata"),
+        (lambda model: model.read_bytes()[:-50], "no ONNX file"),
+        (lambda model: changed(model, metadata_of("{")), "metadata is damaged"),
+        (lambda model: changed(model, metadata_of("{}")), "name"),
+        (lambda model: changed(model, metadata_of("[" * 100_000)), "metadata is damaged"),
+        (lambda model: changed(model, renamed_input), "signature"),
+        (lambda model: changed(model, custom), "custom.ops.Steal"),
+        (lambda model: changed(model, unknown_operator), "NoSuchThing"),
+        (lambda model: external("../../etc/passwd"), "another file"),
+        (lambda model: external("/etc/passwd"), "another file"),
+        (lambda model: b"x" * 1_000_001, "max-model-bytes"),
+    ],
+)
+def test_a_model_file_that_cannot_be_served_is_refused_and_the_version_before_it_serves(
+    models: Path, content: Callable[[Path], bytes], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = Served(models, max_bytes=1_000_000)
+    add_version(models, "rnn", 2, content(models / "rnn/1" / MODEL_NAME))
+    for _ in range(3):
+        served.reload()
+    assert served.serving() == {"rnn": 1}
+    assert served.states() == {1: "serving", 2: "refused"}
+    assert reason in served.state(2).reason
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(told) == 1 and reason in told[0] and "\n" not in told[0]
+    # The same at the start.
+    assert Served(models, max_bytes=1_000_000).serving() == {"rnn": 1}
+    with pytest.raises(UnknownModel, match="refused"):
+        served.versions.named("rnn:2")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / MANIFEST_NAME).unlink(), "has not been copied yet"),
+        (lambda folder: (folder / MANIFEST_NAME).write_text("{"), "is not {"),
+        (lambda folder: (folder / MANIFEST_NAME).write_text('{"files": 3}'), "is not {"),
+        (lambda folder: (folder / MANIFEST_NAME).write_text('{"files": {}}'), "does not list"),
+        (lambda folder: (folder / MANIFEST_NAME).write_bytes(b"\xff\xfe\xfa"), "is not {"),
+        (lambda folder: (folder / MODEL_NAME).unlink(), "has not been copied yet"),
+        (lambda folder: (folder / MODEL_NAME).unlink() or os.mkfifo(folder / MODEL_NAME), "is not a file"),
+        (lambda folder: (folder / MODEL_NAME).write_bytes(b"\0" + (folder / MODEL_NAME).read_bytes()), "changed or"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_refused_until_its_files_change(
+    models: Path, damage: Callable[[Path], object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = Served(models)
+    digest = add_version(models, "rnn", 2)
+    whole = models.parent / "whole"
+    shutil.copytree(models / "rnn/2", whole)
+    damage(models / "rnn/2")
+    for _ in range(3):
+        served.reload()
+    assert served.serving() == {"rnn": 1}
+    assert reason in served.state(2).reason
+    assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+    for file in (MODEL_NAME, MANIFEST_NAME):
+        (models / "rnn/2" / file).unlink(missing_ok=True)
+        shutil.copy(whole / file, models / "rnn/2" / file)
+    served.reload()
+    assert served.serving() == {"rnn": 2}
+    assert served.versions.newest["rnn"].model.digest == digest
+
+
+def test_a_repository_without_a_sound_model_cannot_be_served(models: Path) -> None:
+    (models / "rnn/1" / MODEL_NAME).write_bytes(b"")
+    with pytest.raises(BrokenModel, match="no sound model"):
+        Served(models)
+    shutil.rmtree(models / "rnn")
+    with pytest.raises(BrokenModel, match="there is no model"):
+        Served(models)
+
+
+def test_what_is_not_named_as_a_version_is_passed_over(models: Path) -> None:
+    for name in ("rnn/.draft-1", "rnn/0", "rnn/02", "rnn/latest", "rnn/٣", "lost+found/1", "a:2/1"):
+        shutil.copytree(models / "rnn/1", models / name)
+    (models / "notes").write_text("")
+    (models / "rnn/3").write_text("")
+    assert Served(models).states() == {1: "serving"}
+    assert set(Served(models).versions.states()) == {"rnn"}
+
+
+def test_a_folder_that_is_away_changes_nothing(models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    served = Served(models)
+    models.rename(models.parent / "away")
+    for _ in range(2):
+        with pytest.raises(RepositoryUnusable):
+            served.reload()
+    assert served.serving() == {"rnn": 1}
+    assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+    models.mkdir()
+    with pytest.raises(RepositoryUnusable):
+        served.reload()
+    models.rmdir()
+    (models.parent / "away").rename(models)
+    served.reload()
+    assert served.states() == {1: "serving"}
+
+
+def test_a_new_version_serves_what_is_new_and_an_old_one_is_unloaded_with_its_last_session(models: Path) -> None:
+    served = Served(models)
+    old = served.versions.newest["rnn"]
+    session, _ = served.table.create(old, None)
+    add_version(models, "rnn", 2)
+    served.reload()
+    assert served.serving() == {"rnn": 2}
+    assert served.states() == {2: "serving", 1: "draining"}
+    x = np.ones((3, 5), np.float32)
+    before = asyncio.run(served.changes.step(session, x, True)).y
+    new, _ = served.table.create(served.versions.named("rnn"), None)
+    assert not np.array_equal(before, asyncio.run(served.changes.step(new, x, True)).y)
+    served.sweep()
+    assert served.states() == {2: "serving", 1: "draining"}
+    asyncio.run(served.table.delete("", session.id))
+    served.sweep()
+    assert served.states() == {2: "serving", 1: "available"}
+
+
+def test_an_unloaded_version_is_freed_at_once_though_something_refers_to_it_still(models: Path) -> None:
+    served = Served(models)
+    gc.collect()
+    gc.freeze()  # as the server does: cycles of what was loaded at its start are never collected
+    gc.disable()
+    try:
+        engine = served.versions.newest["rnn"]
+        runtime = weakref.ref(engine.model.runtime._session)
+        session, _ = served.table.create(engine, None)
+        asyncio.run(served.changes.step(session, np.ones((3, 5), np.float32), True))
+        states = weakref.ref(engine.arena._arrays[0])
+        freed = weakref.ref(engine)
+        del engine
+        add_version(models, "rnn", 2)
+        served.reload()
+        asyncio.run(served.table.delete("", session.id))
+        served.sweep()
+        # A socket may hold its sessions for days after their end.
+        assert (runtime(), states()) == (None, None)
+        assert session.engine.arena.capacity == 0
+        del session
+        assert freed() is None
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def test_an_old_version_waits_for_the_sequences_that_it_has_begun(models: Path) -> None:
+    served = Served(models)
+    engine = served.versions.newest["rnn"]
+    slots = engine.arena.take_many(1)
+    add_version(models, "rnn", 2)
+    served.reload()
+    served.sweep()
+    assert served.states() == {2: "serving", 1: "loaded"}
+    engine.arena.give_back(slots)
+    served.versions.sweep()
+    slots = engine.arena.take_many(1)  # by one who had looked the engine up just before
+    served.sweep()
+    assert engine.model.runtime._session is not None
+    engine.arena.give_back(slots)
+    served.sweep()
+    assert engine.model.runtime._session is None
+
+
+def test_taking_the_newest_version_away_is_going_back_to_the_one_before_it(models: Path) -> None:
+    add_version(models, "rnn", 2)
+    served = Served(models)
+    assert served.states() == {2: "serving", 1: "available"}
+    session, _ = served.table.create(served.versions.newest["rnn"], None)
+    remove_version(models, "rnn", 2)
+    served.reload()
+    assert served.serving() == {"rnn": 1}
+    assert served.states() == {2: "draining", 1: "serving"}
+    asyncio.run(served.changes.step(session, np.ones((3, 5), np.float32), True))
+    with pytest.raises(UnknownModel):
+        served.versions.named("rnn:2")
+    asyncio.run(served.table.delete("", session.id))
+    served.sweep()
+    assert served.states() == {1: "serving"}
+
+
+def test_a_broken_version_never_takes_the_place_of_a_good_one(models: Path) -> None:
+    add_version(models, "rnn", 2)
+    served = Served(models)
+    (models / "rnn/1" / MODEL_NAME).write_bytes(b"broken")
+    remove_version(models, "rnn", 2)
+    served.reload()
+    assert served.serving() == {"rnn": 2}
+    assert served.states() == {2: "serving", 1: "refused"}
+
+
+def test_a_model_whose_folder_is_taken_away_serves_its_sessions_only(repository: Path, tmp_path: Path) -> None:
+    models = copy_of(repository, tmp_path, "rnn", "lstm")
+    served = Served(models)
+    session, _ = served.table.create(served.versions.newest["lstm"], None)
+    shutil.rmtree(models / "lstm")
+    served.reload()
+    assert served.serving() == {"rnn": 1}
+    assert served.states("lstm") == {1: "draining"}
+    with pytest.raises(UnknownModel):
+        served.versions.named("lstm")
+    assert served.versions.named(None).model.name == "rnn"
+    asyncio.run(served.table.delete("", session.id))
+    served.sweep()
+    assert set(served.versions.states()) == {"rnn"}
+
+
+def test_a_version_that_is_changed_while_it_is_loaded_stays_as_it_was(
+    models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = Served(models)
+    digest = served.versions.newest["rnn"].model.digest
+    session, _ = served.table.create(served.versions.newest["rnn"], None)
+    other = scaled(models / "rnn/1" / MODEL_NAME, 2)
+    kept = models.parent / "kept"
+    shutil.copytree(models / "rnn/1", kept)
+    shutil.rmtree(models / "rnn/1")
+    add_version(models, "rnn", 1, other)
+    for _ in range(3):
+        served.reload()
+    assert served.versions.named("rnn:1").model.digest == served.versions.named("rnn").model.digest == digest
+    assert served.states() == {1: "serving"}
+    assert "a version never changes" in served.state(1).reason
+    assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+    # Touched, but the same: nothing is wrong with that.
+    shutil.rmtree(models / "rnn/1")
+    shutil.copytree(kept, models / "rnn/1", copy_function=shutil.copyfile)
+    served.reload()
+    assert served.state(1).reason == ""
+    # What was put in its place serves when it is there no more.
+    shutil.rmtree(models / "rnn/1")
+    new = add_version(models, "rnn", 1, other)
+    add_version(models, "rnn", 2)
+    served.reload()
+    asyncio.run(served.table.delete("", session.id))
+    served.now = 100
+    served.sweep()
+    remove_version(models, "rnn", 2)
+    served.reload()
+    assert served.versions.newest["rnn"].model.digest == new
+
+
+def test_a_version_taken_back_does_not_serve_again_under_other_files(models: Path) -> None:
+    add_version(models, "rnn", 2)
+    served = Served(models)
+    session, _ = served.table.create(served.versions.newest["rnn"], None)
+    remove_version(models, "rnn", 2)
+    served.reload()
+    digest = add_version(models, "rnn", 2, scaled(models / "rnn/1" / MODEL_NAME, 3))
+    served.reload()
+    assert served.serving() == {"rnn": 1}
+    asyncio.run(served.table.delete("", session.id))
+    served.sweep()
+    served.reload()
+    assert served.versions.newest["rnn"].model.digest == digest
+
+
+def test_a_version_is_loaded_when_it_is_asked_for_and_let_go_when_it_is_not(models: Path) -> None:
+    add_version(models, "rnn", 2)
+    add_version(models, "rnn", 3)
+    served = Served(models, most_old=1)
+
+    async def asked() -> None:
+        with pytest.raises(VersionLoading) as loading:
+            served.versions.named("rnn:2")
+        await served.versions.loading(loading.value.key)
+        assert served.versions.named("rnn:2").model.version == 2
+        one, other = await asyncio.gather(served.versions.get("rnn:2"), served.versions.get("rnn:2"))
+        assert one is other
+        with pytest.raises(ServerFull, match="rnn:1"):
+            await served.versions.get("rnn:1")
+        for name in ("rnn:9", "rnn:02", "rnn:", ":2", "rnn:2:2", "other:1", "rnn:" + "9" * 400):
+            with pytest.raises(UnknownModel):
+                await served.versions.get(name)
+
+    asyncio.run(asked())
+    assert served.states() == {3: "serving", 2: "loaded", 1: "available"}
+    served.now = 30
+    served.sweep()
+    assert served.states()[2] == "loaded"
+    served.now = 100
+    served.sweep()
+    assert served.states()[2] == "available"
+    assert asyncio.run(served.versions.get("rnn:1")).model.version == 1
+
+
+def test_a_version_is_found_by_its_digest_and_by_its_name_where_several_have_it(models: Path) -> None:
+    served = Served(models)
+    digest = served.versions.newest["rnn"].model.digest
+    shutil.copytree(models / "rnn/1", models / "rnn/3")  # going back by a copy
+    second = add_version(models, "rnn", 2)
+    served.reload()
+    found = [
+        asyncio.run(served.versions.holding(VersionKey("rnn", version), of))
+        for version, of in ((1, digest), (3, digest), (7, digest), (2, second), (2, "0" * 64))
+    ]
+    assert [engine and engine.model.version for engine in found] == [1, 3, 1, 2, None]
+
+
+def test_a_refused_version_is_looked_at_again_where_that_is_asked_for(models: Path) -> None:
+    served = Served(models)
+    add_version(models, "rnn", 2)
+    served.versions.repository.scan()
+    served.versions.repository.refuse(KEY, "there was no memory for it")
+    served.reload()
+    assert served.serving() == {"rnn": 1}
+    served.reload(again=True)
+    assert served.serving() == {"rnn": 2}
+
+
+def test_pages_of_sessions_go_on_where_they_were_though_versions_come_and_go(models: Path) -> None:
+    served = Served(models)
+    table = served.table
+    first = [table.create(served.versions.newest["rnn"], None)[0] for _ in range(3)]
+    add_version(models, "rnn", 2)
+    served.reload()
+    second = [table.create(served.versions.newest["rnn"], None)[0] for _ in range(3)]
+
+    async def pages() -> list[str]:
+        told, after = await table.page("", (0, 0), 4)
+        for session in first:
+            await table.delete("", session.id)
+        served.sweep()
+        add_version(models, "rnn", 3)
+        await served.versions.reload()
+        third.append(table.create(served.versions.newest["rnn"], None)[0])
+        seen = [one.id for one in told]
+        while after is not None:
+            told, after = await table.page("", after, 1)
+            seen += [one.id for one in told]
+        return seen
+
+    third: list[object] = []
+    seen = asyncio.run(pages())
+    assert seen == [session.id for session in (*first, *second, *third)]  # type: ignore[attr-defined]
+
+
+def test_sessions_of_several_versions_are_stepped_together_and_each_on_its_own(models: Path) -> None:
+    served = Served(models)
+    old = [served.table.create(served.versions.newest["rnn"], None)[0] for _ in range(2)]
+    add_version(models, "rnn", 2)
+    served.reload()
+    new = [served.table.create(served.versions.newest["rnn"], None)[0] for _ in range(2)]
+    sessions = [old[0], new[0], new[1], old[1]]
+    x = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
+
+    async def stepped() -> None:
+        whole = [
+            (await served.changes.step(served.table.create(session.engine, None)[0], rows, True)).y
+            for session, rows in zip(sessions, x, strict=True)
+        ]
+        await served.table.delete("", old[1].id)
+        slots = np.array([session.slot for session in sessions])
+        together = await served.changes.step_versions(sessions, slots, x)
+        assert {row: problem.status for row, problem in together.problems.items()} == {3: 410}
+        assert together.positions.tolist()[:3] == [6, 6, 6]
+        for row in range(3):
+            assert together.y[row].tobytes() == whole[row].tobytes()
+
+    asyncio.run(stepped())
+
+
+def test_sessions_of_an_unloaded_version_are_told_that_they_are_gone(models: Path) -> None:
+    served = Served(models)
+    session, _ = served.table.create(served.versions.newest["rnn"], None)
+    add_version(models, "rnn", 2)
+    served.reload()
+    asyncio.run(served.table.delete("", session.id))
+    served.sweep()
+    x = np.ones((1, 1, 5), np.float32)
+
+    async def asked() -> None:
+        with pytest.raises(Problem) as step:
+            await served.changes.step(session, x[0], True)
+        with pytest.raises(Problem) as reset:
+            await served.changes.set_state(session, None)
+        with pytest.raises(Problem) as fork:
+            await served.table.fork(session, None, b"")
+        many = await served.changes.step_many([session], session.slots, x)
+        assert [one.value.status for one in (step, reset, fork)] == [410] * 3
+        assert many.problems[0].status == 410
+
+    asyncio.run(asked())
+
+
+def test_the_manifest_names_what_is_read(models: Path) -> None:
+    """A graph for single steps is opened only where the manifest vouches for it."""
+    manifest = models / "rnn/1" / MANIFEST_NAME
+    files = json.loads(manifest.read_text())["files"]
+    manifest.write_text(json.dumps({"files": {MODEL_NAME: files[MODEL_NAME], "../../secret": "0"}}))
+    assert Served(models).versions.newest["rnn"].model.runtime._step is None
