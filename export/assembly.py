@@ -129,7 +129,7 @@ class _Assembly:
                 self._emit_loop(self.loops[tensor])
             else:
                 shape = self.main.node(
-                    "Concat", self.sizes, self.main.constant(np.array(self._row_shape(tensor))), axis=0
+                    "Concat", self.sizes, self.main.constant(np.array(self._row_shape(tensor), np.int64)), axis=0
                 )
                 self.timed[tensor] = self.main.node("Reshape", self._flat(tensor), shape)
         return self.timed[tensor]

@@ -139,7 +139,7 @@ def _document(request: Request, network: StatefulNetwork, card: dict[str, Any]) 
         description=card.get("description", ""),
         labels=labels,
         signature=Signature(
-            inputs=(TensorSpec(name="x", shape=network.features),),
+            inputs=(network.input,),
             outputs=(TensorSpec(name="y", shape=network.outputs),),
             states=tuple(
                 StateSpec(name=state.name, next_name=f"{state.name}.next", shape=state.shape)
@@ -164,7 +164,7 @@ def _evaluate(network: StatefulNetwork, runtime: Runtime, path: Path) -> dict[st
     try:
         with np.load(path) as file:
             data = dict(file)
-        x, lengths = data["x"].astype(np.float32), data["lengths"].astype(np.int32)
+        x, lengths = data["x"].astype(network.input.dtype), data["lengths"].astype(np.int32)
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"{path}: not test data ({error}): an .npz with x, lengths and y is wanted") from None
     if x.shape[2:] != network.features or x.shape[:1] != lengths.shape:

@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops, tree
 
 from export.errors import ExportError
+from models.signature import TensorSpec
 
 Handler = Callable[[Any, Any], Any]  # (recurrent layer, its input sequence) -> its output
 
@@ -82,7 +83,8 @@ class StatefulNetwork:
             )
         self.model = model
         self.features: tuple[int, ...] = shape[2:]
-        self.input_dtype: str = str(model.inputs[0].dtype)
+        self.input = _input_spec(model, self.features)
+        self.input_dtype: str = self.input.dtype
         self.recurrences: list[Recurrence] = []
         self.outputs: tuple[int, ...] = self._discover()
 
@@ -183,6 +185,20 @@ class StatefulNetwork:
         if not self.recurrences:
             raise ExportError("the network has no recurrent layer (keras.layers.RNN over a cell): it carries no state")
         return tuple(y.shape[2:] if self._output_is_timed else y.shape[1:])
+
+
+def _input_spec(model: Any, features: tuple[int, ...]) -> TensorSpec:
+    """Gives the input; one that only an `Embedding` reads holds integers, whatever the model says of it."""
+    readers = [
+        node.operation
+        for nodes in _graph(model)._nodes_by_depth.values()
+        for node in nodes
+        if any(tensor is _graph(model).inputs[0] for tensor in node.input_tensors)
+    ]
+    if readers and all(isinstance(layer, keras.layers.Embedding) for layer in readers):
+        bounds = 0, min(layer.input_dim for layer in readers) - 1
+        return TensorSpec(name="x", dtype="int32", shape=features, bounds=bounds)
+    return TensorSpec(name="x", shape=features)
 
 
 def with_dtype(model: Any, dtype: str) -> Any:

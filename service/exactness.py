@@ -154,6 +154,18 @@ def _from_zeros(runtime: Runtime, x: Array) -> Array:
     return runtime.run(np.ascontiguousarray(x), lengths, runtime.zeros(len(x)))[0]
 
 
+def _inputs(signature: Signature, rows: int, time: int, rng: np.random.Generator) -> Array:
+    return _input(signature.inputs[0], rows, time, rng)
+
+
+def _input(spec: TensorSpec, rows: int, time: int, rng: np.random.Generator) -> Array:
+    shape = (rows, time, *spec.shape)
+    if spec.dtype == "float32":
+        return rng.normal(size=shape).astype(spec.dtype)
+    low, high = spec.bounds or (0, 1)
+    return rng.integers(low, high, shape, endpoint=True).astype(spec.dtype)
+
+
 def _batches(
     runtimes: Sequence[Runtime], truth: Truth, batches: Sequence[int], rng: np.random.Generator
 ) -> Iterator[None]:
