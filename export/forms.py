@@ -6,8 +6,9 @@ over where another one is; a form that differs from Keras ends the export, since
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,12 +20,13 @@ import tensorflow as tf
 
 from export.assembly import assemble
 from export.errors import ProofFailed
-from export.lowering import lowering_of
+from export.lowering import Lowering, lowering_of
 from export.parity import Parity, Reference
 from export.stateful import StatefulNetwork
 from export.tracing import convert, trace_step
 from models.signature import METADATA_KEY, Exactness, ModelDocument
 from service.exactness import WHOLE, draw, prove
+from service.layout import parts
 from service.runtime import Runtime, RuntimeOptions
 
 SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
@@ -113,17 +115,17 @@ def _step_is_faster(model: onnx.ModelProto, step: onnx.ModelProto, document: Mod
 def side_by_side(network: StatefulNetwork, form: Form, document: ModelDocument) -> dict[str, dict[str, float | None]]:
     """Measures tf2onnx's own `Loop`, our form and Keras, run in turn; microseconds a run by shape and form."""
     runtime = open_model(form.model, form.step, document)
-    loop = _loop(network)
+    loop = _loop(network, document)
     keras_run = tf.function(network.run, autograph=False)
     rng = np.random.default_rng(2)
     table: dict[str, dict[str, float | None]] = {}
     for batch, steps in SHAPES:
         x, states = draw(document.signature, batch, steps, rng)
-        constants = [tf.constant(array) for array in (x, *states)]
+        inputs = [tf.constant(array) for array in parts(x)]
         runs: dict[str, Callable[[], Any] | None] = {
             "loop": _loop_run(loop, x, states) if loop else None,
             "ours": _ours(runtime, x, states),
-            "keras": partial(keras_run, constants[0], constants[1:]),
+            "keras": partial(keras_run, inputs, list(map(tf.constant, states))),
         }
         table[f"{batch}x{steps}"] = _in_turn(runs)
     return table
@@ -154,22 +156,26 @@ def open_model(
     return Runtime(with_document(model, document), options, step and with_document(step, document))
 
 
-def _candidates(network: StatefulNetwork) -> Iterator[tuple[str, bool]]:
-    operators = {type(r.cell).__name__ for r in network.recurrences if lowering_of(r.cell)}
-    if operators:
-        rest = any(lowering_of(recurrence.cell) is None for recurrence in network.recurrences)
-        yield "operator" + (" and Scan" if rest else ""), True
-    yield "Scan", False
+def _candidates(network: StatefulNetwork) -> Iterator[tuple[str, Collection[type]]]:
+    """Gives forms by name, and the types of cells that each writes as operators: all, some, none."""
+    cells = [recurrence.cell for recurrence in network.recurrences]
+    types = list(dict.fromkeys(type(cell) for cell in cells if lowering_of(cell)))
+    for count in range(len(types), -1, -1):
+        for chosen in itertools.combinations(types, count):
+            names = [f"operator of {cell.__name__}" for cell in chosen]
+            if any(type(cell) not in chosen or lowering_of(cell) is None for cell in cells):
+                names.append("Scan")
+            yield ", ".join(names), chosen
 
 
 def _build(
-    network: StatefulNetwork, document: ModelDocument, operators: bool
+    network: StatefulNetwork, document: ModelDocument, operators: Collection[type]
 ) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    step = trace_step(network, lambda cell: operators and lowering_of(cell) is not None)
-    lowerings = [
-        (recurrence.cell, lowering) if operators and (lowering := lowering_of(recurrence.cell)) else None
-        for recurrence in network.recurrences
-    ]
+    def lowering(cell: Any) -> Lowering | None:
+        return lowering_of(cell) if type(cell) in operators else None
+
+    step = trace_step(network, lambda cell: lowering(cell) is not None)
+    lowerings = [lowering(recurrence.cell) for recurrence in network.recurrences]
     return assemble(network, step, lowerings, document.signature)
 
 
@@ -185,28 +191,31 @@ def _explain(form: str, parity: Parity) -> str:
     )
 
 
-def _loop(network: StatefulNetwork) -> ort.InferenceSession | None:
-    """Gives tf2onnx's own conversion of Keras's loop, or None where it cannot convert it."""
+def _loop(network: StatefulNetwork, document: ModelDocument) -> ort.InferenceSession | None:
+    """Gives tf2onnx's own conversion of Keras's loop, or None where that cannot be made or run."""
 
-    def run(x: Any, *states: Any) -> list[Any]:
-        y, following = network.run(x, states)
-        return [tf.identity(tensor) for tensor in (y, *following)]
+    def run(*tensors: Any) -> list[Any]:
+        count = len(network.inputs)
+        outputs, following = network.run(tensors[:count], tensors[count:])
+        return [tf.identity(tensor) for tensor in (*outputs, *following)]
 
-    specs = [tf.TensorSpec([None, None, *network.features], network.input_dtype)]
+    specs = [tf.TensorSpec([None, None, *spec.shape], spec.dtype) for spec in network.inputs]
     specs += [tf.TensorSpec([None, *state.shape], state.dtype) for state in network.states]
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4
+    x, states = draw(document.signature, 2, 3, np.random.default_rng(0))
     try:
-        return ort.InferenceSession(
-            convert(run, specs).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        model = convert(run, specs).SerializeToString()
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        _loop_run(session, x, states)()
     except Exception:
         return None
+    return session
 
 
 def _loop_run(session: ort.InferenceSession, x: Any, states: list[Any]) -> Callable[[], Any]:
-    feed = dict(zip((tensor.name for tensor in session.get_inputs()), (x, *states), strict=True))
+    feed = dict(zip((tensor.name for tensor in session.get_inputs()), (*parts(x), *states), strict=True))
     return lambda: session.run(None, feed)
 
 

@@ -7,7 +7,12 @@ from rich.table import Table
 
 from export.forms import Form
 
-_RUNS = {"whole": "in one run", "chunks": "in chunks", "steps": "single steps from Keras's states"}
+_RUNS = {
+    "whole": "in one run",
+    "chunks": "in chunks",
+    "steps": "single steps from Keras's states",
+    "model": "beside the saved model",
+}
 
 
 def show(

@@ -28,12 +28,12 @@ class StepGraph:
 
     nodes: list[onnx.NodeProto]
     constants: dict[str, onnx.TensorProto]
-    x: str  # [batch, *features]
+    inputs: list[str]  # [batch, *features]
     states: list[str]  # of the recurrences that were traced through, [batch, *shape]
     from_left_out: list[str]  # outputs of the recurrences that were left out
-    y: str
+    outputs: list[str]
     next_states: list[str]
-    into_left_out: list[str]
+    into_left_out: list[list[str]]  # for each its input, and its mask where it is masked
     shapes: dict[str, tuple[int | str, ...]]  # where they are the same at every batch size, but for the batch itself
     types: dict[str, int]
 
@@ -49,25 +49,27 @@ def trace_step(network: StatefulNetwork, leave_out: Callable[[Any], bool]) -> St
         network: The network, its states laid open.
         leave_out: Says of a cell whether it is to stand as an operator of its own, outside the traced step.
     """
-    spec = tf.TensorSpec([None, *network.features], network.input_dtype)
-    state_specs, left_out_specs, order = [], [], []
+    specs = [tf.TensorSpec([None, *spec.shape], spec.dtype) for spec in network.inputs]
+    state_specs, left_out_specs, order, counts = [], [], [], []
     for recurrence in network.recurrences:
         if leave_out(recurrence.cell):
             left_out_specs.append(tf.TensorSpec([None, *recurrence.output_shape], "float32"))
             order.append(("left out", len(left_out_specs) - 1))
+            counts.append(1 + recurrence.masked)
         else:
             for state in recurrence.states:
                 state_specs.append(tf.TensorSpec([None, *state.shape], state.dtype))
                 order.append(("state", len(state_specs) - 1))
-    count = len(state_specs)
+    first, second = len(specs), len(specs) + len(state_specs)
 
-    def step(x: Any, *rest: Any) -> list[Any]:
-        ends = {"state": rest[:count], "left out": rest[count:]}
-        result = network.step(x, [ends[kind][place] for kind, place in order], leave_out)
-        return [tf.identity(tensor) for tensor in (result.y, *result.states, *result.into_left_out)]
+    def step(*tensors: Any) -> list[Any]:
+        ends = {"state": tensors[first:second], "left out": tensors[second:]}
+        result = network.step(tensors[:first], [ends[kind][place] for kind, place in order], leave_out)
+        into_left_out = [tensor for group in result.into_left_out for tensor in group]
+        return [tf.identity(tensor) for tensor in (*result.outputs, *result.states, *into_left_out)]
 
-    model = convert(step, [spec, *state_specs, *left_out_specs])
-    return _plain(model, count)
+    model = convert(step, [*specs, *state_specs, *left_out_specs])
+    return _plain(model, len(specs), len(network.outputs), len(state_specs), counts)
 
 
 def convert(function: Callable[..., Any], specs: list[Any]) -> onnx.ModelProto:
@@ -89,7 +91,7 @@ def convert(function: Callable[..., Any], specs: list[Any]) -> onnx.ModelProto:
     return model
 
 
-def _plain(model: onnx.ModelProto, states: int) -> StepGraph:
+def _plain(model: onnx.ModelProto, inputs: int, outputs: int, states: int, counts: list[int]) -> StepGraph:
     """Strips what tf2onnx leaves around a step: Identity nodes, axes that are added and taken away again."""
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -125,16 +127,17 @@ def _plain(model: onnx.ModelProto, states: int) -> StepGraph:
     outs = [true_name(value.name) for value in graph.output]
     needed = _needed(nodes, outs)
     nodes = [node for node in nodes if any(name in needed for name in node.output)]
+    into = iter(outs[outputs + states :])
     shapes, types = _seen(model, nodes, constants)
     return StepGraph(
         nodes=nodes,
         constants={name: tensor for name, tensor in constants.items() if name in needed},
-        x=ins[0],
-        states=ins[1 : 1 + states],
-        from_left_out=ins[1 + states :],
-        y=outs[0],
-        next_states=outs[1 : 1 + states],
-        into_left_out=outs[1 + states :],
+        inputs=ins[:inputs],
+        states=ins[inputs : inputs + states],
+        from_left_out=ins[inputs + states :],
+        outputs=outs[:outputs],
+        next_states=outs[outputs : outputs + states],
+        into_left_out=[[next(into) for _ in range(count)] for count in counts],
         shapes=shapes,
         types=types,
     )

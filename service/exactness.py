@@ -20,6 +20,7 @@ from service.layout import Layout, parts
 from service.runtime import Runtime
 
 Array = NDArray[Any]
+MASKED = 0.2  # of the time steps, where a model has a mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +156,20 @@ def _from_zeros(runtime: Runtime, x: Array) -> Array:
 
 
 def _inputs(signature: Signature, rows: int, time: int, rng: np.random.Generator) -> Array:
-    return _input(signature.inputs[0], rows, time, rng)
+    masked = rng.random((rows, time)) < MASKED
+    return Layout(signature.inputs).join([_input(spec, masked, rng) for spec in signature.inputs])
 
 
-def _input(spec: TensorSpec, rows: int, time: int, rng: np.random.Generator) -> Array:
-    shape = (rows, time, *spec.shape)
+def _input(spec: TensorSpec, masked: NDArray[np.bool_], rng: np.random.Generator) -> Array:
+    shape = (*masked.shape, *spec.shape)
     if spec.dtype == "float32":
-        return rng.normal(size=shape).astype(spec.dtype)
-    low, high = spec.bounds or (0, 1)
-    return rng.integers(low, high, shape, endpoint=True).astype(spec.dtype)
+        x = rng.normal(size=shape).astype(spec.dtype)
+    else:
+        low, high = spec.bounds or (0, 1)
+        x = rng.integers(low, high, shape, endpoint=True).astype(spec.dtype)
+    if spec.masked is not None:
+        x[masked] = spec.masked
+    return x
 
 
 def _batches(
