@@ -15,9 +15,10 @@ import numpy as np
 from rich.console import Console
 
 from export import artifacts, forms, report
-from export.errors import ExportError
+from export.errors import ExportError, Unsteppable
 from export.loading import load
 from export.stateful import StatefulNetwork
+from export.whole import WholeNetwork
 from models import cells  # noqa: F401  registers the cells for loading
 from models.metrics import evaluate
 from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument
@@ -49,7 +50,7 @@ def export(request: Request, console: Console) -> Path:
         _import(path)
     card = _card(request.network)
     with console.status("loading") as status:
-        network = StatefulNetwork(load(request.network))
+        network = _network(load(request.network))
         document = _document(request, network, card)
         tried = forms.all_forms(network, document, report=status.update)
         form = forms.best(tried)
@@ -66,7 +67,7 @@ def export(request: Request, console: Console) -> Path:
         )
         metrics: dict[str, tuple[float, float]] = {}
         data = request.data or _beside(request.network, ".npz")
-        if data:
+        if data and isinstance(network, StatefulNetwork):
             status.update("evaluating on the test data")
             metrics = _evaluate(network, forms.open_model(form.model, form.step, document), data)
         document = document.model_copy(
@@ -79,6 +80,13 @@ def export(request: Request, console: Console) -> Path:
     size = sum(map(len, files.values()))
     report.show(console, str(folder), form, tried, size, timings, metrics)
     return folder
+
+
+def _network(model: Any) -> StatefulNetwork | WholeNetwork:
+    try:
+        return StatefulNetwork(model)
+    except Unsteppable as reason:
+        return WholeNetwork(model, str(reason))
 
 
 def _import(path: Path) -> None:
@@ -110,7 +118,7 @@ def _card(network: Path) -> dict[str, Any]:
     return dict(card)
 
 
-def _document(request: Request, network: StatefulNetwork, card: dict[str, Any]) -> ModelDocument:
+def _document(request: Request, network: StatefulNetwork | WholeNetwork, card: dict[str, Any]) -> ModelDocument:
     labels = request.labels or (tuple(card["labels"]) if card.get("labels") else None)
     shape = network.outputs[0].shape
     if labels and (len(network.outputs) > 1 or not shape or len(labels) != shape[-1]):

@@ -21,15 +21,17 @@ import tensorflow as tf
 from export.assembly import assemble
 from export.errors import ProofFailed
 from export.lowering import Lowering, lowering_of
-from export.parity import Parity, Reference
+from export.parity import Parity, Reference, WholeReference
 from export.stateful import StatefulNetwork
 from export.tracing import convert, trace_step
-from models.signature import METADATA_KEY, Exactness, ModelDocument
+from export.whole import WholeNetwork
+from models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
 from service.exactness import WHOLE, draw, prove
 from service.layout import parts
 from service.runtime import Runtime, RuntimeOptions
 
 SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
+WHOLE_SHAPES = ((1, 50),)  # of networks that read whole sequences, one a run
 THREADS = (1, 2)  # exactness is proved across these
 
 
@@ -54,7 +56,7 @@ class Form:
 
 
 def all_forms(
-    network: StatefulNetwork, document: ModelDocument, report: Callable[[str], None] = lambda stage: None
+    network: StatefulNetwork | WholeNetwork, document: ModelDocument, report: Callable[[str], None] = lambda stage: None
 ) -> list[Form]:
     """Builds, proves and measures every form of a network.
 
@@ -67,24 +69,24 @@ def all_forms(
         ProofFailed: A form differs from Keras by more than the tolerance.
     """
     forms: list[Form] = []
-    reference: Reference | None = None
+    reference: Reference | WholeReference | None = None
     for name, operators in _candidates(network):
         report(f"converting: {name}")
-        model, step = _build(network, document, operators)
-        alone = open_model(model, None, document)
+        model, step = _build(network, document.signature, operators)
         report(f"comparing with Keras: {name}")
-        reference = reference or Reference(network, alone)
-        for runtime in (alone, open_model(model, step, document)):
-            parity = reference.compare(runtime)
+        if reference is None:
+            reference = WholeReference(network) if isinstance(network, WholeNetwork) else Reference(network)
+        for step_or_none in (None, step) if step else (None,):
+            parity = reference.compare(open_model(model, step_or_none, document))
             if parity.failed:
                 raise ProofFailed(_explain(name, parity))
         report(f"measuring: {name}")
-        kept = step if _step_is_faster(model, step, document) else None
+        kept = step if step and _step_is_faster(model, step, document) else None
         report(f"proving bit identity: {name}")
         exactness = _prove(model, kept, document)
         if kept and not exactness.proved:
             kept, exactness = None, _prove(model, None, document)
-        runs = _runs(open_model(model, kept, document), SHAPES)
+        runs = _runs(open_model(model, kept, document), _shapes(document.signature))
         microseconds = {shape: _microseconds(run) for shape, run in runs.items()}
         forms.append(Form(name, model, kept, parity, exactness, microseconds))
     return forms
@@ -112,18 +114,20 @@ def _step_is_faster(model: onnx.ModelProto, step: onnx.ModelProto, document: Mod
     return float(np.exp(np.mean(np.log(ratios)))) > 1.1
 
 
-def side_by_side(network: StatefulNetwork, form: Form, document: ModelDocument) -> dict[str, dict[str, float | None]]:
+def side_by_side(
+    network: StatefulNetwork | WholeNetwork, form: Form, document: ModelDocument
+) -> dict[str, dict[str, float | None]]:
     """Measures tf2onnx's own `Loop`, our form and Keras, run in turn; microseconds a run by shape and form."""
     runtime = open_model(form.model, form.step, document)
-    loop = _loop(network, document)
+    loop = _loop(network)
     keras_run = tf.function(network.run, autograph=False)
     rng = np.random.default_rng(2)
     table: dict[str, dict[str, float | None]] = {}
-    for batch, steps in SHAPES:
+    for batch, steps in _shapes(document.signature):
         x, states = draw(document.signature, batch, steps, rng)
         inputs = [tf.constant(array) for array in parts(x)]
         runs: dict[str, Callable[[], Any] | None] = {
-            "loop": _loop_run(loop, x, states) if loop else None,
+            "loop": _loop_run(loop, x, states),
             "ours": _ours(runtime, x, states),
             "keras": partial(keras_run, inputs, list(map(tf.constant, states))),
         }
@@ -156,7 +160,7 @@ def open_model(
     return Runtime(with_document(model, document), options, step and with_document(step, document))
 
 
-def _candidates(network: StatefulNetwork) -> Iterator[tuple[str, Collection[type]]]:
+def _candidates(network: StatefulNetwork | WholeNetwork) -> Iterator[tuple[str, Collection[type]]]:
     """Gives forms by name, and the types of cells that each writes as operators: all, some, none."""
     cells = [recurrence.cell for recurrence in network.recurrences]
     types = list(dict.fromkeys(type(cell) for cell in cells if lowering_of(cell)))
@@ -169,14 +173,21 @@ def _candidates(network: StatefulNetwork) -> Iterator[tuple[str, Collection[type
 
 
 def _build(
-    network: StatefulNetwork, document: ModelDocument, operators: Collection[type]
-) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    network: StatefulNetwork | WholeNetwork, signature: Signature, operators: Collection[type]
+) -> tuple[onnx.ModelProto, onnx.ModelProto | None]:
+    """Makes the model of whole sequences, and that of single steps for a network that can be stepped."""
+    if isinstance(network, WholeNetwork):
+        return network.assemble(lambda part, its_signature: _build(part, its_signature, operators)[0]), None
+
     def lowering(cell: Any) -> Lowering | None:
         return lowering_of(cell) if type(cell) in operators else None
 
     step = trace_step(network, lambda cell: lowering(cell) is not None)
-    lowerings = [lowering(recurrence.cell) for recurrence in network.recurrences]
-    return assemble(network, step, lowerings, document.signature)
+    return assemble(network, step, [lowering(recurrence.cell) for recurrence in network.recurrences], signature)
+
+
+def _shapes(signature: Signature) -> tuple[tuple[int, int], ...]:
+    return WHOLE_SHAPES if signature.predict_only else SHAPES
 
 
 def _explain(form: str, parity: Parity) -> str:
@@ -191,8 +202,8 @@ def _explain(form: str, parity: Parity) -> str:
     )
 
 
-def _loop(network: StatefulNetwork, document: ModelDocument) -> ort.InferenceSession | None:
-    """Gives tf2onnx's own conversion of Keras's loop, or None where that cannot be made or run."""
+def _loop(network: StatefulNetwork | WholeNetwork) -> ort.InferenceSession | None:
+    """Gives tf2onnx's own conversion of Keras's loop, or None where that cannot be made."""
 
     def run(*tensors: Any) -> list[Any]:
         count = len(network.inputs)
@@ -200,22 +211,26 @@ def _loop(network: StatefulNetwork, document: ModelDocument) -> ort.InferenceSes
         return [tf.identity(tensor) for tensor in (*outputs, *following)]
 
     specs = [tf.TensorSpec([None, None, *spec.shape], spec.dtype) for spec in network.inputs]
-    specs += [tf.TensorSpec([None, *state.shape], state.dtype) for state in network.states]
+    specs += [tf.TensorSpec([None, *state.shape], state.dtype) for state in network.signature.states]
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
-    x, states = draw(document.signature, 2, 3, np.random.default_rng(0))
     try:
         model = convert(run, specs).SerializeToString()
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        _loop_run(session, x, states)()
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception:
         return None
-    return session
 
 
-def _loop_run(session: ort.InferenceSession, x: Any, states: list[Any]) -> Callable[[], Any]:
+def _loop_run(session: ort.InferenceSession | None, x: Any, states: list[Any]) -> Callable[[], Any] | None:
+    """Gives a run of tf2onnx's loop to time, or None where it cannot do it."""
+    if session is None:
+        return None
     feed = dict(zip((tensor.name for tensor in session.get_inputs()), (*parts(x), *states), strict=True))
+    try:
+        session.run(None, feed)
+    except Exception:
+        return None
     return lambda: session.run(None, feed)
 
 

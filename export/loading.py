@@ -6,6 +6,7 @@ precision) is rewritten; weights are the same. The proof compares with the model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,12 @@ def opened(model: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Gives the first line of what an error says."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else "no reason given"
+    """Gives the first line of what an error says, without the colours and the heading that Keras gives it."""
+    lines = re.sub(r"\x1b\[\d*m", "", str(error)).splitlines()
+    told = [
+        line.strip() for line in lines if line.strip() and not line.startswith("Exception encountered when calling")
+    ]
+    return told[0].rstrip(".:") if told else type(error).__name__
 
 
 def _layers(model: Any) -> list[Any]:

@@ -14,9 +14,11 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from export.loading import with_dtype
+from export.errors import ExportError
+from export.loading import first_line, with_dtype
 from export.stateful import StatefulNetwork
 from export.walking import graph_of
+from export.whole import WholeNetwork
 from service.exactness import Array, draw
 from service.layout import Layout, parts
 from service.runtime import Runtime
@@ -24,9 +26,7 @@ from service.runtime import Runtime
 TOLERANCE = 1e-5
 STRAYING = 4.0
 ROWS, STEPS = 16, 208
-# Single steps from Keras's states, one run from random states, that in chunks, and from zeros beside the saved model
-# itself, run by Keras as a whole: were the network taken apart wrongly, this would tell.
-RUNS = ("steps", "whole", "chunks", "model")
+LENGTHS = (1, 2, 3, 8, 29, 120, 500)  # of the sequences that a network of whole sequences is proved on
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Difference:
 
     tensor: str
     layer: str
-    run: str  # how it was run: one of RUNS
+    run: str  # how it was run: steps, whole, chunks, model
     value: float  # |ours - Keras| / max(1, |Keras|), at the worst place
     share: float  # of what is allowed there; above 1 the proof has failed
     where: str
@@ -47,6 +47,8 @@ class Parity:
 
     differences: tuple[Difference, ...]
     strays: float  # float32 Keras's own error against float64 where the tolerance needed it, else 0
+    rows: int
+    time_steps: int
 
     @property
     def failed(self) -> list[Difference]:
@@ -55,8 +57,11 @@ class Parity:
 
     def figures(self) -> dict[str, Any]:
         """Gives the figures that go into the model file."""
-        worst = {run: max(d.value for d in self.differences if d.run == run) for run in RUNS}
-        return {"tolerance": TOLERANCE, "time_steps": STEPS, "rows": ROWS, **worst, "keras_float32_error": self.strays}
+        worst: dict[str, float] = {}
+        for difference in self.differences:
+            worst[difference.run] = max(worst.get(difference.run, 0.0), difference.value)
+        figures = {"tolerance": TOLERANCE, "time_steps": self.time_steps, "rows": self.rows, **worst}
+        return {**figures, "keras_float32_error": self.strays}
 
 
 class Reference:
@@ -64,13 +69,12 @@ class Reference:
 
     Args:
         network: The Keras network.
-        runtime: Any form of it: gives the signature.
         seed: Of the random numbers.
     """
 
-    def __init__(self, network: StatefulNetwork, runtime: Runtime, seed: int = 1) -> None:
+    def __init__(self, network: StatefulNetwork, seed: int = 1) -> None:
         rng = np.random.default_rng(seed)
-        self.network, self.signature = network, runtime.signature
+        self.network, self.signature = network, network.signature
         self.outputs = Layout(self.signature.outputs)
         self.x, self.initial = draw(self.signature, ROWS, STEPS, rng)
         self.lengths = rng.integers(1, STEPS + 1, ROWS).astype(np.int32)
@@ -92,7 +96,7 @@ class Reference:
         chunks = list(self._differences("chunks", y, final))
         steps = list(self._step_differences(runtime))
         model = list(self._model_differences(runtime))
-        return Parity((*steps, *whole, *chunks, *model), self.strays)
+        return Parity((*steps, *whole, *chunks, *model), self.strays, ROWS, STEPS)
 
     def _keras(self, network: StatefulNetwork, x: Array, states: list[Array]) -> tuple[Array, list[Array]]:
         run = tf.function(network.run, autograph=False)
@@ -105,7 +109,10 @@ class Reference:
         return self.outputs.join(outputs), history
 
     def _keras_model(self) -> tuple[Array, list[Array]]:
-        """Runs the model as it was saved, over as many rows and steps as it takes; gives what went in and came out."""
+        """Runs the model as it was saved, by Keras, from zeros, over as many rows and steps as it takes.
+
+        Were the network taken apart wrongly, this would tell. Gives what went in and what came out.
+        """
         model = self.network.original
         rows, steps = model.inputs[0].shape[:2]
         x = self.x[np.arange(rows or ROWS) % ROWS, : steps or STEPS]
@@ -215,6 +222,58 @@ def whole_run(model: Any, inputs: Sequence[Array]) -> list[Array]:
     cast = [np.ascontiguousarray(x).astype(t.dtype) for x, t in zip(inputs, model.inputs, strict=True)]
     structure = tree.pack_sequence_as(graph_of(model)._inputs_struct, [tf.constant(x) for x in cast])
     return [np.asarray(y) for y in tree.flatten(tf.function(model, autograph=False)(structure))]
+
+
+class WholeReference:
+    """Keras's results for sequences of several lengths, to compare a network that reads whole sequences with.
+
+    Args:
+        network: The Keras network.
+        seed: Of the random numbers.
+
+    Raises:
+        ExportError: Keras itself runs none of them.
+    """
+
+    def __init__(self, network: WholeNetwork, seed: int = 1) -> None:
+        rng = np.random.default_rng(seed)
+        self.network = network
+        self.cases: list[tuple[Array, list[Array]]] = []
+        rows, time = network.original.inputs[0].shape[:2]
+        for length in (time,) if time else LENGTHS:
+            x, _ = draw(network.signature, rows or 3, length, rng)
+            try:
+                self.cases.append((x, whole_run(network.original, parts(x))))
+            except (ValueError, tf.errors.OpError) as error:  # too short for it
+                last = first_line(error)
+        if not self.cases:
+            raise ExportError(f"Keras runs the network over no number of time steps of {LENGTHS}: {last}")
+
+    def compare(self, runtime: Runtime) -> Parity:
+        """Runs a form over each sequence by itself, and measures every output."""
+        differences, strays = [], 0.0
+        for x, true in self.cases:
+            lengths = np.full(1, x.shape[1], np.int32)
+            rows = [parts(runtime.run(np.ascontiguousarray(x[row : row + 1]), lengths, [])[0]) for row in range(len(x))]
+            for place, outputs in enumerate(zip(*rows, strict=True)):
+                ours, keras_y = np.concatenate(outputs).astype(np.float64), true[place].astype(np.float64)
+                if not self.network.timed[place]:
+                    ours = ours.reshape(keras_y.shape) if ours.size == keras_y.size else ours[:, -1]
+                off = np.abs(ours - keras_y) / np.maximum(1, np.abs(keras_y))
+                worst, allowed = float(np.where(np.isfinite(off), off, np.inf).max()), TOLERANCE
+                if worst > TOLERANCE:
+                    strays = max(strays, self._own_error(x, place, keras_y))
+                    allowed = max(TOLERANCE, STRAYING * strays)
+                spec = self.network.outputs[place]
+                layer = self.network.model.outputs[place]._keras_history.operation.name
+                where = f"{x.shape[1]} time steps"
+                differences.append(Difference(spec.name, layer, "model", worst, worst / allowed, where))
+        return Parity(tuple(differences), strays, len(self.cases[-1][0]), self.cases[-1][0].shape[1])
+
+    def _own_error(self, x: Array, place: int, single: Array) -> float:
+        """Gives float32 Keras's own error against a float64 run."""
+        exact = whole_run(with_dtype(self.network.original, "float64"), [_double(part) for part in parts(x)])[place]
+        return float((np.abs(single - exact) / np.maximum(1, np.abs(exact))).max())
 
 
 def _tensors(arrays: Sequence[Array]) -> list[Any]:

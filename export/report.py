@@ -41,9 +41,9 @@ def show(
     table.add_row("form", form.name + steps + _others(form, forms))
     table.add_row("operators", operators)
     figures = form.parity.figures()
-    parity = ", ".join(f"{figures[run]:.1e} {words}" for run, words in _RUNS.items())
+    parity = ", ".join(f"{figures[run]:.1e} {words}" for run, words in _RUNS.items() if run in figures)
     strays = f" (float32 Keras itself strays {form.parity.strays:.1e} from float64)" if form.parity.strays else ""
-    table.add_row("parity", f"{parity}; {figures['time_steps']} steps from random states{strays}")
+    table.add_row("parity", f"{parity}; up to {figures['time_steps']} steps{strays}")
     table.add_row("bit identity", ("yes: " if form.exactness.proved else "NO: ") + form.exactness.why)
     table.add_row("size", f"{size / 1024:.1f} KiB")
     for name, (ours, keras) in metrics.items():

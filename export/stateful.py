@@ -60,9 +60,11 @@ class StatefulNetwork:
     @property
     def signature(self) -> Signature:
         """What the model will take, give and carry; a network that gives its last output only defaults to the last."""
+        ends = (*self.inputs, *self.outputs)
         return Signature(
             inputs=self.inputs,
             outputs=self.outputs,
+            lengths="lengths_of_rows" if any(spec.name == "lengths" for spec in ends) else "lengths",
             states=tuple(
                 StateSpec(name=state.name, next_name=f"{state.name}.next", dtype=state.dtype, shape=state.shape)
                 for state in self.states
@@ -213,8 +215,10 @@ def _refuse_mixing(call: Call) -> None:
                 part = y[:, t : t + 1]
                 if y.shape[1:2] != (3,) or alone.shape != part.shape or not np.allclose(alone, part, 1e-4, 1e-4):
                     _mixes(call, "")
-    except (ValueError, TypeError, IndexError, NotImplementedError, ArithmeticError) as error:
-        _mixes(call, f" (or cannot be tried on three: {first_line(error)})")
+    except Unsteppable:
+        raise
+    except Exception as error:  # TensorFlow's, NumPy's or the layer's own
+        _mixes(call, f" (on three of them it says: {first_line(error)})")
 
 
 def _arrays(operation: Any, arguments: Any) -> list[Any]:

@@ -15,6 +15,8 @@ import tf2onnx
 from onnx import helper, numpy_helper
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+from export.errors import ExportError
+from export.loading import first_line
 from export.stateful import StatefulNetwork
 
 OPSET = 18  # the newest that tf2onnx writes
@@ -75,6 +77,9 @@ def trace_step(network: StatefulNetwork, leave_out: Callable[[Any], bool]) -> St
 def convert(function: Callable[..., Any], specs: list[Any]) -> onnx.ModelProto:
     """Converts a TensorFlow function of these inputs with tf2onnx; the model's ends are in the function's order.
 
+    Raises:
+        ExportError: Something in it has no operator in ONNX.
+
     It is frozen here because tf2onnx's own `from_function` takes every constant tensor that a layer holds (the mean of
     a `Normalization`, say) for an input of the model.
     """
@@ -82,12 +87,21 @@ def convert(function: Callable[..., Any], specs: list[Any]) -> onnx.ModelProto:
     named = [tf.TensorSpec(spec.shape, spec.dtype, name=f"in{place}") for place, spec in enumerate(specs)]
     concrete = tf.function(function, autograph=False).get_concrete_function(*named)
     frozen = convert_variables_to_constants_v2(concrete, lower_control_flow=False, aggressive_inlining=True)
-    model, _ = tf2onnx.convert.from_graph_def(
-        frozen.graph.as_graph_def(add_shapes=True),
-        input_names=[f"in{place}:0" for place in range(len(specs))],
-        output_names=[tensor.name for tensor in frozen.outputs],
-        opset=OPSET,
-    )
+    try:
+        model, _ = tf2onnx.convert.from_graph_def(
+            frozen.graph.as_graph_def(add_shapes=True),
+            input_names=[f"in{place}:0" for place in range(len(specs))],
+            output_names=[tensor.name for tensor in frozen.outputs],
+            opset=OPSET,
+        )
+    except Exception as error:
+        raise ExportError(f"tf2onnx cannot convert the network: {first_line(error)}") from None
+    for node in model.graph.node:
+        if not onnx.defs.has(node.op_type, OPSET, node.domain):
+            raise ExportError(
+                f"{node.name!r} is TensorFlow's {node.op_type}, for which tf2onnx has no operator of ONNX: "
+                f"write that layer or cell with other operations of keras.ops"
+            )
     return model
 
 
@@ -167,11 +181,9 @@ def _seen(
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    session = ort.InferenceSession(
-        helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
+    step = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    # A graph of no nodes is none that can be run: all of the step was left out.
+    session = ort.InferenceSession(step.SerializeToString(), options, ["CPUExecutionProvider"]) if nodes else None
     seen: list[list[np.ndarray]] = []
     for batch in _BATCHES:
         feed = {}
@@ -179,7 +191,7 @@ def _seen(
             tensor = value.type.tensor_type
             shape = [batch, *(dim.dim_value for dim in tensor.shape.dim[1:])]
             feed[value.name] = np.zeros(shape, helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-        seen.append([*feed.values(), *session.run(None, feed)])
+        seen.append([*feed.values(), *(session.run(None, feed) if session else ())])
     shapes, types = {}, {}
     for name, few, more in zip(names, *seen, strict=True):
         types[name] = helper.np_dtype_to_tensor_dtype(few.dtype)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import tensorflow as tf
 from keras import ops
-from keras.src.backend import get_keras_mask, set_keras_mask
+from keras.src.backend import set_keras_mask
 from onnx import compose, helper, numpy_helper
 
 from export.ends import input_specs, output_specs
@@ -168,7 +168,8 @@ class WholeNetwork:
 
         into = iter(given[len(self.outputs) :])
         for place, part in enumerate(self.parts):
-            model = compose.add_prefix(build(part.network, part.network.signature), f"recurrent{place}/")
+            signature = part.network.signature.model_copy(update={"lengths": None})
+            model = compose.add_prefix(build(part.network, signature), f"recurrent{place}/")
             nodes += model.graph.node
             constants += model.graph.initializer
             sequence = next(into)
@@ -188,14 +189,14 @@ class WholeNetwork:
             same(name, spec.name)
         nodes = _sorted(nodes, [spec.name for spec in self.outputs])
         used = {name for node in nodes for name in _sources(node)}
+        steps = ["steps"] if any(self.timed) else []
         graph = helper.make_graph(
             nodes,
             "cellserve",
             [_info(spec, (BATCH, "time", *spec.shape)) for spec in self.inputs],
-            [helper.make_tensor_value_info(s.name, helper.np_dtype_to_tensor_dtype(np.dtype(s.dtype)), None)
-             for s in self.outputs],
+            [_info(spec, (BATCH, *steps, *spec.shape)) for spec in self.outputs],
             [constant for constant in constants if constant.name in used],
-        )  # fmt: skip
+        )
         model = helper.make_model(graph, opset_imports=rest.opset_import, ir_version=10, producer_name="cellserve")
         onnx.checker.check_model(model)
         return model
