@@ -64,7 +64,9 @@ def output_specs(model: Any, values: Sequence[Any], inputs: Sequence[TensorSpec]
             count += 1
             name = f"{name_of}_{count}"
         taken.add(name)
-        dtype = keras.backend.standardize_dtype(value.dtype)
+        dtype: Any = keras.backend.standardize_dtype(value.dtype)
+        if dtype == model.layers[-1].compute_dtype:
+            dtype = "float32"  # in float64 a network is run for comparison only
         if dtype not in _DTYPES:
             raise ExportError(
                 f"the output {name!r} is of {dtype}, which is none of {', '.join(_DTYPES)}: cast it in the network"

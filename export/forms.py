@@ -70,9 +70,9 @@ def all_forms(
     """
     forms: list[Form] = []
     reference: Reference | WholeReference | None = None
-    for name, operators in _candidates(network):
+    for name, operators in candidates(network):
         report(f"converting: {name}")
-        model, step = _build(network, document.signature, operators)
+        model, step = build(network, document.signature, operators)
         report(f"comparing with Keras: {name}")
         if reference is None:
             reference = WholeReference(network) if isinstance(network, WholeNetwork) else Reference(network)
@@ -160,7 +160,7 @@ def open_model(
     return Runtime(with_document(model, document), options, step and with_document(step, document))
 
 
-def _candidates(network: StatefulNetwork | WholeNetwork) -> Iterator[tuple[str, Collection[type]]]:
+def candidates(network: StatefulNetwork | WholeNetwork) -> Iterator[tuple[str, Collection[type]]]:
     """Gives forms by name, and the types of cells that each writes as operators: all, some, none."""
     cells = [recurrence.cell for recurrence in network.recurrences]
     types = list(dict.fromkeys(type(cell) for cell in cells if lowering_of(cell)))
@@ -172,12 +172,12 @@ def _candidates(network: StatefulNetwork | WholeNetwork) -> Iterator[tuple[str, 
             yield ", ".join(names), chosen
 
 
-def _build(
+def build(
     network: StatefulNetwork | WholeNetwork, signature: Signature, operators: Collection[type]
 ) -> tuple[onnx.ModelProto, onnx.ModelProto | None]:
     """Makes the model of whole sequences, and that of single steps for a network that can be stepped."""
     if isinstance(network, WholeNetwork):
-        return network.assemble(lambda part, its_signature: _build(part, its_signature, operators)[0]), None
+        return network.assemble(lambda part, its_signature: build(part, its_signature, operators)[0]), None
 
     def lowering(cell: Any) -> Lowering | None:
         return lowering_of(cell) if type(cell) in operators else None
@@ -192,6 +192,13 @@ def _shapes(signature: Signature) -> tuple[tuple[int, int], ...]:
 
 def _explain(form: str, parity: Parity) -> str:
     first = parity.failed[0]
+    if all(difference.run == "model" for difference in parity.failed):
+        return (
+            f"the saved model itself gives something else at layer {first.layer!r} ({first.tensor}, off by "
+            f"{first.value:.2e} at {first.where}) than its layers and cells called one after the other: a layer in it "
+            f"does more than call its cell (a subclass of a recurrent layer, say); put that into the cell or into a "
+            f"layer of its own; nothing was written"
+        )
     others = "".join(
         f"\n  {d.tensor} of layer {d.layer!r}, run in {d.run}: off by {d.value:.2e} at {d.where}" for d in parity.failed
     )

@@ -17,6 +17,10 @@ from export.errors import ExportError
 from export.walking import has_graph
 
 
+# Of recurrent layers and cells; a dropout draws random numbers that nobody reads even where it does nothing.
+_TRAINING_OR_ONE_SHAPE = ("stateful", "unroll", "dropout", "recurrent_dropout")
+
+
 def load(path: Path) -> Any:
     """Loads a saved model; one of mixed precision in float32, the precision of its weights.
 
@@ -61,13 +65,14 @@ def opened(model: Any) -> Any:
         )
     times = {tensor.shape[1] for tensor in model.inputs if len(tensor.shape) > 1}
     fixed = any(tensor.shape[0] is not None for tensor in model.inputs) or times != {None}
-    bound = any(getattr(layer, "stateful", False) or getattr(layer, "unroll", False) for layer in _layers(model))
+    bound = any(getattr(layer, key, False) for layer in model._flatten_layers() for key in _TRAINING_OR_ONE_SHAPE)
     if not fixed and not bound:
         return model
     time = times.pop() if len(times) == 1 else None
 
     def change(config: dict[str, Any]) -> dict[str, Any]:
-        config = {key: False if key in ("stateful", "unroll") else value for key, value in config.items()}
+        off = _TRAINING_OR_ONE_SHAPE if "recurrent_dropout" in config or "stateful" in config else ()
+        config = {key: type(value)(0) if key in off else value for key, value in config.items()}
         shape = config.get("batch_shape")
         if shape:
             open_time = len(shape) > 1 and shape[1] == time
@@ -90,10 +95,6 @@ def first_line(error: Exception) -> str:
         line.strip() for line in lines if line.strip() and not line.startswith("Exception encountered when calling")
     ]
     return told[0].rstrip(".:") if told else type(error).__name__
-
-
-def _layers(model: Any) -> list[Any]:
-    return list(model._flatten_layers())
 
 
 def _rebuilt(model: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

@@ -83,7 +83,7 @@ def convert(function: Callable[..., Any], specs: list[Any]) -> onnx.ModelProto:
     It is frozen here because tf2onnx's own `from_function` takes every constant tensor that a layer holds (the mean of
     a `Normalization`, say) for an input of the model.
     """
-    logging.getLogger("tf2onnx").setLevel(logging.ERROR)
+    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL + 1)  # what it cannot do is said below
     named = [tf.TensorSpec(spec.shape, spec.dtype, name=f"in{place}") for place, spec in enumerate(specs)]
     concrete = tf.function(function, autograph=False).get_concrete_function(*named)
     frozen = convert_variables_to_constants_v2(concrete, lower_control_flow=False, aggressive_inlining=True)

@@ -21,7 +21,7 @@ from onnx import compose, helper, numpy_helper
 
 from export.ends import input_specs, output_specs
 from export.errors import ExportError
-from export.loading import opened
+from export.loading import first_line, opened
 from export.recurrences import Recurrence
 from export.stateful import StatefulNetwork, refuse_foreign_states
 from export.tracing import BATCH, convert
@@ -123,7 +123,10 @@ class WholeNetwork:
             except (ValueError, tf.errors.InvalidArgumentError) as error:  # too short for a convolution
                 last = error
         else:
-            raise ExportError(f"the network cannot be run: {last}")
+            raise ExportError(
+                f"the network cannot be stepped ({self.reason}), nor run over any number of time steps "
+                f"({first_line(last)}): leave out what wants a certain number, such as Flatten"
+            )
         if not self.parts:
             raise ExportError("the network has no recurrent layer (keras.layers.RNN over a cell): it carries no state")
         if len(outputs) > 1 and any(timed and y.shape[1] != time for y, timed in zip(outputs, self.timed, strict=True)):
