@@ -31,7 +31,7 @@ from service.layout import parts
 from service.runtime import Runtime, RuntimeOptions
 
 SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
-WHOLE_SHAPES = ((1, 50),)  # of networks that read whole sequences, one a run
+WHOLE_SHAPES = ((1, 50), (8, 50))  # of networks that read whole sequences
 THREADS = (1, 2)  # exactness is proved across these
 
 

@@ -16,7 +16,6 @@ import keras
 from export.errors import ExportError
 from export.walking import has_graph
 
-
 # Of recurrent layers and cells; a dropout draws random numbers that nobody reads even where it does nothing.
 _TRAINING_OR_ONE_SHAPE = ("stateful", "unroll", "dropout", "recurrent_dropout")
 
@@ -94,7 +93,7 @@ def first_line(error: Exception) -> str:
     told = [
         line.strip() for line in lines if line.strip() and not line.startswith("Exception encountered when calling")
     ]
-    return told[0].rstrip(".:") if told else type(error).__name__
+    return told[0].split(". ")[0].rstrip(".:") if told else type(error).__name__
 
 
 def _rebuilt(model: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

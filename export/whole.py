@@ -28,6 +28,7 @@ from export.tracing import BATCH, convert
 from export.walking import Call, is_timed, walk
 from models.signature import Signature, TensorSpec
 
+_TIMES = (16, 128, 1024)  # time steps to try
 Recur = Callable[[Any, Any, Any], Any]  # (recurrent layer, its sequence, its mask) -> y [batch, time, *shape]
 Build = Callable[[StatefulNetwork, Signature], onnx.ModelProto]
 
@@ -57,6 +58,7 @@ class WholeNetwork:
         self.timed = [is_timed(tensor) for tensor in self.model.outputs]  # which outputs have the time axis
         self.parts: list[_Part] = []
         self.outputs: tuple[TensorSpec, ...] = self._discover()
+        self.min_steps = self._shortest()
 
     @property
     def recurrences(self) -> list[Recurrence]:
@@ -65,14 +67,14 @@ class WholeNetwork:
 
     @property
     def signature(self) -> Signature:
-        """What the model will take and give: one sequence a run, no states."""
+        """What the model will take and give; sequences of one run are of one length."""
         return Signature(
             inputs=self.inputs,
             outputs=self.outputs,
             states=(),
             lengths=None,
-            batch=1,
             predict_only=self.reason,
+            min_steps=self.min_steps,
             default_output="all" if any(self.timed) else "last",
         )
 
@@ -115,7 +117,7 @@ class WholeNetwork:
             states = [ops.zeros((sequence.shape[0], *state.shape), state.dtype) for state in part.network.states]
             return part.network.run(given, states)[0][0]
 
-        for time in (16, 128, 1024):
+        for time in _TIMES:
             self.parts = []
             try:
                 outputs = self._walk([ops.zeros((2, time, *spec.shape), spec.dtype) for spec in self.inputs], recur)
@@ -134,6 +136,26 @@ class WholeNetwork:
         return output_specs(
             self.model, [y[:, 0] if timed else y for y, timed in zip(outputs, self.timed, strict=True)], self.inputs
         )
+
+    def _shortest(self) -> int:
+        """Finds the smallest number of time steps that Keras runs the network over, by halves."""
+        if self._runs_over(1):
+            return 1
+        fails, runs = 1, next(time for time in _TIMES if self._runs_over(time))
+        while runs - fails > 1:
+            middle = (runs + fails) // 2
+            if self._runs_over(middle):
+                runs = middle
+            else:
+                fails = middle
+        return runs
+
+    def _runs_over(self, time: int) -> bool:
+        try:
+            outputs, _ = self.run([ops.zeros((1, time, *spec.shape), spec.dtype) for spec in self.inputs])
+        except (ValueError, tf.errors.InvalidArgumentError):
+            return False
+        return all(0 not in y.shape for y in outputs)
 
     def _walk(self, inputs: Sequence[Any], recur: Recur) -> list[Any]:
         def one_way(layer: Any, sequence: Any, mask: Any) -> Any:

@@ -64,6 +64,7 @@ class Signature(_Frozen):
     time_axis: bool = True  # without it a run is one step: inputs and outputs are [batch, *shape]
     batch: int | None = None  # rows that a run takes, where the graph fixes them
     predict_only: str | None = None  # why the model cannot be stepped; whole sequences from zeros only
+    min_steps: int = 1  # time steps of a whole sequence, at least: a convolution may want several
 
 
 class Exactness(_Frozen):

@@ -20,7 +20,7 @@ from service.layout import Layout, parts
 from service.runtime import Runtime
 
 Array = NDArray[Any]
-MASKED = 0.2  # of the time steps, where a model has a mask
+MASKED = 0.2  # of the time steps of a draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +41,40 @@ WHOLE = Effort(batches=(*range(1, 65), 128, 256), time=12, compositions=7, long=
 SHORT = Effort(batches=(1, 2, 3, 5, 8, 16, 33, 64), time=5, compositions=3, long=0)
 
 
+class Differs(Exception):
+    """Two runs gave a row different bits.
+
+    Args:
+        what: Which.
+        difference: The largest, relative to numbers beyond 1.
+    """
+
+    def __init__(self, what: str, difference: float) -> None:
+        super().__init__(what)
+        self.difference = difference
+
+
 def prove(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> Exactness:
-    """Compares bits between runs that differ in everything but the numbers of a row.
+    """Says whether runs that differ in everything but the numbers of a row give the row the same bits.
 
     Args:
         runtimes: One model opened at the settings to prove, several where bits must agree between settings.
         effort: How much to try.
         seed: Of the random states, inputs, lengths and cuts.
     """
-    rng = np.random.default_rng(seed)
-    whole = runtimes[0].signature.predict_only is not None
     try:
-        count = sum(1 for _ in (_sequences(runtimes, rng) if whole else _comparisons(runtimes, effort, rng)))
-    except _Differs as differs:
+        return Exactness(proved=True, why=compare(runtimes, effort, seed))
+    except Differs as differs:
         return Exactness(proved=False, why=str(differs))
+
+
+def compare(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> str:
+    """Compares bits as `prove` does; says over what they were the same.
+
+    Raises:
+        Differs: They are not.
+    """
+    count = sum(1 for _ in _comparisons(runtimes, effort, np.random.default_rng(seed)))
     threads = "/".join(str(runtime.options.threads) for runtime in runtimes)
     varied = "places" if runtimes[0].signature.predict_only else "places, chunkings, paddings"
     return Exactness(
@@ -89,21 +109,6 @@ def _comparisons(runtimes: Sequence[Runtime], effort: Effort, rng: np.random.Gen
             places = np.arange(1, effort.long)
             random_cuts = [tuple(np.sort(rng.choice(places, count, replace=False))) for count in (0, 1, 5, 30)]
             yield from _chunkings(runtime, Truth.of(runtime, 4, effort.long, rng), random_cuts, signature)
-
-
-def _sequences(runtimes: Sequence[Runtime], rng: np.random.Generator) -> Iterator[None]:
-    """Compares a model that reads whole sequences, and one of them at a time, with itself."""
-    for time in (50, 121, 200):
-        x, _ = draw(runtimes[0].signature, 1, time, rng)
-        runs = []
-        for runtime in (*runtimes, *runtimes):
-            try:
-                runs.append(runtime.run(x, np.full(1, time, np.int32), [])[0])
-            except Exception:  # ONNX Runtime's, of no common type: the sequence is too short for the model
-                break
-        for y in runs[1:]:
-            _same(y, runs[0], f"the output for a sequence of {time} time steps")
-            yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,19 +179,49 @@ def _from_zeros(runtime: Runtime, x: Array) -> Array:
 
 def _inputs(signature: Signature, rows: int, time: int, rng: np.random.Generator) -> Array:
     masked = rng.random((rows, time)) < MASKED
-    return Layout(signature.inputs).join([_input(spec, masked, rng) for spec in signature.inputs])
+    x = Layout(signature.inputs).join([_input(spec, masked, rng) for spec in signature.inputs])
+    return x, [_state(spec, rows, rng) for spec in signature.states]
 
 
 def _input(spec: TensorSpec, masked: NDArray[np.bool_], rng: np.random.Generator) -> Array:
     shape = (*masked.shape, *spec.shape)
-    if spec.dtype == "float32":
-        x = rng.normal(size=shape).astype(spec.dtype)
-    else:
-        low, high = spec.bounds or (0, 1)
-        x = rng.integers(low, high, shape, endpoint=True).astype(spec.dtype)
+    low, high = spec.bounds or (0, 1)
+    x: Array = (
+        rng.normal(size=shape).astype(np.float32)
+        if spec.dtype == "float32"
+        else rng.integers(low, high, shape, spec.dtype, endpoint=True)
+    )
     if spec.masked is not None:
         x[masked] = spec.masked
     return x
+
+
+def _state(spec: StateSpec, rows: int, rng: np.random.Generator) -> Array:
+    shape = (*spec.shape[: spec.batch_axis], rows, *spec.shape[spec.batch_axis :])
+    if spec.dtype == "float32":
+        return rng.uniform(-1, 1, shape).astype(np.float32)
+    return rng.integers(0, 2, shape, spec.dtype, endpoint=True)
+
+
+def _whole_sequences(
+    runtimes: Sequence[Runtime], rows: int, effort: Effort, rng: np.random.Generator
+) -> Iterator[None]:
+    """Compares the rows of batches of whole sequences from zeros, of one length each, with each row alone."""
+    for time in (effort.time, effort.compositions):
+        time = max(time, runtimes[0].signature.min_steps)
+        x, _ = draw(runtimes[0].signature, rows, time, rng)
+        alone = [_from_zeros(runtimes[0], x[row : row + 1]) for row in range(rows)]
+        for runtime, batch in itertools.product(runtimes, effort.batches):
+            chosen = rng.permutation(rows)[:batch]
+            y = _from_zeros(runtime, x[chosen])
+            for place, row in enumerate(chosen):
+                _same(y[place], alone[row][0], f"the output of row {place} of a batch of {batch} sequences")
+                yield
+
+
+def _from_zeros(runtime: Runtime, x: Array) -> Array:
+    lengths = np.full(len(x), x.shape[1], np.int32)
+    return runtime.run(np.ascontiguousarray(x), lengths, runtime.zeros(len(x)))[0]
 
 
 def _batches(

@@ -96,7 +96,6 @@ class Runtime:
         signature = self.signature
         self._inputs = [spec.name for spec in signature.inputs]
         self._states = [spec.name for spec in signature.states]
-        self._outputs = Layout(signature.outputs)
         self._fetches = [spec.name for spec in signature.outputs] + [spec.next_name for spec in signature.states]
         runs = Runs(signature, self.call)
         self._runs = None if runs.plain else runs
