@@ -50,7 +50,7 @@ def export(request: Request, console: Console) -> Path:
         _import(path)
     card = _card(request.network)
     with console.status("loading") as status:
-        network = _network(load(request.network))
+        network = network_of(load(request.network))
         document = _document(request, network, card)
         tried = forms.all_forms(network, document, report=status.update)
         form = forms.best(tried)
@@ -67,7 +67,7 @@ def export(request: Request, console: Console) -> Path:
         )
         metrics: dict[str, tuple[float, float]] = {}
         data = request.data or _beside(request.network, ".npz")
-        if data and isinstance(network, StatefulNetwork):
+        if data and document.signature.predict_only is None:
             status.update("evaluating on the test data")
             metrics = _evaluate(network, forms.open_model(form.model, form.step, document), data)
         document = document.model_copy(
@@ -78,11 +78,12 @@ def export(request: Request, console: Console) -> Path:
             files[STEP_NAME] = forms.with_document(form.step, document)
         folder = artifacts.write(request.artifacts, request.name, request.version, files)
     size = sum(map(len, files.values()))
-    report.show(console, str(folder), form, tried, size, timings, metrics)
+    report.show(console, str(folder), form, tried, size, timings, metrics, document.signature.predict_only)
     return folder
 
 
-def _network(model: Any) -> StatefulNetwork | WholeNetwork:
+def network_of(model: Any) -> StatefulNetwork | WholeNetwork:
+    """Takes a Keras model apart: into steps, or where it cannot be stepped into what reads whole sequences."""
     try:
         return StatefulNetwork(model)
     except Unsteppable as reason:

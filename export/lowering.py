@@ -65,7 +65,7 @@ def recurrent_operator(
     recurrent_kernel: np.ndarray,
     bias: np.ndarray,
     recurrent_bias: np.ndarray | None = None,
-    *more: np.ndarray,
+    peepholes: np.ndarray | None = None,
     **attributes: Any,
 ) -> tuple[str, list[str]]:
     """Writes ONNX's `LSTM`, `GRU` or `RNN` in one direction; its gates stand one behind the other in every weight.
@@ -80,12 +80,13 @@ def recurrent_operator(
         recurrent_kernel: `[units, gates * units]`.
         bias: `[gates * units]`, of the input.
         recurrent_bias: `[gates * units]`; zeros where there is none.
-        more: Further inputs behind the states, such as an LSTM's peepholes `[3 * units]`.
+        peepholes: `[3 * units]`, of an LSTM's gates i, o and f.
         attributes: Of the operator.
 
     Returns:
         y `[time, batch, units]` and the states after each row's length, `[batch, units]`.
     """
+    bias = np.asarray(bias)
     both = np.concatenate([bias, np.zeros_like(bias) if recurrent_bias is None else recurrent_bias])
     y, *final = graph.node(
         operator,
@@ -95,9 +96,9 @@ def recurrent_operator(
         graph.constant(both[None]),
         lengths,
         *(graph.node("Unsqueeze", state, graph.constant(np.array([0]))) for state in states),
-        *(graph.constant(np.asarray(array)[None]) for array in more),
+        *([] if peepholes is None else [graph.constant(peepholes[None])]),
         outputs=1 + len(states),
-        hidden_size=len(recurrent_kernel),
+        hidden_size=np.shape(recurrent_kernel)[0],
         **attributes,
     )
     y = graph.node("Squeeze", y, graph.constant(np.array([1])))

@@ -23,6 +23,7 @@ def show(
     size: int,
     timings: dict[str, dict[str, float | None]],
     metrics: dict[str, tuple[float, float]],
+    predict_only: str | None,
 ) -> None:
     """Prints what was exported, what was proved and what was measured.
 
@@ -34,12 +35,15 @@ def show(
         size: Of the file, bytes.
         timings: Microseconds a run: by batch x time, then by loop, ours, keras.
         metrics: On the test data: name, then (ONNX, Keras).
+        predict_only: Why the network cannot be stepped, where it cannot.
     """
     table = Table(title=f"exported {path}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     operators = ", ".join(f"{name} {count}" if count > 1 else name for name, count in form.operators.items())
     steps = ", with a graph of its own for single steps" if form.step else ""
     table.add_row("form", form.name + steps + _others(form, forms))
     table.add_row("operators", operators)
+    if predict_only:
+        table.add_row("predict only", f"{predict_only}; POST /predict takes whole sequences, sessions are refused")
     figures = form.parity.figures()
     parity = ", ".join(f"{figures[run]:.1e} {words}" for run, words in _RUNS.items() if run in figures)
     strays = f" (float32 Keras itself strays {form.parity.strays:.1e} from float64)" if form.parity.strays else ""
