@@ -51,6 +51,10 @@ def export(request: Request, console: Console) -> Path:
     card = _card(request.network)
     with console.status("loading") as status:
         network = network_of(load(request.network))
+        if request.data and isinstance(network, WholeNetwork):
+            raise ExportError(
+                f"--data: a network that cannot be stepped is not scored, leave it out ({network.reason})"
+            )
         document = _document(request, network, card)
         tried = forms.all_forms(network, document, report=status.update)
         form = forms.best(tried)
@@ -67,7 +71,7 @@ def export(request: Request, console: Console) -> Path:
         )
         metrics: dict[str, tuple[float, float]] = {}
         data = request.data or _beside(request.network, ".npz")
-        if data and document.signature.predict_only is None:
+        if data and isinstance(network, StatefulNetwork):
             status.update("evaluating on the test data")
             metrics = _evaluate(network, forms.open_model(form.model, form.step, document), data)
         document = document.model_copy(

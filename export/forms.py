@@ -31,7 +31,6 @@ from service.layout import parts
 from service.runtime import Runtime, RuntimeOptions
 
 SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
-WHOLE_SHAPES = ((1, 50), (8, 50))  # of networks that read whole sequences
 THREADS = (1, 2)  # exactness is proved across these
 
 
@@ -187,7 +186,10 @@ def build(
 
 
 def _shapes(signature: Signature) -> tuple[tuple[int, int], ...]:
-    return WHOLE_SHAPES if signature.predict_only else SHAPES
+    if signature.predict_only is None:
+        return SHAPES
+    steps = max(50, signature.min_steps)
+    return (1, steps), (8, steps)
 
 
 def _explain(form: str, parity: Parity) -> str:

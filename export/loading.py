@@ -68,13 +68,14 @@ def opened(model: Any) -> Any:
     if not fixed and not bound:
         return model
     time = times.pop() if len(times) == 1 else None
+    ranks = {len(tensor.shape) for tensor in model.inputs}
 
     def change(config: dict[str, Any]) -> dict[str, Any]:
         off = _TRAINING_OR_ONE_SHAPE if "recurrent_dropout" in config or "stateful" in config else ()
         config = {key: type(value)(0) if key in off else value for key, value in config.items()}
         shape = config.get("batch_shape")
         if shape:
-            open_time = len(shape) > 1 and shape[1] == time
+            open_time = len(shape) in ranks and len(shape) > 1 and shape[1] == time
             config["batch_shape"] = [None, None if open_time else shape[1], *shape[2:]] if len(shape) > 1 else [None]
         return config
 

@@ -67,8 +67,8 @@ def _others(form: Form, forms: list[Form]) -> str:
     told = []
     for other in forms:
         if other is not form:
-            slower = other.microseconds["1x50"] / form.microseconds["1x50"]
-            told.append(
-                f"{other.name}: " + ("not exact" if not other.exactness.proved else f"{slower:.1f} x the time at 1x50")
-            )
+            shape = "1x50" if "1x50" in form.microseconds else next(iter(form.microseconds))
+            slower = other.microseconds[shape] / form.microseconds[shape]
+            why = f"{slower:.1f} x the time at {shape}" if other.exactness.proved else "not exact"
+            told.append(f"{other.name}: {why}")
     return f" (passed over {'; '.join(told)})" if told else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Call(NamedTuple):
     def mask(self) -> Any:
         """The mask `[batch, time]` of the time steps that it takes, or None."""
         mask = self.kwargs.get("mask")
-        return mask if mask is not None else get_keras_mask(tree.flatten(self.args)[0])
+        return mask if mask is not None else get_keras_mask(tree.flatten((self.args, self.kwargs))[0])
 
     def with_mask(self, y: Any) -> Any:
         """Gives the layer's output with the mask that the layer hands on."""
@@ -62,7 +63,8 @@ def walk(model: Any, inputs: Sequence[Any], call: Callable[[Call], Any]) -> list
         for node in graph._nodes_by_depth[depth]:
             if node.is_input:
                 continue
-            args, kwargs = node.arguments.fill_in(values)
+            symbolic = _first_in_place(node.operation, node.arguments.args, node.arguments.kwargs)
+            args, kwargs = _first_in_place(node.operation, *node.arguments.fill_in(values))
             if isinstance(node.operation, keras.Model) and has_graph(node.operation):
                 masks = tree.flatten(kwargs.get("mask"))
                 for tensor, mask in zip(tree.flatten(args), masks, strict=False):
@@ -70,9 +72,17 @@ def walk(model: Any, inputs: Sequence[Any], call: Callable[[Call], Any]) -> list
                         set_keras_mask(tensor, mask)
                 result: Any = walk(node.operation, tree.flatten(args), call)
             else:
-                result = call(Call(node.operation, (node.arguments.args, node.arguments.kwargs), args, kwargs))
+                result = call(Call(node.operation, symbolic, args, kwargs))
             values.update(zip(map(id, node.outputs), tree.flatten(result), strict=True))
     return [values[id(tensor)] for tensor in graph.outputs]
+
+
+def _first_in_place(operation: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Gives the arguments of a call with the first of them in its place: `layer(inputs=x)` is `layer(x)`."""
+    name = next(iter(inspect.signature(operation.call).parameters), "")
+    if args or name not in kwargs:
+        return args, kwargs
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
 def graph_of(model: Any) -> Any:
