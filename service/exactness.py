@@ -41,21 +41,8 @@ WHOLE = Effort(batches=(*range(1, 65), 128, 256), time=12, compositions=7, long=
 SHORT = Effort(batches=(1, 2, 3, 5, 8, 16, 33, 64), time=5, compositions=3, long=0)
 
 
-class Differs(Exception):
-    """Two runs gave a row different bits.
-
-    Args:
-        what: Which.
-        difference: The largest, relative to numbers beyond 1.
-    """
-
-    def __init__(self, what: str, difference: float) -> None:
-        super().__init__(what)
-        self.difference = difference
-
-
 def prove(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> Exactness:
-    """Says whether runs that differ in everything but the numbers of a row give the row the same bits.
+    """Compares bits between runs that differ in everything but the numbers of a row.
 
     Args:
         runtimes: One model opened at the settings to prove, several where bits must agree between settings.
@@ -63,18 +50,9 @@ def prove(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> Exactne
         seed: Of the random states, inputs, lengths and cuts.
     """
     try:
-        return Exactness(proved=True, why=compare(runtimes, effort, seed))
-    except Differs as differs:
+        count = sum(1 for _ in _comparisons(runtimes, effort, np.random.default_rng(seed)))
+    except _Differs as differs:
         return Exactness(proved=False, why=str(differs))
-
-
-def compare(runtimes: Sequence[Runtime], effort: Effort, seed: int = 0) -> str:
-    """Compares bits as `prove` does; says over what they were the same.
-
-    Raises:
-        Differs: They are not.
-    """
-    count = sum(1 for _ in _comparisons(runtimes, effort, np.random.default_rng(seed)))
     threads = "/".join(str(runtime.options.threads) for runtime in runtimes)
     varied = "places" if runtimes[0].signature.predict_only else "places, chunkings, paddings"
     return Exactness(
@@ -136,9 +114,14 @@ def draw(signature: Signature, rows: int, time: int, rng: np.random.Generator) -
     """Draws inputs and states as `Runtime.run` takes them.
 
     Numbers of inputs are from a normal, of states from a uniform distribution on [-1, 1]; integers are uniform within
-    their bounds, those of states from 0 to 2.
+    their bounds, those of states from 0 to 2. Some time steps are masked where the model has a mask.
     """
-    x = Layout(signature.inputs).join([_input(spec, (rows, time), rng) for spec in signature.inputs])
+    tensors = [_input(spec, (rows, time), rng) for spec in signature.inputs]
+    masked = rng.random((rows, time)) < MASKED
+    for spec, tensor in zip(signature.inputs, tensors, strict=True):
+        if spec.masked is not None:
+            tensor[masked] = spec.masked
+    x = Layout(signature.inputs).join(tensors)
     return x, [_state(spec, rows, rng) for spec in signature.states]
 
 
@@ -161,54 +144,8 @@ def _whole_sequences(
     runtimes: Sequence[Runtime], rows: int, effort: Effort, rng: np.random.Generator
 ) -> Iterator[None]:
     """Compares the rows of batches of whole sequences from zeros, of one length each, with each row alone."""
-    for time in (effort.time, effort.compositions):
-        x, _ = draw(runtimes[0].signature, rows, time, rng)
-        alone = [_from_zeros(runtimes[0], x[row : row + 1]) for row in range(rows)]
-        for runtime, batch in itertools.product(runtimes, effort.batches):
-            chosen = rng.permutation(rows)[:batch]
-            y = _from_zeros(runtime, x[chosen])
-            for place, row in enumerate(chosen):
-                _same(y[place], alone[row][0], f"the output of row {place} of a batch of {batch} sequences")
-                yield
-
-
-def _from_zeros(runtime: Runtime, x: Array) -> Array:
-    lengths = np.full(len(x), x.shape[1], np.int32)
-    return runtime.run(np.ascontiguousarray(x), lengths, runtime.zeros(len(x)))[0]
-
-
-def _inputs(signature: Signature, rows: int, time: int, rng: np.random.Generator) -> Array:
-    masked = rng.random((rows, time)) < MASKED
-    x = Layout(signature.inputs).join([_input(spec, masked, rng) for spec in signature.inputs])
-    return x, [_state(spec, rows, rng) for spec in signature.states]
-
-
-def _input(spec: TensorSpec, masked: NDArray[np.bool_], rng: np.random.Generator) -> Array:
-    shape = (*masked.shape, *spec.shape)
-    low, high = spec.bounds or (0, 1)
-    x: Array = (
-        rng.normal(size=shape).astype(np.float32)
-        if spec.dtype == "float32"
-        else rng.integers(low, high, shape, spec.dtype, endpoint=True)
-    )
-    if spec.masked is not None:
-        x[masked] = spec.masked
-    return x
-
-
-def _state(spec: StateSpec, rows: int, rng: np.random.Generator) -> Array:
-    shape = (*spec.shape[: spec.batch_axis], rows, *spec.shape[spec.batch_axis :])
-    if spec.dtype == "float32":
-        return rng.uniform(-1, 1, shape).astype(np.float32)
-    return rng.integers(0, 2, shape, spec.dtype, endpoint=True)
-
-
-def _whole_sequences(
-    runtimes: Sequence[Runtime], rows: int, effort: Effort, rng: np.random.Generator
-) -> Iterator[None]:
-    """Compares the rows of batches of whole sequences from zeros, of one length each, with each row alone."""
-    for time in (effort.time, effort.compositions):
-        time = max(time, runtimes[0].signature.min_steps)
+    fewest = runtimes[0].signature.min_steps
+    for time in (max(effort.time, fewest), max(effort.compositions, fewest)):
         x, _ = draw(runtimes[0].signature, rows, time, rng)
         alone = [_from_zeros(runtimes[0], x[row : row + 1]) for row in range(rows)]
         for runtime, batch in itertools.product(runtimes, effort.batches):

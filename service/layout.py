@@ -7,7 +7,6 @@ and writes requests, ever looks into it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -36,14 +35,6 @@ class Layout:
         )
         self.shape: tuple[int, ...] = () if alone is None else alone.shape
 
-    @cached_property
-    def frame_dtype(self) -> np.dtype[Any]:
-        """The type that inputs have in binary frames: little-endian float32, int32 for all integers."""
-        kinds = {spec.name: "<f4" if spec.dtype == "float32" else "<i4" for spec in self.specs}
-        if self.dtype.names is None:
-            return np.dtype(kinds[self.specs[0].name])
-        return np.dtype([(spec.name, kinds[spec.name], spec.shape) for spec in self.specs])
-
     @property
     def step_bytes(self) -> int:
         """Bytes of one time step."""
@@ -66,7 +57,7 @@ class Layout:
         """Gives what JSON shows of an array: itself, or, of several tensors, an object keyed by their names."""
         if self.dtype.names is None:
             return array
-        return {name: array[name].copy() for name in self.dtype.names}  # what is written must be contiguous
+        return {name: np.ascontiguousarray(array[name]) if array.ndim else array[name] for name in self.dtype.names}
 
 
 def parts(array: Array) -> tuple[Array, ...]:
