@@ -28,25 +28,8 @@ from models.signature import Signature
 IR_VERSION = 10
 
 
-def assemble(
-    network: StatefulNetwork, step: StepGraph, lowerings: Sequence[Lowering | None], signature: Signature
-) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """Makes the model of whole sequences, and the one of single steps that may stand beside it.
-
-    Args:
-        network: The network.
-        step: Its step, traced around the recurrences that have a lowering.
-        lowerings: For each recurrence of the network its lowering, or None where the step runs through it.
-        signature: Gives the ends their names.
-
-    Raises:
-        ExportError: The step mixes rows of the batch, so that no part of it can be computed ahead.
-    """
-    return _Assembly(network, step, lowerings, signature).model(), _OneStep(network, step, lowerings, signature).model()
-
-
 @dataclass(frozen=True, slots=True)
-class _LeftOut:
+class LeftOut:
     """A recurrence that the trace goes around: what goes into it, and the operator that it becomes."""
 
     recurrence: Recurrence
@@ -55,7 +38,16 @@ class _LeftOut:
     states: list[str]
 
 
-class _Assembly:
+class Assembly:
+    """The model of whole sequences in the making.
+
+    Args:
+        network: The network.
+        step: Its step, traced around the recurrences that have a lowering.
+        lowerings: For each recurrence of the network its lowering, or None where the step runs through it.
+        signature: Gives the ends their names.
+    """
+
     def __init__(
         self,
         network: StatefulNetwork,
@@ -69,7 +61,7 @@ class _Assembly:
         self.producers = {name: node for node in step.nodes for name in node.output}
         names = iter(signature.states)
         self.state_names: dict[str, str] = {}  # the step's input: the model's
-        self.left_out: dict[str, _LeftOut] = {}  # by its output
+        self.left_out: dict[str, LeftOut] = {}  # by its output
         places, left_places = iter(range(len(step.states))), iter(range(len(step.from_left_out)))
         for recurrence, lowering in zip(network.recurrences, lowerings, strict=True):
             given = [next(names).name for _ in recurrence.states]
@@ -77,7 +69,7 @@ class _Assembly:
                 self.state_names.update({step.states[next(places)]: name for name in given})
             else:
                 place = next(left_places)
-                self.left_out[step.from_left_out[place]] = _LeftOut(
+                self.left_out[step.from_left_out[place]] = LeftOut(
                     recurrence, lowering, step.into_left_out[place], given
                 )
         self.following = dict(zip(step.states, step.next_states, strict=True))
@@ -90,6 +82,11 @@ class _Assembly:
         self.last = ""  # the tensor [batch] of each row's last valid step among [time * batch]
 
     def model(self) -> onnx.ModelProto:
+        """Makes the model.
+
+        Raises:
+            ExportError: The step mixes rows of the batch, so that no part of it can be computed ahead.
+        """
         for spec, tensor in zip(self.signature.inputs, self.step.inputs, strict=True):
             swapped = [1, 0, *range(2, 2 + len(spec.shape))]
             self.timed[tensor] = self.main.node("Transpose", spec.name, perm=swapped)
@@ -205,7 +202,7 @@ class _Assembly:
             self.timed[output], final = run(x, self.lengths, left.states)
         self.final.update(zip(left.states, final, strict=True))
 
-    def _emit_masked(self, left: _LeftOut, run: masking.Run, x: str, mask: str) -> tuple[str, list[str]]:
+    def _emit_masked(self, left: LeftOut, run: masking.Run, x: str, mask: str) -> tuple[str, list[str]]:
         return masking.over_time(self.main, left.recurrence, run, x, mask, self.lengths, left.states)
 
     def _emit_loop(self, loop: _Loop) -> None:
@@ -296,49 +293,6 @@ class _Assembly:
         used = {name for node in self.main.nodes for name in node.input}
         self.main.initializers = {name: tensor for name, tensor in self.main.initializers.items() if name in used}
         return self.main.graph("cellserve", inputs, outputs)
-
-
-class _OneStep(_Assembly):
-    """The same network over a time axis of one: no loop, no lengths, every tensor `[batch, ...]`."""
-
-    def __init__(
-        self,
-        network: StatefulNetwork,
-        step: StepGraph,
-        lowerings: Sequence[Lowering | None],
-        signature: Signature,
-    ) -> None:
-        super().__init__(network, step, lowerings, signature)
-        self.loops = {}
-        self.lengths = ""
-        self.flat.update(self.state_names)
-
-    def model(self) -> onnx.ModelProto:
-        column = self.main.constant(np.array([1]))
-        for spec, tensor in zip(self.signature.inputs, self.step.inputs, strict=True):
-            self.flat[tensor] = self.main.node("Squeeze", spec.name, column)
-        return self._finished()
-
-    def _emit_outputs(self) -> None:
-        column = self.main.constant(np.array([1]))
-        for spec, tensor in zip(self.signature.outputs, self.step.outputs, strict=True):
-            self.main.nodes.append(helper.make_node("Unsqueeze", [self._flat(tensor), column], [spec.name]))
-
-    def _emit_masked(self, left: _LeftOut, run: masking.Run, x: str, mask: str) -> tuple[str, list[str]]:
-        return masking.one_step(self.main, left.recurrence, run, x, mask, left.states)
-
-    def _at_lengths(self, tensor: str) -> str:
-        return self._flat(tensor)
-
-    def _timed(self, tensor: str) -> str:
-        if tensor in self.left_out:
-            return super()._timed(tensor)
-        return str(self.main.node("Unsqueeze", self._flat(tensor), self.main.constant(np.array([0]))))
-
-    def _flat(self, tensor: str) -> str:
-        if tensor in self.left_out and tensor not in self.flat:
-            self.flat[tensor] = self.main.node("Squeeze", self._timed(tensor), self.main.constant(np.array([0])))
-        return super()._flat(tensor)
 
 
 class _Loop:

@@ -18,9 +18,10 @@ import onnx
 import onnxruntime as ort
 import tensorflow as tf
 
-from export.assembly import assemble
+from export.assembly import Assembly
 from export.errors import ProofFailed
 from export.lowering import Lowering, lowering_of
+from export.one_step import OneStep
 from export.parity import Parity, Reference, WholeReference
 from export.stateful import StatefulNetwork
 from export.tracing import convert, trace_step
@@ -182,7 +183,8 @@ def build(
         return lowering_of(cell) if type(cell) in operators else None
 
     step = trace_step(network, lambda cell: lowering(cell) is not None)
-    return assemble(network, step, [lowering(recurrence.cell) for recurrence in network.recurrences], signature)
+    ingredients = network, step, [lowering(recurrence.cell) for recurrence in network.recurrences], signature
+    return Assembly(*ingredients).model(), OneStep(*ingredients).model()
 
 
 def _shapes(signature: Signature) -> tuple[tuple[int, int], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from export.forms import Form
@@ -43,12 +44,12 @@ def show(
     table.add_row("form", form.name + steps + _others(form, forms))
     table.add_row("operators", operators)
     if predict_only:
-        table.add_row("predict only", f"{predict_only}; POST /predict takes whole sequences, sessions are refused")
+        table.add_row("predict only", f"{escape(predict_only)}; whole sequences for POST /predict, no sessions")
     figures = form.parity.figures()
     parity = ", ".join(f"{figures[run]:.1e} {words}" for run, words in _RUNS.items() if run in figures)
     strays = f" (float32 Keras itself strays {form.parity.strays:.1e} from float64)" if form.parity.strays else ""
     table.add_row("parity", f"{parity}; up to {figures['time_steps']} steps{strays}")
-    table.add_row("bit identity", ("yes: " if form.exactness.proved else "NO: ") + form.exactness.why)
+    table.add_row("bit identity", ("yes: " if form.exactness.proved else "NO: ") + escape(form.exactness.why))
     table.add_row("size", f"{size / 1024:.1f} KiB")
     for name, (ours, keras) in metrics.items():
         table.add_row(f"test {name}", f"{ours:.4f} ONNX, {keras:.4f} Keras")

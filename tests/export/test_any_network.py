@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import re
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.export.proving import Proof
 from tests.networks import DecayingCell
@@ -16,8 +18,11 @@ from tests.networks import DecayingCell
 import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers, ops  # isort: skip
 
+from export.exporter import Request, export
 from export.lowering import lowering_of, lowers
 from models.cells import LSTMCell, RNNCell
+from models.signature import MODEL_NAME
+from service.runtime import Runtime
 
 LSTM = {"bias_initializer": "random_normal"}
 
@@ -245,6 +250,21 @@ def test_a_cell_that_only_resembles_an_lstm_is_exported_as_what_it_is(cell: type
 def test_no_operator_stands_for_a_cell_that_only_resembles_one() -> None:
     assert all("LSTM" not in operators for operators in proof_of_nearly().operators.values())
     proof_of_nearly().check()
+
+
+@keras.saving.register_keras_serializable("tests")
+class Softplus(Gated):
+    activations: ClassVar = {**Gated.activations, "c": ops.softplus}
+
+
+def test_a_cell_whose_bits_hang_on_the_batch_is_exported_and_its_model_says_so(tmp_path: Path) -> None:
+    keras.Sequential([keras.Input((None, 4)), layers.RNN(Softplus(3))]).save(tmp_path / "mine.keras")
+    told = StringIO()
+    folder = export(Request(tmp_path / "mine.keras", "mine", tmp_path), Console(file=told, width=200))
+    document = Runtime(folder / MODEL_NAME).document
+    assert not document.exactness.proved
+    assert "differs from the same steps one by one in a batch of another size" in document.exactness.why
+    assert "NO: " + document.exactness.why in told.getvalue()
 
 
 # Networks that cannot be stepped
