@@ -240,6 +240,8 @@ class Assembly:
         carried = [demand(self.following[state]) for state in loop.states]
         wanted = [name for name in sorted(loop.members) if name in self._needed_outside(loop)]
         collected = [demand(name) for name in wanted]
+        if not scanned:  # a count of the steps, say: the loop must know how many there are
+            demand(step.inputs[0])
         for name in constants:
             tensor = onnx.TensorProto.FromString(step.constants[name].SerializeToString())
             tensor.name = inside[name]

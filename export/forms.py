@@ -19,7 +19,8 @@ import onnxruntime as ort
 import tensorflow as tf
 
 from export.assembly import Assembly
-from export.errors import ProofFailed
+from export.errors import ExportError, ProofFailed
+from export.loading import first_line
 from export.lowering import Lowering, lowering_of
 from export.one_step import OneStep
 from export.parity import Parity, Reference, WholeReference
@@ -29,7 +30,7 @@ from export.whole import WholeNetwork
 from models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
 from service.exactness import WHOLE, draw, prove
 from service.layout import parts
-from service.runtime import Runtime, RuntimeOptions
+from service.runtime import Runtime, RuntimeOptions, RuntimeUnavailable
 
 SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
 THREADS = (1, 2)  # exactness is proved across these
@@ -72,7 +73,15 @@ def all_forms(
     reference: Reference | WholeReference | None = None
     for name, operators in candidates(network):
         report(f"converting: {name}")
-        model, step = build(network, document.signature, operators)
+        try:
+            model, step = build(network, document.signature, operators)
+        except ExportError:
+            raise
+        except Exception as error:  # TensorFlow's, tf2onnx's, ONNX's or ONNX Runtime's
+            raise ExportError(
+                f"the form {name!r} cannot be made ({type(error).__name__}: {first_line(error)}): a layer or cell does "
+                f"what cannot be laid out as an ONNX graph; write it with simpler operations of keras.ops"
+            ) from None
         report(f"comparing with Keras: {name}")
         if reference is None:
             reference = WholeReference(network) if isinstance(network, WholeNetwork) else Reference(network)
@@ -157,7 +166,10 @@ def open_model(
 ) -> Runtime:
     """Opens a form for a proof or a measurement: on the CPU."""
     options = RuntimeOptions(provider="cpu", threads=threads)
-    return Runtime(with_document(model, document), options, step and with_document(step, document))
+    try:
+        return Runtime(with_document(model, document), options, step and with_document(step, document))
+    except RuntimeUnavailable as error:
+        raise ExportError(f"the network became a graph that cannot be run: {first_line(error)}") from None
 
 
 def candidates(network: StatefulNetwork | WholeNetwork) -> Iterator[tuple[str, Collection[type]]]:

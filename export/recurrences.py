@@ -142,6 +142,7 @@ def _initial_states(layer: Any, cell: Any, name: str) -> Any:
         sizes = cell.state_size if isinstance(cell.state_size, list | tuple) else [cell.state_size]
         initial = [ops.zeros((2, *(size if isinstance(size, tuple) else (size,)))) for size in sizes]
     initial = list(initial) if isinstance(initial, list | tuple) else [initial]
+    initial = tree.map_structure(lambda state: ops.cast(state, layer.cell.compute_dtype), initial)  # as Keras does
     if any(np.any(np.asarray(state)) for state in tree.flatten(initial)):
         raise ExportError(
             f"layer {name!r}: its cell starts from states that are not zero, and sessions start from zeros: "

@@ -89,7 +89,55 @@ def several_ends() -> Any:
     )
 
 
-NETWORKS = {made.__name__: made for made in (layers_of_keras, masked, masked_by_embedding, several_ends)}
+@keras.saving.register_keras_serializable("tests")
+class Averaging(layers.Layer):
+    """Counts the steps: a state that hangs on no input, of integers until Keras makes it a number."""
+
+    state_size = (2, 1)
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        self.kernel = self.add_weight((input_shape[-1], 2), name="kernel")
+
+    def get_initial_state(self, batch_size: int | None = None) -> list[Any]:
+        return [ops.zeros((batch_size, 2)), ops.zeros((batch_size, 1), "int32")]
+
+    def call(self, inputs: Any, states: Any) -> Any:
+        mean, count = states[0], ops.floor(ops.abs(states[1])) + 1
+        mean += (ops.matmul(inputs, self.kernel) - mean) / ops.cast(count, "float32")
+        return mean, [mean, count]
+
+
+@keras.saving.register_keras_serializable("tests")
+class Remembering(layers.Layer):
+    """A causal convolution: its state is the last three inputs, and its output no state."""
+
+    state_size, output_size = ((3, 3),), 2
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        self.kernel = self.add_weight((9, 2), name="kernel")
+
+    def get_initial_state(self, batch_size: int | None = None) -> list[Any]:
+        return [ops.zeros((batch_size, 3, 3))]
+
+    def call(self, inputs: Any, states: Any) -> Any:
+        last = ops.concatenate([states[0][:, 1:], ops.expand_dims(inputs, 1)], axis=1)
+        return ops.tanh(ops.matmul(ops.reshape(last, (ops.shape(inputs)[0], 9)), self.kernel)), [last]
+
+
+def cells_of_users() -> Any:
+    """Cells that count, that carry matrices, that stand in stacks of stacks, with a mask and without."""
+    x = keras.Input((None, 3))
+    stack = layers.StackedRNNCells([layers.StackedRNNCells([RNNCell(2), layers.LSTMCell(3)]), Averaging()])
+    cells = [Averaging(), Remembering(), stack]
+    outputs = [layers.RNN(cell, return_sequences=True)(x) for cell in cells]
+    h = layers.Masking(0.5)(x)
+    outputs += [layers.RNN(cell, return_sequences=True)(h) for cell in (Averaging(), Remembering())]
+    return keras.Model(x, layers.Concatenate()([layers.Activation("linear")(y) for y in outputs]))
+
+
+NETWORKS = {
+    made.__name__: made for made in (layers_of_keras, masked, masked_by_embedding, several_ends, cells_of_users)
+}
 
 
 @functools.cache
