@@ -12,6 +12,7 @@ from export.walking import readers
 from models.signature import TensorSpec
 
 _DTYPES = ("float32", "int32", "int64")
+_RANGES = {"int8": (-128, 127), "uint8": (0, 255), "int16": (-32768, 32767), "uint16": (0, 65535)}
 
 
 def input_specs(model: Any) -> tuple[TensorSpec, ...]:
@@ -32,16 +33,16 @@ def input_specs(model: Any) -> tuple[TensorSpec, ...]:
                 f"the input {tensor.name!r} has shape {shape}, not [batch, time, *features] with the time left open: "
                 f"declare it as keras.Input((None, features)); what does not change with time is sent at every step"
             )
-        layers = readers(model, place)
+        layers = [getattr(layer, "layer", layer) for layer in readers(model, place)]  # within a TimeDistributed
         embeddings = [layer for layer in layers if isinstance(layer, keras.layers.Embedding)]
-        dtype, bounds, masked = _dtype(tensor), None, None
-        if embeddings and len(embeddings) == len(layers):
-            dtype = dtype if dtype.startswith("int") else "int32"
-            bounds = 0, min(layer.input_dim for layer in embeddings) - 1
-            masked = 0.0 if any(layer.mask_zero for layer in embeddings) else None
-        encodings = [layer for layer in layers if isinstance(layer, keras.layers.CategoryEncoding)]
-        if encodings and len(encodings) == len(layers):
-            bounds = 0, min(layer.num_tokens for layer in encodings) - 1
+        dtype, bounds, masked = _dtype(tensor), _RANGES.get(str(tensor.dtype)), None
+        if embeddings and len(embeddings) == len(layers) and dtype == "float32":
+            dtype = "int32"
+        sizes = [size for layer in layers if (size := _classes(layer))]
+        if dtype != "float32" and sizes:
+            bounds = 0, min(sizes) - 1
+        if any(layer.mask_zero for layer in embeddings):
+            masked = 0.0
         for layer in layers:
             if isinstance(layer, keras.layers.Masking):
                 masked = float(layer.mask_value)
@@ -73,6 +74,15 @@ def output_specs(model: Any, values: Sequence[Any], inputs: Sequence[TensorSpec]
             )
         specs.append(TensorSpec(name=name, dtype=dtype, shape=tuple(int(size) for size in value.shape[1:])))
     return tuple(specs)
+
+
+def _classes(layer: Any) -> int | None:
+    """Gives the number of integers, from 0 on, that a layer or operation knows what to do with."""
+    if isinstance(layer, keras.layers.Embedding):
+        return int(layer.input_dim)
+    if isinstance(layer, keras.layers.CategoryEncoding):
+        return int(layer.num_tokens)
+    return int(layer.num_classes) if type(layer).__name__ == "OneHot" else None
 
 
 def _dtype(tensor: Any) -> Any:
