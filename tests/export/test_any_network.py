@@ -356,10 +356,15 @@ WHOLE = {both_ways: "backwards", both_ways_masked: "backwards", convolved: "mixe
 WHOLE |= {attended: "mixes time steps", repeated: "does not run over the input's time axis"}
 
 
+@functools.cache
+def proof_of_whole(made: Any) -> Proof:
+    keras.utils.set_random_seed(7)
+    return Proof(made(), most=1)
+
+
 @pytest.mark.parametrize("made", WHOLE, ids=lambda made: made.__name__)
 def test_a_network_that_cannot_be_stepped_is_whole_says_why_and_is_right(made: Any) -> None:
-    keras.utils.set_random_seed(7)
-    whole = Proof(made(), most=1)
+    whole = proof_of_whole(made)
     whole.check()
     signature = whole.signature
     assert WHOLE[made] in (signature.predict_only or "")
@@ -369,7 +374,7 @@ def test_a_network_that_cannot_be_stepped_is_whole_says_why_and_is_right(made: A
 
 
 def test_a_row_of_a_network_of_whole_sequences_is_keras_row_whatever_it_is_batched_with() -> None:
-    whole = Proof(both_ways(), most=1)
+    whole = proof_of_whole(both_ways)
     rng = np.random.default_rng(2)
     lengths = np.array([3, 9, 3, 1, 9], np.int32)
     x = rng.normal(size=(5, 9, 3)).astype(np.float32)
