@@ -37,7 +37,7 @@ def load(path: Path) -> Any:
             f"given with --import"
         ) from None
     mixed = any(layer.dtype_policy.compute_dtype != "float32" for layer in model._flatten_layers())
-    return with_dtype(model, "float32") if mixed else model
+    return with_dtype(model, "float32") if mixed and has_graph(model) else model
 
 
 def with_dtype(model: Any, dtype: str) -> Any:
@@ -82,8 +82,14 @@ def opened(model: Any) -> Any:
     try:
         return _rebuilt(model, change)
     except Exception as error:
+        reason = first_line(error)
+        if time is None:
+            raise ExportError(
+                f"the network cannot be made again from its config ({reason}): a layer of your own needs a get_config "
+                f"that gives its constructor's arguments"
+            ) from None
         raise ExportError(
-            f"the network takes {time} time steps and no other number ({first_line(error)}): declare its input as "
+            f"the network takes {time} time steps and no other number ({reason}): declare its input as "
             f"keras.Input((None, features)) and leave out what needs the number, such as Flatten"
         ) from None
 

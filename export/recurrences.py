@@ -129,7 +129,9 @@ def cells_of(layer: Any) -> list[Any]:
 
 def _like(mask: Any, tensor: Any) -> Any:
     """Gives the mask with axes of one behind, to be laid over a tensor."""
-    return ops.reshape(mask, (*ops.shape(mask), *[1] * (len(tensor.shape) - len(mask.shape))))
+    for _ in range(len(tensor.shape) - len(mask.shape)):
+        mask = ops.expand_dims(mask, -1)
+    return mask
 
 
 def _initial_states(layer: Any, cell: Any, name: str) -> Any:

@@ -122,7 +122,7 @@ class WholeNetwork:
             try:
                 outputs = self._walk([ops.zeros((2, time, *spec.shape), spec.dtype) for spec in self.inputs], recur)
                 break
-            except (ValueError, tf.errors.InvalidArgumentError) as error:  # too short for a convolution
+            except (ValueError, tf.errors.OpError) as error:  # too short for a convolution
                 last = error
         else:
             raise ExportError(
@@ -153,7 +153,7 @@ class WholeNetwork:
     def _runs_over(self, time: int) -> bool:
         try:
             outputs, _ = self.run([ops.zeros((1, time, *spec.shape), spec.dtype) for spec in self.inputs])
-        except (ValueError, tf.errors.InvalidArgumentError):
+        except (ValueError, tf.errors.OpError):
             return False
         return all(0 not in y.shape for y in outputs)
 
