@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from export.errors import ExportError
-from export.walking import readers
+from export.walking import graph_of, readers
 from models.signature import TensorSpec
 
 _DTYPES = ("float32", "int32", "int64")
@@ -25,8 +25,8 @@ def input_specs(model: Any) -> tuple[TensorSpec, ...]:
         ExportError: An input has no time axis that is left open, or a type that no request can carry.
     """
     specs = []
-    for place, tensor in enumerate(model.inputs):
-        name = "x" if len(model.inputs) == 1 else tensor.name
+    names = _names(graph_of(model)._inputs_struct, [tensor.name for tensor in model.inputs], "x")
+    for place, (name, tensor) in enumerate(zip(names, model.inputs, strict=True)):
         shape = tuple(tensor.shape)
         if len(shape) < 2 or shape[1] is not None or None in shape[2:]:
             raise ExportError(
@@ -58,9 +58,9 @@ def output_specs(model: Any, values: Sequence[Any], inputs: Sequence[TensorSpec]
     """
     taken = {spec.name for spec in inputs}
     specs = []
-    for place, value in enumerate(values):
-        name = name_of = "y" if len(values) == 1 else str(model.output_names[place])
-        count = 1
+    names = _names(graph_of(model)._outputs_struct, list(model.output_names), "y")
+    for name_of, value in zip(names, values, strict=True):
+        name, count = name_of, 1
         while name in taken:
             count += 1
             name = f"{name_of}_{count}"
@@ -74,6 +74,14 @@ def output_specs(model: Any, values: Sequence[Any], inputs: Sequence[TensorSpec]
             )
         specs.append(TensorSpec(name=name, dtype=dtype, shape=tuple(int(size) for size in value.shape[1:])))
     return tuple(specs)
+
+
+def _names(structure: Any, names: list[str], alone: str) -> list[str]:
+    """Gives the names of ends: the keys of a dictionary, where the model has one, or those of tensors or layers."""
+    if len(names) == 1:
+        return [alone]
+    keyed = isinstance(structure, dict) and len(structure) == len(names)
+    return sorted(structure) if keyed else names  # the order in which Keras flattens a dictionary
 
 
 def _classes(layer: Any) -> int | None:

@@ -173,10 +173,13 @@ def open_model(
 
 
 def candidates(network: StatefulNetwork | WholeNetwork) -> Iterator[tuple[str, Collection[type]]]:
-    """Gives forms by name, and the types of cells that each writes as operators: all, some, none."""
+    """Gives forms by name, and the types of cells that each writes as operators: all, some, none.
+
+    Of more than three such types all or none are tried: every choice of them would be a form to prove.
+    """
     cells = [recurrence.cell for recurrence in network.recurrences]
     types = list(dict.fromkeys(type(cell) for cell in cells if lowering_of(cell)))
-    for count in range(len(types), -1, -1):
+    for count in range(len(types), -1, -1) if len(types) <= 3 else (len(types), 0):
         for chosen in itertools.combinations(types, count):
             names = [f"operator of {cell.__name__}" for cell in chosen]
             if any(type(cell) not in chosen or lowering_of(cell) is None for cell in cells):

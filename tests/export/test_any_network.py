@@ -85,7 +85,8 @@ def several_ends() -> Any:
     h = layers.BatchNormalization()(h)
     last = layers.RNN(LSTMCell(3))(h)
     return keras.Model(
-        [numbers, ids], {"each": layers.Dense(2, name="each")(h), "last": layers.Dense(1, name="last")(last)}
+        {"ids": ids, "numbers": numbers},
+        {"last": layers.Dense(1, name="a")(last), "each": layers.Dense(2, name="b")(h)},
     )
 
 
@@ -182,7 +183,7 @@ def test_the_signature_tells_integers_their_bounds_and_what_is_passed_over() -> 
     (numbers,) = proof("masked").signature.inputs
     assert (numbers.dtype, numbers.masked) == ("float32", -1.0)
     signature = proof("several_ends").signature
-    assert [spec.name for spec in signature.inputs] == ["numbers", "ids"]
+    assert [spec.name for spec in signature.inputs] == ["ids", "numbers"]
     assert [spec.name for spec in signature.outputs] == ["each", "last"]
     assert signature.default_output == "all"
     assert proof("masked_by_embedding").signature.default_output == "last"
