@@ -58,7 +58,8 @@ def output_specs(model: Any, values: Sequence[Any], inputs: Sequence[TensorSpec]
     """
     taken = {spec.name for spec in inputs}
     specs = []
-    names = _names(graph_of(model)._outputs_struct, list(model.output_names), "y")
+    layers = [tensor._keras_history.operation.name for tensor in model.outputs]
+    names = _names(graph_of(model)._outputs_struct, layers, "y")
     for name_of, value in zip(names, values, strict=True):
         name, count = name_of, 1
         while name in taken:
