@@ -10,15 +10,17 @@ steps at a time, `[time * batch, ...]`, just as the step would run it over a lar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from export import masking
 from export.errors import ExportError
 from export.graph import GraphBuilder
 from export.lowering import Lowering
+from export.recurrences import Recurrence
 from export.stateful import StatefulNetwork
 from export.tracing import BATCH, OPSET, StepGraph
 from models.signature import Signature
@@ -26,30 +28,31 @@ from models.signature import Signature
 IR_VERSION = 10
 
 
-def assemble(
-    network: StatefulNetwork, step: StepGraph, lowerings: Sequence[tuple[Any, Lowering] | None], signature: Signature
-) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """Makes the model of whole sequences, and the one of single steps that may stand beside it.
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A recurrence that the trace goes around: what goes into it, and the operator that it becomes."""
+
+    recurrence: Recurrence
+    lowering: Lowering
+    sources: list[str]  # its input, and its mask where it is masked
+    states: list[str]
+
+
+class Assembly:
+    """The model of whole sequences in the making.
 
     Args:
         network: The network.
         step: Its step, traced around the recurrences that have a lowering.
-        lowerings: For each recurrence of the network its cell and lowering, or None where the step runs through it.
+        lowerings: For each recurrence of the network its lowering, or None where the step runs through it.
         signature: Gives the ends their names.
-
-    Raises:
-        ExportError: The step mixes rows of the batch, so that no part of it can be computed ahead.
     """
-    arguments = (network, step, lowerings, signature)
-    return _Assembly(*arguments).model(), _OneStep(*arguments).model()
 
-
-class _Assembly:
     def __init__(
         self,
         network: StatefulNetwork,
         step: StepGraph,
-        lowerings: Sequence[tuple[Any, Lowering] | None],
+        lowerings: Sequence[Lowering | None],
         signature: Signature,
     ) -> None:
         self.step, self.signature = step, signature
@@ -58,7 +61,7 @@ class _Assembly:
         self.producers = {name: node for node in step.nodes for name in node.output}
         names = iter(signature.states)
         self.state_names: dict[str, str] = {}  # the step's input: the model's
-        self.left_out: dict[str, tuple[Any, Lowering, str, list[str]]] = {}  # output: cell, lowering, input, states
+        self.left_out: dict[str, LeftOut] = {}  # by its output
         places, left_places = iter(range(len(step.states))), iter(range(len(step.from_left_out)))
         for recurrence, lowering in zip(network.recurrences, lowerings, strict=True):
             given = [next(names).name for _ in recurrence.states]
@@ -66,7 +69,9 @@ class _Assembly:
                 self.state_names.update({step.states[next(places)]: name for name in given})
             else:
                 place = next(left_places)
-                self.left_out[step.from_left_out[place]] = (*lowering, step.into_left_out[place], given)
+                self.left_out[step.from_left_out[place]] = LeftOut(
+                    recurrence, lowering, step.into_left_out[place], given
+                )
         self.following = dict(zip(step.states, step.next_states, strict=True))
         self.loops = self._loops()
         self.timed: dict[str, str] = {}  # the step's tensor: its name with axes [time, batch, ...]
@@ -77,17 +82,21 @@ class _Assembly:
         self.last = ""  # the tensor [batch] of each row's last valid step among [time * batch]
 
     def model(self) -> onnx.ModelProto:
-        main, spec = self.main, self.signature.inputs[0]
-        rank = 2 + len(spec.shape)
-        swapped = [1, 0, *range(2, rank)]
-        self.timed[self.step.x] = main.node("Transpose", spec.name, perm=swapped)
-        self.sizes = main.node("Shape", self.timed[self.step.x], start=0, end=2)
+        """Makes the model.
+
+        Raises:
+            ExportError: The step mixes rows of the batch, so that no part of it can be computed ahead.
+        """
+        for spec, tensor in zip(self.signature.inputs, self.step.inputs, strict=True):
+            swapped = [1, 0, *range(2, 2 + len(spec.shape))]
+            self.timed[tensor] = self.main.node("Transpose", spec.name, perm=swapped)
+        self.sizes = self.main.node("Shape", self.timed[self.step.inputs[0]], start=0, end=2)
         return self._finished()
 
     def _finished(self) -> onnx.ModelProto:
         """Writes everything that the outputs need, and the outputs."""
         main = self.main
-        self._emit_y()
+        self._emit_outputs()
         for cell_output in self.left_out:
             self._timed(cell_output)
         for state, name in self.state_names.items():
@@ -101,15 +110,16 @@ class _Assembly:
         onnx.checker.check_model(model)
         return model
 
-    def _emit_y(self) -> None:
-        spec = self.signature.outputs[0]
-        y = self._timed(self.step.y)
-        order = [1, 0, *range(2, 2 + len(spec.shape))]
-        self.main.nodes.append(helper.make_node("Transpose", [y], [spec.name], perm=order))
+    def _emit_outputs(self) -> None:
+        for spec, tensor in zip(self.signature.outputs, self.step.outputs, strict=True):
+            order = [1, 0, *range(2, 2 + len(spec.shape))]
+            self.main.nodes.append(helper.make_node("Transpose", [self._timed(tensor)], [spec.name], perm=order))
 
     def _at_lengths(self, tensor: str) -> str:
         """Gives a tensor's value `[batch, ...]` at each row's last valid step."""
         main = self.main
+        if not self.lengths:
+            return str(main.node("Gather", self._timed(tensor), main.constant(np.array(-1)), axis=0))
         if not self.last:
             # The place of (length - 1, row) among [time * batch].
             before = main.node("Sub", main.node("Cast", self.lengths, to=TensorProto.INT64), main.constant(np.array(1)))
@@ -129,7 +139,7 @@ class _Assembly:
                 self._emit_loop(self.loops[tensor])
             else:
                 shape = self.main.node(
-                    "Concat", self.sizes, self.main.constant(np.array(self._row_shape(tensor))), axis=0
+                    "Concat", self.sizes, self.main.constant(np.array(self._row_shape(tensor), np.int64)), axis=0
                 )
                 self.timed[tensor] = self.main.node("Reshape", self._flat(tensor), shape)
         return self.timed[tensor]
@@ -168,8 +178,8 @@ class _Assembly:
         for node in self.step.nodes:
             for name in node.output:
                 sources[name] = set(node.input)
-        for output, (_, _, source, _) in self.left_out.items():
-            sources[output] = {source}
+        for output, left_out in self.left_out.items():
+            sources[output] = set(left_out.sources)
         reach = {name: _reachable(name, sources) for name in sources}
         loops: dict[str, _Loop] = {}
         for state in self.step.states:
@@ -180,9 +190,20 @@ class _Assembly:
         return loops
 
     def _emit_lowering(self, output: str) -> None:
-        cell, lowering, source, states = self.left_out[output]
-        self.timed[output], final = lowering(self.main, cell, self._timed(source), self.lengths, states)
-        self.final.update(zip(states, final, strict=True))
+        left = self.left_out[output]
+
+        def run(x: str, lengths: str, states: Sequence[str]) -> tuple[str, list[str]]:
+            return left.lowering(self.main, left.recurrence.cell, x, lengths, states)
+
+        x, *mask = map(self._timed, left.sources)
+        if mask:
+            self.timed[output], final = self._emit_masked(left, run, x, *mask)
+        else:
+            self.timed[output], final = run(x, self.lengths, left.states)
+        self.final.update(zip(left.states, final, strict=True))
+
+    def _emit_masked(self, left: LeftOut, run: masking.Run, x: str, mask: str) -> tuple[str, list[str]]:
+        return masking.over_time(self.main, left.recurrence, run, x, mask, self.lengths, left.states)
 
     def _emit_loop(self, loop: _Loop) -> None:
         """Writes a loop as a `Scan`: states carried, tensors from outside scanned, tensors needed outside collected."""
@@ -219,6 +240,8 @@ class _Assembly:
         carried = [demand(self.following[state]) for state in loop.states]
         wanted = [name for name in sorted(loop.members) if name in self._needed_outside(loop)]
         collected = [demand(name) for name in wanted]
+        if not scanned:  # a count of the steps, say: the loop must know how many there are
+            demand(step.inputs[0])
         for name in constants:
             tensor = onnx.TensorProto.FromString(step.constants[name].SerializeToString())
             tensor.name = inside[name]
@@ -249,7 +272,8 @@ class _Assembly:
     def _needed_outside(self, loop: _Loop) -> set[str]:
         step = self.step
         outside = {name for node in step.nodes if not loop.members.intersection(node.output) for name in node.input}
-        return outside | {step.y, *step.next_states, *step.into_left_out}
+        into_left_out = [name for names in step.into_left_out for name in names]
+        return outside | {*step.outputs, *step.next_states, *into_left_out}
 
     # The ends
 
@@ -271,40 +295,6 @@ class _Assembly:
         used = {name for node in self.main.nodes for name in node.input}
         self.main.initializers = {name: tensor for name, tensor in self.main.initializers.items() if name in used}
         return self.main.graph("cellserve", inputs, outputs)
-
-
-class _OneStep(_Assembly):
-    """The same network over a time axis of one: no loop, no lengths, every tensor `[batch, ...]`."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.loops = {}
-        self.lengths = ""
-        self.flat.update(self.state_names)
-
-    def model(self) -> onnx.ModelProto:
-        self.flat[self.step.x] = self.main.node(
-            "Squeeze", self.signature.inputs[0].name, self.main.constant(np.array([1]))
-        )
-        return self._finished()
-
-    def _emit_y(self) -> None:
-        column = self.main.constant(np.array([1]))
-        name = self.signature.outputs[0].name
-        self.main.nodes.append(helper.make_node("Unsqueeze", [self._flat(self.step.y), column], [name]))
-
-    def _at_lengths(self, tensor: str) -> str:
-        return self._flat(tensor)
-
-    def _timed(self, tensor: str) -> str:
-        if tensor in self.left_out:
-            return super()._timed(tensor)
-        return str(self.main.node("Unsqueeze", self._flat(tensor), self.main.constant(np.array([0]))))
-
-    def _flat(self, tensor: str) -> str:
-        if tensor in self.left_out and tensor not in self.flat:
-            self.flat[tensor] = self.main.node("Squeeze", self._timed(tensor), self.main.constant(np.array([0])))
-        return super()._flat(tensor)
 
 
 class _Loop:

@@ -7,3 +7,7 @@ class ExportError(Exception):
 
 class ProofFailed(ExportError):
     """The converted model does not do what Keras does; nothing is written."""
+
+
+class Unsteppable(ExportError):
+    """A network that reads whole sequences only; the message names the layer and says why."""

@@ -11,16 +11,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 from rich.console import Console
 
 from export import artifacts, forms, report
-from export.errors import ExportError
-from export.stateful import StatefulNetwork, with_dtype
+from export.errors import ExportError, Unsteppable
+from export.loading import load
+from export.stateful import StatefulNetwork
+from export.whole import WholeNetwork
 from models import cells  # noqa: F401  registers the cells for loading
 from models.metrics import evaluate
-from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument, Signature, StateSpec, TensorSpec
+from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument
 from service.runtime import Runtime
 
 LIBRARIES = ("keras", "onnx", "onnxruntime", "tensorflow", "tf2onnx")
@@ -49,7 +50,11 @@ def export(request: Request, console: Console) -> Path:
         _import(path)
     card = _card(request.network)
     with console.status("loading") as status:
-        network = StatefulNetwork(_load(request.network))
+        network = network_of(load(request.network))
+        if request.data and isinstance(network, WholeNetwork):
+            raise ExportError(
+                f"--data: a network that cannot be stepped is not scored, leave it out ({network.reason})"
+            )
         document = _document(request, network, card)
         tried = forms.all_forms(network, document, report=status.update)
         form = forms.best(tried)
@@ -66,7 +71,7 @@ def export(request: Request, console: Console) -> Path:
         )
         metrics: dict[str, tuple[float, float]] = {}
         data = request.data or _beside(request.network, ".npz")
-        if data:
+        if data and isinstance(network, StatefulNetwork):
             status.update("evaluating on the test data")
             metrics = _evaluate(network, forms.open_model(form.model, form.step, document), data)
         document = document.model_copy(
@@ -77,25 +82,16 @@ def export(request: Request, console: Console) -> Path:
             files[STEP_NAME] = forms.with_document(form.step, document)
         folder = artifacts.write(request.artifacts, request.name, request.version, files)
     size = sum(map(len, files.values()))
-    report.show(console, str(folder), form, tried, size, timings, metrics)
+    report.show(console, str(folder), form, tried, size, timings, metrics, document.signature.predict_only)
     return folder
 
 
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise ExportError(f"{path}: no such file: save the network with model.save({str(path)!r}) and give its path")
+def network_of(model: Any) -> StatefulNetwork | WholeNetwork:
+    """Takes a Keras model apart: into steps, or where it cannot be stepped into what reads whole sequences."""
     try:
-        model = keras.saving.load_model(path, compile=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ExportError(
-            f"{path}: Keras cannot load it ({type(error).__name__}: {reason[0] if reason else 'no reason given'}); "
-            f"a cell of your own must be registered with @keras.saving.register_keras_serializable and its module "
-            f"given with --import"
-        ) from None
-    # What was trained in mixed precision has float32 weights, and is served in their precision.
-    mixed = any(layer.dtype_policy.compute_dtype != "float32" for layer in model._flatten_layers())
-    return with_dtype(model, "float32") if mixed else model
+        return StatefulNetwork(model)
+    except Unsteppable as reason:
+        return WholeNetwork(model, str(reason))
 
 
 def _import(path: Path) -> None:
@@ -127,25 +123,18 @@ def _card(network: Path) -> dict[str, Any]:
     return dict(card)
 
 
-def _document(request: Request, network: StatefulNetwork, card: dict[str, Any]) -> ModelDocument:
+def _document(request: Request, network: StatefulNetwork | WholeNetwork, card: dict[str, Any]) -> ModelDocument:
     labels = request.labels or (tuple(card["labels"]) if card.get("labels") else None)
-    if labels and (not network.outputs or len(labels) != network.outputs[-1]):
-        raise ExportError(
-            f"{len(labels)} labels for an output of shape {list(network.outputs)}: give one for each entry"
-        )
+    shape = network.outputs[0].shape
+    if labels and (len(network.outputs) > 1 or not shape or len(labels) != shape[-1]):
+        raise ExportError(f"{len(labels)} labels for an output of shape {list(shape)}: give one for each entry")
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return ModelDocument(
         name=request.name,
         description=card.get("description", ""),
         labels=labels,
-        signature=Signature(
-            inputs=(TensorSpec(name="x", shape=network.features),),
-            outputs=(TensorSpec(name="y", shape=network.outputs),),
-            states=tuple(
-                StateSpec(name=state.name, next_name=f"{state.name}.next", shape=state.shape)
-                for state in network.states
-            ),
-            default_output=card.get("default_output", "last" if network.gives_last_only else "all"),
+        signature=network.signature.model_copy(
+            update={"default_output": card["default_output"]} if "default_output" in card else {}
         ),
         exactness=Exactness(proved=False, why="not proved yet"),
         provenance={
@@ -161,19 +150,22 @@ def _evaluate(network: StatefulNetwork, runtime: Runtime, path: Path) -> dict[st
     """Gives each metric on the test data, of the ONNX model and of Keras."""
     if not path.is_file():
         raise ExportError(f"--data {path}: no such file")
+    if len(network.inputs) > 1 or len(network.outputs) > 1:
+        raise ExportError(f"{path}: test data is scored for networks of one input and one output: leave --data out")
+    spec = network.inputs[0]
     try:
         with np.load(path) as file:
             data = dict(file)
-        x, lengths = data["x"].astype(np.float32), data["lengths"].astype(np.int32)
+        x, lengths = data["x"].astype(spec.dtype), data["lengths"].astype(np.int32)
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"{path}: not test data ({error}): an .npz with x, lengths and y is wanted") from None
-    if x.shape[2:] != network.features or x.shape[:1] != lengths.shape:
+    if x.shape[2:] != spec.shape or x.shape[:1] != lengths.shape:
         raise ExportError(
             f"{path}: x has shape {list(x.shape)} and lengths {list(lengths.shape)}, "
-            f"[n, time, {', '.join(map(str, network.features))}] and [n] are wanted"
+            f"[n, time, {', '.join(map(str, spec.shape))}] and [n] are wanted"
         )
     ours, _ = runtime.run(np.ascontiguousarray(x), lengths, runtime.zeros(len(x)))
     mask = np.arange(x.shape[1]) < lengths[:, None]
-    keras_y, _ = network.run(x, runtime.zeros(len(x)), mask)
+    (keras_y,), _ = network.run([x], runtime.zeros(len(x)), mask)
     scored, keras_scored = evaluate(ours, data), evaluate(np.asarray(keras_y), data)
     return {name: (value, keras_scored[name]) for name, value in scored.items()}

@@ -6,8 +6,9 @@ over where another one is; a form that differs from Keras ends the export, since
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,15 +18,19 @@ import onnx
 import onnxruntime as ort
 import tensorflow as tf
 
-from export.assembly import assemble
-from export.errors import ProofFailed
-from export.lowering import lowering_of
-from export.parity import Parity, Reference
+from export.assembly import Assembly
+from export.errors import ExportError, ProofFailed
+from export.loading import first_line
+from export.lowering import Lowering, lowering_of
+from export.one_step import OneStep
+from export.parity import Parity, Reference, WholeReference
 from export.stateful import StatefulNetwork
 from export.tracing import convert, trace_step
-from models.signature import METADATA_KEY, Exactness, ModelDocument
+from export.whole import WholeNetwork
+from models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
 from service.exactness import WHOLE, draw, prove
-from service.runtime import Runtime, RuntimeOptions
+from service.layout import parts
+from service.runtime import Runtime, RuntimeOptions, RuntimeUnavailable
 
 SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
 THREADS = (1, 2)  # exactness is proved across these
@@ -52,7 +57,7 @@ class Form:
 
 
 def all_forms(
-    network: StatefulNetwork, document: ModelDocument, report: Callable[[str], None] = lambda stage: None
+    network: StatefulNetwork | WholeNetwork, document: ModelDocument, report: Callable[[str], None] = lambda stage: None
 ) -> list[Form]:
     """Builds, proves and measures every form of a network.
 
@@ -65,24 +70,32 @@ def all_forms(
         ProofFailed: A form differs from Keras by more than the tolerance.
     """
     forms: list[Form] = []
-    reference: Reference | None = None
-    for name, operators in _candidates(network):
+    reference: Reference | WholeReference | None = None
+    for name, operators in candidates(network):
         report(f"converting: {name}")
-        model, step = _build(network, document, operators)
-        alone = open_model(model, None, document)
+        try:
+            model, step = build(network, document.signature, operators)
+        except ExportError:
+            raise
+        except Exception as error:  # TensorFlow's, tf2onnx's, ONNX's or ONNX Runtime's
+            raise ExportError(
+                f"the form {name!r} cannot be made ({type(error).__name__}: {first_line(error)}): a layer or cell does "
+                f"what cannot be laid out as an ONNX graph; write it with simpler operations of keras.ops"
+            ) from None
         report(f"comparing with Keras: {name}")
-        reference = reference or Reference(network, alone)
-        for runtime in (alone, open_model(model, step, document)):
-            parity = reference.compare(runtime)
+        if reference is None:
+            reference = WholeReference(network) if isinstance(network, WholeNetwork) else Reference(network)
+        for step_or_none in (None, step) if step else (None,):
+            parity = reference.compare(open_model(model, step_or_none, document))
             if parity.failed:
                 raise ProofFailed(_explain(name, parity))
         report(f"measuring: {name}")
-        kept = step if _step_is_faster(model, step, document) else None
+        kept = step if step and _step_is_faster(model, step, document) else None
         report(f"proving bit identity: {name}")
         exactness = _prove(model, kept, document)
         if kept and not exactness.proved:
             kept, exactness = None, _prove(model, None, document)
-        runs = _runs(open_model(model, kept, document), SHAPES)
+        runs = _runs(open_model(model, kept, document), _shapes(document.signature))
         microseconds = {shape: _microseconds(run) for shape, run in runs.items()}
         forms.append(Form(name, model, kept, parity, exactness, microseconds))
     return forms
@@ -110,20 +123,22 @@ def _step_is_faster(model: onnx.ModelProto, step: onnx.ModelProto, document: Mod
     return float(np.exp(np.mean(np.log(ratios)))) > 1.1
 
 
-def side_by_side(network: StatefulNetwork, form: Form, document: ModelDocument) -> dict[str, dict[str, float | None]]:
+def side_by_side(
+    network: StatefulNetwork | WholeNetwork, form: Form, document: ModelDocument
+) -> dict[str, dict[str, float | None]]:
     """Measures tf2onnx's own `Loop`, our form and Keras, run in turn; microseconds a run by shape and form."""
     runtime = open_model(form.model, form.step, document)
     loop = _loop(network)
     keras_run = tf.function(network.run, autograph=False)
     rng = np.random.default_rng(2)
     table: dict[str, dict[str, float | None]] = {}
-    for batch, steps in SHAPES:
+    for batch, steps in _shapes(document.signature):
         x, states = draw(document.signature, batch, steps, rng)
-        constants = [tf.constant(array) for array in (x, *states)]
+        inputs = [tf.constant(array) for array in parts(x)]
         runs: dict[str, Callable[[], Any] | None] = {
-            "loop": _loop_run(loop, x, states) if loop else None,
+            "loop": _loop_run(loop, x, states),
             "ours": _ours(runtime, x, states),
-            "keras": partial(keras_run, constants[0], constants[1:]),
+            "keras": partial(keras_run, inputs, list(map(tf.constant, states))),
         }
         table[f"{batch}x{steps}"] = _in_turn(runs)
     return table
@@ -151,30 +166,58 @@ def open_model(
 ) -> Runtime:
     """Opens a form for a proof or a measurement: on the CPU."""
     options = RuntimeOptions(provider="cpu", threads=threads)
-    return Runtime(with_document(model, document), options, step and with_document(step, document))
+    try:
+        return Runtime(with_document(model, document), options, step and with_document(step, document))
+    except RuntimeUnavailable as error:
+        raise ExportError(f"the network became a graph that cannot be run: {first_line(error)}") from None
 
 
-def _candidates(network: StatefulNetwork) -> Iterator[tuple[str, bool]]:
-    operators = {type(r.cell).__name__ for r in network.recurrences if lowering_of(r.cell)}
-    if operators:
-        rest = any(lowering_of(recurrence.cell) is None for recurrence in network.recurrences)
-        yield "operator" + (" and Scan" if rest else ""), True
-    yield "Scan", False
+def candidates(network: StatefulNetwork | WholeNetwork) -> Iterator[tuple[str, Collection[type]]]:
+    """Gives forms by name, and the types of cells that each writes as operators: all, some, none.
+
+    Of more than three such types all or none are tried: every choice of them would be a form to prove.
+    """
+    cells = [recurrence.cell for recurrence in network.recurrences]
+    types = list(dict.fromkeys(type(cell) for cell in cells if lowering_of(cell)))
+    for count in range(len(types), -1, -1) if len(types) <= 3 else (len(types), 0):
+        for chosen in itertools.combinations(types, count):
+            names = [f"operator of {cell.__name__}" for cell in chosen]
+            if any(type(cell) not in chosen or lowering_of(cell) is None for cell in cells):
+                names.append("Scan")
+            yield ", ".join(names), chosen
 
 
-def _build(
-    network: StatefulNetwork, document: ModelDocument, operators: bool
-) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    step = trace_step(network, lambda cell: operators and lowering_of(cell) is not None)
-    lowerings = [
-        (recurrence.cell, lowering) if operators and (lowering := lowering_of(recurrence.cell)) else None
-        for recurrence in network.recurrences
-    ]
-    return assemble(network, step, lowerings, document.signature)
+def build(
+    network: StatefulNetwork | WholeNetwork, signature: Signature, operators: Collection[type]
+) -> tuple[onnx.ModelProto, onnx.ModelProto | None]:
+    """Makes the model of whole sequences, and that of single steps for a network that can be stepped."""
+    if isinstance(network, WholeNetwork):
+        return network.assemble(lambda part, its_signature: build(part, its_signature, operators)[0]), None
+
+    def lowering(cell: Any) -> Lowering | None:
+        return lowering_of(cell) if type(cell) in operators else None
+
+    step = trace_step(network, lambda cell: lowering(cell) is not None)
+    ingredients = network, step, [lowering(recurrence.cell) for recurrence in network.recurrences], signature
+    return Assembly(*ingredients).model(), OneStep(*ingredients).model()
+
+
+def _shapes(signature: Signature) -> tuple[tuple[int, int], ...]:
+    if signature.predict_only is None:
+        return SHAPES
+    steps = max(50, signature.min_steps)
+    return (1, steps), (8, steps)
 
 
 def _explain(form: str, parity: Parity) -> str:
     first = parity.failed[0]
+    if all(difference.run == "model" for difference in parity.failed):
+        return (
+            f"the saved model itself gives something else at layer {first.layer!r} ({first.tensor}, off by "
+            f"{first.value:.2e} at {first.where}) than its layers and cells called one after the other: a layer in it "
+            f"does more than call its cell (a subclass of a recurrent layer, say); put that into the cell or into a "
+            f"layer of its own; nothing was written"
+        )
     others = "".join(
         f"\n  {d.tensor} of layer {d.layer!r}, run in {d.run}: off by {d.value:.2e} at {d.where}" for d in parity.failed
     )
@@ -185,28 +228,35 @@ def _explain(form: str, parity: Parity) -> str:
     )
 
 
-def _loop(network: StatefulNetwork) -> ort.InferenceSession | None:
-    """Gives tf2onnx's own conversion of Keras's loop, or None where it cannot convert it."""
+def _loop(network: StatefulNetwork | WholeNetwork) -> ort.InferenceSession | None:
+    """Gives tf2onnx's own conversion of Keras's loop, or None where that cannot be made."""
 
-    def run(x: Any, *states: Any) -> list[Any]:
-        y, following = network.run(x, states)
-        return [tf.identity(tensor) for tensor in (y, *following)]
+    def run(*tensors: Any) -> list[Any]:
+        count = len(network.inputs)
+        outputs, following = network.run(tensors[:count], tensors[count:])
+        return [tf.identity(tensor) for tensor in (*outputs, *following)]
 
-    specs = [tf.TensorSpec([None, None, *network.features], network.input_dtype)]
-    specs += [tf.TensorSpec([None, *state.shape], state.dtype) for state in network.states]
+    specs = [tf.TensorSpec([None, None, *spec.shape], spec.dtype) for spec in network.inputs]
+    specs += [tf.TensorSpec([None, *state.shape], state.dtype) for state in network.signature.states]
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     try:
-        return ort.InferenceSession(
-            convert(run, specs).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        model = convert(run, specs).SerializeToString()
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception:
         return None
 
 
-def _loop_run(session: ort.InferenceSession, x: Any, states: list[Any]) -> Callable[[], Any]:
-    feed = dict(zip((tensor.name for tensor in session.get_inputs()), (x, *states), strict=True))
+def _loop_run(session: ort.InferenceSession | None, x: Any, states: list[Any]) -> Callable[[], Any] | None:
+    """Gives a run of tf2onnx's loop to time, or None where it cannot do it."""
+    if session is None:
+        return None
+    feed = dict(zip((tensor.name for tensor in session.get_inputs()), (*parts(x), *states), strict=True))
+    try:
+        session.run(None, feed)
+    except Exception:
+        return None
     return lambda: session.run(None, feed)
 
 

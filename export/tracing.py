@@ -15,6 +15,8 @@ import tf2onnx
 from onnx import helper, numpy_helper
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+from export.errors import ExportError
+from export.loading import first_line
 from export.stateful import StatefulNetwork
 
 OPSET = 18  # the newest that tf2onnx writes
@@ -28,12 +30,12 @@ class StepGraph:
 
     nodes: list[onnx.NodeProto]
     constants: dict[str, onnx.TensorProto]
-    x: str  # [batch, *features]
+    inputs: list[str]  # [batch, *features]
     states: list[str]  # of the recurrences that were traced through, [batch, *shape]
     from_left_out: list[str]  # outputs of the recurrences that were left out
-    y: str
+    outputs: list[str]
     next_states: list[str]
-    into_left_out: list[str]
+    into_left_out: list[list[str]]  # for each its input, and its mask where it is masked
     shapes: dict[str, tuple[int | str, ...]]  # where they are the same at every batch size, but for the batch itself
     types: dict[str, int]
 
@@ -49,47 +51,61 @@ def trace_step(network: StatefulNetwork, leave_out: Callable[[Any], bool]) -> St
         network: The network, its states laid open.
         leave_out: Says of a cell whether it is to stand as an operator of its own, outside the traced step.
     """
-    spec = tf.TensorSpec([None, *network.features], network.input_dtype)
-    state_specs, left_out_specs, order = [], [], []
+    specs = [tf.TensorSpec([None, *spec.shape], spec.dtype) for spec in network.inputs]
+    state_specs, left_out_specs, order, counts = [], [], [], []
     for recurrence in network.recurrences:
         if leave_out(recurrence.cell):
             left_out_specs.append(tf.TensorSpec([None, *recurrence.output_shape], "float32"))
             order.append(("left out", len(left_out_specs) - 1))
+            counts.append(1 + recurrence.masked)
         else:
             for state in recurrence.states:
                 state_specs.append(tf.TensorSpec([None, *state.shape], state.dtype))
                 order.append(("state", len(state_specs) - 1))
-    count = len(state_specs)
+    first, second = len(specs), len(specs) + len(state_specs)
 
-    def step(x: Any, *rest: Any) -> list[Any]:
-        ends = {"state": rest[:count], "left out": rest[count:]}
-        result = network.step(x, [ends[kind][place] for kind, place in order], leave_out)
-        return [tf.identity(tensor) for tensor in (result.y, *result.states, *result.into_left_out)]
+    def step(*tensors: Any) -> list[Any]:
+        ends = {"state": tensors[first:second], "left out": tensors[second:]}
+        result = network.step(tensors[:first], [ends[kind][place] for kind, place in order], leave_out)
+        into_left_out = [tensor for group in result.into_left_out for tensor in group]
+        return [tf.identity(tensor) for tensor in (*result.outputs, *result.states, *into_left_out)]
 
-    model = convert(step, [spec, *state_specs, *left_out_specs])
-    return _plain(model, count)
+    model = convert(step, [*specs, *state_specs, *left_out_specs])
+    return _plain(model, len(specs), len(network.outputs), len(state_specs), counts)
 
 
 def convert(function: Callable[..., Any], specs: list[Any]) -> onnx.ModelProto:
     """Converts a TensorFlow function of these inputs with tf2onnx; the model's ends are in the function's order.
 
+    Raises:
+        ExportError: Something in it has no operator in ONNX.
+
     It is frozen here because tf2onnx's own `from_function` takes every constant tensor that a layer holds (the mean of
     a `Normalization`, say) for an input of the model.
     """
-    logging.getLogger("tf2onnx").setLevel(logging.ERROR)
+    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL + 1)  # what it cannot do is said below
     named = [tf.TensorSpec(spec.shape, spec.dtype, name=f"in{place}") for place, spec in enumerate(specs)]
     concrete = tf.function(function, autograph=False).get_concrete_function(*named)
     frozen = convert_variables_to_constants_v2(concrete, lower_control_flow=False, aggressive_inlining=True)
-    model, _ = tf2onnx.convert.from_graph_def(
-        frozen.graph.as_graph_def(add_shapes=True),
-        input_names=[f"in{place}:0" for place in range(len(specs))],
-        output_names=[tensor.name for tensor in frozen.outputs],
-        opset=OPSET,
-    )
+    try:
+        model, _ = tf2onnx.convert.from_graph_def(
+            frozen.graph.as_graph_def(add_shapes=True),
+            input_names=[f"in{place}:0" for place in range(len(specs))],
+            output_names=[tensor.name for tensor in frozen.outputs],
+            opset=OPSET,
+        )
+    except Exception as error:
+        raise ExportError(f"tf2onnx cannot convert the network: {first_line(error)}") from None
+    for node in model.graph.node:
+        if not onnx.defs.has(node.op_type, OPSET, node.domain):
+            raise ExportError(
+                f"{node.name!r} is TensorFlow's {node.op_type}, for which tf2onnx has no operator of ONNX: "
+                f"write that layer or cell with other operations of keras.ops"
+            )
     return model
 
 
-def _plain(model: onnx.ModelProto, states: int) -> StepGraph:
+def _plain(model: onnx.ModelProto, inputs: int, outputs: int, states: int, counts: list[int]) -> StepGraph:
     """Strips what tf2onnx leaves around a step: Identity nodes, axes that are added and taken away again."""
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -125,16 +141,17 @@ def _plain(model: onnx.ModelProto, states: int) -> StepGraph:
     outs = [true_name(value.name) for value in graph.output]
     needed = _needed(nodes, outs)
     nodes = [node for node in nodes if any(name in needed for name in node.output)]
+    into = iter(outs[outputs + states :])
     shapes, types = _seen(model, nodes, constants)
     return StepGraph(
         nodes=nodes,
         constants={name: tensor for name, tensor in constants.items() if name in needed},
-        x=ins[0],
-        states=ins[1 : 1 + states],
-        from_left_out=ins[1 + states :],
-        y=outs[0],
-        next_states=outs[1 : 1 + states],
-        into_left_out=outs[1 + states :],
+        inputs=ins[:inputs],
+        states=ins[inputs : inputs + states],
+        from_left_out=ins[inputs + states :],
+        outputs=outs[:outputs],
+        next_states=outs[outputs : outputs + states],
+        into_left_out=[[next(into) for _ in range(count)] for count in counts],
         shapes=shapes,
         types=types,
     )
@@ -164,11 +181,9 @@ def _seen(
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    session = ort.InferenceSession(
-        helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
+    step = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    # A graph of no nodes is none that can be run: all of the step was left out.
+    session = ort.InferenceSession(step.SerializeToString(), options, ["CPUExecutionProvider"]) if nodes else None
     seen: list[list[np.ndarray]] = []
     for batch in _BATCHES:
         feed = {}
@@ -176,7 +191,7 @@ def _seen(
             tensor = value.type.tensor_type
             shape = [batch, *(dim.dim_value for dim in tensor.shape.dim[1:])]
             feed[value.name] = np.zeros(shape, helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-        seen.append([*feed.values(), *session.run(None, feed)])
+        seen.append([*feed.values(), *(session.run(None, feed) if session else ())])
     shapes, types = {}, {}
     for name, few, more in zip(names, *seen, strict=True):
         types[name] = helper.np_dtype_to_tensor_dtype(few.dtype)

@@ -39,6 +39,7 @@ class TensorSpec(_Frozen):
     dtype: Literal["float32", "int32", "int64"] = "float32"
     shape: tuple[int, ...]  # of one time step: (16,) for [batch, time, 16]
     bounds: tuple[int, int] | None = None  # the smallest and the largest value of an integer input
+    masked: float | None = None  # what a mask in the network takes for a time step that is missing
 
 
 class StateSpec(_Frozen):

@@ -20,6 +20,7 @@ from service.layout import Layout, parts
 from service.runtime import Runtime
 
 Array = NDArray[Any]
+MASKED = 0.2  # of the time steps of a draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +131,14 @@ def draw(signature: Signature, rows: int, time: int, rng: np.random.Generator) -
     """Draws inputs and states as `Runtime.run` takes them.
 
     Numbers of inputs are from a normal, of states from a uniform distribution on [-1, 1]; integers are uniform within
-    their bounds, those of states from 0 to 2.
+    their bounds, those of states from 0 to 2. Some time steps are masked where the model has a mask.
     """
-    x = Layout(signature.inputs).join([_input(spec, (rows, time), rng) for spec in signature.inputs])
+    tensors = [_input(spec, (rows, time), rng) for spec in signature.inputs]
+    masked = rng.random((rows, time)) < MASKED
+    for spec, tensor in zip(signature.inputs, tensors, strict=True):
+        if spec.masked is not None:
+            tensor[masked] = spec.masked
+    x = Layout(signature.inputs).join(tensors)
     return x, [_state(spec, rows, rng) for spec in signature.states]
 
 

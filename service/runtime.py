@@ -158,6 +158,7 @@ class Runtime:
 
     def seconds(self, batch: int, time_steps: int) -> float:
         """Measures a run of zeros, the shortest of a few, in seconds."""
+        time_steps = max(time_steps, self.signature.min_steps)
         x = Layout(self.signature.inputs).zeros(batch, time_steps)
         inputs = x, np.full(batch, time_steps, np.int32), self.zeros(batch)
         taken = []

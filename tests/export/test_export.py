@@ -76,7 +76,7 @@ def test_any_batch_lengths_chunks_and_padding_give_the_bits_of_single_steps_and_
     y, final = runtime.run(x, lengths, initial)
 
     valid = np.arange(time + padding) < lengths[:, None]
-    keras_y, keras_final = keras_network.run(x, initial, valid)
+    (keras_y,), keras_final = keras_network.run([x], initial, valid)
     np.testing.assert_allclose(y[valid], np.asarray(keras_y)[valid], rtol=1e-5, atol=1e-5)
     for ours, true in zip(final, keras_final, strict=True):
         np.testing.assert_allclose(ours, true, rtol=1e-5, atol=1e-5)
@@ -133,15 +133,6 @@ def test_a_network_that_gives_its_last_output_gives_one_at_every_step_and_defaul
         np.testing.assert_allclose(y[:, steps - 1], model(x[:, :steps]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [layers.LSTM, layers.GRU, layers.SimpleRNN])
-def test_keras_own_layers_are_exported_right(layer: Any, tmp_path: Path) -> None:
-    model = keras.Sequential([keras.Input((None, 4)), layer(6, return_sequences=True), layers.Dense(2)])
-    runtime = opened(exported(model, tmp_path))
-    x = np.random.default_rng(1).normal(size=(3, 11, 4)).astype("float32")
-    y, _ = runtime.run(x, np.full(3, 11, np.int32), runtime.zeros(3))
-    np.testing.assert_allclose(y, model(x), rtol=1e-5, atol=1e-5)
-
-
 def test_a_wrong_lowering_is_caught_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,7 +144,7 @@ def test_a_wrong_lowering_is_caught_and_writes_nothing(
 
         return lowering.lstm(graph, Swapped, *rest)
 
-    monkeypatch.setitem(lowering.LOWERINGS, LSTMCell, swapped)
+    monkeypatch.setitem(lowering.LOWERINGS, LSTMCell, lowering.LOWERINGS[LSTMCell]._replace(lowering=swapped))
     network(LSTMCell(6)).save(tmp_path / "mine.keras")
     status = main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path / "artifacts")])
     told = capsys.readouterr().err
@@ -183,26 +174,77 @@ def test_the_manifest_names_every_file_by_its_digest(tmp_path: Path) -> None:
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
 
 
+@keras.saving.register_keras_serializable("tests")
+class StartsFromOnes(RNNCell):
+    def get_initial_state(self, batch_size: int | None = None) -> list[Any]:
+        return [state + 1 for state in super().get_initial_state(batch_size)]
+
+
+@keras.saving.register_keras_serializable("tests")
+class Doubling(layers.LSTM):
+    def call(self, sequences: Any, initial_state: Any = None, mask: Any = None, training: bool = False) -> Any:
+        return 2 * super().call(sequences, initial_state, mask, training)
+
+
+@keras.saving.register_keras_serializable("tests")
+class LogGamma(layers.Layer):
+    def call(self, inputs: Any) -> Any:
+        import tensorflow as tf
+
+        return tf.math.lgamma(tf.abs(inputs) + 1)
+
+
+def continued() -> Any:
+    x = keras.Input((None, 5))
+    y, *states = layers.LSTM(3, return_state=True, return_sequences=True, name="encoder")(x)
+    return keras.Model(x, layers.LSTM(3, name="decoder")(y, initial_state=states))
+
+
+def with_constants() -> Any:
+    x, who = keras.Input((None, 5)), keras.Input((3,), name="who")
+    return keras.Model([x, who], layers.Concatenate()([layers.LSTM(3)(x), who]))
+
+
+def sequential(*inner: Any, time: int | None = None) -> Any:
+    return keras.Sequential([keras.Input((time, 5)), *inner])
+
+
 REFUSED = {
-    "masks time steps": [layers.Masking(), layers.RNN(RNNCell(3))],
-    "backwards": [layers.Bidirectional(layers.RNN(RNNCell(3)))],
-    "go_backwards": [layers.RNN(RNNCell(3), go_backwards=True)],
-    "mixes time steps": [layers.Conv1D(4, 3, padding="causal"), layers.RNN(RNNCell(3))],
-    "no recurrent layer": [layers.Dense(3)],
+    "no recurrent layer": lambda: sequential(layers.Dense(3)),
+    "'encoder' (LSTM) gives its states": continued,
+    "the input 'who' has shape (None, 3)": with_constants,
+    "leave out what wants a certain number": lambda: sequential(
+        layers.LSTM(3, return_sequences=True), layers.Flatten(), layers.Dense(1), time=4
+    ),
+    "starts from states that are not zero": lambda: sequential(layers.RNN(StartsFromOnes(3))),
+    "layer 'doubling'": lambda: sequential(Doubling(3, name="doubling")),
+    "Lgamma, for which tf2onnx has no operator": lambda: sequential(LogGamma(), layers.LSTM(3)),
 }
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_cannot_be_stepped_is_refused_in_one_line_with_the_reason(
+def test_what_cannot_be_exported_is_refused_in_one_line_with_the_reason(
     reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keras.Sequential([keras.Input((None, 5)), *REFUSED[reason]]).save(tmp_path / "mine.keras")
+    REFUSED[reason]().save(tmp_path / "mine.keras")
+    capsys.readouterr()
     status = main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path / "artifacts")])
     told = capsys.readouterr().err
     assert status == 1
     assert reason in told
     assert told.count("\n") == 1
     assert not (tmp_path / "artifacts").exists()
+
+
+def test_a_network_that_cannot_be_stepped_is_written_and_its_report_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sequential(layers.Bidirectional(layers.LSTM(3), name="both")).save(tmp_path / "mine.keras")
+    assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path / "artifacts")]) == 0
+    assert "layer 'both' (Bidirectional) reads the sequence backwards too" in " ".join(capsys.readouterr().out.split())
+    runtime = opened(tmp_path / "artifacts/mine/1")
+    assert runtime.document.exactness.proved
+    assert runtime.signature.predict_only
 
 
 CELL = """

@@ -1,0 +1,54 @@
+"""Proves every form of a network, as the export does, without the measuring that takes it its seconds."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from export.exporter import network_of
+from export.forms import build, candidates, open_model
+from export.loading import load
+from export.parity import Parity, Reference, WholeReference
+from export.stateful import StatefulNetwork
+from export.whole import WholeNetwork
+from models.signature import Exactness, ModelDocument
+from service.exactness import SHORT, prove
+from service.runtime import Runtime
+
+
+class Proof:
+    """A network saved, loaded and built in its forms; each is compared with Keras and with itself.
+
+    Args:
+        model: A Keras model.
+        most: Forms to build: with more, the first (every operator there is) and the last (none).
+    """
+
+    def __init__(self, model: Any, most: int = 4) -> None:
+        path = Path(tempfile.mkdtemp(prefix="cellserve-test-")) / "mine.keras"
+        model.save(path)
+        self.keras = model
+        self.network: StatefulNetwork | WholeNetwork = network_of(load(path))
+        self.signature = self.network.signature
+        document = ModelDocument(name="mine", signature=self.signature, exactness=Exactness(proved=False, why=""))
+        whole = isinstance(self.network, WholeNetwork)
+        reference: Any = WholeReference(self.network) if whole else Reference(self.network)
+        self.forms: dict[str, Runtime] = {}
+        self.parity: dict[str, Parity] = {}
+        self.operators: dict[str, set[str]] = {}
+        chosen = list(candidates(self.network))
+        for name, operators in chosen if len(chosen) <= most else (chosen[0], chosen[-1]):
+            model, step = build(self.network, self.signature, operators)
+            self.operators[name] = {node.op_type for node in model.graph.node}
+            for label, each in ((name, None), (f"{name}, single steps", step)):
+                if each is not None or label == name:
+                    self.forms[label] = open_model(model, each, document)
+                    self.parity[label] = reference.compare(self.forms[label])
+
+    def check(self) -> None:
+        """Fails where a form differs from Keras, or a row's bits depend on what it is computed with."""
+        for name, runtime in self.forms.items():
+            assert not self.parity[name].failed, name
+            exactness = prove([runtime], SHORT)
+            assert exactness.proved, (name, exactness.why)
