@@ -97,10 +97,15 @@ class Versions:
             if version is not None and not version.refused:
                 self._begin(key)
                 raise VersionLoading(key)
+            if version is not None:
+                raise UnknownModel(f"model: {key} is refused: {version.refused}")
+        name, _, number = model.partition(":")
+        known = [key for key in {**self.loaded, **self.repository.versions} if key.name == name]
+        if known:
+            versions = ", ".join(str(key.version) for key in known)
+            raise UnknownModel(f"model: {name!r} has no version {number[:20]!r}: it has version {versions}")
         raise UnknownModel(
-            f"model: {key} is refused: {version.refused}"
-            if version is not None
-            else f"model: there is none named {model[:80]!r}: send one of {', '.join(self.newest)}, or NAME:VERSION"
+            f"model: there is none named {model[:80]!r}: send one of {', '.join(self.newest)}, or NAME:VERSION"
         )
 
     async def get(self, model: str | None) -> Engine:
