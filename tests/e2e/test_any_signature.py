@@ -12,10 +12,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import safetensors.numpy
+import tritonclient.http as triton
 from websockets.sync.client import ClientConnection, connect
 
+from service.api.inference.tensors import DATATYPES
 from service.exactness import draw
-from service.layout import Layout
+from service.layout import Layout, parts
 from tests import foreign
 from tests.conftest import Server, start_server
 from tests.kinds import KINDS, write_repository
@@ -322,3 +324,34 @@ def test_a_model_that_cannot_be_stepped_predicts_and_says_why_there_are_no_sessi
         assert problem["type"] == "urn:cellserve:problem:cannot-be-stepped"
         assert problem["status"] == 422
         assert "its LSTM is bidirectional" in problem["detail"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_inference_protocol_takes_and_gives_each_tensor_by_its_name(server: Server, kind: str) -> None:
+    _, told = KINDS[kind]
+    x, _ = draw(told, 1, STEPS, np.random.default_rng(8))
+    names = dict(zip((spec.name for spec in told.inputs), parts(x), strict=True))
+
+    def infer(steps: slice, **parameters: Any) -> dict[str, Any]:
+        tensors = []
+        for spec in told.inputs:
+            tensor = triton.InferInput(spec.name, list(names[spec.name][:, steps].shape), DATATYPES[spec.dtype])
+            tensor.set_data_from_numpy(np.ascontiguousarray(names[spec.name][:, steps]))
+            tensors.append(tensor)
+        answer = client.infer(kind, tensors, **parameters)
+        return {spec.name: answer.as_numpy(spec.name) for spec in told.outputs}
+
+    with triton.InferenceServerClient(server.url.removeprefix("http://")) as client:
+        metadata = client.get_model_metadata(kind)
+        assert [one["name"] for one in metadata["inputs"]] == list(names)
+        whole = infer(slice(None))
+        if told.predict_only:
+            with pytest.raises(triton.InferenceServerException, match="cannot be stepped"):
+                infer(slice(None), sequence_id=7, sequence_start=True)
+            return
+        stepped = [
+            infer(slice(t, t + 1), sequence_id=7, sequence_start=t == 0, sequence_end=t == STEPS - 1)
+            for t in range(STEPS)
+        ]
+    for name, y in whole.items():
+        assert np.concatenate([one[name] for one in stepped], axis=1).tobytes() == y.tobytes()

@@ -323,3 +323,34 @@ def test_a_socket_goes_on_with_sessions_of_a_version_that_has_to_be_loaded(
     assert (positions, statuses) == ([4, 4], [0, 0])
     for row, version in enumerate(("1", "2")):
         assert y[row].tobytes() == float32(truth(models / "lstm" / version, x[row].tolist()))
+
+
+def test_a_sequence_of_the_inference_protocol_stays_on_its_version_whatever_is_newest(
+    models: Path, serve: Serve
+) -> None:
+    server, x = serve("--models", str(models), *WATCHING), frames(6)
+
+    def step(client: httpx.Client, row: list[float], path: str = "lstm", **parameters: Any) -> dict[str, Any]:
+        tensor = {"name": "x", "datatype": "FP32", "shape": [1, FEATURES], "data": row}
+        body = {"inputs": [tensor], "parameters": {"sequence_id": 5, **parameters}}
+        answer = client.post(f"/v2/models/{path}/infer", json=body)
+        return {"status": answer.status_code, **answer.json()}
+
+    with server.client() as client:
+        told = [step(client, x[0], sequence_start=True)]
+        add_version(models, "lstm", 2)
+        until(client, "lstm", {2: "serving", 1: "draining"})
+        told += [step(client, row) for row in x[1:-1]]
+        told.append(step(client, x[-1], "lstm/versions/1", sequence_end=True))
+        assert {one["model_version"] for one in told} == {"1"}
+        assert [one["outputs"][0]["data"] for one in told] == truth(models / "lstm/1", x)
+        new = step(client, x[0], sequence_id=6, sequence_start=True)
+        assert (new["model_version"], new["outputs"][0]["data"]) == ("2", truth(models / "lstm/2", x[:1])[0])
+        other = step(client, x[1], "lstm/versions/1", sequence_id=6)
+        assert (other["status"], "version 2" in other["error"]) == (409, True)
+        assert client.get("/v2/models/lstm").json()["versions"] == ["2", "1"]
+        index = client.post("/v2/repository/index").json()
+        assert {(one["name"], one["version"], one["state"]) for one in index} >= {
+            ("lstm", "1", "READY"),
+            ("lstm", "2", "READY"),
+        }
