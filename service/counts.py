@@ -87,18 +87,27 @@ class TickCounts:
             start: Seconds of `time.perf_counter`.
             took: Seconds.
         """
-        self.rows.note(rows)
-        self.run.note(took)
-        runs = self.by_rows.setdefault(rows, [0, 0.0])
-        runs[0] += 1
-        runs[1] += took
-        self.run_seconds += took
+        self._took(rows, took)
         if len(advances) == 1:
             self.queue.note(start - advances[0].arrived)
         else:
             self.queue.note_all([start - advance.arrived for advance in advances])
         self.steps += steps
         self.padding += padding
+
+    def ran_whole(self, rows: int, steps: int, queued: float, took: float) -> None:
+        """Notes a run of whole sequences, which waited and took so many seconds."""
+        self._took(rows, took)
+        self.queue.note(queued)
+        self.steps += steps
+
+    def _took(self, rows: int, seconds: float) -> None:
+        self.rows.note(rows)
+        self.run.note(seconds)
+        runs = self.by_rows.setdefault(rows, [0, 0.0])
+        runs[0] += 1
+        runs[1] += seconds
+        self.run_seconds += seconds
 
 
 class SurfaceCounts:

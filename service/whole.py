@@ -49,8 +49,12 @@ class WholeRuns:
         """Ends the thread of idle runs."""
         self._executor.shutdown()
 
-    async def run(self, sequences: Sequence[Array]) -> list[Array]:
+    async def run(self, sequences: Sequence[Array], name: str) -> list[Array]:
         """Gives the outputs `[time, *outputs]` of each sequence `[time, *features]`, from zeros.
+
+        Args:
+            sequences: Checked.
+            name: Of them in the request.
 
         Raises:
             InvalidInput: A sequence has too few time steps.
@@ -62,13 +66,13 @@ class WholeRuns:
         fewest = self._model.runtime.signature.min_steps
         for number, sequence in enumerate(sequences):
             if len(sequence) < fewest:
-                place = f"sequences[{number}]"
+                place = f"{name}[{number}]"
                 raise InvalidInput(
                     f"{place}: {len(sequence)} time steps, and the model wants {fewest} at least", place=place
                 )
             if len(sequence) > self._max_steps:
                 raise BodyTooLarge(
-                    f"sequences[{number}]: {len(sequence)} time steps, and the model runs each sequence whole: "
+                    f"{name}[{number}]: {len(sequence)} time steps, and the model runs each sequence whole: "
                     f"send {self._max_steps} at most",
                     limit=self._max_steps,
                 )
@@ -82,11 +86,8 @@ class WholeRuns:
                 x = np.stack([sequences[number] for number in numbers])
                 # Batch after batch, so that one whose client has gone ends here.
                 arrived = perf_counter()
-                ys, start = await loop.run_in_executor(self._executor, self._run, x, numbers)
-                self._counts.rows.note(len(x))
-                self._counts.queue.note(start - arrived)
-                self._counts.run.note(perf_counter() - start)
-                self._counts.steps += x.shape[0] * x.shape[1]
+                ys, start = await loop.run_in_executor(self._executor, self._run, x, numbers, name)
+                self._counts.ran_whole(len(x), x.shape[0] * x.shape[1], start - arrived, perf_counter() - start)
                 outputs.update(zip(numbers, ys, strict=True))
         finally:
             self._waiting -= 1
@@ -117,7 +118,7 @@ class WholeRuns:
             batches += [numbers[start : start + most] for start in range(0, len(numbers), most)]
         return batches
 
-    def _run(self, x: Array, numbers: Sequence[int]) -> tuple[Array, float]:
+    def _run(self, x: Array, numbers: Sequence[int], name: str) -> tuple[Array, float]:
         """Gives the outputs, and when the run began, in seconds of `time.perf_counter`."""
         runtime, start = self._model.runtime, perf_counter()
         try:
@@ -127,7 +128,7 @@ class WholeRuns:
             raise _failed(self._model.name) from None
         for row, number in enumerate(numbers):
             if not all(np.isfinite(part).all() for part in parts(y[row])):
-                place = f"sequences[{number}]"
+                place = f"{name}[{number}]"
                 raise NotFinite(f"{place}: the model's output is not finite", place=place)
         return y, start
 

@@ -151,7 +151,7 @@ async def run_sequences(
     """Gives each sequence a slot for the time of the call, advances all of them, and reads their last states."""
     if engine.whole is not None:
         engine.whole.check(states is not None, return_states)
-        return await engine.whole.run(sequences), []
+        return await engine.whole.run(sequences, name), []
     arena = engine.arena
     slots = arena.take_many(len(sequences))
     if slots is None:

@@ -20,7 +20,7 @@ from service.exactness import draw
 from service.layout import Layout, parts
 from tests import foreign
 from tests.conftest import Server, start_server
-from tests.kinds import KINDS, write_repository
+from tests.kinds import KINDS, SYMBOLS, write_repository
 from tests.redis_server import RedisServer
 from tests.service.test_runs import by_hand
 
@@ -355,3 +355,26 @@ def test_the_inference_protocol_takes_and_gives_each_tensor_by_its_name(server: 
         ]
     for name, y in whole.items():
         assert np.concatenate([one[name] for one in stepped], axis=1).tobytes() == y.tobytes()
+
+
+def test_several_tensors_of_the_inference_protocol_are_told_apart_and_checked(server: Server) -> None:
+    x, _ = draw(SYMBOLS, 2, 3, np.random.default_rng(10))
+    tensors = [("symbol", "INT64", x["symbol"]), ("level", "FP32", x["level"])]
+    inputs = [{"name": n, "datatype": d, "shape": t.shape, "data": t.ravel().tolist()} for n, d, t in tensors]
+    with server.client() as client:
+        body = {"model": "symbols", "sequences": [as_json(row) for row in x], "outputs": "all"}
+        wanted = client.post("/predict", json=body).json()["outputs"]
+        answer = client.post("/v2/models/symbols/infer", json={"inputs": inputs})
+        assert answer.status_code == 200, answer.text
+        outputs = {one["name"]: np.array(one["data"]).reshape(one["shape"]) for one in answer.json()["outputs"]}
+        for row, one in enumerate(wanted):
+            same({name: tensor[row] for name, tensor in outputs.items()}, one)
+        missing = client.post("/v2/models/symbols/infer", json={"inputs": inputs[:1]})
+        assert "send symbol, level" in missing.text
+        inputs[0]["data"][4] = 7
+        beyond = client.post("/v2/models/symbols/infer", json={"inputs": inputs})
+        assert "symbol[1][1]: 7 is out of bounds: send an integer from 0 to 6" in beyond.text
+        whole = {"name": "x", "datatype": "FP32", "shape": [1, 4, 3], "data": [0.5] * 12}
+        assert client.post("/v2/models/both-ways/infer", json={"inputs": [whole]}).status_code == 200
+        stepped = {"inputs": [whole], "parameters": {"sequence_id": 1, "sequence_start": True}}
+        assert "cannot be stepped" in client.post("/v2/models/both-ways/infer", json=stepped).text

@@ -32,6 +32,7 @@ from service.errors import (
 )
 from service.exactly_once import creation, step_request
 from service.layout import Layout, parts
+from service.numbers import checked
 from service.repository import Model
 from service.service import Service
 from service.sessions import Session
@@ -173,7 +174,9 @@ class Inference:
         outputs, _ = await run_sequences(engine, rows, None, True, False, _names(engine.model.inputs)[0])
         if len(outputs) == 1 and lengths is None:
             return outputs[0][None]
-        y = engine.model.outputs.zeros(*x.shape[:2])
+        # A model that cannot be stepped may give another number of outputs than it takes time steps.
+        time = max(map(len, outputs)) if engine.whole is not None else x.shape[1]
+        y = engine.model.outputs.zeros(len(x), time)
         for row, output in enumerate(outputs):
             y[row, : len(output)] = output
         return y
@@ -349,11 +352,4 @@ def _check(spec: TensorSpec, x: Array) -> None:
             f"or for one time step [batch, {features}]",
             place=spec.name,
         )
-    if x.dtype.kind == "f":
-        if not np.isfinite(x).all():
-            where = "".join(f"[{number}]" for number in np.argwhere(~np.isfinite(x))[0])
-            raise InvalidInput(
-                f"{spec.name}{where}: not a finite number that float32 can hold", place=f"{spec.name}{where}"
-            )
-    elif spec.bounds is not None and not (spec.bounds[0] <= x.min() and x.max() <= spec.bounds[1]):
-        raise InvalidInput(f"{spec.name}: send integers from {spec.bounds[0]} to {spec.bounds[1]}", place=spec.name)
+    checked(x, spec, spec.name)
