@@ -8,6 +8,7 @@ DOCKER ?= docker
 
 .PHONY: setup serve test check servers bench container-test
 .DELETE_ON_ERROR:
+.SECONDARY: $(BIN)/.export
 
 serve: setup
 	exec $(BIN)/cellserve serve

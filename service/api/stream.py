@@ -6,29 +6,28 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import struct
-from collections import deque
 from collections.abc import Coroutine
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from service.api import binary_frames, frames
+from service.api.binary_frames import STEP, Frame, Group
+from service.api.frames import Attach, Close, Fork, Open, Reset, Step
 from service.api.messages import Receive, Scope, Send, as_problem
 from service.api.observed import asked_of
 from service.api.observed import told as told_of
+from service.api.outbox import Outbox
 from service.api.sessions import (
     CreateRequest,
     ForkRequest,
-    Position,
     create,
     fork,
     step_session,
@@ -36,11 +35,9 @@ from service.api.sessions import (
     written,
 )
 from service.api.short_way import EXTENSION, ShortFrames
-from service.arena import Slots
 from service.changes import SteppedMany
 from service.errors import Forbidden, InvalidInput, Problem, Stale, Unauthorized, UnknownSession
 from service.exactly_once import state_request, step_request
-from service.numbers import checked_together
 from service.service import Service
 from service.sessions import Session
 from service.tensors import decode
@@ -48,99 +45,9 @@ from service.ticks import Advance, Told
 
 Array = NDArray[Any]
 
-# A binary frame: kind, ref, number of sessions, time steps; all that follows is little-endian too.
-_HEADER = struct.Struct("<4I")
-STEP, STEP_FROM = 1, 2
-STEPPED = 0x80  # and the kind of what is answered
-_REPLAYED = 1  # a status
 _AUTH_SECONDS = 10
 _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 _GROUPS = 8  # of sessions that a socket has stepped together are remembered
-
-
-class _Frame(msgspec.Struct, tag_field="op", kw_only=True, forbid_unknown_fields=True):
-    ref: msgspec.Raw = msgspec.Raw(b"null")  # comes back with the answer
-
-
-class Open(_Frame, tag="open", kw_only=True):
-    """Creates a session."""
-
-    model: str | None = None
-    states: msgspec.Raw = msgspec.Raw(b"null")
-    session: str | None = None
-
-
-class Auth(_Frame, tag="auth", kw_only=True):
-    """Says who it is, in the first frame: a browser can send no header with a socket."""
-
-    key: str
-
-
-class Attach(_Frame, tag="attach", kw_only=True):
-    """Gives a handle for a session that was opened elsewhere."""
-
-    session: str
-
-
-class Step(_Frame, tag="step", kw_only=True):
-    """Steps a session, named by its handle or its id."""
-
-    session: int | str
-    x: msgspec.Raw
-    outputs: Literal["last", "all"] | None = None
-    position: Position | None = None
-
-
-class _PlainStep(_Frame, tag="step", kw_only=True):
-    session: int | str
-    x: list[float] | int
-    outputs: Literal["last", "all"] | None = None
-    position: Position | None = None
-
-
-class Reset(_Frame, tag="reset", kw_only=True):
-    """Sets a session's state to zeros."""
-
-    session: int | str
-    position: Position | None = None
-
-
-class Fork(_Frame, tag="fork", kw_only=True):
-    """Makes another session of a session's state."""
-
-    session: int | str
-    to: str | None = None
-    position: Position | None = None
-
-
-class Close(_Frame, tag="close", kw_only=True):
-    """Deletes a session."""
-
-    session: int | str
-    position: Position | None = None
-
-
-_Frames = Open | Attach | Step | Reset | Fork | Close
-_decoder: msgspec.json.Decoder[_Frames] = msgspec.json.Decoder(_Frames)
-_auth_decoder = msgspec.json.Decoder(Auth)
-_plain_decoder = msgspec.json.Decoder(_PlainStep)
-
-
-class _Ref(msgspec.Struct):
-    ref: msgspec.Raw = msgspec.Raw(b"null")
-
-
-_ref_decoder = msgspec.json.Decoder(_Ref)
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """Sessions that stand in a binary frame together."""
-
-    sessions: list[Session]
-    slots: Slots
-    mixed: bool = False  # whether they are of several versions
-    endings: int = -1  # how many sessions had ended when all of these were seen alive
 
 
 class Stream:
@@ -185,8 +92,10 @@ class Stream:
             if message["type"] != "websocket.receive":
                 return None
             body = (message.get("text") or "").encode()
-            ref = _ref_of(body, True)
-            owner = self.service.owner([(b"authorization", b"Bearer " + decode(_auth_decoder, body).key.encode())])
+            ref = frames.ref_of(body)
+            owner = self.service.owner(
+                [(b"authorization", b"Bearer " + decode(frames.auth_decoder, body).key.encode())]
+            )
             await send({"type": "websocket.send", "text": orjson.dumps({"op": "auth", "ref": ref}).decode()})
             return owner
         except (Problem, TimeoutError) as error:
@@ -207,26 +116,20 @@ class _Socket:
         self.service = service
         self.owner = owner
         self.scope = scope
-        self.send = send
         self.short: ShortFrames | None = scope["extensions"].get(EXTENSION)  # the short way, where the server offers it
+        self.outbox = Outbox(send, self.short, service.settings.stream_window)
         self.counts = asked_of(scope).surface
         self.sessions: list[Session] = []  # by handle
         self.handles: dict[str, int] = {}
-        self.groups: dict[bytes, _Group] = {}  # by the handles of a binary frame
-        self.window = service.settings.stream_window
-        self.under_way = 0  # frames whose answers have not been sent yet
+        self.groups: dict[bytes, Group] = {}  # by the handles of a binary frame
         self.beginning = 0  # tasks of frames that have not run yet; whoever comes later must not pass them
-        self.outbox: deque[tuple[bytes, bool, bool]] = deque()  # messages, whether they are text, and the last
-        self.writing = False  # one from the outbox
-        self.stirred: asyncio.Future[None] | None = None  # the writer waits for something to send
-        self.room: asyncio.Future[None] | None = None  # the reader waits for the window to open
         self.tasks: set[asyncio.Task[None]] = set()
         self.waiting: dict[Told, Advance] = {}  # what was begun without a task
 
     async def serve(self, receive: Receive) -> None:
         """Reads frames until the socket is closed; what nobody waits for any more is dropped."""
         loop = asyncio.get_running_loop()
-        writing = loop.create_task(self._write())
+        writing = loop.create_task(self.outbox.write())
         if self.short:
             self.short.take = self._take
         try:
@@ -234,12 +137,11 @@ class _Socket:
                 text = message.get("text")
                 body = message["bytes"] if text is None else text.encode()
                 if not self._take(body, text is not None):
-                    self.under_way += 1
+                    self.outbox.under_way += 1
                     self.beginning += 1
                     self._later(self._answer(body, text is not None))
-                while self.under_way >= self.window and not writing.done():
-                    self.room = loop.create_future()
-                    await asyncio.wait((self.room, writing), return_when=asyncio.FIRST_COMPLETED)
+                if self.outbox.is_full:
+                    await self.outbox.room(writing)
         finally:
             if self.short:
                 self.short.take = None
@@ -249,51 +151,21 @@ class _Socket:
             for done in self.waiting:
                 done.cancel()
 
-    async def _write(self) -> None:
-        """Sends the answers; where the client does not read them, this waits, and the window fills."""
-        loop = asyncio.get_running_loop()
-        while True:
-            while self.outbox:
-                message, text, last = self.outbox.popleft()
-                self.writing = True
-                told = {"text": message.decode()} if text else {"bytes": message}
-                await self.send({"type": "websocket.send", **told})
-                self.writing = False
-                if last:
-                    self._sent()
-            self.stirred = loop.create_future()
-            await self.stirred
-
-    def _sent(self) -> None:
-        self.under_way -= 1
-        if self.room and not self.room.done():
-            self.room.set_result(None)
-
-    def _put(self, message: bytes, text: bool, last: bool = True) -> None:
-        """Gives an answer to be sent, the last one or not of what a frame is answered."""
-        if self.short and not self.outbox and not self.writing and self.short.put(message, text):
-            if last:
-                self._sent()
-            return
-        self.outbox.append((message, text, last))
-        if self.stirred and not self.stirred.done():
-            self.stirred.set_result(None)
-
     def _put_json(self, document: Any, last: bool = True) -> None:
-        self._put(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), True, last)
+        self.outbox.put(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), True, last)
 
     def _take(self, body: bytes, text: bool) -> bool:
         """Begins a frame without a task of its own where that can be; says whether it has."""
-        if self.beginning or self.under_way >= self.window or self.service.tracing:
+        if self.beginning or self.outbox.is_full or self.service.tracing:
             return False
         begun = self._step_at_once(body) if text else self._frame_at_once(body)
-        self.under_way += begun
+        self.outbox.under_way += begun
         return begun
 
     def _step_at_once(self, text: bytes) -> bool:
         """Begins what nearly every frame is, a step of a session that nobody else holds."""
         try:
-            frame = _plain_decoder.decode(text)
+            frame = frames.plain_decoder.decode(text)
             session = self._session(frame.session)
             x = session.model.reader.single(frame.x)
             done = Told(partial(self._answer_step, frame.ref, session))
@@ -343,12 +215,13 @@ class _Socket:
     def _frame_at_once(self, body: bytes) -> bool:
         """Begins a binary frame in the same way."""
         try:
-            kind, ref, group, x, _ = self._steps(body)
-            if kind != STEP or group.mixed:
+            frame = Frame.read(body)
+            group = self._group(frame.handles)
+            if frame.kind != STEP or group.mixed or not self._is_alive(group):
                 return False
-            done = Told(partial(self._answer_frame, ref, group))
-            alive = self._is_alive(group)
-            advance = self.service.changes.begin_many(group.sessions, group.slots, x, done) if alive else None
+            done = Told(partial(self._answer_frame, frame, group))
+            x = frame.x(group.sessions[0].model)
+            advance = self.service.changes.begin_many(group.sessions, group.slots, x, done)
         except Problem:
             return False
         if advance is None:
@@ -356,7 +229,7 @@ class _Socket:
         self.waiting[done] = advance
         return True
 
-    def _answer_frame(self, ref: int, group: _Group, done: Told) -> None:
+    def _answer_frame(self, frame: Frame, group: Group, done: Told) -> None:
         advance = self.waiting.pop(done)
         try:
             stepped = SteppedMany(done.result(), np.array(advance.reached), advance.problems or {}, set())
@@ -364,20 +237,20 @@ class _Socket:
             y = group.sessions[0].model.outputs.zeros(*advance.x.shape[:2])
             stepped = SteppedMany(y, np.array(advance.reached), {0: problem}, set())
         if any(isinstance(problem, Stale) for problem in stepped.problems.values()):
-            self._later(self._answer_frame_again(ref, group, advance, stepped))
+            self._later(self._answer_frame_again(frame, group, advance, stepped))
         else:
-            self._put_frame(STEP, ref, group, stepped, advance.arrived)
+            self._put_frame(frame, group, stepped, advance.arrived)
 
-    async def _answer_frame_again(self, ref: int, group: _Group, advance: Advance, stepped: SteppedMany) -> None:
+    async def _answer_frame_again(self, frame: Frame, group: Group, advance: Advance, stepped: SteppedMany) -> None:
         try:
             await self.service.changes.again(group.sessions, advance.x, None, stepped)
-            self._put_frame(STEP, ref, group, stepped, advance.arrived)
+            self._put_frame(frame, group, stepped, advance.arrived)
         except Exception as error:
             problem = as_problem(error, self.scope)
             self.counts.answered(problem.status, perf_counter() - advance.arrived)
-            self._put_json(_problem(self.scope, ref, problem))
+            self._put_json(_problem(self.scope, frame.ref, problem))
 
-    def _is_alive(self, group: _Group) -> bool:
+    def _is_alive(self, group: Group) -> bool:
         """Says whether all sessions of a group are alive; none of them need be asked where none has ended since."""
         endings = self.service.sessions.endings
         if group.endings != endings and all(session.alive for session in group.sessions):
@@ -398,11 +271,11 @@ class _Socket:
         except Exception as error:
             problem = as_problem(error, self.scope)
             self.counts.answered(problem.status, perf_counter() - begun)
-            self._put_json(_problem(self.scope, _ref_of(body, text), problem))
+            self._put_json(_problem(self.scope, (frames if text else binary_frames).ref_of(body), problem))
 
     async def _text(self, body: bytes) -> dict[str, Any]:
         table = self.service.sessions
-        frame = decode(_decoder, body)
+        frame = decode(frames.decoder, body)
         answer: dict[str, Any] = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
         match frame:
             case Step():
@@ -462,98 +335,44 @@ class _Socket:
         return self.sessions[name]
 
     async def _binary(self, body: bytes, begun: float) -> None:
-        kind, ref, group, x, positions = self._steps(body)
-        requests = None if positions is None else list(map(step_request, positions.tolist(), x, repeat(True)))
+        frame = Frame.read(body)
+        group = self._group(frame.handles)
+        x = frame.x(group.sessions[0].model)
+        requests = None
+        if frame.positions is not None:
+            requests = list(map(step_request, frame.positions.tolist(), x, repeat(True)))
         if self.service.sessions.shared and not all(session.alive for session in group.sessions):
             handles = [self.handles[session.id] for session in group.sessions]
             found = [await self._found(handle) for handle in handles]
             self.groups.clear()
-            group = _grouped(found)
+            group = Group.of(found)
         step = self.service.changes.step_versions if group.mixed else self.service.changes.step_many
-        self._put_frame(kind, ref, group, await step(group.sessions, group.slots, x, requests), begun)
+        self._put_frame(frame, group, await step(group.sessions, group.slots, x, requests), begun)
 
-    def _put_frame(self, kind: int, ref: int, group: _Group, stepped: SteppedMany, begun: float) -> None:
-        y, positions = stepped.y, stepped.positions
-        statuses = np.zeros(len(y), "<u4")
-        statuses[list(stepped.replayed)] = _REPLAYED
+    def _put_frame(self, frame: Frame, group: Group, stepped: SteppedMany, begun: float) -> None:
         for row, problem in stepped.problems.items():
-            statuses[row] = problem.status
-        head = _HEADER.pack(kind | STEPPED, ref, *y.shape[:2])
-        parts = head, positions.astype("<u8"), statuses, y
-        for row, problem in stepped.problems.items():
-            about = _problem(self.scope, ref, problem, session=group.sessions[row].id, row=row)
+            about = _problem(self.scope, frame.ref, problem, session=group.sessions[row].id, row=row)
             self._put_json(about, last=False)
         status = max((problem.status for problem in stepped.problems.values()), default=200)
         self.counts.answered(status, perf_counter() - begun)
-        self._put(b"".join([bytes(part) for part in parts]), False)
+        self.outbox.put(binary_frames.answer(frame.kind, frame.ref, stepped), False)
 
-    def _steps(self, body: bytes) -> tuple[int, int, _Group, Array, Array | None]:
-        """Reads a binary frame: kind, ref, sessions, x `[sessions, time, *features]`, positions where it has them."""
-        if len(body) < _HEADER.size:
-            raise InvalidInput(f"the frame has {len(body)} bytes: its header alone has {_HEADER.size}")
-        kind, ref, count, steps = _HEADER.unpack_from(body)
-        if kind not in (STEP, STEP_FROM):
-            raise InvalidInput(f"kind: {kind} is none: send {STEP} to step, {STEP_FROM} to step from positions")
-        if not count or not steps:
-            raise InvalidInput(f"the frame has {count} sessions and {steps} time steps: send at least one of each")
-        start = _HEADER.size + 4 * count
-        behind = start + 8 * count if kind == STEP_FROM else start
-        if len(body) < behind:
-            raise InvalidInput(f"the frame has {len(body)} bytes: {count} handles (and positions) alone need {behind}")
-        handles = np.frombuffer(body, "<u4", count, _HEADER.size)
-        positions = np.frombuffer(body, "<u8", count, start) if kind == STEP_FROM else None
-        start = behind
-        if int(handles.max()) >= len(self.sessions):
-            raise UnknownSession(f"no handle {int(handles.max())} on this socket: open or attach the session first")
-        group = self._group(handles)
-        inputs = group.sessions[0].model.inputs
-        size = math.prod(inputs.shape) * inputs.frame_dtype.itemsize
-        whole = start + count * steps * size  # of Python's integers, which no header makes overflow
-        if len(body) != whole:
-            raise InvalidInput(
-                f"the frame has {len(body)} bytes: x, {count} sessions by {steps} time steps of {size} bytes, "
-                f"makes it {whole}"
-            )
-        x = np.frombuffer(body, inputs.frame_dtype, offset=start).reshape(count, steps, *inputs.shape)
-        x = checked_together(x, inputs, "x")
-        return kind, ref, group, x, positions
-
-    def _group(self, handles: NDArray[np.uint32]) -> _Group:
+    def _group(self, handles: NDArray[np.uint32]) -> Group:
         """Gives the sessions of some handles; mostly the same as in a frame before."""
         key = handles.tobytes()
         group = self.groups.get(key)
         if group is None:
+            if int(handles.max()) >= len(self.sessions):
+                raise UnknownSession(f"no handle {int(handles.max())} on this socket: open or attach the session first")
             named = handles.tolist()
             if len(set(named)) < len(named):
                 raise InvalidInput("a session is in the frame twice: send its time steps side by side, or two frames")
-            sessions = [self.sessions[handle] for handle in named]
+            group = Group.of([self.sessions[handle] for handle in named])
             if len(self.groups) >= _GROUPS:
                 self.groups.clear()
-            self.groups[key] = group = _grouped(sessions)
+            self.groups[key] = group
         return group
-
-
-def _grouped(sessions: list[Session]) -> _Group:
-    """Groups sessions; raises InvalidInput where they are not of one model, or of versions with other tensors."""
-    engines = {session.engine for session in sessions}
-    signatures = [engine.model.document.signature for engine in engines]
-    alike = {engine.model.name for engine in engines}, {(one.inputs, one.outputs) for one in signatures}
-    if any(len(kinds) > 1 for kinds in alike):
-        raise InvalidInput(
-            "the sessions are of several models, or of versions with other inputs or outputs: send a frame for each"
-        )
-    return _Group(sessions, np.array([session.slot for session in sessions]), len(engines) > 1)
 
 
 def _problem(scope: Scope, ref: Any, problem: Problem, **more: Any) -> dict[str, Any]:
     return {"op": "error", "ref": ref, **more, "problem": orjson.Fragment(told_of(problem, scope))}
-
-
-def _ref_of(body: bytes, text: bool) -> Any:
-    """Gives the ref of a frame that did not fit, as far as it can be read."""
-    if not text:
-        return _HEADER.unpack_from(body)[1] if len(body) >= _HEADER.size else None
-    try:
-        return orjson.Fragment(bytes(_ref_decoder.decode(body).ref))
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        return None
