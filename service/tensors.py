@@ -21,6 +21,10 @@ from service.numbers import FLOAT32_MAX, JSON_NAMES, array_of, bounds_of, not_fi
 Array = NDArray[Any]
 T = TypeVar("T")
 
+PART_BYTES = 64 * 1024  # of JSON
+_LOOKED_THROUGH = 1024 * 1024  # bytes of a body that is no JSON
+_parts = msgspec.json.Decoder(list[msgspec.Raw])
+
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, place: str = "") -> T:
     """Decodes JSON of a given type.
@@ -129,6 +133,24 @@ class TensorReader:
         given: list[dict[str, msgspec.Raw]] = decode(self._raw_list, raw, "sequences")
         return [self._joined(tensors, f"sequences[{number}]", whole=True)[0] for number, tensors in enumerate(given)]
 
+    def in_parts(self, raw: msgspec.Raw, place: str) -> Iterator[tuple[Array, int]]:
+        """Reads one sequence a part at a time: some of its time steps `[time, *features]`, and their bytes of JSON."""
+        size = len(bytes(raw))
+        if self._only is None:
+            yield self._joined(decode(self._raws, raw, place), place, whole=True)[0], size
+            return
+        if size <= PART_BYTES:
+            yield self._only.steps(raw, place), size
+            return
+        steps = decode(_parts, raw, place)
+        count = max(1, len(steps) * PART_BYTES // size)
+        for start in range(0, len(steps), count):
+            part = b"[" + b",".join(map(bytes, steps[start : start + count])) + b"]"
+            try:
+                yield self._only.steps(msgspec.Raw(part), place), len(part)
+            except InvalidInput as misfit:
+                raise _later(misfit, place, start) from None
+
     def arrays(self, sequences: list[list[Any]]) -> list[Array]:
         """Makes arrays `[time, *features]` of sequences in nested lists of numbers, where the model is plain."""
         assert self._only is not None
@@ -203,6 +225,15 @@ class TensorReader:
         }
 
 
+def _later(misfit: InvalidInput, place: str, start: int) -> InvalidInput:
+    """Gives what is wrong with a part of a sequence, as of the whole sequence: its time steps begin at `start`."""
+    found = re.match(re.escape(place) + r"\[(\d+)\]", str(misfit.extensions.get("place", "")))
+    if found is None:
+        return misfit
+    where = misfit.extensions["place"].replace(found[0], f"{place}[{int(found[1]) + start}]", 1)
+    return InvalidInput(misfit.detail.replace(misfit.extensions["place"], where, 1), place=where)
+
+
 def _depth(raw: msgspec.Raw) -> int:
     """Counts the brackets that JSON opens before its first value."""
     depth = 0
@@ -232,6 +263,8 @@ def _words(types: str) -> str:
 
 def _unparsable(message: str, body: bytes, place: str) -> InvalidInput | NotJson:
     """Tells NaN and Infinity, which Python writes and JSON does not have, from what is no JSON at all."""
+    if len(body) > _LOOKED_THROUGH:  # to look for the place would hold up everybody's steps
+        return NotJson(f"{message}: send a JSON document in UTF-8 (NaN and Infinity are not JSON)")
     try:
         parsed = json.loads(body)
     except (ValueError, RecursionError):

@@ -27,7 +27,7 @@ from service.engine import Engine
 from service.errors import BodyTooLarge, InvalidInput, NotFinite, QueueFull, VersionLoading
 from service.layout import parts
 from service.service import Service
-from service.tensors import decode
+from service.tensors import PART_BYTES, decode
 
 Array = NDArray[Any]
 
@@ -47,6 +47,9 @@ class PredictRequest(msgspec.Struct, Generic[S], forbid_unknown_fields=True):
 
 _decoder = msgspec.json.Decoder(PredictRequest[msgspec.Raw])
 _plain_decoder = msgspec.json.Decoder(PredictRequest[list[list[list[float]]]])
+_parts_decoder = msgspec.json.Decoder(PredictRequest[list[msgspec.Raw]])
+
+_LARGE_BODY = 256 * 1024  # bytes: beyond them a body is read a little in each turn of the event loop
 
 
 class Predict:
@@ -66,11 +69,14 @@ class Predict:
         check_json(kind)
         body = await read_body(scope, receive, self.service.settings.max_body_bytes)
         await self._one_a_turn()
-        try:
-            request, engine, sequences = self._read(body)
-        except VersionLoading as loading:
-            await self.service.versions.loading(loading.key)
-            request, engine, sequences = self._read(body)
+        if len(body) > _LARGE_BODY:
+            request, engine, sequences = await self._read_in_parts(body)
+        else:
+            try:
+                request, engine, sequences = self._read(body)
+            except VersionLoading as loading:
+                await self.service.versions.loading(loading.key)
+                request, engine, sequences = self._read(body)
         model = engine.model
         if not sequences:
             raise InvalidInput("sequences: empty: send at least one sequence", place="sequences")
@@ -99,6 +105,23 @@ class Predict:
         request = decode(_decoder, body)
         engine = self.service.engine(request.model)
         return request, engine, engine.model.reader.sequences(request.sequences)
+
+    async def _read_in_parts(self, body: bytes) -> tuple[PredictRequest[Any], Engine, list[Array]]:
+        """Reads a large body: at once it would hold up everybody's steps for 20 ms a megabyte, like this for 3."""
+        request = decode(_parts_decoder, body)
+        engine = await self.service.engine_when_loaded(request.model)
+        sequences: list[Array] = []
+        read = 0  # bytes, since others had a turn
+        for number, raw in enumerate(request.sequences):
+            parts = []
+            for part, size in engine.model.reader.in_parts(raw, f"sequences[{number}]"):
+                parts.append(part)
+                read += size
+                if read >= PART_BYTES:
+                    read = 0
+                    await self._one_a_turn()
+            sequences.append(np.concatenate(parts))
+        return request, engine, sequences
 
     async def _binary(self, scope: Scope, receive: Receive, send: Send) -> None:
         options = binary.read_options(scope["query_string"])

@@ -177,3 +177,29 @@ def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path, s
         asking.join()
     assert server.process.wait(timeout=60) == 0
     assert answers == [200]
+
+
+def test_a_large_body_is_read_in_parts_as_a_small_one_is_at_once(server: Server) -> None:
+    x = np.array(frames(9000), np.float32)
+    cuts = [3, 5, 4000, 4002, 9000]
+    sequences = np.split(x, cuts[:-1])
+    with server.client() as client:
+        body = {"model": "lstm", "sequences": [one.tolist() for one in sequences], "outputs": "all"}
+        assert len(json.dumps(body)) > 500_000
+        ours = client.post("/predict", json=body).json()["outputs"]
+        apart = [
+            client.post("/predict", json={**body, "sequences": [one[:2000].tolist()]}).json()["outputs"][0]
+            for one in sequences
+        ]
+        assert [y[:2000] for y in ours] == apart
+        for step, wrong in ((6123, "x"), (8000, float("inf"))):
+            body["sequences"] = [
+                x[:10].tolist(),
+                [row if t != step else [wrong] * 5 for t, row in enumerate(x.tolist())],
+            ]
+            problem = client.post(
+                "/predict", content=json.dumps(body), headers={"content-type": "application/json"}
+            ).json()
+            assert (problem["status"], problem["place"]) == (422, f"sequences[1][{step}][0]")
+        body["sequences"] = [x[:10].tolist(), [row if t != 7001 else row[:3] for t, row in enumerate(x.tolist())]]
+        assert client.post("/predict", json=body).json()["place"] == "sequences[1][7001]"
