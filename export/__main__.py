@@ -16,6 +16,7 @@ EXAMPLE = """\
 example:
   cellserve export trained/vowels.keras --name vowels
   cellserve export my_network.keras --name mine --import my_cells.py --labels yes,no --data test.npz
+  cellserve export my_network.keras --name mine --quantize int8 --data test.npz --tolerance 0.02
 
 Beside NETWORK.keras, NETWORK.card.json (labels, metrics, description, default_output) and NETWORK.npz (test data: x
 [n, time, features], lengths [n], y) are taken where they are there. Nothing is written unless the model is proved.
@@ -36,6 +37,14 @@ def parser(prog: str = "cellserve export") -> argparse.ArgumentParser:
     parser.add_argument("--version", type=_version, help="a positive number (default: the next free one)")
     parser.add_argument("--labels", type=lambda text: tuple(text.split(",")), help="names of the outputs, by commas")
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="test data, to score the ONNX model and Keras on")
+    less = parser.add_mutually_exclusive_group()
+    less.add_argument("--quantize", dest="precision", choices=["int8"], default="float32",
+                      help="int8 weights, and int8 products where they are faster; needs test data")  # fmt: skip
+    less.add_argument("--precision", choices=["float32", "float16"], default="float32",
+                      help="float16 for half the size; needs test data (default: float32)")  # fmt: skip
+    parser.add_argument("--tolerance", type=_tolerance, metavar="SHARE",
+                        help="how much less precision may cost on the test data: of the accuracy, as a share of all "
+                        "sequences, or of RMSE, as a share of what it is in float32 (default: 0.01)")  # fmt: skip
     parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE.py",
                         help="a Python file that registers your own cells; may be given more than once")  # fmt: skip
     return parser
@@ -52,6 +61,16 @@ def _version(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.01")
+    return share
 
 
 def main(argv: Sequence[str] | None = None) -> int:

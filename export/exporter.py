@@ -6,24 +6,26 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
-from export import artifacts, forms, report
+from export import artifacts, forms, html_report, report
 from export.errors import ExportError, Unsteppable
+from export.forms import Form
 from export.loading import load
+from export.precision import Narrowed, narrowed
 from export.stateful import StatefulNetwork
+from export.test_data import TestData
 from export.whole import WholeNetwork
 from models import cells  # noqa: F401  registers the cells for loading
-from models.metrics import evaluate
-from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument
-from service.runtime import Runtime
+from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument, Precision
 
+REPORT_NAME = "report.html"  # beside the model, for people; the service does not read it
 LIBRARIES = ("keras", "onnx", "onnxruntime", "tensorflow", "tf2onnx")
 
 
@@ -38,6 +40,8 @@ class Request:
     labels: tuple[str, ...] | None = None
     data: Path | None = None
     imports: tuple[Path, ...] = ()
+    precision: Precision = "float32"
+    tolerance: float | None = None  # what may be lost of each test metric; None for its default
 
 
 def export(request: Request, console: Console) -> Path:
@@ -56,34 +60,59 @@ def export(request: Request, console: Console) -> Path:
                 f"--data: a network that cannot be stepped is not scored, leave it out ({network.reason})"
             )
         document = _document(request, network, card)
+        data_path = request.data or _beside(request.network, ".npz")
+        data = TestData(network, data_path) if data_path and isinstance(network, StatefulNetwork) else None
         tried = forms.all_forms(network, document, report=status.update)
         form = forms.best(tried)
+        narrow: Narrowed | None = None
+        if request.precision != "float32":
+            narrow = _narrowed(request, tried, document, data, status.update)
+            form, tried = narrow.form, narrow.tried
         status.update("measuring beside tf2onnx's Loop and Keras")
-        timings = forms.side_by_side(network, form, document)
+        timings = forms.side_by_side(network, form, document, narrow.float32 if narrow else None)
+        parity = form.parity.figures()
+        if narrow:
+            del parity["tolerance"]  # that of float32: here the test metrics decide
+            parity.update(test_metrics_float32=narrow.before, test_metrics_tolerance=narrow.tolerance)
         document = document.model_copy(
             update={
+                "precision": request.precision,
                 "form": form.name,
                 "operators": form.operators,
-                "parity": form.parity.figures(),
+                "parity": parity,
                 "exactness": form.exactness,
                 "timings": {"unit": "microseconds a run, 1 thread, by batch x time", **timings},
             }
         )
         metrics: dict[str, tuple[float, float]] = {}
-        data = request.data or _beside(request.network, ".npz")
-        if data and isinstance(network, StatefulNetwork):
+        if data:
             status.update("evaluating on the test data")
-            metrics = _evaluate(network, forms.open_model(form.model, form.step, document), data)
+            runtime = forms.open_model(form.model, form.step, document)
+            keras_scores = data.score_keras(runtime)
+            metrics = {name: (ours, keras_scores[name]) for name, ours in data.score(runtime).items()}
         document = document.model_copy(
             update={"metrics": {**card.get("metrics", {}), **{name: ours for name, (ours, _) in metrics.items()}}}
         )
         files = {MODEL_NAME: forms.with_document(form.model, document)}
         if form.step:
             files[STEP_NAME] = forms.with_document(form.step, document)
+        results = report.Results(document, form, tried, sum(map(len, files.values())), timings, metrics, narrow)
+        files[REPORT_NAME] = html_report.render(results, network).encode()
         folder = artifacts.write(request.artifacts, request.name, request.version, files)
-    size = sum(map(len, files.values()))
-    report.show(console, str(folder), form, tried, size, timings, metrics, document.signature.predict_only)
+    report.show(console, str(folder), results)
     return folder
+
+
+def _narrowed(
+    request: Request, tried: list[Form], document: ModelDocument, data: TestData | None, status: Callable[[str], None]
+) -> Narrowed:
+    if data is None:
+        raise ExportError(
+            f"{request.precision}: what it costs is measured on test data of a network that can be stepped: give it "
+            f"with --data FILE.npz (x [n, time, *features], lengths [n], y)"
+        )
+    assert request.precision != "float32"
+    return narrowed(tried, request.precision, document, data, request.tolerance, status)
 
 
 def network_of(model: Any) -> StatefulNetwork | WholeNetwork:
@@ -144,28 +173,3 @@ def _document(request: Request, network: StatefulNetwork | WholeNetwork, card: d
             **versions,
         },
     )
-
-
-def _evaluate(network: StatefulNetwork, runtime: Runtime, path: Path) -> dict[str, tuple[float, float]]:
-    """Gives each metric on the test data, of the ONNX model and of Keras."""
-    if not path.is_file():
-        raise ExportError(f"--data {path}: no such file")
-    if len(network.inputs) > 1 or len(network.outputs) > 1:
-        raise ExportError(f"{path}: test data is scored for networks of one input and one output: leave --data out")
-    spec = network.inputs[0]
-    try:
-        with np.load(path) as file:
-            data = dict(file)
-        x, lengths = data["x"].astype(spec.dtype), data["lengths"].astype(np.int32)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{path}: not test data ({error}): an .npz with x, lengths and y is wanted") from None
-    if x.shape[2:] != spec.shape or x.shape[:1] != lengths.shape:
-        raise ExportError(
-            f"{path}: x has shape {list(x.shape)} and lengths {list(lengths.shape)}, "
-            f"[n, time, {', '.join(map(str, spec.shape))}] and [n] are wanted"
-        )
-    ours, _ = runtime.run(np.ascontiguousarray(x), lengths, runtime.zeros(len(x)))
-    mask = np.arange(x.shape[1]) < lengths[:, None]
-    (keras_y,), _ = network.run([x], runtime.zeros(len(x)), mask)
-    scored, keras_scored = evaluate(ours, data), evaluate(np.asarray(keras_y), data)
-    return {name: (value, keras_scored[name]) for name, value in scored.items()}

@@ -36,16 +36,22 @@ SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
 THREADS = (1, 2)  # exactness is proved across these
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Form:
     """One form of a network, converted, and what was proved and measured of it."""
 
     name: str
     model: onnx.ModelProto
     step: onnx.ModelProto | None  # the graph for single steps, where it is faster and gives the same bits
+    built_step: onnx.ModelProto | None  # that graph, taken or not
     parity: Parity
     exactness: Exactness
     microseconds: dict[str, float]  # a run, by "batch x time"
+
+    @property
+    def size(self) -> int:
+        """Gives the bytes of its files, but for what they say about themselves."""
+        return sum(len(graph.SerializeToString()) for graph in (self.model, self.step) if graph)
 
     @property
     def operators(self) -> dict[str, int]:
@@ -83,22 +89,38 @@ def all_forms(
                 f"what cannot be laid out as an ONNX graph; write it with simpler operations of keras.ops"
             ) from None
         report(f"comparing with Keras: {name}")
-        if reference is None:
-            reference = WholeReference(network) if isinstance(network, WholeNetwork) else Reference(network)
+        reference = reference or reference_of(network)
         for step_or_none in (None, step) if step else (None,):
             parity = reference.compare(open_model(model, step_or_none, document))
             if parity.failed:
                 raise ProofFailed(_explain(name, parity))
-        report(f"measuring: {name}")
-        kept = step if step and _step_is_faster(model, step, document) else None
-        report(f"proving bit identity: {name}")
-        exactness = _prove(model, kept, document)
-        if kept and not exactness.proved:
-            kept, exactness = None, _prove(model, None, document)
-        runs = _runs(open_model(model, kept, document), _shapes(document.signature))
-        microseconds = {shape: _microseconds(run) for shape, run in runs.items()}
-        forms.append(Form(name, model, kept, parity, exactness, microseconds))
+        forms.append(measured(name, model, step, parity, document, report))
     return forms
+
+
+def reference_of(network: StatefulNetwork | WholeNetwork) -> Reference | WholeReference:
+    """Runs Keras, for forms to be compared with."""
+    return WholeReference(network) if isinstance(network, WholeNetwork) else Reference(network)
+
+
+def measured(
+    name: str,
+    model: onnx.ModelProto,
+    step: onnx.ModelProto | None,
+    parity: Parity,
+    document: ModelDocument,
+    report: Callable[[str], None],
+) -> Form:
+    """Measures a form and proves its bit identity; keeps its graph for single steps where that is worth it."""
+    report(f"measuring: {name}")
+    kept = step if step and _step_is_faster(model, step, document) else None
+    report(f"proving bit identity: {name}")
+    exactness = _prove(model, kept, document)
+    if kept and not exactness.proved:
+        kept, exactness = None, _prove(model, None, document)
+    runs = _runs(open_model(model, kept, document), _shapes(document.signature))
+    microseconds = {shape: _microseconds(run) for shape, run in runs.items()}
+    return Form(name, model, kept, step, parity, exactness, microseconds)
 
 
 def best(forms: list[Form]) -> Form:
@@ -124,10 +146,18 @@ def _step_is_faster(model: onnx.ModelProto, step: onnx.ModelProto, document: Mod
 
 
 def side_by_side(
-    network: StatefulNetwork | WholeNetwork, form: Form, document: ModelDocument
+    network: StatefulNetwork | WholeNetwork, form: Form, document: ModelDocument, float32: Form | None = None
 ) -> dict[str, dict[str, float | None]]:
-    """Measures tf2onnx's own `Loop`, our form and Keras, run in turn; microseconds a run by shape and form."""
+    """Measures tf2onnx's own `Loop`, our form and Keras, run in turn; microseconds a run by shape and form.
+
+    Args:
+        network: The network.
+        form: Ours.
+        document: What the model file says.
+        float32: The float32 form beside one of less precision, measured too.
+    """
     runtime = open_model(form.model, form.step, document)
+    wide = float32 and open_model(float32.model, float32.step, document)
     loop = _loop(network)
     keras_run = tf.function(network.run, autograph=False)
     rng = np.random.default_rng(2)
@@ -138,6 +168,7 @@ def side_by_side(
         runs: dict[str, Callable[[], Any] | None] = {
             "loop": _loop_run(loop, x, states),
             "ours": _ours(runtime, x, states),
+            **({"float32": _ours(wide, x, states)} if wide else {}),
             "keras": partial(keras_run, inputs, list(map(tf.constant, states))),
         }
         table[f"{batch}x{steps}"] = _in_turn(runs)

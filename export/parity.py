@@ -48,6 +48,7 @@ class Parity:
     strays: float  # float32 Keras's own error against float64 where the tolerance needed it, else 0
     rows: int
     time_steps: int
+    by_step: tuple[tuple[int, float], ...]  # time step (or length): the outputs' largest difference there, in one run
 
     @property
     def failed(self) -> list[Difference]:
@@ -85,17 +86,32 @@ class Reference:
         self.model_x, self.model_y = self._keras_model()
         self._double: tuple[list[Array], list[Array]] | None = None
         self.strays = 0.0
+        self.judged = True
 
-    def compare(self, runtime: Runtime) -> Parity:
-        """Runs a form whole, in chunks and in single steps from Keras's states, and measures every tensor."""
-        self.strays = 0.0
+    def compare(self, runtime: Runtime, judged: bool = True) -> Parity:
+        """Runs a form whole, in chunks and in single steps from Keras's states, and measures every tensor.
+
+        Args:
+            runtime: The form.
+            judged: Whether float32 Keras's own error is of interest: it is not where the form is of less precision.
+        """
+        self.strays, self.judged = 0.0, judged
         y, final = runtime.run(self.x, self.lengths, self.initial)
+        by_step = self._by_step(y)
         whole = list(self._differences("whole", y, final))
         y, final = self._in_chunks(runtime)
         chunks = list(self._differences("chunks", y, final))
         steps = list(self._step_differences(runtime))
         model = list(self._model_differences(runtime))
-        return Parity((*steps, *whole, *chunks, *model), self.strays, ROWS, STEPS)
+        return Parity((*steps, *whole, *chunks, *model), self.strays, ROWS, STEPS, by_step)
+
+    def _by_step(self, y: Array) -> tuple[tuple[int, float], ...]:
+        worst = np.zeros(STEPS)
+        for ours, true in zip(parts(y), parts(self.y), strict=True):
+            wide = true.astype(np.float64)
+            off = (np.abs(ours - wide) / np.maximum(1, np.abs(wide))).reshape(*self.valid.shape, -1).max(axis=2)
+            worst = np.maximum(worst, np.where(self.valid, off, 0).max(axis=0))
+        return tuple(enumerate(worst.tolist(), 1))
 
     def _keras(self, network: StatefulNetwork, x: Array, states: list[Array]) -> tuple[Array, list[Array]]:
         run = tf.function(network.run, autograph=False)
@@ -172,7 +188,7 @@ class Reference:
         off = np.abs(ours - true) / scale
         off = np.where(np.isfinite(ours), off, np.inf).reshape(len(off), -1).max(axis=1)
         allowed = np.full(len(off), TOLERANCE)
-        if (off > TOLERANCE).any() and run != "steps":
+        if self.judged and (off > TOLERANCE).any() and run != "steps":
             allowed = np.maximum(allowed, STRAYING * self._own_error(place)[steps])
         worst = int(np.argmax(off / allowed))
         states = [
@@ -240,9 +256,10 @@ class WholeReference:
             x, _ = draw(network.signature, rows or 3, length, rng)
             self.cases.append((x, whole_run(network.original, parts(x))))
 
-    def compare(self, runtime: Runtime) -> Parity:
+    def compare(self, runtime: Runtime, judged: bool = True) -> Parity:
         """Runs a form over the sequences of each length, and measures every output."""
         differences, strays = [], 0.0
+        by_length: dict[int, float] = {}
         for x, true in self.cases:
             lengths = np.full(len(x), x.shape[1], np.int32)
             y, _ = runtime.run(x, lengths, [])
@@ -252,14 +269,16 @@ class WholeReference:
                     ours = ours.reshape(keras_y.shape) if ours.size == keras_y.size else ours[:, -1]
                 off = np.abs(ours - keras_y) / np.maximum(1, np.abs(keras_y))
                 worst, allowed = float(np.where(np.isfinite(off), off, np.inf).max()), TOLERANCE
-                if worst > TOLERANCE:
+                by_length[x.shape[1]] = max(worst, by_length.get(x.shape[1], 0.0))
+                if judged and worst > TOLERANCE:
                     strays = max(strays, self._own_error(x, place, keras_y))
                     allowed = max(TOLERANCE, STRAYING * strays)
                 spec = self.network.outputs[place]
                 layer = self.network.model.outputs[place]._keras_history.operation.name
                 where = f"{x.shape[1]} time steps"
                 differences.append(Difference(spec.name, layer, "model", worst, worst / allowed, where))
-        return Parity(tuple(differences), strays, len(self.cases[-1][0]), self.cases[-1][0].shape[1])
+        rows, time = self.cases[-1][0].shape[:2]
+        return Parity(tuple(differences), strays, rows, time, tuple(by_length.items()))
 
     def _own_error(self, x: Array, place: int, single: Array) -> float:
         """Gives float32 Keras's own error against a float64 run."""

@@ -15,6 +15,7 @@ METADATA_KEY = "cellserve"
 FORMAT: Literal[1] = 1
 # In artifacts/NAME/VERSION/; the graph for single steps is there where it is faster.
 MODEL_NAME, STEP_NAME, MANIFEST_NAME = "model.onnx", "step.onnx", "manifest.json"
+Precision = Literal["float32", "float16", "int8"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
@@ -85,6 +86,7 @@ class ModelDocument(_Frozen):
     # How an output becomes the next input in a rollout: a symbol drawn from a distribution, or the output itself.
     rollout: Literal["probabilities", "logits", "value"] | None = None
     metrics: dict[str, float] = Field(default_factory=dict)  # on the test data: {"accuracy": 0.98}
+    precision: Precision = "float32"  # of the weights; inputs, outputs and states stay wide
     form: str = ""  # how time is run over: "LSTM", "Scan", ...
     operators: dict[str, int] = Field(default_factory=dict)  # operator: how often it stands in the graph
     parity: dict[str, Any] = Field(default_factory=dict)  # largest differences from Keras, and over what

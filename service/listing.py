@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"cellserve models: {broken}", markup=False)
         return 1
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("model", "version", "takes", "gives", "states", "form", "exact", "test metrics"):
+    for heading in ("model", "version", "takes", "gives", "states", "form", "precision", "exact", "test metrics"):
         table.add_column(heading)
     for versions in repository.by_name().values():
         for version in versions:
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if signature.predict_only is None
                 else "whole sequences only",
                 document.form,
+                document.precision,
                 "yes" if model.exactness.proved else "no",
                 ", ".join(f"{metric} {value:.4g}" for metric, value in document.metrics.items()),
             )

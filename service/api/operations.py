@@ -97,6 +97,7 @@ def _listed(service: Service, name: str, states: list[VersionState]) -> dict[str
         "name": name,
         "version": None if engine is None else engine.model.version,
         "description": "" if engine is None else engine.model.document.description,
+        "precision": None if engine is None else engine.model.document.precision,
         "versions": [_stands(state) for state in states],
     }
 

@@ -1,0 +1,130 @@
+"""Forms of less precision than float32: makes them, scores them on test data, chooses one or refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from export import forms
+from export.errors import ExportError
+from export.forms import Form
+from export.rewriting import SCHEMES, Ranges, digest, products
+from export.test_data import TestData
+from models.signature import ModelDocument
+
+# What may be lost where `--tolerance` does not say: of accuracy as a share of all, of RMSE as a share of what it was.
+TOLERANCES = {"accuracy": 0.01, "rmse": 0.01}
+_ROWS, _STEPS = 64, 200  # of the test data, to calibrate on
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """A form in less precision, beside the float32 form that was the best."""
+
+    form: Form
+    float32: Form
+    tried: list[Form]  # within tolerance
+    lost: list[str]  # what those that were not would have cost
+    before: dict[str, float]  # test metrics in float32
+    after: dict[str, float]
+    tolerance: dict[str, float]
+
+
+def narrowed(
+    tried: list[Form],
+    precision: Literal["int8", "float16"],
+    document: ModelDocument,
+    data: TestData,
+    tolerance: float | None = None,
+    report: Callable[[str], None] = lambda stage: None,
+) -> Narrowed:
+    """Writes a network in less precision in every way that there is, and takes the fastest exact one within tolerance.
+
+    The best float32 form is rewritten, and the one without operators of whole recurrences: only products that stand
+    by themselves can be made in int8.
+
+    Raises:
+        ExportError: Each of them loses more than the tolerance on the test data.
+    """
+    best = forms.best(tried)
+    before = data.score(forms.open_model(best.model, best.step, document))
+    allowed = {name: TOLERANCES[name] if tolerance is None else tolerance for name in before}
+    reference = forms.reference_of(data.network)
+    made: list[Form] = []
+    metrics: dict[str, dict[str, float]] = {}
+    lost: list[tuple[float, str]] = []
+    for base in dict.fromkeys([best, tried[-1]]):
+        ranges = _ranges(base, document, data)
+        for scheme in SCHEMES[precision]:
+            name = f"{base.name}, {scheme.name}"
+            report(f"converting: {name}")
+            model = scheme.rewrite(base.model, ranges)
+            if model is None:
+                continue
+            step = base.built_step and scheme.rewrite(base.built_step, ranges)
+            runtime = forms.open_model(model, step, document)
+            report(f"evaluating on the test data: {name}")
+            after = data.score(runtime)
+            losses = {metric: _loss(metric, before[metric], after[metric]) for metric in before}
+            worst = max(losses, key=lambda metric: _key(losses[metric]) - allowed[metric])
+            if not losses[worst] <= allowed[worst]:
+                told = f"{worst} goes from {before[worst]:.4f} to {after[worst]:.4f}, {losses[worst]:.2g} is lost and "
+                lost.append((_key(losses[worst]), f"{told}{allowed[worst]:.2g} allowed ({name})"))
+                continue
+            parity = reference.compare(runtime, judged=False)
+            made.append(forms.measured(name, model, step, parity, document, report))
+            metrics[name] = after
+    if not made:
+        raise ExportError(
+            f"{precision}: on {data.path} {min(lost)[1]}; nothing was written: give a larger --tolerance, or stay with "
+            f"float32"
+            if lost
+            else f"{precision}: the network has no weights that could be narrowed; nothing was written"
+        )
+    form = forms.best(made)
+    return Narrowed(form, best, made, [text for _, text in lost], before, metrics[form.name], allowed)
+
+
+def _loss(metric: str, before: float, after: float) -> float:
+    if metric == "rmse":
+        return (after - before) / (before or 1.0)
+    return before - after
+
+
+def _key(loss: float) -> float:
+    return loss if np.isfinite(loss) else np.inf
+
+
+def _ranges(form: Form, document: ModelDocument, data: TestData) -> Ranges:
+    """Steps through some of the test data; gives the largest number that each weight was multiplied by."""
+    if form.built_step is None:
+        return {}
+    model = onnx.ModelProto.FromString(form.built_step.SerializeToString())
+    weights = {}
+    for node, weight in list(products(model.graph)):
+        name = f"calibration/{node.output[0]}"
+        weights[name] = digest(weight)
+        model.graph.node.append(helper.make_node("Identity", [node.input[0]], [name]))
+        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    signature = document.signature
+    rows = np.linspace(0, len(data.x) - 1, min(_ROWS, len(data.x))).astype(int)
+    x, lengths = data.x[rows], data.lengths[rows]
+    states = {
+        state.name: np.zeros((len(rows), *state.shape), state.dtype) for state in signature.states
+    }  # the export's own states have the batch first
+    wanted = [*weights, *(state.next_name for state in signature.states)]
+    largest: dict[str, float] = {}
+    for t in range(min(_STEPS, int(lengths.max()))):
+        results = session.run(wanted, {signature.inputs[0].name: np.ascontiguousarray(x[:, t : t + 1]), **states})
+        states = dict(zip(states, results[len(weights) :], strict=True))
+        for key, numbers in zip(weights.values(), results, strict=False):
+            valid = numbers[lengths > t] if len(numbers) == len(rows) else numbers
+            largest[key] = max(largest.get(key, 0.0), float(np.abs(valid).max(initial=0)))
+    return largest
