@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +15,6 @@ from rich.console import Console
 
 from export import artifacts, forms, html_report, report
 from export.errors import ExportError, Unsteppable
-from export.forms import Form
 from export.loading import load
 from export.precision import Narrowed, narrowed
 from export.stateful import StatefulNetwork
@@ -62,11 +60,16 @@ def export(request: Request, console: Console) -> Path:
         document = _document(request, network, card)
         data_path = request.data or _beside(request.network, ".npz")
         data = TestData(network, data_path) if data_path and isinstance(network, StatefulNetwork) else None
+        if data is None and request.precision != "float32":
+            raise ExportError(
+                f"{request.precision}: what it costs is measured on test data, of a network that can be stepped: "
+                f"give it with --data FILE.npz (x [n, time, *features], lengths [n], y)"
+            )
         tried = forms.all_forms(network, document, report=status.update)
         form = forms.best(tried)
         narrow: Narrowed | None = None
-        if request.precision != "float32":
-            narrow = _narrowed(request, tried, document, data, status.update)
+        if data and request.precision != "float32":
+            narrow = narrowed(tried, request.precision, document, data, request.tolerance, status.update)
             form, tried = narrow.form, narrow.tried
         status.update("measuring beside tf2onnx's Loop and Keras")
         timings = forms.side_by_side(network, form, document, narrow.float32 if narrow else None)
@@ -101,18 +104,6 @@ def export(request: Request, console: Console) -> Path:
         folder = artifacts.write(request.artifacts, request.name, request.version, files)
     report.show(console, str(folder), results)
     return folder
-
-
-def _narrowed(
-    request: Request, tried: list[Form], document: ModelDocument, data: TestData | None, status: Callable[[str], None]
-) -> Narrowed:
-    if data is None:
-        raise ExportError(
-            f"{request.precision}: what it costs is measured on test data of a network that can be stepped: give it "
-            f"with --data FILE.npz (x [n, time, *features], lengths [n], y)"
-        )
-    assert request.precision != "float32"
-    return narrowed(tried, request.precision, document, data, request.tolerance, status)
 
 
 def network_of(model: Any) -> StatefulNetwork | WholeNetwork:

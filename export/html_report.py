@@ -152,7 +152,7 @@ def _plot(points: Sequence[tuple[int, float]], limit: float | None, how: str) ->
         return "<p>The outputs are those of Keras, bit for bit.</p>"
     low = math.floor(math.log10(min(seen)))
     high = max(math.ceil(math.log10(max([*seen, limit or 0.0]) * 1.001)), low + 1)
-    left, right, top, bottom = 44, 552, 12, 214
+    left, right, top, bottom = 44, 396, 10, 180
     last = max(points)[0]
     first = min(points)[0] if min(points)[0] < last else 0
 
@@ -180,7 +180,7 @@ def _plot(points: Sequence[tuple[int, float]], limit: float | None, how: str) ->
     lines.append(f'<polyline class="curve" points="{drawn}"/>')
     told = f"Largest {max(seen):.1e} and smallest {min(seen):.1e} over time steps {min(points)[0]} to {last}."
     return (
-        f'<svg viewBox="0 0 560 250" width="560" role="img" aria-labelledby="plot-title plot-desc">'
+        f'<svg viewBox="0 0 400 216" width="560" role="img" aria-labelledby="plot-title plot-desc">'
         f'<title id="plot-title">Largest difference from Keras at each time step, {how}, logarithmic</title>'
         f'<desc id="plot-desc">{told}</desc>{"".join(lines)}</svg>'
         f'<p class="dim">Largest |ours &minus; Keras| / max(1, |Keras|) of the outputs at each time step, {how}.</p>'

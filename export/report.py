@@ -83,7 +83,7 @@ def slower_than_float32(results: Results) -> str:
     told = [
         f"{ours / float32:.1f} x at {shape}"
         for shape, row in results.timings.items()
-        if (ours := row["ours"]) and (float32 := row["float32"]) and ours > 1.1 * float32
+        if (ours := row["ours"]) and (float32 := row.get("float32")) and ours > 1.1 * float32
     ]
     return f"slower than float32: {', '.join(told)}" if told else ""
 

@@ -155,18 +155,18 @@ def _int8_products(model: onnx.ModelProto, ranges: Ranges, by_row: bool) -> bool
 
 def _int8_product(builder: GraphBuilder, x: str, weight: Array, largest: float | None) -> str:
     narrow, scale = _quantized(weight, -1, _SEVEN_BITS)
-    zero = builder.constant(np.array(128, np.uint8))
+    zero = _scalar(builder, np.array(128, np.uint8))
     if largest is None:
         row = builder.node("ReduceMax", builder.node("Abs", x), builder.constant(np.array([-1])))
-        tiny = builder.constant(np.array(1e-30, np.float32))  # a row of zeros is not divided by zero
-        row = builder.node("Mul", builder.node("Max", row, tiny), builder.constant(np.array(1 / 127, np.float32)))
+        tiny = _scalar(builder, np.array(1e-30, np.float32))  # a row of zeros is not divided by zero
+        row = builder.node("Mul", builder.node("Max", row, tiny), _scalar(builder, np.array(1 / 127, np.float32)))
         whole = builder.node("Round", builder.node("Div", x, row))
-        shifted = builder.node("Add", whole, builder.constant(np.array(128, np.float32)))
+        shifted = builder.node("Add", whole, _scalar(builder, np.array(128, np.float32)))
         numbers = builder.node("Cast", shifted, to=TensorProto.UINT8)
         sums = _float(builder, builder.node("MatMulInteger", numbers, builder.constant(narrow), zero))
         return str(builder.node("Mul", builder.node("Mul", sums, builder.constant(scale[0])), row))
     own = np.array((largest or 1.0) / 127, np.float32)
-    numbers = builder.node("QuantizeLinear", x, builder.constant(own), zero)
+    numbers = builder.node("QuantizeLinear", x, _scalar(builder, own), zero)
     sums = _float(builder, builder.node("MatMulInteger", numbers, builder.constant(narrow), zero))
     return str(builder.node("Mul", sums, builder.constant(scale[0] * own)))
 
@@ -197,6 +197,13 @@ def _float16_throughout(model: onnx.ModelProto, ranges: Ranges) -> bool:
 
     model.CopyFrom(convert_float_to_float16(model, keep_io_types=True))
     return True
+
+
+def _scalar(builder: GraphBuilder, value: Array) -> str:
+    """Adds a constant without axes: a scale or zero point of one axis would be one for each channel."""
+    name = f"{builder.prefix}scalar_{value.dtype}_{value}"
+    builder.initializers[name] = numpy_helper.from_array(value, name)
+    return name
 
 
 def _float(builder: GraphBuilder, tensor: str) -> str:
