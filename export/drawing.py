@@ -40,24 +40,25 @@ def draw(network: StatefulNetwork | WholeNetwork) -> str:
     for box in boxes:
         box.rank = 1 + max((boxes[source].rank for source in box.sources), default=-1)
         ranks[box.rank].append(box)
-    widths = {rank: sum(map(_room, row)) + _BESIDE * (len(row) - 1) for rank, row in ranks.items()}
+    chain = all(len(row) == 1 for row in ranks.values())
     long = any(box.rank - boxes[source].rank > 1 for box in boxes for source in box.sources)
     margin = 46 if long else 4  # for edges that go around boxes
-    # Boxes of a chain stand in one line, the states to their right.
-    only = all(len(row) == 1 for row in ranks.values())
-    width = max(widths.values()) + 2 * margin
-    for rank, row in ranks.items():
-        left = margin if only else (width - widths[rank]) / 2
+    width = max(_row_width(row, chain) for row in ranks.values()) + 2 * margin
+    for row in ranks.values():
+        left = margin if chain else (width - _row_width(row, len(row) > 1)) / 2
+        if len(row) == 1 and not chain:
+            left = (width - _WIDTH) / 2  # one below the other, states or not
         for box in row:
             box.left, left = left, left + _room(box) + _BESIDE
     height = len(ranks) * (_HEIGHT + _DOWN) - _DOWN + 8
-    parts = [_edge(boxes[source], box, margin) for box in boxes for source in box.sources]
+    parts = [_edge(boxes[source], box, ranks) for box in boxes for source in box.sources]
     parts += [_drawn(box) for box in boxes]
     told = "; ".join(
         f"{box.name} ({box.what}{', carries ' + ', '.join(box.states) if box.states else ''})" for box in boxes
     )
     return (
         f'<div class="wide network"><svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img" '
+        f'style="min-width:{0.65 * width:.0f}px" '
         f'aria-labelledby="network-title network-desc"><title id="network-title">The layers and states of the network'
         f'</title><desc id="network-desc">From the inputs to the outputs: {escape(told)}.</desc><defs>'
         f"{_ARROW.format(id='arrow', colour='--dim')}{_ARROW.format(id='state-arrow', colour='--state')}</defs>"
@@ -112,17 +113,23 @@ def _room(box: _Box) -> float:
     return _WIDTH + (_STATE + _BESIDE if box.states else 0)
 
 
+def _row_width(row: list[_Box], packed: bool) -> float:
+    if len(row) == 1 and not packed:
+        return 2 * _room(row[0]) - _WIDTH  # the box in the middle, room for its states on both sides
+    return sum(map(_room, row)) + _BESIDE * (len(row) - 1)
+
+
 def _top(box: _Box) -> float:
     return 4 + box.rank * (_HEIGHT + _DOWN)
 
 
-def _edge(start: _Box, end: _Box, margin: float) -> str:
+def _edge(start: _Box, end: _Box, ranks: dict[int, list[_Box]]) -> str:
     x1, y1 = start.left + _WIDTH / 2, _top(start) + _HEIGHT
     x2, y2 = end.left + _WIDTH / 2, _top(end)
     bend = _DOWN * 0.6
     if end.rank - start.rank > 1:
         # Around the left of what stands between.
-        side = min(start.left, end.left) - margin + 8
+        side = min(box.left for rank in range(start.rank + 1, end.rank) for box in ranks[rank]) - 24
         way = f"C{x1} {y1 + bend} {side} {y1} {side} {y1 + bend}L{side} {y2 - bend}"
         way += f"C{side} {y2} {x2} {y2 - bend} {x2} {y2}"
     else:

@@ -41,7 +41,6 @@ def render(results: Results, network: StatefulNetwork | WholeNetwork) -> str:
 def _facts(results: Results) -> str:
     document = results.document
     facts = {
-        "form": document.form,
         "precision": document.precision,
         "exact": "yes" if document.exactness.proved else "not proved",
         "size": f"{results.size / 1024:.1f} KiB",
@@ -152,7 +151,7 @@ def _plot(points: Sequence[tuple[int, float]], limit: float | None, how: str) ->
         return "<p>The outputs are those of Keras, bit for bit.</p>"
     low = math.floor(math.log10(min(seen)))
     high = max(math.ceil(math.log10(max([*seen, limit or 0.0]) * 1.001)), low + 1)
-    left, right, top, bottom = 44, 396, 10, 180
+    left, right, top, bottom = 44, 384, 10, 180
     last = max(points)[0]
     first = min(points)[0] if min(points)[0] < last else 0
 

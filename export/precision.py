@@ -60,7 +60,7 @@ def narrowed(
     metrics: dict[str, dict[str, float]] = {}
     lost: list[tuple[float, str]] = []
     for base in dict.fromkeys([best, tried[-1]]):
-        ranges = _ranges(base, document, data)
+        ranges = calibrated_ranges(base.built_step, document, data) if base.built_step else {}
         for scheme in SCHEMES[precision]:
             name = f"{base.name}, {scheme.name}"
             report(f"converting: {name}")
@@ -101,11 +101,15 @@ def _key(loss: float) -> float:
     return loss if np.isfinite(loss) else np.inf
 
 
-def _ranges(form: Form, document: ModelDocument, data: TestData) -> Ranges:
-    """Steps through some of the test data; gives the largest number that each weight was multiplied by."""
-    if form.built_step is None:
-        return {}
-    model = onnx.ModelProto.FromString(form.built_step.SerializeToString())
+def calibrated_ranges(step: onnx.ModelProto, document: ModelDocument, data: TestData) -> Ranges:
+    """Steps through some of the test data; gives the largest number that each weight was multiplied by.
+
+    Args:
+        step: The graph for single steps: nothing in it is hidden in a loop.
+        document: Has its signature.
+        data: The test data.
+    """
+    model = onnx.ModelProto.FromString(step.SerializeToString())
     weights = {}
     for node, weight in list(products(model.graph)):
         name = f"calibration/{node.output[0]}"

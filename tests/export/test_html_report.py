@@ -1,0 +1,145 @@
+"""report.html: whole, well-formed, from nowhere else, and safe whatever the network is called."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tests.networks import FEATURES, network
+
+import keras  # isort: skip  after TensorFlow has been imported quietly
+from keras import layers  # isort: skip
+
+from export import forms
+from export.drawing import draw
+from export.exporter import REPORT_NAME, Request, export, network_of
+from models.cells import LSTMCell
+from models.signature import MODEL_NAME
+from service.exactness import SHORT
+from service.runtime import Runtime
+
+HOSTILE = "<img src=x onerror=\"alert(1)\"> & 'more'"
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """Reads a page; fails where a tag is closed that was not opened, or not closed at all."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    home = tmp_path_factory.mktemp("report")
+    path = home / f"{HOSTILE.replace('/', '')}.keras"
+    model = network(LSTMCell(6))
+    model.save(home / "mine.keras")
+    (home / "mine.keras").rename(path)
+    path.with_suffix(".card.json").write_text(json.dumps({"description": HOSTILE}))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 6, FEATURES)).astype(np.float32)
+    y = np.asarray(model(x))[:, -1].argmax(axis=-1)
+    np.savez(home / "test.npz", x=x, lengths=np.full(20, 6, np.int32), y=y)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "WHOLE", SHORT)
+        yield export(Request(path, "mine", home / "artifacts", data=home / "test.npz"), Console(quiet=True))
+
+
+def test_every_part_is_there(folder: Path) -> None:
+    page = Page((folder / REPORT_NAME).read_text())
+    headings = re.findall(r"<h2[^>]*>([^<]+)</h2>", (folder / REPORT_NAME).read_text())
+    assert headings == [
+        "Network",
+        "Signature",
+        "Forms and time",
+        "Operators",
+        "Parity with Keras",
+        "Bit identity",
+        "Test metrics",
+        "Provenance",
+    ]
+    document = Runtime(folder / MODEL_NAME).document
+    assert document.precision == "float32"
+    for told in (
+        *document.operators,
+        *document.provenance.values(),
+        document.exactness.why,
+        document.form,
+        "recurrent.h [6]",
+        "[batch, time, 5]",
+        "accuracy",
+        "tf2onnx's Loop",
+    ):
+        assert told in page.text, told
+
+
+def test_the_drawings_have_titles_and_descriptions_and_the_curve_a_point_for_each_time_step(folder: Path) -> None:
+    page = Page((folder / REPORT_NAME).read_text())
+    drawings = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(drawings) == 2
+    ids = {attributes.get("id") for _, attributes in page.tags}
+    for attributes in drawings:
+        assert attributes["role"] == "img"
+        assert set((attributes["aria-labelledby"] or "").split()) <= ids
+    (curve,) = [attributes for tag, attributes in page.tags if tag == "polyline"]
+    assert len((curve["points"] or "").split()) == 208
+
+
+def test_nothing_comes_from_elsewhere_and_nothing_runs(folder: Path) -> None:
+    text = (folder / REPORT_NAME).read_text()
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base", "a"}
+    names = {name for _, attributes in page.tags for name in attributes}
+    assert not names & {"src", "href", "srcset", "action"}
+    assert not [name for name in names if name.startswith("on")]
+    assert "://" not in text
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    assert HOSTILE in page.text
+
+
+def test_names_of_layers_states_and_inputs_are_only_text() -> None:
+    x = keras.Input((None, 4), name=HOSTILE)
+    h = layers.RNN([LSTMCell(3), LSTMCell(3), LSTMCell(3)], return_sequences=True, name=f"rnn {HOSTILE}")(x)
+    model = keras.Model(x, layers.Add(name=f"add {HOSTILE}")([h, layers.Dense(3, name=f"dense {HOSTILE}")(x)]))
+    text = draw(network_of(model))
+    page = Page(text)
+    assert {tag for tag, _ in page.tags} <= {"div", "svg", "title", "desc", "defs", "marker", "path", "rect", "text"}
+    assert f"dense {HOSTILE} (Dense [time, 3])" in page.text
+    assert "and 5 more states" in page.text
+
+
+def test_a_network_that_cannot_be_stepped_is_drawn_too() -> None:
+    model = keras.Sequential([keras.Input((None, 4)), layers.Bidirectional(layers.LSTM(3), name="both")])
+    assert "both (Bidirectional [6])" in Page(draw(network_of(model))).text

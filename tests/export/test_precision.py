@@ -1,0 +1,174 @@
+"""Less precision: exact all the same, within the tolerance on the user's data or refused, and said so everywhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.networks import FEATURES, DecayingCell, network
+
+import keras  # isort: skip  after TensorFlow has been imported quietly
+from keras import layers  # isort: skip
+
+from export import forms
+from export.__main__ import main
+from export.exporter import REPORT_NAME, network_of
+from export.precision import calibrated_ranges
+from export.rewriting import SCHEMES
+from export.stateful import StatefulNetwork
+from export.test_data import TestData
+from models.cells import LSTMCell
+from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument
+from service.exactness import SHORT, prove
+from service.runtime import Runtime
+
+UNITS, CLASSES, STEPS, SEQUENCES = 24, 3, 20, 200
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves with the service's effort: the whole one takes its seconds for each of many forms."""
+    monkeypatch.setattr(forms, "WHOLE", SHORT)
+
+
+def saved(folder: Path, model: Any) -> tuple[Path, Path]:
+    """Saves a network, and test data that it gets right."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(SEQUENCES, STEPS, *model.inputs[0].shape[2:])).astype(np.float32)
+    y = np.asarray(model(x))[:, -1].argmax(axis=-1)
+    np.savez(folder / "test.npz", x=x, lengths=np.full(SEQUENCES, STEPS, np.int32), y=y)
+    model.save(folder / "mine.keras")
+    return folder / "mine.keras", folder / "test.npz"
+
+
+def mixed() -> Any:
+    """Layers of every kind that a scheme knows: a table, an operator, a loop, products around them."""
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [
+            keras.Input((None, FEATURES)),
+            layers.Dense(UNITS, activation="tanh", bias_initializer="random_normal"),
+            layers.RNN(LSTMCell(UNITS), return_sequences=True),
+            layers.GRU(UNITS, return_sequences=True),
+            layers.RNN(DecayingCell(UNITS), return_sequences=True),
+            layers.Dense(CLASSES, bias_initializer="random_normal"),
+        ]
+    )
+
+
+def opened(folder: Path) -> Runtime:
+    step = folder / STEP_NAME
+    return Runtime(folder / MODEL_NAME, step=step if step.exists() else None)
+
+
+@pytest.mark.parametrize("precision", ["int8", "float16"])
+def test_all_but_those_that_onnx_runtime_scales_by_the_batch_are_exact_and_near(tmp_path: Path, precision: Any) -> None:
+    path, data_path = saved(tmp_path, mixed())
+    stateful = network_of(keras.saving.load_model(path))
+    assert isinstance(stateful, StatefulNetwork)
+    document = ModelDocument(name="m", signature=stateful.signature, exactness=Exactness(proved=False, why=""))
+    data = TestData(stateful, data_path)
+    exact: dict[str, set[bool]] = {}
+    every = [operators for _, operators in forms.candidates(stateful)]
+    for operators in (every[0], every[-1]):  # all operators, none
+        model, step = forms.build(stateful, document.signature, operators)
+        assert step is not None
+        ranges = calibrated_ranges(step, document, data)
+        whole = forms.open_model(model, None, document)
+        true, _ = whole.run(data.x, data.lengths, whole.zeros(len(data.x)))
+        for scheme in SCHEMES[precision]:
+            narrow, narrow_step = scheme.rewrite(model, ranges), scheme.rewrite(step, ranges)
+            if narrow is None:
+                assert scheme.name == "DynamicQuantizeLSTM"
+                continue
+            for steps in (None, narrow_step):
+                runtime = forms.open_model(narrow, steps, document)
+                y, _ = runtime.run(data.x, data.lengths, runtime.zeros(len(data.x)))
+                off = np.abs(y - true).max()
+                assert 0 < off < 0.1 * np.abs(true).max(), scheme.name
+                exact.setdefault(scheme.name, set()).add(prove([runtime], SHORT).proved)
+    if precision == "int8":
+        assert exact.pop("DynamicQuantizeLSTM") == {False}
+    else:
+        # Where the processor has no float16, ONNX Runtime computes between casts, and its bits hang on the batch.
+        exact.pop("float16 throughout")
+    assert set(map(frozenset, exact.values())) == {frozenset({True})}, exact
+
+
+@pytest.mark.parametrize("arguments", [["--quantize", "int8"], ["--precision", "float16"]], ids=lambda given: given[1])
+def test_a_model_of_less_precision_is_smaller_exact_within_tolerance_and_says_what_it_is(
+    arguments: list[str], tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = saved(tmp_path, network(LSTMCell(UNITS * 2), outputs=CLASSES))
+    common = ["--artifacts", str(tmp_path / "artifacts"), "--data", str(data), "--name", "mine"]
+    assert main([str(path), *common, *arguments, "--tolerance", "0.05"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "in float32 (0.05 may be lost)" in told
+    narrow = tmp_path / "artifacts/mine/1"
+    wide = float(re.findall(r"([\d.]+) KiB in float32", told)[0])
+    size = sum(len(file.read_bytes()) for file in narrow.glob("*.onnx")) / 1024
+    assert size < wide * (0.45 if arguments[1] == "int8" else 0.65)
+    runtime = opened(narrow)
+    document = runtime.document
+    assert document.precision == arguments[1]
+    assert document.exactness.proved
+    assert document.parity["test_metrics_float32"]["accuracy"] == 1.0
+    assert document.metrics["accuracy"] >= 0.95
+    assert "tolerance" not in document.parity
+    assert all(spec.dtype == "float32" for spec in (*runtime.signature.states, *runtime.signature.inputs))
+    report = (narrow / REPORT_NAME).read_text()
+    assert f"in {arguments[1]}" in report
+
+
+def test_what_costs_more_than_the_tolerance_is_refused_in_one_line_with_the_metric(
+    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    model = network(LSTMCell(UNITS), outputs=CLASSES)
+    path, data = saved(tmp_path, model)
+    x = rng.normal(size=(50, STEPS, FEATURES)).astype(np.float32)
+    # Wanted is what the network gives: any rounding at all makes the error grow manifold.
+    np.savez(data, x=x, lengths=np.full(50, STEPS, np.int32), y=np.asarray(model(x)))
+    arguments = [str(path), "--name", "mine", "--artifacts", str(tmp_path / "artifacts"), "--data", str(data)]
+    assert main([*arguments, "--quantize", "int8"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "rmse goes from 0.0000 to" in error
+    assert "0.01 allowed" in error
+    assert "nothing was written" in error
+    assert not (tmp_path / "artifacts" / "mine").exists()
+
+
+def test_without_test_data_less_precision_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = saved(tmp_path, network(LSTMCell(4), outputs=CLASSES))
+    assert main([str(path), "--name", "mine", "--artifacts", str(tmp_path), "--quantize", "int8"]) == 1
+    assert "--data FILE.npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tolerance", ["-1", "nan", "much"])
+def test_a_tolerance_that_is_no_share_is_refused(tolerance: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["mine.keras", "--name", "mine", f"--tolerance={tolerance}"])
+    assert "is not a share such as 0.01" in capsys.readouterr().err
+
+
+def test_a_row_of_zeros_and_numbers_beyond_the_calibration_are_taken(tmp_path: Path) -> None:
+    path, data_path = saved(tmp_path, network(DecayingCell(UNITS), outputs=CLASSES))
+    stateful = network_of(keras.saving.load_model(path))
+    assert isinstance(stateful, StatefulNetwork)
+    document = ModelDocument(name="m", signature=stateful.signature, exactness=Exactness(proved=False, why=""))
+    model, step = forms.build(stateful, document.signature, ())
+    assert step is not None
+    ranges = calibrated_ranges(step, document, TestData(stateful, data_path))
+    x = np.stack([np.zeros((4, FEATURES)), np.full((4, FEATURES), 1e4)]).astype(np.float32)
+    for scheme in SCHEMES["int8"][1:3]:
+        narrow = scheme.rewrite(model, ranges)
+        assert narrow is not None
+        runtime = forms.open_model(narrow, None, document)
+        y, states = runtime.run(x, np.full(2, 4, np.int32), runtime.zeros(2))
+        assert np.isfinite(y).all()
+        assert all(np.isfinite(state).all() for state in states)
