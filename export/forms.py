@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,11 @@ class Form:
     parity: Parity
     exactness: Exactness
     microseconds: dict[str, float]  # a run, by "batch x time"
+
+    @property
+    def time(self) -> float:
+        """Gives the geometric mean of its times, microseconds."""
+        return float(np.exp(np.mean(np.log(list(self.microseconds.values())))))
 
     @property
     def size(self) -> int:
@@ -126,7 +131,18 @@ def measured(
 def best(forms: list[Form]) -> Form:
     """Gives the fastest form that is exact, or the fastest where none is."""
     exact = [form for form in forms if form.exactness.proved] or forms
-    return min(exact, key=lambda form: float(np.mean(np.log(list(form.microseconds.values())))))
+    return min(exact, key=lambda form: form.time)
+
+
+def measured_in_turn(forms: Sequence[Form], document: ModelDocument) -> list[Form]:
+    """Measures forms anew, in turn: their times are then those of the same moments of the machine."""
+    shapes = _shapes(document.signature)
+    runs = {str(place): _runs(open_model(form.model, form.step, document), shapes) for place, form in enumerate(forms)}
+    times: list[dict[str, float]] = [{} for _ in forms]
+    for shape in (f"{batch}x{steps}" for batch, steps in shapes):
+        for place, taken in _in_turn({place: those[shape] for place, those in runs.items()}).items():
+            times[int(place)][shape] = taken or 0.0
+    return [replace(form, microseconds=each) for form, each in zip(forms, times, strict=True)]
 
 
 def _prove(model: onnx.ModelProto, step: onnx.ModelProto | None, document: ModelDocument) -> Exactness:
