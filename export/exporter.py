@@ -19,6 +19,7 @@ from export.loading import load
 from export.precision import Narrowed, narrowed
 from export.stateful import StatefulNetwork
 from export.test_data import TestData
+from export.timing import side_by_side
 from export.whole import WholeNetwork
 from models import cells  # noqa: F401  registers the cells for loading
 from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument, Precision
@@ -72,7 +73,10 @@ def export(request: Request, console: Console) -> Path:
             narrow = narrowed(tried, request.precision, document, data, request.tolerance, status.update)
             form, tried = narrow.form, narrow.tried
         status.update("measuring beside tf2onnx's Loop and Keras")
-        timings = forms.side_by_side(network, form, document, narrow.float32 if narrow else None)
+        opened = [
+            forms.open_model(each.model, each.step, document) for each in (form, *([narrow.float32] if narrow else []))
+        ]
+        timings = side_by_side(network, *opened)
         parity = form.parity.figures()
         if narrow:
             del parity["tolerance"]  # that of float32: here the test metrics decide

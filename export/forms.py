@@ -7,17 +7,14 @@ over where another one is; a form that differs from Keras ends the export, since
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
-import tensorflow as tf
 
+from export import timing
 from export.assembly import Assembly
 from export.errors import ExportError, ProofFailed
 from export.loading import first_line
@@ -25,14 +22,12 @@ from export.lowering import Lowering, lowering_of
 from export.one_step import OneStep
 from export.parity import Parity, Reference, WholeReference
 from export.stateful import StatefulNetwork
-from export.tracing import convert, trace_step
+from export.tracing import trace_step
 from export.whole import WholeNetwork
 from models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
-from service.exactness import WHOLE, draw, prove
-from service.layout import parts
+from service.exactness import WHOLE, prove
 from service.runtime import Runtime, RuntimeOptions, RuntimeUnavailable
 
-SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
 THREADS = (1, 2)  # exactness is proved across these
 
 
@@ -123,8 +118,8 @@ def measured(
     exactness = _prove(model, kept, document)
     if kept and not exactness.proved:
         kept, exactness = None, _prove(model, None, document)
-    runs = _runs(open_model(model, kept, document), _shapes(document.signature))
-    microseconds = {shape: _microseconds(run) for shape, run in runs.items()}
+    runs = timing.runs(open_model(model, kept, document), timing.shapes(document.signature))
+    microseconds = {shape: timing.microseconds(run) for shape, run in runs.items()}
     return Form(name, model, kept, step, parity, exactness, microseconds)
 
 
@@ -136,11 +131,12 @@ def best(forms: list[Form]) -> Form:
 
 def measured_in_turn(forms: Sequence[Form], document: ModelDocument) -> list[Form]:
     """Measures forms anew, in turn: their times are then those of the same moments of the machine."""
-    shapes = _shapes(document.signature)
-    runs = {str(place): _runs(open_model(form.model, form.step, document), shapes) for place, form in enumerate(forms)}
+    shapes = timing.shapes(document.signature)
+    opened = [open_model(form.model, form.step, document) for form in forms]
+    runs = {str(place): timing.runs(runtime, shapes) for place, runtime in enumerate(opened)}
     times: list[dict[str, float]] = [{} for _ in forms]
     for shape in (f"{batch}x{steps}" for batch, steps in shapes):
-        for place, taken in _in_turn({place: those[shape] for place, those in runs.items()}).items():
+        for place, taken in timing.in_turn({place: those[shape] for place, those in runs.items()}).items():
             times[int(place)][shape] = taken or 0.0
     return [replace(form, microseconds=each) for form, each in zip(forms, times, strict=True)]
 
@@ -151,54 +147,14 @@ def _prove(model: onnx.ModelProto, step: onnx.ModelProto | None, document: Model
 
 def _step_is_faster(model: onnx.ModelProto, step: onnx.ModelProto, document: ModelDocument) -> bool:
     """Says whether the graph for single steps is worth its memory: a tenth faster over the batch sizes."""
-    shapes = [(batch, steps) for batch, steps in SHAPES if steps == 1]
-    with_step = _runs(open_model(model, step, document), shapes)
-    without = _runs(open_model(model, None, document), shapes)
+    shapes = [(batch, steps) for batch, steps in timing.SHAPES if steps == 1]
+    with_step = timing.runs(open_model(model, step, document), shapes)
+    without = timing.runs(open_model(model, None, document), shapes)
     ratios = []
     for shape in with_step:
-        times = _in_turn({"with": with_step[shape], "without": without[shape]})
+        times = timing.in_turn({"with": with_step[shape], "without": without[shape]})
         ratios.append((times["without"] or 0) / (times["with"] or 1))
     return float(np.exp(np.mean(np.log(ratios)))) > 1.1
-
-
-def side_by_side(
-    network: StatefulNetwork | WholeNetwork, form: Form, document: ModelDocument, float32: Form | None = None
-) -> dict[str, dict[str, float | None]]:
-    """Measures tf2onnx's own `Loop`, our form and Keras, run in turn; microseconds a run by shape and form.
-
-    Args:
-        network: The network.
-        form: Ours.
-        document: What the model file says.
-        float32: The float32 form beside one of less precision, measured too.
-    """
-    runtime = open_model(form.model, form.step, document)
-    wide = float32 and open_model(float32.model, float32.step, document)
-    loop = _loop(network)
-    keras_run = tf.function(network.run, autograph=False)
-    rng = np.random.default_rng(2)
-    table: dict[str, dict[str, float | None]] = {}
-    for batch, steps in _shapes(document.signature):
-        x, states = draw(document.signature, batch, steps, rng)
-        inputs = [tf.constant(array) for array in parts(x)]
-        runs: dict[str, Callable[[], Any] | None] = {
-            "loop": _loop_run(loop, x, states),
-            "ours": _ours(runtime, x, states),
-            **({"float32": _ours(wide, x, states)} if wide else {}),
-            "keras": partial(keras_run, inputs, list(map(tf.constant, states))),
-        }
-        table[f"{batch}x{steps}"] = _in_turn(runs)
-    return table
-
-
-def _in_turn(runs: Mapping[str, Callable[[], Any] | None], rounds: int = 5) -> dict[str, float | None]:
-    """Times several things round by round, so that a slow moment of the machine meets all of them."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            if run:
-                taken[name].append(_microseconds(run, seconds=0.02))
-    return {name: float(np.median(times)) if times else None for name, times in taken.items()}
 
 
 def with_document(model: onnx.ModelProto, document: ModelDocument) -> bytes:
@@ -249,13 +205,6 @@ def build(
     return Assembly(*ingredients).model(), OneStep(*ingredients).model()
 
 
-def _shapes(signature: Signature) -> tuple[tuple[int, int], ...]:
-    if signature.predict_only is None:
-        return SHAPES
-    steps = max(50, signature.min_steps)
-    return (1, steps), (8, steps)
-
-
 def _explain(form: str, parity: Parity) -> str:
     first = parity.failed[0]
     if all(difference.run == "model" for difference in parity.failed):
@@ -273,62 +222,6 @@ def _explain(form: str, parity: Parity) -> str:
         f"off by {first.value:.2e} relative to max(1, |Keras|) at {first.where}, {first.share:.1f} times what is "
         f"allowed; nothing was written{others}"
     )
-
-
-def _loop(network: StatefulNetwork | WholeNetwork) -> ort.InferenceSession | None:
-    """Gives tf2onnx's own conversion of Keras's loop, or None where that cannot be made."""
-
-    def run(*tensors: Any) -> list[Any]:
-        count = len(network.inputs)
-        outputs, following = network.run(tensors[:count], tensors[count:])
-        return [tf.identity(tensor) for tensor in (*outputs, *following)]
-
-    specs = [tf.TensorSpec([None, None, *spec.shape], spec.dtype) for spec in network.inputs]
-    specs += [tf.TensorSpec([None, *state.shape], state.dtype) for state in network.signature.states]
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    try:
-        model = convert(run, specs).SerializeToString()
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception:
-        return None
-
-
-def _loop_run(session: ort.InferenceSession | None, x: Any, states: list[Any]) -> Callable[[], Any] | None:
-    """Gives a run of tf2onnx's loop to time, or None where it cannot do it."""
-    if session is None:
-        return None
-    feed = dict(zip((tensor.name for tensor in session.get_inputs()), (*parts(x), *states), strict=True))
-    try:
-        session.run(None, feed)
-    except Exception:
-        return None
-    return lambda: session.run(None, feed)
-
-
-def _ours(runtime: Runtime, x: Any, states: list[Any]) -> Callable[[], Any]:
-    lengths = np.full(len(x), x.shape[1], np.int32)
-    return lambda: runtime.run(x, lengths, states)
-
-
-def _runs(runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
-    """Gives runs of a model to time, by batch x time."""
-    rng = np.random.default_rng(2)
-    return {f"{b}x{t}": _ours(runtime, *draw(runtime.signature, b, t, rng)) for b, t in shapes}
-
-
-def _microseconds(run: Callable[[], Any], seconds: float = 0.1) -> float:
-    """Gives the median time of a run after a warm-up, over about `seconds`."""
-    for _ in range(3):
-        run()
-    taken: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(taken) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return float(np.median(taken)) * 1e6
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
