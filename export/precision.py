@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from export import forms
 from export.errors import ExportError
 from export.forms import Form
+from export.loading import first_line
 from export.rewriting import SCHEMES, Ranges, digest, products
 from export.test_data import TestData
 from models.signature import ModelDocument
@@ -54,7 +55,7 @@ def narrowed(
     """
     best = forms.best(tried)
     before = data.score(forms.open_model(best.model, best.step, document))
-    allowed = {name: TOLERANCES[name] if tolerance is None else tolerance for name in before}
+    allowed = {name: TOLERANCES[_kind(name)] if tolerance is None else tolerance for name in before}
     reference = forms.reference_of(data.network)
     made: list[Form] = []
     metrics: dict[str, dict[str, float]] = {}
@@ -64,11 +65,15 @@ def narrowed(
         for scheme in SCHEMES[precision]:
             name = f"{base.name}, {scheme.name}"
             report(f"converting: {name}")
-            model = scheme.rewrite(base.model, ranges)
-            if model is None:
+            try:
+                model = scheme.rewrite(base.model, ranges)
+                if model is None:
+                    continue
+                step = base.built_step and scheme.rewrite(base.built_step, ranges)
+                runtime = forms.open_model(model, step, document)
+            except Exception as error:  # ONNX Runtime's or its converter's: it may be without an operator
+                lost.append((np.inf, f"{name} cannot be made: {first_line(error)}"))
                 continue
-            step = base.built_step and scheme.rewrite(base.built_step, ranges)
-            runtime = forms.open_model(model, step, document)
             report(f"evaluating on the test data: {name}")
             after = data.score(runtime)
             losses = {metric: _loss(metric, before[metric], after[metric]) for metric in before}
@@ -101,9 +106,14 @@ def _chosen(made: list[Form]) -> Form:
 
 
 def _loss(metric: str, before: float, after: float) -> float:
-    if metric == "rmse":
+    if _kind(metric) == "rmse":
         return (after - before) / (before or 1.0)
     return before - after
+
+
+def _kind(metric: str) -> str:
+    """Gives the kind of a metric, which may be of one output of several: "each rmse"."""
+    return metric.rpartition(" ")[2]
 
 
 def _key(loss: float) -> float:
@@ -127,15 +137,17 @@ def calibrated_ranges(step: onnx.ModelProto, document: ModelDocument, data: Test
         model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     signature = document.signature
-    rows = np.linspace(0, len(data.x) - 1, min(_ROWS, len(data.x))).astype(int)
-    x, lengths = data.x[rows], data.lengths[rows]
+    rows = np.linspace(0, len(data.lengths) - 1, min(_ROWS, len(data.lengths))).astype(int)
+    inputs = {spec.name: x[rows] for spec, x in zip(signature.inputs, data.inputs, strict=True)}
+    lengths = data.lengths[rows]
     states = {
         state.name: np.zeros((len(rows), *state.shape), state.dtype) for state in signature.states
     }  # the export's own states have the batch first
     wanted = [*weights, *(state.next_name for state in signature.states)]
     largest: dict[str, float] = {}
     for t in range(min(_STEPS, int(lengths.max()))):
-        results = session.run(wanted, {signature.inputs[0].name: np.ascontiguousarray(x[:, t : t + 1]), **states})
+        now = {name: np.ascontiguousarray(x[:, t : t + 1]) for name, x in inputs.items()}
+        results = session.run(wanted, {**now, **states})
         states = dict(zip(states, results[len(weights) :], strict=True))
         for key, numbers in zip(weights.values(), results, strict=False):
             valid = numbers[lengths > t] if len(numbers) == len(rows) else numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from export.errors import ExportError
 from export.stateful import StatefulNetwork
 from models.metrics import evaluate
 from service.exactness import Array
+from service.layout import Layout, parts
 from service.runtime import Runtime
 
 
@@ -18,7 +20,8 @@ class TestData:
 
     Args:
         network: Which they are for.
-        path: An .npz with x `[n, time, *features]`, lengths `[n]` and y.
+        path: An .npz with lengths `[n]`, each input `[n, time, *features]` and what is wanted of the outputs (of
+            several at least one) by their names in the signature: `x` and `y` where there is one of each.
 
     Raises:
         ExportError: There is no such file, or it does not fit the network.
@@ -29,38 +32,58 @@ class TestData:
     def __init__(self, network: StatefulNetwork, path: Path) -> None:
         if not path.is_file():
             raise ExportError(f"--data {path}: no such file")
-        if len(network.inputs) > 1 or len(network.outputs) > 1:
-            raise ExportError(f"{path}: test data is scored for networks of one input and one output: leave --data out")
-        spec = network.inputs[0]
+        self.network, self.path = network, path
+        inputs, outputs = network.signature.inputs, network.signature.outputs
         try:
             with np.load(path) as file:
                 self.arrays: dict[str, Array] = dict(file)
-            x, lengths = self.arrays["x"].astype(spec.dtype), self.arrays["lengths"].astype(np.int32)
+            self.lengths = self.arrays["lengths"].astype(np.int32)
+            self.inputs = [np.ascontiguousarray(self.arrays[spec.name].astype(spec.dtype)) for spec in inputs]
         except (OSError, ValueError, KeyError) as error:
-            raise ExportError(f"{path}: not test data ({error}): an .npz with x, lengths and y is wanted") from None
-        if x.shape[2:] != spec.shape or x.shape[:1] != lengths.shape:
-            raise ExportError(
-                f"{path}: x has shape {list(x.shape)} and lengths {list(lengths.shape)}, "
-                f"[n, time, {', '.join(map(str, spec.shape))}] and [n] are wanted"
-            )
-        self.network, self.path = network, path
-        self.x, self.lengths = np.ascontiguousarray(x), lengths
+            raise self._unfit(error) from None
+        for spec, x in zip(inputs, self.inputs, strict=True):
+            if x.ndim != 2 + len(spec.shape) or x.shape[2:] != spec.shape or x.shape[:1] != self.lengths.shape:
+                raise ExportError(
+                    f"{path}: {spec.name} has shape {list(x.shape)} and lengths {list(self.lengths.shape)}, "
+                    f"[{', '.join(['n', 'time', *map(str, spec.shape)])}] and [n] are wanted"
+                )
+        times = {x.shape[1] for x in self.inputs}
+        if len(times) > 1 or not len(self.lengths) or not 1 <= self.lengths.min() <= self.lengths.max() <= max(times):
+            raise ExportError(f"{path}: lengths are wanted from 1 to the time steps that every input has")
+        if not any(spec.name in self.arrays for spec in outputs):
+            raise self._unfit(KeyError(outputs[0].name))
 
     def score(self, runtime: Runtime) -> dict[str, float]:
         """Scores a model."""
-        y, _ = runtime.run(self.x, self.lengths, runtime.zeros(len(self.x)))
-        return self._score(y)
+        y, _ = runtime.run(Layout(runtime.signature.inputs).join(self.inputs), self.lengths, self._zeros(runtime))
+        return self._score(parts(y))
 
     def score_keras(self, runtime: Runtime) -> dict[str, float]:
         """Scores Keras, from the zeros that a model begins with."""
-        mask = np.arange(self.x.shape[1]) < self.lengths[:, None]
-        (y,), _ = self.network.run([self.x], runtime.zeros(len(self.x)), mask)
-        return self._score(np.asarray(y))
+        mask = np.arange(self.inputs[0].shape[1]) < self.lengths[:, None]
+        outputs, _ = self.network.run(self.inputs, self._zeros(runtime), mask)
+        return self._score(list(map(np.asarray, outputs)))
 
-    def _score(self, y: Array) -> dict[str, float]:
-        try:
-            return evaluate(y, self.arrays)
-        except (ValueError, KeyError) as error:
-            raise ExportError(
-                f"{self.path}: not test data ({error}): an .npz with x, lengths and y is wanted"
-            ) from None
+    def _zeros(self, runtime: Runtime) -> list[Array]:
+        return runtime.zeros(len(self.lengths))
+
+    def _score(self, outputs: Sequence[Array]) -> dict[str, float]:
+        """Scores each output that something is wanted of; of several, by its name."""
+        scores: dict[str, float] = {}
+        for spec, y in zip(self.network.signature.outputs, outputs, strict=True):
+            if spec.name in self.arrays:
+                try:
+                    scored = evaluate(y, {**self.arrays, "y": self.arrays[spec.name]})
+                except (ValueError, KeyError) as error:
+                    raise self._unfit(error) from None
+                scores.update(
+                    {metric if len(outputs) == 1 else f"{spec.name} {metric}": scored[metric] for metric in scored}
+                )
+        return scores
+
+    def _unfit(self, error: Exception) -> ExportError:
+        names = [spec.name for spec in (*self.network.signature.inputs, *self.network.signature.outputs)]
+        return ExportError(
+            f"{self.path}: not test data ({error}): an .npz with lengths, {', '.join(names[:-1])} and {names[-1]} "
+            f"is wanted"
+        )

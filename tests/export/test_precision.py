@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.export.test_any_network import several_ends
 from tests.networks import FEATURES, DecayingCell, network
 
 import keras  # isort: skip  after TensorFlow has been imported quietly
@@ -16,6 +17,7 @@ from keras import layers  # isort: skip
 
 from export import forms
 from export.__main__ import main
+from export.errors import ExportError
 from export.exporter import REPORT_NAME, network_of
 from export.precision import calibrated_ranges
 from export.rewriting import SCHEMES
@@ -79,7 +81,7 @@ def test_all_but_those_that_onnx_runtime_scales_by_the_batch_are_exact_and_near(
         assert step is not None
         ranges = calibrated_ranges(step, document, data)
         whole = forms.open_model(model, None, document)
-        true, _ = whole.run(data.x, data.lengths, whole.zeros(len(data.x)))
+        true, _ = whole.run(data.inputs[0], data.lengths, whole.zeros(SEQUENCES))
         for scheme in SCHEMES[precision]:
             narrow, narrow_step = scheme.rewrite(model, ranges), scheme.rewrite(step, ranges)
             if narrow is None:
@@ -87,7 +89,7 @@ def test_all_but_those_that_onnx_runtime_scales_by_the_batch_are_exact_and_near(
                 continue
             for steps in (None, narrow_step):
                 runtime = forms.open_model(narrow, steps, document)
-                y, _ = runtime.run(data.x, data.lengths, runtime.zeros(len(data.x)))
+                y, _ = runtime.run(data.inputs[0], data.lengths, runtime.zeros(SEQUENCES))
                 off = np.abs(y - true).max()
                 assert 0 < off < 0.1 * np.abs(true).max(), scheme.name
                 exact.setdefault(scheme.name, set()).add(prove([runtime], SHORT).proved)
@@ -172,3 +174,45 @@ def test_a_row_of_zeros_and_numbers_beyond_the_calibration_are_taken(tmp_path: P
         y, states = runtime.run(x, np.full(2, 4, np.int32), runtime.zeros(2))
         assert np.isfinite(y).all()
         assert all(np.isfinite(state).all() for state in states)
+
+
+def test_several_inputs_and_outputs_are_scored_by_their_names_and_calibrated(tmp_path: Path) -> None:
+    model = several_ends()
+    model.save(tmp_path / "mine.keras")
+    stateful = network_of(keras.saving.load_model(tmp_path / "mine.keras"))
+    assert isinstance(stateful, StatefulNetwork)
+    rng = np.random.default_rng(0)
+    numbers = rng.normal(size=(9, 6, 3)).astype(np.float32)
+    ids = rng.integers(0, 5, (9, 6))
+    each = rng.normal(size=(9, 6, 2))
+    np.savez(tmp_path / "test.npz", numbers=numbers, ids=ids, lengths=rng.integers(1, 7, 9), each=each)
+    data = TestData(stateful, tmp_path / "test.npz")
+    document = ModelDocument(name="m", signature=stateful.signature, exactness=Exactness(proved=False, why=""))
+    model, step = forms.build(stateful, document.signature, ())
+    assert step is not None
+    runtime = forms.open_model(model, None, document)
+    scores = data.score(runtime)
+    assert scores.keys() == {"each rmse"}
+    assert scores == pytest.approx(data.score_keras(runtime), rel=1e-5)
+    ranges = calibrated_ranges(step, document, data)
+    valid = numbers[np.arange(6) < data.lengths[:, None]]
+    assert np.abs(valid).max() in ranges.values()  # what the first layer multiplies
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"x": np.zeros(3), "lengths": np.ones(3), "y": np.zeros(3)}, r"\[n, time, 5\] and \[n\] are wanted"),
+        ({"x": np.zeros((3, 4, 5)), "lengths": np.full(3, 5), "y": np.zeros(3)}, "lengths are wanted from 1"),
+        ({"x": np.zeros((3, 4, 5)), "lengths": np.ones(3)}, "an .npz with lengths, x and y is wanted"),
+        ({"lengths": np.ones(3), "y": np.zeros(3)}, "an .npz with lengths, x and y is wanted"),
+    ],
+)
+def test_test_data_that_does_not_fit_is_refused_with_what_is_wanted(
+    arrays: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    stateful = network_of(network(LSTMCell(4)))
+    assert isinstance(stateful, StatefulNetwork)
+    np.savez(tmp_path / "test.npz", **arrays)
+    with pytest.raises(ExportError, match=reason):
+        TestData(stateful, tmp_path / "test.npz")
