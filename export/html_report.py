@@ -91,9 +91,7 @@ def _forms(results: Results) -> str:
         "<p>Every form was built, compared with Keras and proved; of those that are exact the fastest is taken. "
         "Microseconds a run, by batch x time steps, 1 thread:</p>"
     )
-    lost = (
-        "".join(f"<p>Passed over, as it costs too much: {escape(text)}.</p>" for text in narrow.lost) if narrow else ""
-    )
+    lost = "".join(f"<p>Passed over: {escape(text)}.</p>" for text in narrow.lost) if narrow else ""
     return intro + _table(head, rows, numbers=2) + lost
 
 

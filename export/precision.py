@@ -72,23 +72,23 @@ def narrowed(
                 step = base.built_step and scheme.rewrite(base.built_step, ranges)
                 runtime = forms.open_model(model, step, document)
             except Exception as error:  # ONNX Runtime's or its converter's: it may be without an operator
-                lost.append((np.inf, f"{name} cannot be made: {first_line(error)}"))
+                lost.append((np.inf, f"{name}: cannot be made: {first_line(error)}"))
                 continue
             report(f"evaluating on the test data: {name}")
             after = data.score(runtime)
             losses = {metric: _loss(metric, before[metric], after[metric]) for metric in before}
             worst = max(losses, key=lambda metric: _key(losses[metric]) - allowed[metric])
             if not losses[worst] <= allowed[worst]:
-                told = f"{worst} goes from {before[worst]:.4f} to {after[worst]:.4f}, {losses[worst]:.2g} is lost and "
-                lost.append((_key(losses[worst]), f"{told}{allowed[worst]:.2g} allowed ({name})"))
+                told = f"{worst} goes from {before[worst]:.4f} to {after[worst]:.4f}, {losses[worst]:.2g} is lost and"
+                lost.append((_key(losses[worst]), f"{name}: {told} {allowed[worst]:.2g} allowed"))
                 continue
             parity = reference.compare(runtime, judged=False)
             made.append(forms.measured(name, model, step, parity, document, report))
             metrics[name] = after
     if not made:
         raise ExportError(
-            f"{precision}: on {data.path} {min(lost)[1]}; nothing was written: give a larger --tolerance, or stay with "
-            f"float32"
+            f"{precision}: on {data.path}, {min(lost)[1]}; nothing was written: give a larger --tolerance, "
+            f"or stay with float32"
             if lost
             else f"{precision}: the network has no weights that could be narrowed; nothing was written"
         )

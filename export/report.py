@@ -58,7 +58,7 @@ def show(console: Console, path: str, results: Results) -> None:
     table.add_row("parity", f"{parity}; up to {figures['time_steps']} steps{strays}")
     table.add_row("bit identity", ("yes: " if form.exactness.proved else "NO: ") + escape(form.exactness.why))
     size = f"{results.size / 1024:.1f} KiB"
-    table.add_row("size", f"{size}, {narrow.float32.size / 1024:.1f} KiB in float32" if narrow else size)
+    table.add_row("size", f"{size}{_graphs(form, narrow)}" if narrow else size)
     for name, (ours, keras) in results.metrics.items():
         before = f"{narrow.before[name]:.4f} in float32 ({narrow.tolerance[name]:g} may be lost), " if narrow else ""
         table.add_row(f"test {name}", f"{ours:.4f} ONNX, {before}{keras:.4f} Keras")
@@ -76,6 +76,11 @@ def show(console: Console, path: str, results: Results) -> None:
         ratios = [f"{row[name] / row['ours']:.1f}" if row[name] and row["ours"] else "-" for name in others]  # type: ignore[operator]
         times.add_row(shape, *cells, *ratios)
     console.print(times)
+
+
+def _graphs(form: Form, narrow: Narrowed) -> str:
+    """Gives the sizes without what the files say about themselves."""
+    return f": graphs of {form.size / 1024:.1f} KiB, {narrow.float32.size / 1024:.1f} KiB in float32"
 
 
 def slower_than_float32(results: Results) -> str:

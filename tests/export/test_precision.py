@@ -111,9 +111,8 @@ def test_a_model_of_less_precision_is_smaller_exact_within_tolerance_and_says_wh
     told = " ".join(capsys.readouterr().out.split())
     assert "in float32 (0.05 may be lost)" in told
     narrow = tmp_path / "artifacts/mine/1"
-    wide = float(re.findall(r"([\d.]+) KiB in float32", told)[0])
-    size = sum(len(file.read_bytes()) for file in narrow.glob("*.onnx")) / 1024
-    assert size < wide * (0.45 if arguments[1] == "int8" else 0.65)
+    ((size, wide),) = re.findall(r"graphs of ([\d.]+) KiB, ([\d.]+) KiB in float32", told)
+    assert float(size) < float(wide) * (0.45 if arguments[1] == "int8" else 0.65)
     runtime = opened(narrow)
     document = runtime.document
     assert document.precision == arguments[1]
