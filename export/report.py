@@ -46,7 +46,7 @@ def show(console: Console, path: str, results: Results) -> None:
     table = Table(title=f"exported {path}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     operators = ", ".join(f"{name} {count}" if count > 1 else name for name, count in form.operators.items())
     steps = ", with a graph of its own for single steps" if form.step else ""
-    table.add_row("form", form.name + steps + _others(form, results.tried, narrow))
+    table.add_row("form", escape(form.name + steps + _others(form, results.tried, narrow)))
     table.add_row("operators", operators)
     if signature.predict_only:
         table.add_row(
@@ -61,7 +61,7 @@ def show(console: Console, path: str, results: Results) -> None:
     table.add_row("size", f"{size}{_graphs(form, narrow)}" if narrow else size)
     for name, (ours, keras) in results.metrics.items():
         before = f"{narrow.before[name]:.4f} in float32 ({narrow.tolerance[name]:g} may be lost), " if narrow else ""
-        table.add_row(f"test {name}", f"{ours:.4f} ONNX, {before}{keras:.4f} Keras")
+        table.add_row(f"test {escape(name)}", f"{ours:.4f} ONNX, {before}{keras:.4f} Keras")
     if narrow and (slower := slower_than_float32(results)):
         table.add_row("time", f"[bold]{slower}[/bold]")
     console.print(table)
