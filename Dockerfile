@@ -10,7 +10,7 @@ RUN python3 -m venv /venv
 COPY . .
 RUN /venv/bin/pip install --no-cache-dir '.[export]'
 RUN set -e; /venv/bin/cellserve train; \
-    for name in vowels sunspots sunspots-jordan; do \
+    for name in vowels sunspots sunspots-jordan characters; do \
         /venv/bin/cellserve export trained/$name.keras --name $name --artifacts /artifacts; \
     done
 

@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-EXAMPLES := vowels sunspots sunspots-jordan
+EXAMPLES := vowels sunspots sunspots-jordan characters
 # What builds and runs images; another engine with the same verbs will do.
 DOCKER ?= docker
 

@@ -18,9 +18,9 @@ example:
   cellserve export my_network.keras --name mine --import my_cells.py --labels yes,no --data test.npz
   cellserve export my_network.keras --name mine --quantize int8 --data test.npz --tolerance 0.02
 
-Beside NETWORK.keras, NETWORK.card.json (labels, metrics, description, default_output) and NETWORK.npz (test data: x
-[n, time, features], lengths [n], y; several inputs or outputs by their names) are taken where they are there. Nothing
-is written unless the model is proved.
+Beside NETWORK.keras, NETWORK.card.json (labels, metrics, description, default_output, rollout) and NETWORK.npz (test
+data: x [n, time, features], lengths [n], y; several inputs or outputs by their names) are taken where they are there.
+Nothing is written unless the model is proved.
 """
 
 
@@ -37,6 +37,8 @@ def parser(prog: str = "cellserve export") -> argparse.ArgumentParser:
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="the repository (default: artifacts)")
     parser.add_argument("--version", type=_version, help="a positive number (default: the next free one)")
     parser.add_argument("--labels", type=lambda text: tuple(text.split(",")), help="names of the outputs, by commas")
+    parser.add_argument("--rollout", choices=("probabilities", "logits", "value"),
+                        help="how an output becomes the next input where a session is continued by itself")  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="test data, to score the ONNX model and Keras on")
     less = parser.add_mutually_exclusive_group()
     less.add_argument("--quantize", dest="precision", choices=["int8"], default="float32",

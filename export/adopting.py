@@ -18,7 +18,7 @@ from export.foreign import ForeignGraph
 from export.pairs import find_pairs
 from export.roles import InputFlag, StateFlag, find_roles
 from export.servable import ServableGraph
-from models.signature import MODEL_NAME, Exactness, ModelDocument, Signature
+from models.signature import MODEL_NAME, Exactness, ModelDocument, Rollout, Signature, rollout_misfit
 from service.exactness import SHORT, WHOLE, Differs, Effort, compare
 from service.runtime import Runtime
 
@@ -44,6 +44,7 @@ class Request:
     labels: tuple[str, ...] | None = None
     description: str = ""
     default_output: Literal["last", "all"] = "all"
+    rollout: Rollout | None = None
 
 
 def adopt(request: Request, console: Console) -> Path:
@@ -88,11 +89,15 @@ def _adopt(request: Request, console: Console) -> Path:
         labels = request.labels
         if labels and signature.outputs[0].shape[-1:] != (len(labels),):
             raise ExportError(f"{len(labels)} labels for an output of shape {list(signature.outputs[0].shape)}")
+        misfit = request.rollout and rollout_misfit(signature, request.rollout)
+        if misfit:
+            raise ExportError(f"--rollout {request.rollout}: {misfit}")
         document = ModelDocument(
             name=request.name,
             signature=signature.model_copy(update={"default_output": request.default_output}),
             description=request.description,
             labels=labels,
+            rollout=request.rollout,
             form="ONNX made elsewhere",
             operators=graph.operators,
             parity={"original": difference, "time_steps": plain_loop.STEPS},

@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     add("--context", dest="contexts", type=_sized, action="append", default=[], metavar="NAME=ENTRIES",
         help="put the last entries of an input before those of its next step, as a state of their own")  # fmt: skip
     add("--labels", type=lambda text: tuple(text.split(",")), help="names of the outputs, by commas")
+    add("--rollout", choices=("probabilities", "logits", "value"),
+        help="how an output becomes the next input where a session is continued by itself")  # fmt: skip
     add("--description", default="", help="what GET /models says of it")
     add("--default-output", choices=("last", "all"), default="all",
         help="the outputs that requests of many time steps get (default: all)")  # fmt: skip

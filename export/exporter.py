@@ -22,7 +22,7 @@ from export.test_data import TestData
 from export.timing import side_by_side
 from export.whole import WholeNetwork
 from models import cells  # noqa: F401  registers the cells for loading
-from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument, Precision
+from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument, Precision, Rollout, rollout_misfit
 
 REPORT_NAME = "report.html"  # beside the model, for people; the service does not read it
 LIBRARIES = ("keras", "onnx", "onnxruntime", "tensorflow", "tf2onnx")
@@ -41,6 +41,7 @@ class Request:
     imports: tuple[Path, ...] = ()
     precision: Precision = "float32"
     tolerance: float | None = None  # what may be lost of each test metric; None for its default
+    rollout: Rollout | None = None
 
 
 def export(request: Request, console: Console) -> Path:
@@ -136,7 +137,7 @@ def _beside(network: Path, suffix: str) -> Path | None:
 
 
 def _card(network: Path) -> dict[str, Any]:
-    """Reads what training has said about a network beside it, in NAME.card.json: labels, metrics, description."""
+    """Reads what training has said about a network beside it, in NAME.card.json: labels, metrics, description, rollout."""
     path = _beside(network, ".card.json")
     if path is None:
         return {}
@@ -152,11 +153,17 @@ def _document(request: Request, network: StatefulNetwork | WholeNetwork, card: d
     shape = network.outputs[0].shape
     if labels and (len(network.outputs) > 1 or not shape or len(labels) != shape[-1]):
         raise ExportError(f"{len(labels)} labels for an output of shape {list(shape)}: give one for each entry")
+    rollout = request.rollout or card.get("rollout")
+    if rollout:
+        misfit = rollout_misfit(network.signature, rollout)
+        if misfit:
+            raise ExportError(f"rollout {rollout!r}: {misfit}")
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return ModelDocument(
         name=request.name,
         description=card.get("description", ""),
         labels=labels,
+        rollout=rollout,
         signature=network.signature.model_copy(
             update={"default_output": card["default_output"]} if "default_output" in card else {}
         ),

@@ -50,6 +50,19 @@ class Sunspots:
     month: npt.NDArray[np.int32]  # [months] 1 to 12
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text, and the characters that stand in it, in the order of their code points."""
+
+    text: str
+    symbols: tuple[str, ...]
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """Gives the place in `symbols` of each character of a text."""
+        places = {symbol: place for place, symbol in enumerate(self.symbols)}
+        return np.array([places[symbol] for symbol in text], np.int32)
+
+
 def vowels() -> Vowels:
     """Reads the Japanese Vowels: 270 utterances to train on and 370 to test on, 7 to 29 frames of 12 numbers each.
 
@@ -82,6 +95,15 @@ def sunspots() -> Sunspots:
     if [of for of, _ in years] != list(range(first, first + len(years))) or any(len(v) < 12 for _, v in years[:-1]):
         raise ValueError("sunspots_monthly.dat: a month is missing before the last one")
     return Sunspots(number, (year + first).astype(np.int32), (month + 1).astype(np.int32))
+
+
+def alice() -> Text:
+    """Reads *Alice's Adventures in Wonderland* (Lewis Carroll, 1865): a paragraph a line, one space between words."""
+    raw = (DATA / "alice.txt").read_text("ascii").rstrip("\x1a\n")
+    story = raw[raw.index("CHAPTER I") :]
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", story))
+    text = "\n".join(paragraphs)
+    return Text(text, tuple(sorted(set(text))))
 
 
 def _read_ts(path: Path) -> tuple[Utterances, list[str]]:

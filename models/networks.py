@@ -56,3 +56,22 @@ def sunspot_network(months: Array, feedback: str, units: int = 32) -> Any:
     change = layers.Dense(1, kernel_initializer="zeros", name="change")(y)
     change = layers.Rescaling(deviation, name="denormalise")(change)
     return keras.Model(number, layers.Add(name="next")([number, change]), name="sunspots")
+
+
+def character_network(symbols: int, units: int = 128) -> Any:
+    """Makes the network that says after every character how probable each is to be the next one.
+
+    Args:
+        symbols: How many characters there are; the input is the place of one among them.
+        units: Width of each of the two LSTMs.
+    """
+    return keras.Sequential(
+        [
+            keras.Input((None,), dtype="int32", name="x"),
+            layers.Embedding(symbols, units // 2, name="embedding"),
+            layers.RNN(layers.StackedRNNCells([LSTMCell(units), LSTMCell(units)]), return_sequences=True, name="lstm"),
+            layers.Dropout(0.2, name="dropout"),
+            layers.Dense(symbols, activation="softmax", name="next"),
+        ],
+        name="characters",
+    )

@@ -16,6 +16,7 @@ FORMAT: Literal[1] = 1
 # In artifacts/NAME/VERSION/; the graph for single steps is there where it is faster.
 MODEL_NAME, STEP_NAME, MANIFEST_NAME = "model.onnx", "step.onnx", "manifest.json"
 Precision = Literal["float32", "float16", "int8"]
+Rollout = Literal["probabilities", "logits", "value"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
@@ -68,6 +69,24 @@ class Signature(_Frozen):
     min_steps: int = 1  # time steps of a whole sequence, at least: a convolution may want several
 
 
+def rollout_misfit(signature: Signature, rollout: Rollout) -> str | None:
+    """Says why a model's outputs cannot be its next inputs in that way; None where they can."""
+    if signature.predict_only is not None:
+        return "the model cannot be stepped"
+    if len(signature.inputs) != 1 or len(signature.outputs) != 1:
+        return "the model must have one input and one output"
+    (x,), (y,) = signature.inputs, signature.outputs
+    if rollout == "value":
+        fits = x.dtype == y.dtype == "float32" and x.shape == y.shape
+        return None if fits else f"the output {list(y.shape)} must be of the input's type and shape {list(x.shape)}"
+    if x.dtype == "float32" or x.shape or x.bounds is None:
+        return "the input must be one integer, with bounds"
+    symbols = x.bounds[1] - x.bounds[0] + 1
+    if y.dtype != "float32" or y.shape != (symbols,):
+        return f"the output {list(y.shape)} must be numbers [{symbols}], one a symbol of the input"
+    return None
+
+
 class Exactness(_Frozen):
     """Whether a row's bits depend on what it is computed with: batch, chunking, padding, threads."""
 
@@ -84,7 +103,7 @@ class ModelDocument(_Frozen):
     description: str = ""
     labels: tuple[str, ...] | None = None  # names of the entries of the last axis of the output
     # How an output becomes the next input in a rollout: a symbol drawn from a distribution, or the output itself.
-    rollout: Literal["probabilities", "logits", "value"] | None = None
+    rollout: Rollout | None = None
     metrics: dict[str, float] = Field(default_factory=dict)  # on the test data: {"accuracy": 0.98}
     precision: Precision = "float32"  # of the weights; inputs, outputs and states stay wide
     form: str = ""  # how time is run over: "LSTM", "Scan", ...

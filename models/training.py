@@ -17,8 +17,8 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from models import datasets
-from models.metrics import evaluate, rmse
-from models.networks import speaker_network, sunspot_network
+from models.metrics import evaluate, ngram_bits, rmse
+from models.networks import character_network, speaker_network, sunspot_network
 
 Array = NDArray[Any]
 Progress = Callable[[int, int, str], None]  # epochs done, of how many, how it does
@@ -33,7 +33,7 @@ class Trained:
     """A trained network, and what is known of it."""
 
     network: Any
-    card: dict[str, Any]  # description, labels, default_output, metrics, seed
+    card: dict[str, Any]  # description, labels, default_output, rollout, metrics, seed
     test: dict[str, Array] = field(repr=False)  # x [n, time, features], lengths [n], y, and weight where not all counts
 
 
@@ -128,6 +128,7 @@ def train_sunspots(progress: Progress, feedback: str = "hidden") -> Trained:
     card = {
         "description": f"next month's mean sunspot number, said after every month (RNN, {feedback} fed back)",
         "default_output": "all",
+        "rollout": "value",
         "metrics": {
             **evaluate(network.predict(test["x"], verbose=0), test),
             "rmse_persistence": rmse(x[of_test], wanted[of_test]),
@@ -143,10 +144,44 @@ def train_sunspots_jordan(progress: Progress) -> Trained:
     return train_sunspots(progress, feedback="output")
 
 
+def train_characters(progress: Progress) -> Trained:
+    """Trains `characters`: the next character of a text, said after every character.
+
+    The last tenth of the text is the test. It is a small text, of which more epochs would learn more by heart.
+    """
+    data = datasets.alice()
+    symbols = data.encode(data.text)
+    first = int(len(symbols) * 0.9)  # of the test
+    train, test = symbols[:first], symbols[first:]
+    network = character_network(len(data.symbols))
+    # Windows that overlap by a half, of which the first quarter only warms up.
+    window, warm = 64, 16
+    starts = np.arange(0, len(train) - window, window // 2)
+    rows = starts[:, None] + np.arange(window)
+    weight = np.tile((np.arange(window) >= warm).astype(np.float32), (len(starts), 1))
+    loss = keras.losses.SparseCategoricalCrossentropy()
+    fitted = train[rows], train[rows + 1], weight
+    _fit(network, loss, fitted, None, epochs=12, batch=64, progress=progress, rate=8e-3)
+    scored = {"x": test[None, :-1], "lengths": np.array([len(test) - 1], np.int32), "y": test[None, 1:]}
+    card = {
+        "description": "the next character of a text, as probabilities (two LSTMs, Alice's Adventures in Wonderland)",
+        "labels": list(data.symbols),
+        "default_output": "last",
+        "rollout": "probabilities",
+        "metrics": {
+            **evaluate(network.predict(scored["x"], verbose=0), scored),
+            "bits_5_grams": ngram_bits(train, test, len(data.symbols)),
+        },
+        "seed": SEED,
+    }
+    return Trained(network, card, scored)
+
+
 EXAMPLES: dict[str, Callable[[Progress], Trained]] = {
     "vowels": train_vowels,
     "sunspots": train_sunspots,
     "sunspots-jordan": train_sunspots_jordan,
+    "characters": train_characters,
 }
 
 
@@ -168,10 +203,11 @@ def _fit(
     epochs: int,
     batch: int,
     progress: Progress,
+    rate: float = 3e-3,
 ) -> None:
     """Fits with a rate that falls to nothing, and keeps the weights of the epoch that did best on a validation part."""
     steps = epochs * -(-len(fitted[0]) // batch)
-    network.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(3e-3, steps), clipnorm=1.0), loss=loss)
+    network.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, steps), clipnorm=1.0), loss=loss)
     callbacks = [_Tell(epochs, progress)]
     if validation:
         callbacks.append(keras.callbacks.EarlyStopping(patience=epochs, restore_best_weights=True))

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-EXAMPLES = ("vowels", "sunspots", "sunspots-jordan")  # of models.training, which takes seconds to import
+EXAMPLES = ("vowels", "sunspots", "sunspots-jordan", "characters")  # of models.training, which takes seconds to import
 
 EPILOG = """\
 example:
-  cellserve train                          all three
+  cellserve train                          all of them
   cellserve train vowels --folder trained
 
 writes FOLDER/NAME.keras, NAME.card.json (labels, test metrics) and NAME.npz (the test data), for `cellserve export`.

@@ -128,7 +128,7 @@ class Changes:
     async def _step(self, session: Session, x: Array, every_output: bool, request: Request | None) -> Stepped:
         advance = self.begin(session, x, every_output, None, request)
         if advance is None:
-            async with self._turn(session, request) as again:
+            async with self.turn(session, request) as again:
                 if again is not None:
                     return await self._replayed(session, again, x, every_output)
                 advance = self._submit(session, x, every_output, request)
@@ -314,7 +314,7 @@ class Changes:
         """
         while True:
             try:
-                async with self._turn(session, request) as again:
+                async with self.turn(session, request) as again:
                     if again is not None:
                         return again.reached, True
                     try:
@@ -327,7 +327,7 @@ class Changes:
                 session = await self._table.find(session.owner, session.id)
 
     @asynccontextmanager
-    async def _turn(self, session: Session, request: Request | None) -> AsyncIterator[Applied | None]:
+    async def turn(self, session: Session, request: Request | None) -> AsyncIterator[Applied | None]:
         """Waits for a turn to change the session; gives what to answer again where the request is a repetition.
 
         Where it is none, whoever gets the turn hands it on when the change is done.
@@ -366,6 +366,17 @@ class Changes:
             return self._queue(session.engine, session.slots, x[None], every_output, done)
         return self._queue_once(session.engine, [session], [request], session.slots, x[None], every_output, done)
 
+    def submit_part(self, session: Session, x: Array, request: Request, before: dict[str, Array]) -> Advance:
+        """Queues a step of a session that is held, which is a part of a larger change.
+
+        Args:
+            session: The session.
+            x: `[time, *features]`.
+            request: The larger change.
+            before: The states before that, from which its repetition is computed as far as it has come.
+        """
+        return self._queue_once(session.engine, [session], [request], session.slots, x[None], False, before=[before])
+
     def _queue_once(
         self,
         engine: Engine,
@@ -375,11 +386,13 @@ class Changes:
         x: Array,
         every_output: bool,
         done: Told | None = None,
+        before: Sequence[dict[str, Array] | None] | None = None,
     ) -> Advance:
         arena = engine.arena
         size = engine.model.outputs.step_bytes * (x.shape[1] if every_output else 1)
-        large = size > max(_LARGE_ANSWER, arena.row_bytes)
-        before = [arena.read(session.slot) if large else None for session in sessions]
+        large = before is not None or size > max(_LARGE_ANSWER, arena.row_bytes)
+        if before is None:
+            before = [arena.read(session.slot) if large else None for session in sessions]
         advance = self._queue(engine, slots, x, every_output, done)
         for session in sessions:
             session.claimed = True

@@ -81,6 +81,13 @@ class CannotBeStepped(Problem):
     title = "The model cannot be stepped"
 
 
+class CannotRollOut(Problem):
+    """The model's outputs are not said to be its next inputs."""
+
+    status = 422
+    title = "The model cannot go on by itself"
+
+
 class NotFinite(InvalidInput):
     """The model's output or next state would not be finite; nothing was applied."""
 

@@ -29,7 +29,7 @@ class Applied:
     request: Request
     reached: int  # the position after it
     y: Array | None = None  # [time, *outputs] of a step
-    # Where y would be large: the states before the step, from which bit identity computes the same y again.
+    # Where y would be large, and of a rollout: the states before it, from which bit identity computes the same again.
     before: dict[str, Array] | None = None
 
 
@@ -37,6 +37,11 @@ def step_request(position: int, x: Array, every_output: bool) -> Request:
     """Makes the request of a step by x `[time, *features]`, whose outputs of all time steps are wanted or the last."""
     every_output = every_output or len(x) == 1
     return _request(b"step", position, b"%d %d" % (len(x), every_output), np.ascontiguousarray(x).tobytes())
+
+
+def rollout_request(position: int, x: Array, options: bytes) -> Request:
+    """Makes the request of a rollout that begins with x `[time, *features]`."""
+    return _request(b"rollout", position, options, np.ascontiguousarray(x).tobytes())
 
 
 def state_request(position: int, states: dict[str, Array] | None) -> Request:

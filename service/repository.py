@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME, Exactness, ModelDocument, checked_name
+from models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME, Exactness, ModelDocument, checked_name, rollout_misfit
 from service.errors import CannotBeStepped
 from service.exactness import SHORT, prove
 from service.layout import Layout
@@ -217,7 +217,7 @@ def load(
             try:
                 looked_into = check(content)
                 if file == MODEL_NAME:
-                    parse_document(looked_into.metadata)
+                    _check_rollout(parse_document(looked_into.metadata))
             except (BadModelFile, RuntimeUnavailable) as bad:
                 raise BrokenModel(f"{file}: {bad}") from None
         runtime = Runtime(files[MODEL_NAME], options, files.get(STEP_NAME))
@@ -231,6 +231,12 @@ def load(
         raise BrokenModel(cannot_be_run(error)) from None
     log.info("%s version %s on %s, exact: %s", name, path.name, runtime.provider, model.exactness.proved)
     return model
+
+
+def _check_rollout(document: ModelDocument) -> None:
+    misfit = None if document.rollout is None else rollout_misfit(document.signature, document.rollout)
+    if misfit is not None:
+        raise BrokenModel(f"{MODEL_NAME}: it says rollout {document.rollout!r}, but {misfit}")
 
 
 def cannot_be_run(error: Exception) -> str:

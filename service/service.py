@@ -20,6 +20,7 @@ from service.errors import NotAnOperator, ServerFull
 from service.keys import Keys
 from service.metrics import Metrics
 from service.repository import Model, Repository
+from service.rollout import Rollouts
 from service.runtime import RuntimeOptions
 from service.sessions import SessionTable
 from service.settings import Settings
@@ -95,6 +96,7 @@ class Service:
         self.engines = self.versions.newest
         self.sessions.load = self.versions.holding
         self.changes = Changes(self.sessions)
+        self.rollouts = Rollouts(self.sessions, self.changes)
         self.counts = Counts()
         self.metrics = Metrics(self)
         self.watched = settings.access_log or settings.tracing  # each request is looked at, the short way is not taken

@@ -276,12 +276,27 @@ class SessionTable:
     async def follow(self, session: Session, request: Request | None) -> None:
         """Makes sure that a session whose turn this is is as it stands elsewhere: there is no elsewhere."""
 
-    async def put_states(self, session: Session, states: dict[str, Array] | None, request: Request | None) -> None:
-        """Sets the states of a session whose turn this is."""
+    async def put_states(
+        self,
+        session: Session,
+        states: dict[str, Array] | None,
+        request: Request | None,
+        moves: int = 1,
+        before: dict[str, Array] | None = None,
+    ) -> None:
+        """Sets the states of a session whose turn this is.
+
+        Args:
+            session: The session.
+            states: By name; None for zeros.
+            request: The change that this is.
+            moves: By how much it moves the position.
+            before: The states before it, where a repetition is to be computed from them.
+        """
         session.engine.arena.write(session.slot, states)
-        session.engine.arena.position[session.slot] += 1
+        session.engine.arena.position[session.slot] += moves
         if request is not None:
-            session.applied = Applied(request, session.position)
+            session.applied = Applied(request, session.position, None, before)
 
     async def page(self, owner: str, after: tuple[int, int], limit: int) -> tuple[list[Listed], tuple[int, int] | None]:
         """Gives some of an owner's sessions, and after which to go on; those that live throughout are given once.

@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     max_whole_steps: int = Field(
         65_536, ge=1, description="time steps of one run of a model that cannot be stepped; a longer sequence gets 413"
     )
+    max_rollout_steps: int = Field(4096, ge=1, description="steps that a session may be asked to go on by itself")
     max_sessions: int = Field(100_000, ge=1, description="live sessions, at most")
     when_full: WhenFull = Field(
         "refuse",

@@ -192,11 +192,21 @@ class SharedTable(SessionTable):
             await self.fresh(session)
             return session.engine.arena.read(session.slot), session.position
 
-    async def put_states(self, session: Session, states: dict[str, Array] | None, request: Request | None) -> None:
+    async def put_states(
+        self,
+        session: Session,
+        states: dict[str, Array] | None,
+        request: Request | None,
+        moves: int = 1,
+        before: dict[str, Array] | None = None,
+    ) -> None:
         """Writes states of a session whose turn this is; raises Stale where it is another in the store by now."""
-        position = session.position + 1
-        applied = None if request is None else Applied(request, position)
-        last = None if request is None else Last(request.digest, request.position, position)
+        position = session.position + moves
+        applied = last = None
+        if request is not None:
+            applied = Applied(request, position, None, before)
+            content = (Last.NOTHING,) if before is None else (Last.BEFORE, _packed(session.engine.arena, before))
+            last = Last(request.digest, request.position, position, *content)
         write = self._write_of(session, Mark(position, *new_revisions(1)), _packed(session.engine.arena, states), last)
         session.revision = None
         (outcome,) = await self._store.write([write])

@@ -1,0 +1,229 @@
+"""Rollouts: a session goes on by itself, what it gives is what it takes next; as one unit, or symbol by symbol."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.changes import Changes
+from service.engine import Engine
+from service.errors import PositionConflict, ServerFull, Stale
+from service.exactly_once import Request, rollout_request
+from service.repository import Model
+from service.sampling import Sampling, draw
+from service.sessions import Session, SessionTable
+
+Array = NDArray[Any]
+States = dict[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What is asked of a session: to take x, then what it gives itself, until it has given so many."""
+
+    x: Array  # [time, *features]
+    steps: int  # outputs that become inputs; the last one is not taken any more
+    sampling: Sampling | None  # None where the output itself is the next input
+    streamed: bool
+
+    @property
+    def moves(self) -> int:
+        """By how many time steps it moves the session."""
+        return len(self.x) + self.steps - 1
+
+    def request(self, position: int) -> Request:
+        """Makes the request that it is at a position."""
+        options = f"{len(self.x)} {self.steps} {self.streamed} {self.sampling and tuple(self.sampling)}"
+        return rollout_request(position, self.x, options.encode())
+
+
+class Given(NamedTuple):
+    """One output that has become an input."""
+
+    position: int  # after the step that gave it
+    x: Array  # [*features]: a symbol, or the output itself
+
+
+class RolledOut(NamedTuple):
+    """What came of a rollout that is one unit."""
+
+    given: list[Given]
+    position: int  # after it
+    replayed: bool
+
+
+class Rollouts:
+    """Rolls out the sessions of a table.
+
+    Args:
+        table: Holds them.
+        changes: Changes them.
+    """
+
+    def __init__(self, table: SessionTable, changes: Changes) -> None:
+        self._table, self._changes = table, changes
+        self._newest: dict[tuple[str, str, bytes], asyncio.Lock] = {}  # of the streams of one request, who goes on
+
+    async def run(self, session: Session, wanted: Rollout, position: int | None) -> RolledOut:
+        """Rolls a session out as one unit, in its turn: all of it is applied at the end, or nothing.
+
+        Args:
+            session: The session.
+            wanted: What is asked of it.
+            position: Where it is to start from; then it is applied once, however often it is sent.
+
+        Raises:
+            SessionGone, StepInFlight, PositionConflict, SessionWentBack, NotFinite: As `Changes.step` does.
+            ModelFailed: No symbol can be drawn from an output.
+        """
+        request = None if position is None else wanted.request(position)
+        while True:
+            try:
+                return await self._run(session, wanted, request)
+            except Stale:
+                session = await self._table.find(session.owner, session.id)
+
+    async def _run(self, session: Session, wanted: Rollout, request: Request | None) -> RolledOut:
+        engine = session.engine
+        async with self._changes.turn(session, request) as again:
+            if again is not None:
+                given, _ = await _rolled(engine, again.before, wanted, again.request.position, wanted.steps)
+                return RolledOut(given, again.reached, True)
+            session.claimed = session.claimed or request is not None
+            try:
+                before = engine.arena.read(session.slot)
+                given, states = await _rolled(engine, before, wanted, session.position, wanted.steps)
+                await self._table.put_states(session, states, request, wanted.moves, before)
+                self._table.touch(session)
+                return RolledOut(given, session.position, False)
+            finally:
+                session.claimed = session.claimed and request is None
+                self._table.turns[engine].leave(session.slots)
+
+    async def stream(
+        self, session: Session, wanted: Rollout, position: int | None, after: int | None
+    ) -> AsyncIterator[Given]:
+        """Rolls a session out symbol by symbol: each is given when the step that gave it is applied, for good.
+
+        Nothing is held between two steps. Another change of the session ends it; so does a newer stream of the same
+        request, which goes on in its place.
+
+        Args:
+            session: The session.
+            wanted: What is asked of it.
+            position: Where it is to start from. Where part of this very rollout has been applied already, that is
+                computed again from the states before it, and the rest is applied.
+            after: Those at positions up to this one are not given, they are known.
+
+        Raises:
+            SessionGone, StepInFlight, PositionConflict, SessionWentBack, NotFinite: As `Changes.step` does.
+            ModelFailed: No symbol can be drawn from an output.
+        """
+        mine = asyncio.Lock()
+        if position is not None:
+            await self._take_over(session, wanted.request(position), mine)
+        try:
+            request, before, given = await self._begun(session, wanted, position)
+            key = _key(session, request)
+            self._newest[key] = mine
+            for one in given:
+                if after is None or one.position > after:
+                    yield one
+            last = given[-1]
+            end = request.position + wanted.moves
+            while last.position < end:
+                async with mine:
+                    if self._newest.get(key) is not mine:
+                        return
+                    session, last = await self._next(session, wanted, request, before, last)
+                if after is None or last.position > after:
+                    yield last
+        finally:
+            self._newest = {key: lock for key, lock in self._newest.items() if lock is not mine}
+
+    async def _take_over(self, session: Session, request: Request, mine: asyncio.Lock) -> None:
+        """Takes the place of an older stream of the same request, when the step that it is at is over."""
+        key = _key(session, request)
+        older, self._newest[key] = self._newest.get(key), mine
+        if older is not None:
+            async with older:
+                pass
+
+    async def _begun(
+        self, session: Session, wanted: Rollout, position: int | None
+    ) -> tuple[Request, States, list[Given]]:
+        """Takes x, or finds it taken; gives the request, the states before it, and what it has given so far."""
+        while True:
+            engine = session.engine
+            try:
+                async with self._changes.turn(session, None if position is None else wanted.request(position)) as again:
+                    if again is not None:
+                        assert again.before is not None
+                        start = again.request.position
+                        steps = again.reached - start - len(wanted.x) + 1
+                        given, _ = await _rolled(engine, again.before, wanted, start, steps)
+                        return again.request, again.before, given
+                    request, before = wanted.request(session.position), engine.arena.read(session.slot)
+                    advance = self._changes.submit_part(session, wanted.x, request, before)
+                y = (await advance.awaited)[0, -1]
+                return request, before, [_given(session.model, wanted, y, request.position + len(wanted.x))]
+            except Stale:
+                session = await self._table.find(session.owner, session.id)
+
+    async def _next(
+        self, session: Session, wanted: Rollout, request: Request, before: States, last: Given
+    ) -> tuple[Session, Given]:
+        """Takes what was given last; gives the session, as it is to be found now, and what comes next."""
+        while True:
+            try:
+                async with self._changes.turn(session, Request(last.position, b"")):
+                    if session.applied is None or session.applied.request != request:
+                        self._table.turns[session.engine].leave(session.slots)
+                        raise PositionConflict(
+                            "position: the session has another history than the rollout: start from where it is",
+                            position=session.position,
+                        )
+                    advance = self._changes.submit_part(session, last.x[None], request, before)
+                y = (await advance.awaited)[0, -1]
+                return session, _given(session.model, wanted, y, last.position + 1)
+            except Stale:
+                session = await self._table.find(session.owner, session.id)
+
+
+async def _rolled(
+    engine: Engine, before: States | None, wanted: Rollout, start: int, steps: int
+) -> tuple[list[Given], States]:
+    """Rolls a copy of states out, so many steps of what is asked; gives what it gave, and the states then."""
+    slots = engine.arena.take_many(1)
+    if slots is None:
+        raise ServerFull("too many sequences are in flight: try again in a second")
+    try:
+        engine.arena.write(int(slots[0]), before)
+        x, position, given = wanted.x, start, list[Given]()
+        while len(given) < steps:
+            y = (await engine.submit(slots, x[None], False).awaited)[0, -1]
+            position += len(x)
+            given.append(_given(engine.model, wanted, y, position))
+            x = given[-1].x[None]
+        return given, engine.arena.read(int(slots[0]))
+    finally:
+        engine.arena.give_back(slots)
+
+
+def _given(model: Model, wanted: Rollout, y: Array, position: int) -> Given:
+    """Makes the next input of an output."""
+    if wanted.sampling is None:
+        return Given(position, y.copy())
+    spec = model.runtime.signature.inputs[0]
+    assert spec.bounds is not None
+    place = draw(y, model.document.rollout == "logits", wanted.sampling, position)
+    return Given(position, np.array(spec.bounds[0] + place, spec.dtype))
+
+
+def _key(session: Session, request: Request) -> tuple[str, str, bytes]:
+    return session.owner, session.id, request.digest
