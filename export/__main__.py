@@ -19,6 +19,7 @@ example:
   cellserve export my_network.keras --name mine --quantize int8 --data test.npz --tolerance 0.02
 
 Beside NETWORK.keras, NETWORK.card.json (labels, metrics, description, default_output, rollout) and NETWORK.npz (test
+Beside NETWORK.keras, NETWORK.card.json (labels, metrics, description, default_output, rollout) and NETWORK.npz (test
 data: x [n, time, features], lengths [n], y; several inputs or outputs by their names) are taken where they are there.
 Nothing is written unless the model is proved.
 """

@@ -137,7 +137,7 @@ def _beside(network: Path, suffix: str) -> Path | None:
 
 
 def _card(network: Path) -> dict[str, Any]:
-    """Reads what training has said about a network beside it, in NAME.card.json: labels, metrics, description, rollout."""
+    """Reads what training has said about a network beside it, in NAME.card.json: labels, metrics, rollout."""
     path = _beside(network, ".card.json")
     if path is None:
         return {}

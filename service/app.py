@@ -21,6 +21,7 @@ from service.api.inference.infer import Inference
 from service.api.messages import AnsweringProblems, Endpoint, Receive, Scope, Send, as_problem
 from service.api.observed import Observed, told
 from service.api.predict import Predict
+from service.api.rollout import RollOut
 from service.api.stream import Stream
 from service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
 from service.port import Port
@@ -84,6 +85,8 @@ def create_app(settings: Settings) -> Observed:
     predict, step = AnsweringProblems(Predict(service)), sessions.Step(service)
     app.router.routes.append(Route("/predict", predict, methods=["POST"]))
     app.router.routes.append(Route("/sessions/{session_id}/step", step, methods=["POST"]))
+    roll_out = AnsweringProblems(RollOut(service))
+    app.router.routes.append(Route("/sessions/{session_id}/rollout", roll_out, methods=["POST"]))
     app.router.routes.append(WebSocketRoute("/stream", Stream(service)))
     app.include_router(sessions.router(service))
     app.include_router(operations.router(service))

@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME, Exactness, ModelDocument, checked_name, rollout_misfit
+from models.signature import (
+    MANIFEST_NAME,
+    MODEL_NAME,
+    STEP_NAME,
+    Exactness,
+    ModelDocument,
+    checked_name,
+    rollout_misfit,
+)
 from service.errors import CannotBeStepped
 from service.exactness import SHORT, prove
 from service.layout import Layout

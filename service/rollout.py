@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -107,7 +107,7 @@ class Rollouts:
 
     async def stream(
         self, session: Session, wanted: Rollout, position: int | None, after: int | None
-    ) -> AsyncIterator[Given]:
+    ) -> AsyncGenerator[Given, None]:
         """Rolls a session out symbol by symbol: each is given when the step that gave it is applied, for good.
 
         Nothing is held between two steps. Another change of the session ends it; so does a newer stream of the same

@@ -40,6 +40,7 @@ def install(app: FastAPI, service: Service) -> None:
             paths = document["paths"]
             paths["/predict"] = {"post": _predict()}
             paths["/sessions/{session_id}/step"] = {"post": _step()}
+            paths["/sessions/{session_id}/rollout"] = {"post": _rollout()}
             paths["/sessions"]["post"]["requestBody"] = _body(
                 {"model": _MODEL, "states": _STATES}, {"model": "sunspots"}, required=[]
             )
@@ -140,6 +141,44 @@ def _step() -> dict[str, Any]:
                 {"session": _SESSION["session"], "position": 1, "y": [97.2], "durable": "none"},
             )
         },
+    }
+
+
+def _rollout() -> dict[str, Any]:
+    step = _step()
+    x = step["requestBody"]["content"]["application/json"]["schema"]["properties"]["x"]
+    last_event = {"name": "Last-Event-ID", "in": "header", "schema": {"type": "string", "pattern": "^[0-9]*$"},
+                  "description": "the last event that came: the stream goes on behind it"}  # fmt: skip
+    answer = _answer(
+        "what it gave: symbols with their labels or text, or y; as events where they are asked for",
+        {"session": _SESSION["session"], "position": 13, "symbols": [46, 43, 1], "text": "he ", "durable": "none"},
+    )
+    answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    return {
+        **step,
+        "summary": "Let a session go on by itself: its outputs are its next inputs",
+        "description": "With `stream`, or Accept: text/event-stream, in server-sent events: docs/protocol.md has them.",
+        "operationId": "rollout",
+        "parameters": [*step["parameters"], last_event],
+        "requestBody": _body(
+            {
+                "steps": {"type": "integer", "minimum": 1, "description": "outputs to give; the last is not taken in"},
+                "x": x,
+                "text": {"type": "string", "description": "x in characters, where the model's symbols are such"},
+                "position": _POSITION,
+                "temperature": {"type": "number", "minimum": 0, "default": 1, "description": "0: the most probable"},
+                "top_k": {
+                    "type": ["integer", "null"],
+                    "minimum": 1,
+                    "description": "of so many, the likeliest",
+                },
+                "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0},
+                "stream": {"type": "boolean", "default": False},
+            },
+            {"text": "Alice was", "steps": 100, "temperature": 0.7, "seed": 1, "position": 0},
+            required=["steps"],
+        ),
+        "responses": {"200": answer},
     }
 
 

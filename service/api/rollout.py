@@ -1,0 +1,195 @@
+"""`POST /sessions/{id}/rollout`: a session goes on by itself; answered at once, or as server-sent events."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from service.api.messages import REPLAY, Receive, Scope, Send, as_problem, read_json_body, send_json, unless_gone
+from service.api.observed import told
+from service.api.sessions import Position
+from service.errors import CannotRollOut, InvalidInput
+from service.repository import Model
+from service.rollout import Given, Rollout
+from service.sampling import Sampling
+from service.service import Service
+from service.sessions import Session
+from service.tensors import decode
+
+Array = NDArray[Any]
+
+EVENTS = b"text/event-stream"
+_LARGEST_SEED = 2**63 - 1
+
+
+class RolloutRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /sessions/{id}/rollout`."""
+
+    steps: Annotated[int, msgspec.Meta(ge=1)]
+    x: msgspec.Raw = msgspec.Raw(b"null")
+    text: str | None = None
+    position: Position | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0, le=_LARGEST_SEED)] | None = None
+    stream: bool = False
+
+
+_decoder = msgspec.json.Decoder(RolloutRequest)
+
+
+class RollOut:
+    """`POST /sessions/{id}/rollout`, plain ASGI: FastAPI's responses do not stream with back-pressure as it is needed.
+
+    Args:
+        service: What it is a surface of.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        owner = self.service.owner(scope["headers"])
+        body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
+        session = await self.service.sessions.find(owner, scope["path_params"]["session_id"])
+        headers = dict(scope["headers"])
+        accepts = EVENTS in headers.get(b"accept", b"")
+        wanted, position = self._read(session.model, body, accepts)
+        if wanted.streamed:
+            after = _last_event(headers.get(b"last-event-id"), position)
+            await unless_gone(self._stream(scope, send, session, wanted, position, after), receive)
+            return
+        rolled = await unless_gone(self.service.rollouts.run(session, wanted, position), receive)
+        answer = {
+            "session": session.id,
+            "position": rolled.position,
+            **_written(session.model, rolled.given),
+            "durable": self.service.sessions.durable,
+        }
+        await send_json(send, answer, REPLAY if rolled.replayed else ())
+
+    def _read(self, model: Model, body: bytes, streamed: bool) -> tuple[Rollout, int | None]:
+        if model.document.rollout is None:
+            raise CannotRollOut(
+                f"model {model.name!r} does not say that its output can be its next input: send its inputs to /step "
+                f"(or export it with --rollout)"
+            )
+        asked, most = decode(_decoder, body), self.service.settings.max_rollout_steps
+        if asked.steps > most:
+            raise InvalidInput(
+                f"steps: {asked.steps}, where {most} may be at a time: send fewer, and go on from there",
+                place="steps",
+                limit=most,
+            )
+        sampling = None
+        if model.document.rollout != "value":
+            temperature = 1.0 if asked.temperature is None else asked.temperature
+            sampling = Sampling(temperature, asked.top_k, asked.seed or 0)
+        else:
+            for name in ("temperature", "top_k", "seed"):
+                if getattr(asked, name) is not None:
+                    raise InvalidInput(f"{name}: nothing is drawn, the model's output is its next input", place=name)
+        begins = bytes(asked.x) != b"null"
+        if begins == (asked.text is not None):
+            raise InvalidInput("x: send the time steps to begin with, as x or as text, one of the two", place="x")
+        x = model.reader.x(asked.x)[0] if begins else _encoded(model, asked.text)
+        return Rollout(x, asked.steps, sampling, asked.stream or streamed), asked.position
+
+    async def _stream(
+        self, scope: Scope, send: Send, session: Session, wanted: Rollout, position: int | None, after: int | None
+    ) -> None:
+        begun = False
+
+        async def event(content: bytes, more: bool = True) -> None:
+            nonlocal begun
+            if not begun:
+                headers = [(b"content-type", EVENTS), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                begun = True
+            await send({"type": "http.response.body", "body": content, "more_body": more})
+
+        reached = after
+        try:
+            async with aclosing(self.service.rollouts.stream(session, wanted, position, after)) as events:
+                async for given in events:
+                    reached = given.position
+                    await event(b"id: %d\ndata: %b\n\n" % (reached, _data(session.model, given)))
+        except Exception as error:
+            problem = as_problem(error, scope)
+            if not begun:
+                raise problem from None
+            await event(b"event: problem\ndata: %b\n\n" % told(problem, scope), False)
+            return
+        end = {"session": session.id, "position": reached, "durable": self.service.sessions.durable}
+        await event(b"event: end\ndata: %b\n\n" % orjson.dumps(end), False)
+
+
+def _last_event(header: bytes | None, position: int | None) -> int | None:
+    if not header:
+        return None
+    if not header.isdigit() or len(header) > 18:
+        raise InvalidInput(
+            f"Last-Event-ID: {header.decode('latin-1')[:80]!r} is no id of an event: send the last one that came",
+            place="Last-Event-ID",
+        )
+    if position is None:
+        raise InvalidInput(
+            "position: a stream is resumed where it began: send the whole request again with the position that it "
+            "began at (the first event's id, less the time steps of x)",
+            place="position",
+        )
+    return int(header)
+
+
+def _letters(model: Model) -> tuple[str, ...] | None:
+    """Gives the symbols' characters, where each of them is one."""
+    labels = model.document.labels
+    return labels if labels is not None and all(len(label) == 1 for label in labels) else None
+
+
+def _first(model: Model) -> int:
+    """Gives the first symbol's number."""
+    bounds = model.runtime.signature.inputs[0].bounds
+    return 0 if bounds is None else bounds[0]
+
+
+def _encoded(model: Model, text: str | None) -> Array:
+    letters = None if model.document.rollout == "value" else _letters(model)
+    if letters is None:
+        raise InvalidInput("text: the model's symbols are no characters: send x", place="text")
+    places = {letter: place for place, letter in enumerate(letters)}
+    for place, letter in enumerate(text or ""):
+        if letter not in places:
+            raise InvalidInput(
+                f"text[{place}]: {letter!r} is none of the model's characters: send some of {''.join(letters)!r}",
+                place=f"text[{place}]",
+            )
+    if not text:
+        raise InvalidInput("text: empty: send at least one character", place="text")
+    spec = model.runtime.signature.inputs[0]
+    return np.array([_first(model) + places[letter] for letter in text], spec.dtype)
+
+
+def _written(model: Model, given: list[Given]) -> dict[str, Any]:
+    """Writes what a session has given: `y [steps, *features]`, or the symbols and what they are called."""
+    if model.document.rollout == "value":
+        return {"y": np.stack([one.x for one in given])}
+    symbols = [int(one.x) for one in given]
+    answer: dict[str, Any] = {"symbols": symbols}
+    if model.document.labels is not None:
+        labels = [model.document.labels[symbol - _first(model)] for symbol in symbols]
+        answer |= {"labels": labels} if _letters(model) is None else {"text": "".join(labels)}
+    return answer
+
+
+def _data(model: Model, given: Given) -> bytes:
+    """Writes the data of one event."""
+    singular = {"y": "y", "symbols": "symbol", "labels": "label", "text": "text"}
+    written = {singular[name]: value[0] for name, value in _written(model, [given]).items()}
+    return orjson.dumps({"position": given.position, **written}, option=orjson.OPT_SERIALIZE_NUMPY)
