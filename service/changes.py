@@ -327,14 +327,22 @@ class Changes:
                 session = await self._table.find(session.owner, session.id)
 
     @asynccontextmanager
-    async def turn(self, session: Session, request: Request | None) -> AsyncIterator[Applied | None]:
+    async def turn(
+        self, session: Session, request: Request | None, waits: bool = False
+    ) -> AsyncIterator[Applied | None]:
         """Waits for a turn to change the session; gives what to answer again where the request is a repetition.
 
         Where it is none, whoever gets the turn hands it on when the change is done.
+
+        Args:
+            session: The session.
+            request: The change, where it has a position.
+            waits: Whether it waits for another change with a position, too, that is under way.
         """
         if not session.alive:
             raise self._table.missing(session.owner, session.id)
-        if request is not None:
+        claims = request is not None and not waits
+        if claims:
             if session.claimed:
                 raise _in_flight(session)
             session.claimed = True
@@ -343,7 +351,7 @@ class Changes:
             if not session.alive:
                 raise self._table.missing(session.owner, session.id)
         finally:
-            session.claimed = session.claimed and request is None
+            session.claimed = session.claimed and not claims
         try:
             if self._table.shared:
                 await self._table.follow(session, request)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,7 +66,7 @@ class Rollouts:
 
     def __init__(self, table: SessionTable, changes: Changes) -> None:
         self._table, self._changes = table, changes
-        self._newest: dict[tuple[str, str, bytes], asyncio.Lock] = {}  # of the streams of one request, who goes on
+        self._newest: dict[tuple[str, str, bytes], object] = {}  # of the streams of one request, the one that goes on
 
     async def run(self, session: Session, wanted: Rollout, position: int | None) -> RolledOut:
         """Rolls a session out as one unit, in its turn: all of it is applied at the end, or nothing.
@@ -121,47 +120,39 @@ class Rollouts:
             after: Those at positions up to this one are not given, they are known.
 
         Raises:
-            SessionGone, StepInFlight, PositionConflict, SessionWentBack, NotFinite: As `Changes.step` does.
+            SessionGone, PositionConflict, SessionWentBack, NotFinite: As `Changes.step` does.
             ModelFailed: No symbol can be drawn from an output.
         """
-        mine = asyncio.Lock()
+        mine = object()
         if position is not None:
-            await self._take_over(session, wanted.request(position), mine)
+            self._newest[_key(session, wanted.request(position))] = mine
         try:
             request, before, given = await self._begun(session, wanted, position)
             key = _key(session, request)
-            self._newest[key] = mine
+            self._newest.setdefault(key, mine)
             for one in given:
                 if after is None or one.position > after:
                     yield one
             last = given[-1]
             end = request.position + wanted.moves
             while last.position < end:
-                async with mine:
-                    if self._newest.get(key) is not mine:
-                        return
-                    session, last = await self._next(session, wanted, request, before, last)
+                if self._newest.get(key) is not mine:
+                    return
+                session, last = await self._next(session, wanted, request, before, last)
                 if after is None or last.position > after:
                     yield last
         finally:
-            self._newest = {key: lock for key, lock in self._newest.items() if lock is not mine}
-
-    async def _take_over(self, session: Session, request: Request, mine: asyncio.Lock) -> None:
-        """Takes the place of an older stream of the same request, when the step that it is at is over."""
-        key = _key(session, request)
-        older, self._newest[key] = self._newest.get(key), mine
-        if older is not None:
-            async with older:
-                pass
+            self._newest = {key: stream for key, stream in self._newest.items() if stream is not mine}
 
     async def _begun(
         self, session: Session, wanted: Rollout, position: int | None
     ) -> tuple[Request, States, list[Given]]:
         """Takes x, or finds it taken; gives the request, the states before it, and what it has given so far."""
+        asked = None if position is None else wanted.request(position)
         while True:
             engine = session.engine
             try:
-                async with self._changes.turn(session, None if position is None else wanted.request(position)) as again:
+                async with self._changes.turn(session, asked, waits=True) as again:
                     if again is not None:
                         assert again.before is not None
                         start = again.request.position
@@ -181,7 +172,7 @@ class Rollouts:
         """Takes what was given last; gives the session, as it is to be found now, and what comes next."""
         while True:
             try:
-                async with self._changes.turn(session, Request(last.position, b"")):
+                async with self._changes.turn(session, Request(last.position, b""), waits=True):
                     if session.applied is None or session.applied.request != request:
                         self._table.turns[session.engine].leave(session.slots)
                         raise PositionConflict(

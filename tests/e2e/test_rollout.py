@@ -1,0 +1,260 @@
+"""Sessions that go on by themselves: the same symbols however they come, once each, whatever else goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from service.sampling import Sampling, draw
+from tests.conftest import Server, start_server
+from tests.e2e.test_exactly_once import kind
+from tests.e2e.test_predict_and_sessions import create
+from tests.redis_server import RedisServer
+
+Serve = Callable[..., Server]
+ASKED = {"text": "Alice was", "temperature": 0.8, "top_k": 20, "seed": 7}
+
+
+@pytest.fixture(scope="module", params=["memory", "redis"])
+def server(examples: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server of the example models on each of the stores."""
+    url = request.getfixturevalue("redis").url if request.param == "redis" else "memory"
+    server = start_server("--models", str(examples), "--store", url)
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+def roll_out(client: httpx.Client, session: str, **body: Any) -> httpx.Response:
+    return client.post(f"/sessions/{session}/rollout", json=body)
+
+
+def events(client: httpx.Client, session: str, after: int | None = None, **body: Any) -> Iterator[tuple[str, Any]]:
+    """Gives the kind (the id, of a symbol) and the data of each event, while the connection stays open."""
+    headers = {"accept": "text/event-stream"} | ({} if after is None else {"last-event-id": str(after)})
+    with client.stream("POST", f"/sessions/{session}/rollout", json=body, headers=headers) as answer:
+        if answer.status_code != 200:
+            answer.read()
+            raise AssertionError(answer.text)
+        assert answer.headers["content-type"] == "text/event-stream"
+        kind = ""
+        for line in answer.iter_lines():
+            name, _, value = line.partition(": ")
+            if name in ("id", "event"):
+                kind = value
+            elif name == "data":
+                yield kind, json.loads(value)
+
+
+def by_hand(client: httpx.Client, session: str, steps: int, sampling: Sampling, text: str) -> str:
+    """Does step by step, over HTTP, what a rollout does by itself."""
+    labels = client.get("/models/characters").json()["labels"]
+    x, drawn = [labels.index(letter) for letter in text], ""
+    while len(drawn) < steps:
+        answer = client.post(f"/sessions/{session}/step", json={"x": x, "outputs": "last"}).json()
+        x = [draw(np.array(answer["y"], np.float32), False, sampling, answer["position"])]
+        drawn += labels[x[0]]
+    return drawn
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.8, 20, 7), Sampling(0), Sampling(1.0, None, 123)])
+def test_a_rollout_is_stepping_by_hand(client: httpx.Client, sampling: Sampling) -> None:
+    asked = {"text": "Alice was", **{name: value for name, value in sampling._asdict().items() if value is not None}}
+    session, other = create(client, "characters"), create(client, "characters")
+    answer = roll_out(client, session, **asked, steps=60).json()
+    assert answer["text"] == by_hand(client, other, 60, sampling, "Alice was")
+    assert answer["position"] == 9 + 59 == client.get(f"/sessions/{session}").json()["position"]
+    states = [safetensors.numpy.load(client.get(f"/sessions/{one}/state").content) for one in (session, other)]
+    assert all(states[0][name].tobytes() == states[1][name].tobytes() for name in states[0])
+
+
+def test_a_rollout_in_parts_is_the_rollout(client: httpx.Client) -> None:
+    whole = roll_out(client, create(client, "characters"), **ASKED, steps=50).json()
+    session = create(client, "characters")
+    first = roll_out(client, session, **ASKED, steps=20).json()
+    second = roll_out(client, session, **{**ASKED, "text": first["text"][-1]}, steps=30).json()
+    assert (first["text"] + second["text"], second["position"]) == (whole["text"], whole["position"])
+    assert first["symbols"] + second["symbols"] == whole["symbols"]
+
+
+def test_among_other_traffic_nothing_changes(server: Server, client: httpx.Client) -> None:
+    alone = [
+        roll_out(client, create(client, "characters"), **{**ASKED, "seed": seed}, steps=80).json()["text"]
+        for seed in range(6)
+    ]
+    together: dict[int, str] = {}
+
+    def go(seed: int) -> None:
+        with server.client() as own:
+            session = create(own, "characters")
+            if seed % 2:
+                got = [data["text"] for kind, data in events(own, session, **{**ASKED, "seed": seed}, steps=80)
+                       if kind != "end"]  # fmt: skip
+                together[seed] = "".join(got)
+            else:
+                together[seed] = roll_out(own, session, **{**ASKED, "seed": seed}, steps=80).json()["text"]
+
+    threads = [threading.Thread(target=go, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        client.post("/predict", json={"model": "characters", "sequences": [[1, 2, 3] * 20] * 5})
+    assert [together[seed] for seed in range(6)] == alone
+    assert len(set(alone)) == 6
+
+
+def test_what_gives_numbers_is_continued_with_them(client: httpx.Client) -> None:
+    session, other = create(client, "sunspots"), create(client, "sunspots")
+    x = [[96.7], [104.3], [116.7]]
+    answer = roll_out(client, session, x=x, steps=120).json()
+    ys = [client.post(f"/sessions/{other}/step", json={"x": x, "outputs": "last"}).json()["y"]]
+    while len(ys) < 120:
+        ys.append(client.post(f"/sessions/{other}/step", json={"x": ys[-1]}).json()["y"])
+    assert (answer["y"], answer["position"]) == (ys, 122)
+    told = list(events(client, create(client, "sunspots"), x=x, steps=120))
+    assert [data["y"] for _, data in told[:-1]] == ys
+
+
+def test_a_rollout_with_a_position_is_applied_once_and_told_again(client: httpx.Client) -> None:
+    session = create(client, "characters")
+    first = roll_out(client, session, **ASKED, steps=30, position=0)
+    again = roll_out(client, session, **ASKED, steps=30, position=0)
+    assert "idempotent-replay" not in first.headers
+    assert (again.headers["idempotent-replay"], again.json()) == ("true", first.json())
+    for other in ({"seed": 8}, {"steps": 31}, {"temperature": 0.9}, {"top_k": 21}, {"text": "Alice is"}):
+        refused = roll_out(client, session, **{**ASKED, "steps": 30, "position": 0} | other)
+        assert (refused.status_code, kind(refused), refused.json()["position"]) == (409, "position-conflict", 38)
+    assert kind(roll_out(client, session, **ASKED, steps=3, position=39)) == "session-went-back"
+    client.post(f"/sessions/{session}/step", json={"x": 3})
+    assert roll_out(client, session, **ASKED, steps=30, position=0).status_code == 409
+
+
+def test_events_are_the_rollout_and_their_ids_the_positions(client: httpx.Client) -> None:
+    whole = roll_out(client, create(client, "characters"), **ASKED, steps=25).json()
+    session = create(client, "characters")
+    *told, (last, end) = events(client, session, **ASKED, steps=25)
+    assert [kind for kind, _ in told] == [str(position) for position in range(9, 34)]
+    assert [data["position"] for _, data in told] == list(range(9, 34))
+    assert "".join(data["text"] for _, data in told) == whole["text"]
+    assert [data["symbol"] for _, data in told] == whole["symbols"]
+    assert (last, end) == ("end", {"session": session, "position": 33, "durable": whole["durable"]})
+
+
+def test_a_stream_goes_on_behind_the_last_event_that_came(client: httpx.Client) -> None:
+    asked = {**ASKED, "steps": 400, "position": 0}
+    whole = roll_out(client, create(client, "characters"), **ASKED, steps=400).json()["text"]
+    session, text, after = create(client, "characters"), "", None
+    for read in (1, 0, 30, 150, 1000):
+        with closing(events(client, session, after, **asked)) as stream:
+            for kind, data in islice(stream, read):
+                if kind == "end":
+                    break
+                text, after = text + data["text"], int(kind)
+    assert text == whole
+    assert client.get(f"/sessions/{session}").json()["position"] == 9 + 399
+    assert [kind for kind, _ in events(client, session, after, **asked)] == ["end"]
+    assert "".join(data.get("text", "") for _, data in events(client, session, **asked)) == whole
+
+
+def test_whoever_steps_a_session_ends_its_stream_and_waits_for_nothing(client: httpx.Client, server: Server) -> None:
+    session = create(client, "characters")
+    with server.client() as other, closing(events(other, session, **ASKED, steps=4096)) as stream:
+        next(stream)  # and nobody reads on
+        stepped = client.post(f"/sessions/{session}/step", json={"x": 3})
+        assert stepped.status_code == 200
+        if stepped.json()["position"] < 4000:
+            assert [kind for kind, _ in stream][-1] == "problem"
+
+
+def test_a_client_that_goes_leaves_a_session_that_goes_on(client: httpx.Client, server: Server) -> None:
+    session = create(client, "characters")
+    with pytest.raises(httpx.ReadTimeout), server.client() as other:
+        other.post(f"/sessions/{session}/rollout", json={**ASKED, "steps": 4096}, timeout=0.02)
+    answer = client.post(f"/sessions/{session}/step", json={"x": 3, "position": 0})
+    assert answer.status_code == 200  # nothing of the rollout has been applied
+    assert answer.json()["position"] == 1
+
+
+def test_a_killed_server_loses_no_symbol_of_a_stream(examples: Path, serve: Serve, redis: RedisServer) -> None:
+    flags = "--models", str(examples), "--store", redis.url
+    asked = {**ASKED, "steps": 600, "position": 0}
+    server, text, after = serve(*flags), "", None
+    with server.client() as client:
+        session = create(client, "characters")
+        with pytest.raises(httpx.TransportError):
+            for kind, data in events(client, session, **asked):
+                text, after = text + data["text"], int(kind)
+                if len(text) == 40:
+                    server.stop(signal.SIGKILL)
+    with serve(*flags).client() as client:
+        reached = client.get(f"/sessions/{session}").json()["position"]
+        assert after is not None and after <= reached < 608
+        for kind, data in events(client, session, after, **asked):
+            if kind != "end":
+                text += data["text"]
+                assert int(kind) == 8 + len(text)
+        whole = roll_out(client, create(client, "characters"), **ASKED, steps=600).json()["text"]
+    assert text == whole
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "place"),
+    [
+        ({"text": "a"}, 422, ""),
+        ({"text": "a", "steps": 0}, 422, "steps"),
+        ({"text": "a", "steps": 4097}, 422, "steps"),
+        ({"text": "a", "steps": 1.5}, 422, "steps"),
+        ({"steps": 3}, 422, "x"),
+        ({"steps": 3, "text": "a", "x": 1}, 422, "x"),
+        ({"steps": 3, "text": ""}, 422, "text"),
+        ({"steps": 3, "text": "caf\u00e9"}, 422, "text[3]"),
+        ({"steps": 3, "x": 70}, 422, "x"),
+        ({"steps": 3, "x": [1, -1]}, 422, "x[1]"),
+        ({"steps": 3, "x": []}, 422, "x"),
+        ({"steps": 3, "text": "a", "temperature": -0.1}, 422, "temperature"),
+        ({"steps": 3, "text": "a", "top_k": 0}, 422, "top_k"),
+        ({"steps": 3, "text": "a", "seed": -1}, 422, "seed"),
+        ({"steps": 3, "text": "a", "seed": 2**64}, 422, "seed"),
+        ({"steps": 3, "text": "a", "position": -1}, 422, "position"),
+        ({"steps": 3, "text": "a", "beam": 4}, 422, ""),
+    ],
+)
+def test_what_does_not_fit_is_told_where_and_changes_nothing(
+    client: httpx.Client, body: dict[str, Any], status: int, place: str
+) -> None:
+    session = create(client, "characters")
+    for streamed in ({}, {"stream": True}):
+        refused = roll_out(client, session, **body, **streamed)
+        assert (refused.status_code, refused.json()["place"]) == (status, place), refused.text
+    assert client.get(f"/sessions/{session}").json()["position"] == 0
+
+
+def test_models_and_sessions_that_cannot_are_told_so(client: httpx.Client) -> None:
+    vowels, sunspots = create(client, "vowels"), create(client, "sunspots")
+    assert kind(roll_out(client, vowels, x=[0.0] * 12, steps=3)) == "cannot-roll-out"
+    assert roll_out(client, sunspots, x=[1.0], steps=3, seed=1).json()["place"] == "seed"
+    assert roll_out(client, sunspots, text="1", steps=3).json()["place"] == "text"
+    assert roll_out(client, "nobody", x=[1.0], steps=3).status_code == 404
+    assert client.get(f"/sessions/{vowels}/rollout").status_code == 405
+    session = create(client, "characters")
+    for header, body in (("x", {"position": 0}), ("3", {})):
+        asked = {"json": {**ASKED, "steps": 3, "stream": True, **body}, "headers": {"last-event-id": header}}
+        assert client.post(f"/sessions/{session}/rollout", **asked).status_code == 422
+    client.delete(f"/sessions/{session}")
+    assert roll_out(client, session, **ASKED, steps=3).status_code == 410
