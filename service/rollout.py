@@ -124,12 +124,13 @@ class Rollouts:
             ModelFailed: No symbol can be drawn from an output.
         """
         mine = object()
-        if position is not None:
-            self._newest[_key(session, wanted.request(position))] = mine
+        key = None if position is None else _key(session, wanted.request(position))
+        if key is not None:
+            self._newest[key] = mine
         try:
             request, before, given = await self._begun(session, wanted, position)
-            key = _key(session, request)
-            self._newest.setdefault(key, mine)
+            if key is None:
+                self._newest[key := _key(session, request)] = mine
             for one in given:
                 if after is None or one.position > after:
                     yield one
@@ -137,12 +138,16 @@ class Rollouts:
             end = request.position + wanted.moves
             while last.position < end:
                 if self._newest.get(key) is not mine:
-                    return
+                    raise PositionConflict(
+                        "Last-Event-ID: the stream was asked for again meanwhile, and goes on there: read that one",
+                        position=session.position,
+                    )
                 session, last = await self._next(session, wanted, request, before, last)
                 if after is None or last.position > after:
                     yield last
         finally:
-            self._newest = {key: stream for key, stream in self._newest.items() if stream is not mine}
+            if key is not None and self._newest.get(key) is mine:
+                del self._newest[key]
 
     async def _begun(
         self, session: Session, wanted: Rollout, position: int | None

@@ -172,6 +172,40 @@ def test_a_stream_goes_on_behind_the_last_event_that_came(client: httpx.Client) 
     assert "".join(data.get("text", "") for _, data in events(client, session, **asked)) == whole
 
 
+def test_a_stream_asked_for_again_goes_on_there_and_no_symbol_is_applied_twice(
+    client: httpx.Client, server: Server
+) -> None:
+    asked = {**ASKED, "steps": 4000, "position": 0}
+    session = create(client, "characters")
+    with server.client() as other, closing(events(other, session, **asked)) as older:
+        first = next(older)  # it is not read on, as where the network is gone
+        *told, last = events(client, session, **asked)
+        rest = list(older)
+    assert (last[0], last[1]["position"]) == ("end", 9 + 3999)
+    assert [kind for kind, _ in told] == [str(position) for position in range(9, 9 + 4000)]
+    assert [first, *rest][:-1] == told[: len(rest)]
+    if rest[-1][0] != "end":
+        assert (rest[-1][0], rest[-1][1]["status"]) == ("problem", 409)
+
+
+def test_a_rollout_outlives_a_restart(examples: Path, serve: Serve, tmp_path: Path) -> None:
+    flags = "--models", str(examples), "--snapshot", str(tmp_path / "snapshot")
+    server, asked = serve(*flags), {**ASKED, "position": 0}
+    with server.client() as client:
+        plain, streamed = create(client, "characters"), create(client, "characters")
+        first = roll_out(client, plain, **asked, steps=30).json()
+        with closing(events(client, streamed, **asked, steps=4000)) as stream:
+            text = "".join(data["text"] for _, data in islice(stream, 20))
+    assert server.stop() == 0
+    with serve(*flags).client() as client:
+        assert roll_out(client, plain, **asked, steps=30).json() == first
+        reached = client.get(f"/sessions/{streamed}").json()["position"]
+        text += "".join(data.get("text", "") for _, data in events(client, streamed, 28, **asked, steps=4000))
+        whole = roll_out(client, create(client, "characters"), **ASKED, steps=4000).json()["text"]
+    assert 28 <= reached < 4008
+    assert text == whole
+
+
 def test_whoever_steps_a_session_ends_its_stream_and_waits_for_nothing(client: httpx.Client, server: Server) -> None:
     session = create(client, "characters")
     with server.client() as other, closing(events(other, session, **ASKED, steps=4096)) as stream:
