@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.datasets import sunspots, vowels
+from models.datasets import alice, sunspots, vowels
 
 
 def test_the_vowels_come_in_their_official_split() -> None:
@@ -31,3 +31,11 @@ def test_the_sunspots_are_whole_and_in_order() -> None:
     assert (data.number >= 0).all()
     assert data.number.max() == np.float32(253.8)  # October 1957, the highest month on record
     assert (data.year[data.number.argmax()], data.month[data.number.argmax()]) == (1957, 10)
+
+
+def test_the_text_is_whole_and_its_symbols_are_its_characters() -> None:
+    data = alice()
+    assert data.text.startswith("CHAPTER I\nDown the Rabbit-Hole\nAlice was beginning to get very tired")
+    assert data.text.endswith("THE END")
+    assert data.text.count("CHAPTER ") == 12
+    assert "".join(data.symbols[place] for place in data.encode(data.text)) == data.text
