@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cellserve import rollouts
 from cellserve.calls import SAFETENSORS, Call, Reply, Request, exchange, json_request, path_of
 from cellserve.errors import SessionGone, UnknownSession
 from cellserve.numbers import Array, body_of, float32, tensors_of, y_of
 from cellserve.predictions import Outputs, States
 from cellserve.retry import ONCE, Retry
+from cellserve.rollouts import Rollout
 
 
 class State(dict[str, Array]):
@@ -98,6 +100,15 @@ class SessionCalls:
         y = y_of(reply.content)
         self._told(reply)
         return y
+
+    def rolled_out(self, document: dict[str, Any]) -> Call[Rollout]:
+        """Lets it go on by itself."""
+        yield from self.opened()
+        asked = json_request("POST", self._path("rollout"), {**document, "position": self.position})
+        reply = yield from self._exchange(asked)
+        rollout = rollouts.read(reply)
+        self._told(reply)
+        return rollout
 
     def was_reset(self) -> Call[None]:
         """Sets its state to zeros."""

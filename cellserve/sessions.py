@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from cellserve.calls import Call
 from cellserve.numbers import Array
 from cellserve.predictions import Outputs, States
+from cellserve.rollouts import Rollout, asked
 from cellserve.session import SessionCalls, State
 
 if TYPE_CHECKING:
@@ -48,6 +49,25 @@ class Session(SessionCalls):
             y, float32: `[*outputs]`, or `[time, *outputs]` where all were wanted.
         """
         return self._run(self.stepped(x, outputs))
+
+    def rollout(
+        self,
+        begin: str | ArrayLike,
+        steps: int,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Rollout:
+        """Lets it go on by itself, each output its next input.
+
+        Args:
+            begin: `[*features]` or `[time, *features]`, to be taken first; or a text, where the symbols are characters.
+            steps: How many outputs are wanted. The last one is not taken in: to go on, begin with it.
+            temperature: Of the drawing: below 1 the probable symbols come more often, at 0 always the most probable.
+            top_k: Only so many symbols are drawn from, the most probable ones.
+            seed: Of the drawing; the same gives the same.
+        """
+        return self._run(self.rolled_out(asked(begin, steps, temperature, top_k, seed)))
 
     def reset(self) -> None:
         """Sets its state to zeros; the position moves by one."""
@@ -98,6 +118,17 @@ class AsyncSession(SessionCalls):
     async def step(self, x: ArrayLike, outputs: Outputs | None = None) -> Array:
         """Steps it, as `Session.step` does."""
         return await self._run(self.stepped(x, outputs))
+
+    async def rollout(
+        self,
+        begin: str | ArrayLike,
+        steps: int,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Rollout:
+        """Lets it go on by itself, as `Session.rollout` does."""
+        return await self._run(self.rolled_out(asked(begin, steps, temperature, top_k, seed)))
 
     async def reset(self) -> None:
         """Sets its state to zeros; the position moves by one."""

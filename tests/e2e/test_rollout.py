@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import threading
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from cellserve import AsyncClient, Client
 from service.sampling import Sampling, draw
 from tests.conftest import Server, start_server
 from tests.e2e.test_exactly_once import kind
@@ -245,6 +247,25 @@ def test_a_killed_server_loses_no_symbol_of_a_stream(examples: Path, serve: Serv
                 assert int(kind) == 8 + len(text)
         whole = roll_out(client, create(client, "characters"), **ASKED, steps=600).json()["text"]
     assert text == whole
+
+
+def test_the_python_client_rolls_out_too(server: Server, client: httpx.Client) -> None:
+    told = roll_out(client, create(client, "characters"), **ASKED, steps=30).json()
+    x = [[96.7], [104.3]]
+    values = roll_out(client, create(client, "sunspots"), x=x, steps=5).json()
+    with Client(server.url) as own, own.session("characters") as session, own.session("sunspots") as months:
+        first = session.rollout("Alice was", 10, temperature=0.8, top_k=20, seed=7)
+        assert first.symbols is not None and session.position == 9 + 9
+        rest = session.rollout(first.symbols[-1], 20, temperature=0.8, top_k=20, seed=7)
+        assert (first.text or "") + (rest.text or "") == told["text"]
+        given = months.rollout(x, 5)
+        assert given.y is not None and given.y.tolist() == np.array(values["y"], np.float32).tolist()
+
+    async def other_form() -> str | None:
+        async with AsyncClient(server.url) as own, own.session("characters") as session:
+            return (await session.rollout("Alice was", 30, temperature=0.8, top_k=20, seed=7)).text
+
+    assert asyncio.run(other_form()) == told["text"]
 
 
 @pytest.mark.parametrize(

@@ -317,3 +317,10 @@ def test_what_is_missing_is_named_in_one_line(
 def test_labels_that_do_not_fit_the_output_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="2 labels for an output of shape"):
         exported(network(RNNCell(3)), tmp_path, labels=("yes", "no"))
+
+
+def test_a_rollout_that_does_not_fit_the_output_is_refused_and_one_that_does_is_in_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"rollout 'value': the output \[3\] must be"):
+        exported(network(RNNCell(3)), tmp_path, rollout="value")
+    fitting = opened(exported(network(RNNCell(3), features=3, outputs=3), tmp_path, rollout="value"))
+    assert fitting.document.rollout == "value"

@@ -83,6 +83,11 @@ def metadata_of(text: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
+def rolling_out(proto: onnx.ModelProto) -> None:
+    entry = next(entry for entry in proto.metadata_props if entry.key == METADATA_KEY)
+    entry.value = json.dumps({**json.loads(entry.value), "rollout": "logits"})
+
+
 def renamed_input(proto: onnx.ModelProto) -> None:
     proto.graph.input[0].name = "other"
     for node in proto.graph.node:
@@ -108,6 +113,7 @@ def unknown_operator(proto: onnx.ModelProto) -> None:
         (lambda model: changed(model, metadata_of("{")), "metadata is damaged"),
         (lambda model: changed(model, metadata_of("{}")), "name"),
         (lambda model: changed(model, metadata_of("[" * 100_000)), "metadata is damaged"),
+        (lambda model: changed(model, rolling_out), "it says rollout 'logits'"),
         (lambda model: changed(model, renamed_input), "signature"),
         (lambda model: changed(model, custom), "custom.ops.Steal"),
         (lambda model: changed(model, unknown_operator), "NoSuchThing"),

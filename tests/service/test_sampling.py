@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from service.errors import ModelFailed
 from service.sampling import Sampling, draw, share
 
-WEIGHTS = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40).filter(any)
+WEIGHTS = st.lists(st.floats(0, 1, width=32, allow_subnormal=False), min_size=1, max_size=40).filter(any)
 SEEDS = st.integers(0, 2**63 - 1)
 POSITIONS = st.integers(0, 2**63 - 1)
 SAMPLINGS = st.builds(
@@ -43,7 +43,11 @@ def test_a_symbol_is_drawn_that_can_be_among_the_most_probable_and_always_the_sa
     assert draw(output.copy(), False, sampling, position) == place
 
 
-@given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=40), SAMPLINGS, POSITIONS)
+@given(
+    st.lists(st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False), min_size=1, max_size=40),
+    SAMPLINGS,
+    POSITIONS,
+)
 def test_of_logits_too(logits: list[float], sampling: Sampling, position: int) -> None:
     output = np.array(logits, np.float32)
     place = draw(output, True, sampling, position)
