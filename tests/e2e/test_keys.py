@@ -44,6 +44,7 @@ def test_keys_open_ones_own_sessions_only(
         for method, path in (
             ("POST", "/sessions"), ("GET", "/sessions"), ("PUT", "/sessions/x"), ("GET", "/sessions/x"),
             ("POST", "/sessions/x/step"), ("POST", "/sessions/x/reset"), ("POST", "/sessions/x/fork"),
+            ("POST", "/sessions/x/rollout"),
             ("GET", "/sessions/x/state"), ("PUT", "/sessions/x/state"), ("DELETE", "/sessions/x"),
             ("POST", "/predict"), ("GET", "/models"), ("GET", "/models/lstm"),
         ):  # fmt: skip

@@ -16,6 +16,8 @@ import httpx
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cellserve import AsyncClient, Client
 from service.sampling import Sampling, draw
@@ -23,6 +25,7 @@ from tests.conftest import Server, start_server
 from tests.e2e.test_exactly_once import kind
 from tests.e2e.test_predict_and_sessions import create
 from tests.redis_server import RedisServer
+from tests.service.test_sampling import SEEDS
 
 Serve = Callable[..., Server]
 ASKED = {"text": "Alice was", "temperature": 0.8, "top_k": 20, "seed": 7}
@@ -86,13 +89,29 @@ def test_a_rollout_is_stepping_by_hand(client: httpx.Client, sampling: Sampling)
     assert all(states[0][name].tobytes() == states[1][name].tobytes() for name in states[0])
 
 
-def test_a_rollout_in_parts_is_the_rollout(client: httpx.Client) -> None:
-    whole = roll_out(client, create(client, "characters"), **ASKED, steps=50).json()
-    session = create(client, "characters")
-    first = roll_out(client, session, **ASKED, steps=20).json()
-    second = roll_out(client, session, **{**ASKED, "text": first["text"][-1]}, steps=30).json()
-    assert (first["text"] + second["text"], second["position"]) == (whole["text"], whole["position"])
-    assert first["symbols"] + second["symbols"] == whole["symbols"]
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 40), st.sampled_from(["one", "events", "steps"])), max_size=6),
+    data=st.data(),
+)
+def test_a_rollout_in_any_parts_is_the_rollout(
+    client: httpx.Client, parts: list[tuple[int, str]], data: st.DataObject
+) -> None:
+    sampling = Sampling(data.draw(st.sampled_from([0, 0.5, 1, 2])), data.draw(st.integers(1, 80)), data.draw(SEEDS))
+    asked, count = sampling._asdict(), sum(steps for steps, _ in parts) + 5
+    whole = roll_out(client, create(client, "characters"), text="The", **asked, steps=count).json()
+    session, text = create(client, "characters"), "The"
+    for steps, way in [*parts, (5, "one")]:
+        begin = text if text == "The" else text[-1]
+        if way == "steps":
+            text += by_hand(client, session, steps, sampling, begin)
+        elif way == "events":
+            *told, _ = events(client, session, text=begin, **asked, steps=steps)
+            text += "".join(one["text"] for _, one in told)
+        else:
+            text += roll_out(client, session, text=begin, **asked, steps=steps).json()["text"]
+    assert text.removeprefix("The") == whole["text"]
+    assert client.get(f"/sessions/{session}").json()["position"] == whole["position"]
 
 
 def test_among_other_traffic_nothing_changes(server: Server, client: httpx.Client) -> None:

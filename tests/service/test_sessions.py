@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from service.changes import Changes
 from service.engine import Engine
 from service.errors import Problem
 from service.exactly_once import Request, state_request, step_request
+from service.rollout import Rollout, Rollouts
 from service.sessions import SessionTable
 from tests.redis_server import RedisServer
 from tests.service.conftest import machinery, truth
@@ -153,6 +155,82 @@ class Sessions(RuleBasedStateMachine):
             expected.used = self.now
         else:
             assert (result.status, result.extensions["position"]) == (409, expected.position)
+
+    @rule(
+        name=known,
+        x=st.sampled_from(X),
+        steps=st.integers(1, 5),
+        streamed=st.booleans(),
+        most=st.sampled_from([1, 2, 9]),
+        offset=st.sampled_from([None, 0, 0, 0, -1, 3]),
+        which=WHICH,
+    )
+    def roll_out(
+        self, name: str, x: np.ndarray, steps: int, streamed: bool, most: int, offset: int | None, which: int
+    ) -> None:
+        """A session goes on by itself; of a stream so many events are read at most."""
+        wanted, expected = Rollout(x, steps, None, streamed), self.expected.get(name)
+        position = max(0, (expected.position if expected else 0) + (offset or 0))
+        result = self.do(self.rolled(which, name, wanted, None if offset is None else position, most))
+        if expected is None:
+            assert result.status == 410
+        elif offset is None or position == expected.position:
+            before, expected.state = expected.state, expected.state.copy()
+            if offset is not None or streamed:
+                expected.last = wanted.request(position), position, (wanted, before)
+            expected.position = position
+            self.gone_on(expected, wanted, position, before, most, result, False)
+        else:
+            assert (result.status, result.extensions["position"]) == (409, expected.position)
+
+    @precondition(lambda self: any(one.last and type(one.last[2]) is tuple for one in self.expected.values()))
+    @rule(data=st.data(), most=st.sampled_from([1, 2, 9]), which=WHICH)
+    def roll_out_again(self, data: st.DataObject, most: int, which: int) -> None:
+        """The last rollout of a session with a position comes again."""
+        names = sorted(name for name, one in self.expected.items() if one.last and type(one.last[2]) is tuple)
+        name = data.draw(st.sampled_from(names))
+        expected = self.expected[name]
+        assert expected.last is not None
+        request, reached, (wanted, before) = expected.last
+        result = self.do(self.rolled(which, name, wanted, request.position, most))
+        if reached == expected.position:
+            self.gone_on(expected, wanted, request.position, before, most, result, True)
+        else:
+            assert (result.status, result.extensions["position"]) == (409, expected.position)
+
+    async def rolled(self, which: int, name: str, wanted: Rollout, position: int | None, most: int) -> Any:
+        _, table, changes = self.replicas[which % len(self.replicas)]
+        rollouts, session = Rollouts(table, changes), await table.find("owner", name)
+        if not wanted.streamed:
+            return await rollouts.run(session, wanted, position)
+        given: list[Any] = []
+        async with aclosing(rollouts.stream(session, wanted, position, None)) as stream:
+            async for one in stream:
+                given.append(one)
+                if len(given) == most:
+                    break
+        return given
+
+    def gone_on(
+        self, expected: Expected, wanted: Rollout, start: int, before: np.ndarray, most: int, result: Any, again: bool
+    ) -> None:
+        """What was given is what it should be, and the session as far on as that, or as it was."""
+        ys = [truth(wanted.x, before)[-1]]
+        while len(ys) < wanted.steps:
+            ys.append(truth(ys[-1][None], ys[-1])[0])
+        count = min(most, wanted.steps) if wanted.streamed else wanted.steps
+        positions = range(start + len(wanted.x), start + len(wanted.x) + count)
+        given = result if wanted.streamed else result.given
+        assert [(one.position, one.x.tobytes()) for one in given] == [
+            (position, y.tobytes()) for position, y in zip(positions, ys, strict=False)
+        ]
+        if not wanted.streamed:
+            assert (result.position, result.replayed) == (positions[-1], again)
+        if positions[-1] > expected.position:
+            expected.state, expected.position = ys[count - 1], positions[-1]
+        if expected.last and expected.last[0] == wanted.request(start):
+            expected.last = expected.last[0], expected.position, expected.last[2]
+        expected.used = self.now
 
     @rule(name=known, upload=st.booleans(), offset=st.sampled_from([None, 0, 0, -1, 5]), which=WHICH)
     def set_state(self, name: str, upload: bool, offset: int | None, which: int) -> None:
