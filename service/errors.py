@@ -258,6 +258,14 @@ class StoreAway(Problem):
     retry_after = 1
 
 
+class Stopping(Problem):
+    """The server stops; what has been applied stays so, and the rest can be had of whoever comes after it."""
+
+    status = 503
+    title = "The server is stopping"
+    retry_after = 1
+
+
 class QueueFull(Problem):
     """More work is waiting than may wait."""
 

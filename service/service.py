@@ -112,6 +112,7 @@ class Service:
             log.info("%d sessions are back from %s", restored, settings.snapshot)
             self.sessions.durable = "snapshot"
         self.ready = False
+        self.stopping = False  # connections are to end as soon as they can
         self.exit_status = 0
 
     def _engine_of(self, model: Model) -> Engine:

@@ -82,7 +82,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def examples() -> Path:
     """The example models, as `make setup` leaves them."""
-    assert (EXAMPLES / "vowels").is_dir(), "the example models are missing: run `make setup`"
+    missing = [name for name in ("vowels", "sunspots", "characters") if not (EXAMPLES / name).is_dir()]
+    assert not missing, f"the example models {missing} are missing: run `make setup`"
     return EXAMPLES
 
 

@@ -24,6 +24,7 @@ log = logging.getLogger("cellserve")
 
 _JSON = (b"content-type", b"application/json")
 REPLAY = ((b"idempotent-replay", b"true"),)
+RESUMABLE = "cellserve.resumable"  # in the scope of an answer that may be cut: the client can have the rest later
 
 
 class ClientGone(Exception):

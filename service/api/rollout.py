@@ -10,10 +10,20 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service.api.messages import REPLAY, Receive, Scope, Send, as_problem, read_json_body, send_json, unless_gone
+from service.api.messages import (
+    REPLAY,
+    RESUMABLE,
+    Receive,
+    Scope,
+    Send,
+    as_problem,
+    read_json_body,
+    send_json,
+    unless_gone,
+)
 from service.api.observed import told
 from service.api.sessions import Position
-from service.errors import CannotRollOut, InvalidInput
+from service.errors import CannotRollOut, InvalidInput, Stopping
 from service.repository import Model
 from service.rollout import Given, Rollout
 from service.sampling import Sampling
@@ -115,11 +125,17 @@ class RollOut:
             await send({"type": "http.response.body", "body": content, "more_body": more})
 
         reached = after
+        scope[RESUMABLE] = True
         try:
             async with aclosing(self.service.rollouts.stream(session, wanted, position, after)) as events:
                 async for given in events:
                     reached = given.position
                     await event(b"id: %d\ndata: %b\n\n" % (reached, _data(session.model, given)))
+                    if self.service.stopping:
+                        raise Stopping(
+                            "the server stops: send the request again in a second, with the position that it began at "
+                            "and Last-Event-ID"
+                        )
         except Exception as error:
             problem = as_problem(error, scope)
             if not begun:

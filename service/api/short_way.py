@@ -20,7 +20,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.exceptions import InvalidState
 from websockets.http11 import Request
 
-from service.api.messages import REPLAY, as_problem
+from service.api.messages import REPLAY, RESUMABLE, as_problem
 from service.api.observed import HEADER, Asked, asks_id, new_id, noted, told
 from service.api.sessions import plain_step, written
 from service.errors import Problem, Stale
@@ -70,6 +70,13 @@ class ShortHttp(HttpToolsProtocol):
         self._service: Service = config.loaded_app.service
         self._counts = self._service.counts.surfaces["sessions"]
         self._step: _Step | None = None  # whose body is being received
+
+    def shutdown(self) -> None:
+        """Lets the connection end; a stream that can be resumed does so at once, its reader may be a slow one."""
+        self._service.stopping = True
+        if self.flow.write_paused and RESUMABLE in getattr(self.cycle, "scope", ()):
+            self.transport.abort()
+        super().shutdown()
 
     def on_message_begin(self) -> None:
         """Begins a request; its scope is made where it is handed over."""

@@ -78,6 +78,12 @@ def by_hand(client: httpx.Client, session: str, steps: int, sampling: Sampling, 
     return drawn
 
 
+def test_the_text_model_knows_more_than_n_grams(client: httpx.Client) -> None:
+    told = client.get("/models/characters").json()
+    assert told["rollout"] == "probabilities"
+    assert told["metrics"]["bits"] < 2.15 < told["metrics"]["bits_5_grams"]
+
+
 @pytest.mark.parametrize("sampling", [Sampling(0.8, 20, 7), Sampling(0), Sampling(1.0, None, 123)])
 def test_a_rollout_is_stepping_by_hand(client: httpx.Client, sampling: Sampling) -> None:
     asked = {"text": "Alice was", **{name: value for name, value in sampling._asdict().items() if value is not None}}
@@ -225,6 +231,28 @@ def test_a_rollout_outlives_a_restart(examples: Path, serve: Serve, tmp_path: Pa
         whole = roll_out(client, create(client, "characters"), **ASKED, steps=4000).json()["text"]
     assert 28 <= reached < 4008
     assert text == whole
+
+
+def test_a_server_that_stops_ends_its_streams_at_once(examples: Path, serve: Serve, redis: RedisServer) -> None:
+    flags = "--models", str(examples), "--store", redis.url, "--max-rollout-steps", "1000000"
+    asked, server = {**ASKED, "steps": 1_000_000, "position": 0}, serve(*flags, "--shutdown-seconds", "600")
+    with server.client() as client, server.client() as other:
+        session, slow = create(client, "characters"), create(client, "characters")
+        with closing(events(other, slow, **asked)) as unread:
+            next(unread)
+            stream = events(client, session, **asked)
+            told = [next(stream)]
+            server.process.terminate()
+            told += stream
+            assert server.stop() == 0
+    kind, problem = told[-1]
+    assert (kind, problem["status"]) == ("problem", 503)
+    assert problem["type"].endswith(":stopping")
+    with serve(*flags).client() as client:
+        after = int(told[-2][0])
+        assert client.get(f"/sessions/{session}").json()["position"] == after
+        with closing(events(client, session, after, **asked)) as stream:
+            assert [int(kind) for kind, _ in islice(stream, 3)] == [after + 1, after + 2, after + 3]
 
 
 def test_whoever_steps_a_session_ends_its_stream_and_waits_for_nothing(client: httpx.Client, server: Server) -> None:
