@@ -8,12 +8,11 @@ DOCKER ?= docker
 
 .PHONY: setup serve test check servers bench container-test
 .DELETE_ON_ERROR:
-.SECONDARY: $(BIN)/.export
 
 serve: setup
 	exec $(BIN)/cellserve serve
 
-setup: $(EXAMPLES:%=artifacts/%/1/model.onnx)
+setup: $(BIN)/.all $(EXAMPLES:%=artifacts/%/1/model.onnx)
 
 test: $(BIN)/.dev $(BIN)/.silero setup check servers
 	$(BIN)/pytest
@@ -43,7 +42,7 @@ container-test:
 	DOCKER="$(DOCKER)" sh tests/container.sh
 
 # A model that is there stays: its versions are never changed.
-artifacts/%/1/model.onnx: | $(BIN)/.export
+artifacts/%/1/model.onnx: | $(BIN)/.all
 	$(BIN)/cellserve train $*
 	$(BIN)/cellserve export trained/$*.keras --name $* --version 1
 
@@ -53,7 +52,7 @@ $(BIN)/python:
 	|| { rm -rf .venv; $(PYTHON) -m pip install -q virtualenv && $(PYTHON) -m virtualenv -q .venv; } \
 	|| { rm -rf .venv; apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv .venv; }
 
-# $(BIN)/.export, $(BIN)/.dev and $(BIN)/.bench note that the extra of that name is installed.
+# $(BIN)/.all, $(BIN)/.dev and $(BIN)/.bench note that the extra of that name is installed.
 $(BIN)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$*]'
 	touch $@
