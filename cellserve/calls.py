@@ -17,6 +17,7 @@ from cellserve.retry import Retry, Tries, retry_after
 
 T = TypeVar("T")
 SAFETENSORS = "application/x-safetensors"
+_PAGE = 1000  # sessions, as many as the server gives at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +130,23 @@ def models(retry: Retry) -> Call[list[dict[str, Any]]]:
     return listed
 
 
+def only_model(retry: Retry) -> Call[str | None]:
+    """Gives the name of the model that is served; None where there are several."""
+    listed = yield from models(retry)
+    return listed[0]["name"] if len(listed) == 1 else None
+
+
 def model(name: str, retry: Retry) -> Call[dict[str, Any]]:
     """Describes a model."""
     reply = yield from exchange(Request("GET", path_of("models", name)), retry)
     return reply.json()
+
+
+def sessions(after: str | None, retry: Retry) -> Call[tuple[list[dict[str, Any]], str | None]]:
+    """Gives a page of the sessions, and what comes after it."""
+    params = {"limit": str(_PAGE)} | ({} if after is None else {"after": after})
+    page = (yield from exchange(Request("GET", "/sessions", params=params), retry)).json()
+    return page["sessions"], page["next"]
 
 
 def ready() -> Call[bool]:

@@ -7,27 +7,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
 import httpx
+import numpy as np
 from numpy.typing import ArrayLike
 
 from cellserve import calls
 from cellserve.calls import Call, Pause, Reply, Request
 from cellserve.errors import ConnectionLost
+from cellserve.layout import Given, Outputs, Tensors
 from cellserve.numbers import Array
-from cellserve.predictions import Outputs, Prediction, States, predict
+from cellserve.predictions import Prediction, States, predict
 from cellserve.retry import Retry, Timeout
 from cellserve.session import new_id
 from cellserve.sessions import AsyncSession, Session
+from cellserve.signatures import Signatures
 from cellserve.stream import AsyncStream, Stream
 from cellserve.turns import AsyncTurns, Turns
 
 T = TypeVar("T")
-One = Prediction[Array, dict[str, Array] | None]
-Many = Prediction[list[Array], list[dict[str, Array]] | None]
+One = Prediction[Tensors, dict[str, Array] | None]
+Many = Prediction[list[Tensors], list[dict[str, Array]] | None]
 
 
 class Client:
@@ -54,6 +57,7 @@ class Client:
         self.headers = _headers(api_key)
         self.timeout = _timeout(timeout)
         self.retry = retry or Retry()
+        self.signatures = Signatures(self.retry)
         self.turns = Turns()
         self._http = httpx.Client(base_url=self.url, headers=self.headers, timeout=_httpx_timeout(self.timeout))
 
@@ -71,7 +75,7 @@ class Client:
     def predict(
         self,
         model: str | None,
-        sequences: Array,
+        sequences: Array | Mapping[str, ArrayLike],
         outputs: Outputs | None = None,
         states: States | None = None,
         return_states: bool = False,
@@ -81,7 +85,7 @@ class Client:
     def predict(
         self,
         model: str | None,
-        sequences: Sequence[ArrayLike],
+        sequences: Sequence[Given],
         outputs: Outputs | None = None,
         states: Sequence[States | None] | None = None,
         return_states: bool = False,
@@ -90,7 +94,7 @@ class Client:
     def predict(
         self,
         model: str | None,
-        sequences: Array | Sequence[ArrayLike],
+        sequences: Array | Mapping[str, ArrayLike] | Sequence[Given],
         outputs: Outputs | None = None,
         states: States | Sequence[States | None] | None = None,
         return_states: bool = False,
@@ -98,8 +102,9 @@ class Client:
         """Runs a model over whole sequences.
 
         Args:
-            model: Its name; None where one is served.
-            sequences: One array `[time, *features]`, or a list of them, which may differ in length.
+            model: Its name, or `NAME:VERSION`; None where one is served.
+            sequences: One array `[time, *features]`, or a list of them, which may differ in length; of several inputs
+                a dict in place of the array, each by its name. Integers where the model takes them.
             outputs: Those of `all` time steps or the `last`; None for the model's default.
             states: To begin from, `{name: [*shape]}` for each sequence (or None for zeros); None for zeros.
             return_states: Whether the last states are wanted.
@@ -108,7 +113,7 @@ class Client:
             Problem: The server cannot do it, and says why.
             GaveUp: There was no answer.
         """
-        return self.run(predict(model, sequences, outputs, states, return_states, self.retry))
+        return self.run(predict(self.signatures, model, sequences, outputs, states, return_states, self.retry))
 
     def session(
         self, model: str, states: States | None = None, session_id: str | None = None, keep: bool = False
@@ -116,7 +121,7 @@ class Client:
         """Makes a session; it is created when its `with` block is entered, or at its first use.
 
         Args:
-            model: Its model's name.
+            model: Its model's name, or `NAME:VERSION`; without a version it is the newest, and stays that one.
             states: To begin from, `{name: [*shape]}`; None for zeros.
             session_id: Its id, of letters, digits, `-`, `.`, `_` and `~`; None draws one.
             keep: Whether it outlives its `with` block.
@@ -131,9 +136,28 @@ class Client:
         """Makes a stream: many sessions stepped over one socket; it is opened when it is needed."""
         return Stream(self)
 
+    def sessions(self) -> Iterator[dict[str, Any]]:
+        """Lists the sessions (of the key's owner) as they are asked for: session, model, version, position."""
+        page, after = self.run(calls.sessions(None, self.retry))
+        yield from page
+        while after is not None:
+            page, after = self.run(calls.sessions(after, self.retry))
+            yield from page
+
     def models(self) -> list[dict[str, Any]]:
-        """Lists the models: name, version, description."""
+        """Lists the models: name, version, description, and how each version stands."""
         return self.run(calls.models(self.retry))
+
+    def labels(self, model: str) -> Array:
+        """Gives the names of the entries of a model's (first) output; empty where it has none. They are read once.
+
+        Args:
+            model: Its name, or `NAME:VERSION`.
+
+        Returns:
+            An array of strings: `labels[y.argmax(-1)]` is the name of the largest entry of each time step.
+        """
+        return np.array(self.run(self.signatures.of(model)).labels, np.str_)
 
     def model(self, name: str) -> dict[str, Any]:
         """Describes a model: signature, labels, metrics, exactness, as `GET /models/{name}` does."""
@@ -182,6 +206,7 @@ class AsyncClient:
         self.headers = _headers(api_key)
         self.timeout = _timeout(timeout)
         self.retry = retry or Retry()
+        self.signatures = Signatures(self.retry)
         self.turns = AsyncTurns()
         self._http = httpx.AsyncClient(base_url=self.url, headers=self.headers, timeout=_httpx_timeout(self.timeout))
 
@@ -201,7 +226,7 @@ class AsyncClient:
     async def predict(
         self,
         model: str | None,
-        sequences: Array,
+        sequences: Array | Mapping[str, ArrayLike],
         outputs: Outputs | None = None,
         states: States | None = None,
         return_states: bool = False,
@@ -211,7 +236,7 @@ class AsyncClient:
     async def predict(
         self,
         model: str | None,
-        sequences: Sequence[ArrayLike],
+        sequences: Sequence[Given],
         outputs: Outputs | None = None,
         states: Sequence[States | None] | None = None,
         return_states: bool = False,
@@ -220,13 +245,13 @@ class AsyncClient:
     async def predict(
         self,
         model: str | None,
-        sequences: Array | Sequence[ArrayLike],
+        sequences: Array | Mapping[str, ArrayLike] | Sequence[Given],
         outputs: Outputs | None = None,
         states: States | Sequence[States | None] | None = None,
         return_states: bool = False,
     ) -> Any:
         """Runs a model over whole sequences, as `Client.predict` does."""
-        return await self.run(predict(model, sequences, outputs, states, return_states, self.retry))
+        return await self.run(predict(self.signatures, model, sequences, outputs, states, return_states, self.retry))
 
     def session(
         self, model: str, states: States | None = None, session_id: str | None = None, keep: bool = False
@@ -242,9 +267,23 @@ class AsyncClient:
         """Makes a stream: many sessions stepped over one socket; it is opened when it is needed."""
         return AsyncStream(self)
 
+    async def sessions(self) -> AsyncIterator[dict[str, Any]]:
+        """Lists the sessions, as `Client.sessions` does."""
+        page, after = await self.run(calls.sessions(None, self.retry))
+        for one in page:
+            yield one
+        while after is not None:
+            page, after = await self.run(calls.sessions(after, self.retry))
+            for one in page:
+                yield one
+
     async def models(self) -> list[dict[str, Any]]:
-        """Lists the models: name, version, description."""
+        """Lists the models, as `Client.models` does."""
         return await self.run(calls.models(self.retry))
+
+    async def labels(self, model: str) -> Array:
+        """Gives the names of the entries of a model's output, as `Client.labels` does."""
+        return np.array((await self.run(self.signatures.of(model))).labels, np.str_)
 
     async def model(self, name: str) -> dict[str, Any]:
         """Describes a model: signature, labels, metrics, exactness, as `GET /models/{name}` does."""

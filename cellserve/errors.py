@@ -7,12 +7,12 @@ CellserveError
 ├── UnexpectedAnswer        what answers does not speak Cellserve's protocol
 ├── StepsFailed             some of the sessions of a frame could not be stepped
 └── Problem                 the server's problem document (RFC 9457)
-    ├── InvalidInput        the request does not fit; NotFinite
+    ├── InvalidInput        the request does not fit: NotFinite, CannotBeStepped, BodyTooLarge
     ├── Unauthorized, Forbidden
     ├── NotFound            UnknownModel, UnknownSession
     ├── SessionGone         deleted, expired or evicted
     ├── Conflict            PositionConflict, SessionWentBack, StepInFlight, SessionExists, StateOfAnotherModel
-    └── ServerProblem       5xx: ServerFull, StoreAway, ...
+    └── ServerProblem       5xx: ServerFull, VersionLoading, StoreAway, ModelFailed, ...
 ```
 """
 
@@ -21,9 +21,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 _URN = "urn:cellserve:problem:"
 
@@ -65,12 +62,12 @@ class StepsFailed(CellserveError):
 
     Attributes:
         failures: Why, by row.
-        y: The outputs by row, as `Stream.step` gives them; zeros where there are none.
+        y: The outputs by row, `[sessions, time, *outputs]` (of several outputs a dict); zeros where there are none.
     """
 
-    def __init__(self, failures: dict[int, CellserveError], y: NDArray[np.float32]) -> None:
+    def __init__(self, failures: dict[int, CellserveError], count: int, y: Any) -> None:
         row, first = next(iter(failures.items()))
-        super().__init__(f"{len(failures)} of {len(y)} sessions could not be stepped; row {row}: {first}")
+        super().__init__(f"{len(failures)} of {count} sessions could not be stepped; row {row}: {first}")
         self.failures = failures
         self.y = y
 
@@ -111,6 +108,14 @@ class InvalidInput(Problem):
 
 class NotFinite(InvalidInput):
     """The model's output or next state would not be finite; nothing was applied."""
+
+
+class CannotBeStepped(InvalidInput):
+    """The model takes whole sequences only, `detail` says why: `predict` serves it, sessions do not."""
+
+
+class BodyTooLarge(InvalidInput):
+    """The request is over a limit of the server's: send it in parts."""
 
 
 class Unauthorized(Problem):
@@ -179,6 +184,10 @@ class ModelVersionNotHere(ServerProblem):
     """The session is bound to a version of a model that the server has not."""
 
 
+class VersionLoading(ServerProblem):
+    """The version is being loaded, since a request has asked for it."""
+
+
 class StoreAway(ServerProblem):
     """The server's store of sessions does not answer."""
 
@@ -187,8 +196,14 @@ class QueueFull(ServerProblem):
     """More work is waiting than may wait."""
 
 
+class ModelFailed(ServerProblem):
+    """The model could not be run on this request; nothing was applied."""
+
+
 _BY_TYPE = {
     "not-finite": NotFinite,
+    "cannot-be-stepped": CannotBeStepped,
+    "body-too-large": BodyTooLarge,
     "unknown-model": UnknownModel,
     "unknown-session": UnknownSession,
     "position-conflict": PositionConflict,
@@ -198,8 +213,10 @@ _BY_TYPE = {
     "state-of-another-model": StateOfAnotherModel,
     "server-full": ServerFull,
     "model-version-not-here": ModelVersionNotHere,
+    "version-loading": VersionLoading,
     "store-away": StoreAway,
     "queue-full": QueueFull,
+    "model-failed": ModelFailed,
 }
 _BY_STATUS: dict[int, type[Problem]] = {
     400: InvalidInput,

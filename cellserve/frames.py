@@ -27,7 +27,7 @@ class Stepped(NamedTuple):
     """The answer to a binary frame, by row."""
 
     positions: list[int]
-    y: Array  # [sessions, time, outputs] float32
+    y: memoryview  # [sessions, time, outputs] as they lie in the frame
     problems: dict[int, Problem]
 
 
@@ -55,8 +55,9 @@ def text_frame(**document: Any) -> Frame:
 
 
 def step_frame(handles: Sequence[int], positions: Sequence[int], x: Array) -> Frame:
-    """Makes a binary frame of kind 2: sessions step from positions by x `[sessions, time, features]`."""
-    body = np.array(handles, "<u4").tobytes() + np.array(positions, "<u8").tobytes() + x.astype("<f4").tobytes()
+    """Makes a binary frame of kind 2: sessions step from positions by x `[sessions, time, ...]`, of a frame's types."""
+    x = x.astype(x.dtype.newbyteorder("<"), copy=False)
+    body = np.array(handles, "<u4").tobytes() + np.array(positions, "<u8").tobytes() + x.tobytes()
     return lambda ref: _HEADER.pack(_STEP_FROM, ref, *x.shape[:2]) + body
 
 
@@ -128,13 +129,12 @@ class Replies(Generic[W]):
             waiter.set_result(answer)
 
     def _stepped(self, message: bytes) -> tuple[int, Stepped]:
-        kind, ref, count, steps = _HEADER.unpack_from(message)
+        kind, ref, count, _ = _HEADER.unpack_from(message)
         if kind != _STEPPED_FROM:
             raise ValueError(f"kind {kind}")
         positions = np.frombuffer(message, "<u8", count, 16).tolist()
         statuses: NDArray[np.uint32] = np.frombuffer(message, "<u4", count, 16 + 8 * count)
-        y = np.frombuffer(message, "<f4", offset=16 + 12 * count).reshape(count, steps, -1)
         problems = self._problems.pop(ref, {})
         for row in np.flatnonzero(statuses > _LARGEST_STATUS).tolist():
             problems.setdefault(row, Problem(int(statuses[row]), "the session could not be stepped"))
-        return ref, Stepped(positions, y.astype(np.float32), problems)
+        return ref, Stepped(positions, memoryview(message)[16 + 12 * count :], problems)

@@ -6,16 +6,15 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from cellserve import rollouts
 from cellserve.calls import SAFETENSORS, Call, Reply, Request, exchange, json_request, path_of
 from cellserve.errors import SessionGone, UnknownSession
-from cellserve.numbers import Array, body_of, float32, tensors_of, y_of
-from cellserve.predictions import Outputs, States
+from cellserve.layout import Given, Outputs, Tensors, listed
+from cellserve.numbers import Array, body_of, float32, has_integers, tensors_of, y_of
+from cellserve.predictions import States
 from cellserve.retry import ONCE, Retry
 from cellserve.rollouts import Rollout
+from cellserve.signatures import Signature, Signatures
 
 
 class State(dict[str, Array]):
@@ -41,27 +40,33 @@ class SessionCalls:
 
     Args:
         retry: How its requests are tried again.
+        signatures: Of the client.
         session_id: Its id.
         model: To create it of, at its first use; None where it exists.
         states: To begin from; None for zeros.
         keep: Whether it outlives its `with` block.
         position: Where it is, as far as is known.
+        version: Of its model, as far as is known.
     """
 
     def __init__(
         self,
         retry: Retry,
+        signatures: Signatures,
         session_id: str,
         model: str | None = None,
         states: States | None = None,
         keep: bool = False,
         position: int | None = None,
+        version: int | None = None,
     ) -> None:
         self.id = session_id
         self.model = model
+        self.version = version
         self.keep = keep
         self.busy = False
         self._retry = retry
+        self._signatures = signatures
         self._states = states
         self._position = position
         self._siblings: dict[str, SessionCalls] = {}  # of the stream that is to delete it in the end
@@ -81,7 +86,7 @@ class SessionCalls:
             return
         document: dict[str, Any] = {"model": self.model}
         if self._states is not None:
-            document["states"] = {name: float32(state).tolist() for name, state in self._states.items()}
+            document["states"] = listed(self._states)
         reply = yield from self._exchange(json_request("PUT", self._path(), document))
         self._states = None
         self._told(reply)
@@ -90,16 +95,24 @@ class SessionCalls:
         """Asks where it is."""
         return self._told((yield from self._exchange(Request("GET", self._path()))))
 
-    def stepped(self, x: ArrayLike, outputs: Outputs | None) -> Call[Array]:
+    def stepped(self, x: Given, outputs: Outputs | None) -> Call[Tensors]:
         """Steps it."""
         yield from self.opened()
-        document = {"x": float32(x).tolist(), "position": self.position}
+        document: dict[str, Any] = {"x": listed(x), "position": self.position}
         if outputs is not None:
             document["outputs"] = outputs
         reply = yield from self._exchange(json_request("POST", self._path("step"), document))
         y = y_of(reply.content)
         self._told(reply)
+        if has_integers(y if isinstance(y, dict) else {"y": y}):  # of 32 or 64 bits
+            return (yield from self.signature()).outputs.typed(y)
         return y
+
+    def signature(self) -> Call[Signature]:
+        """Gives its model's signature."""
+        yield from self.opened()
+        assert self.model is not None
+        return (yield from self._signatures.of(self.model, self.version))
 
     def rolled_out(self, document: dict[str, Any]) -> Call[Rollout]:
         """Lets it go on by itself."""
@@ -116,7 +129,7 @@ class SessionCalls:
         self._told((yield from self._exchange(json_request("POST", self._path("reset"), {"position": self.position}))))
 
     def forked(self) -> Call[tuple[str, int]]:
-        """Makes another session of its state; gives that one's id and position."""
+        """Makes another session of its state, of the same version; gives that one's id and position."""
         yield from self.opened()
         document = {"session": new_id(), "position": self.position}
         reply = (yield from self._exchange(json_request("POST", self._path("fork"), document))).json()
@@ -132,7 +145,10 @@ class SessionCalls:
         """Uploads a state."""
         yield from self.opened()
         metadata = state.metadata if isinstance(state, State) else None
-        body = body_of({name: np.asarray(tensor, np.float32) for name, tensor in state.items()}, metadata)
+        tensors = {name: float32(tensor) for name, tensor in state.items()}
+        if has_integers(tensors):
+            tensors = (yield from self.signature()).as_wanted(tensors)
+        body = body_of(tensors, metadata)
         params = {"position": str(self.position)}
         self._told((yield from self._exchange(Request("PUT", self._path("state"), body, SAFETENSORS, params))))
 
@@ -158,7 +174,7 @@ class SessionCalls:
     def _attached(self, link: object, told: Mapping[str, Any]) -> None:
         """Notes its handle on a socket; its position only where none has been acknowledged yet."""
         self._handle = link, told["handle"]
-        self.model = told["model"]
+        self.model, self.version = told["model"], told["version"]
         if self._position is None:
             self._position, self._states = told["position"], None
 
@@ -170,6 +186,6 @@ class SessionCalls:
 
     def _told(self, reply: Reply) -> int:
         document = reply.json()
-        self.model = document.get("model", self.model)
+        self.model, self.version = document.get("model", self.model), document.get("version", self.version)
         self._position = int(document["position"])
         return self._position

@@ -5,11 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from numpy.typing import ArrayLike
-
 from cellserve.calls import Call
-from cellserve.numbers import Array
-from cellserve.predictions import Outputs, States
+from cellserve.layout import Given, Outputs, Tensors
+from cellserve.predictions import States
 from cellserve.rollouts import Rollout, asked
 from cellserve.session import SessionCalls, State
 
@@ -28,7 +26,7 @@ class Session(SessionCalls):
     """
 
     def __init__(self, client: Client, *what: Any, **more: Any) -> None:
-        super().__init__(client.retry, *what, **more)
+        super().__init__(client.retry, client.signatures, *what, **more)
         self._client = client
 
     def __enter__(self) -> Self:
@@ -38,21 +36,23 @@ class Session(SessionCalls):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._run(self.left(failed=kind is not None))
 
-    def step(self, x: ArrayLike, outputs: Outputs | None = None) -> Array:
+    def step(self, x: Given, outputs: Outputs | None = None) -> Tensors:
         """Steps it by one time step or several.
 
         Args:
-            x: `[*features]`, or `[time, *features]`.
+            x: `[*features]`, or `[time, *features]`; of several inputs a dict, each by its name. Integers where the
+                model takes them; of one integer a time step 5 is one step, [5, 6] are two.
             outputs: Of several time steps, `all` or the `last`; None for the model's default.
 
         Returns:
-            y, float32: `[*outputs]`, or `[time, *outputs]` where all were wanted.
+            y, in the model's type (float32 mostly): `[*outputs]`, or `[time, *outputs]` where all were wanted; of
+            several outputs a dict, each by its name.
         """
         return self._run(self.stepped(x, outputs))
 
     def rollout(
         self,
-        begin: str | ArrayLike,
+        begin: str | Given,
         steps: int,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -76,7 +76,7 @@ class Session(SessionCalls):
     def fork(self, keep: bool = False) -> Session:
         """Makes another session with its state and position."""
         session_id, position = self._run(self.forked())
-        return Session(self._client, session_id, self.model, keep=keep, position=position)
+        return Session(self._client, session_id, self.model, None, keep, position, self.version)
 
     def state(self) -> State:
         """Downloads its state."""
@@ -103,7 +103,7 @@ class AsyncSession(SessionCalls):
     """A session of an `AsyncClient`: what Session is, for asyncio."""
 
     def __init__(self, client: AsyncClient, *what: Any, **more: Any) -> None:
-        super().__init__(client.retry, *what, **more)
+        super().__init__(client.retry, client.signatures, *what, **more)
         self._client = client
 
     async def __aenter__(self) -> Self:
@@ -115,13 +115,13 @@ class AsyncSession(SessionCalls):
     ) -> None:
         await self._run(self.left(failed=kind is not None))
 
-    async def step(self, x: ArrayLike, outputs: Outputs | None = None) -> Array:
+    async def step(self, x: Given, outputs: Outputs | None = None) -> Tensors:
         """Steps it, as `Session.step` does."""
         return await self._run(self.stepped(x, outputs))
 
     async def rollout(
         self,
-        begin: str | ArrayLike,
+        begin: str | Given,
         steps: int,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -137,7 +137,7 @@ class AsyncSession(SessionCalls):
     async def fork(self, keep: bool = False) -> AsyncSession:
         """Makes another session with its state and position."""
         session_id, position = await self._run(self.forked())
-        return AsyncSession(self._client, session_id, self.model, keep=keep, position=position)
+        return AsyncSession(self._client, session_id, self.model, None, keep, position, self.version)
 
     async def state(self) -> State:
         """Downloads its state."""

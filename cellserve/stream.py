@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from cellserve.calls import Call, Pause, drive, drive_async
+from cellserve.calls import Call, Pause, Reply, Request, drive, drive_async
 from cellserve.errors import ConnectionLost
 from cellserve.frames import Answered, Exchange
-from cellserve.numbers import Array
+from cellserve.layout import Given, Outputs, Tensors
 from cellserve.predictions import States
 from cellserve.session import new_id
 from cellserve.sessions import AsyncSession, Session
@@ -35,10 +33,9 @@ class StreamSession(Session):
         super().__init__(stream.client, *what, **more)
         self._stream = stream
 
-    def step(self, x: ArrayLike, outputs: Any = "all") -> Array:
-        """Steps it by one time step `[features]` or several `[time, features]`; gives all their outputs."""
-        y: Array = self._stream.step([self], np.asarray(x)[None])[0]
-        return y if outputs == "all" or np.ndim(x) == 1 else y[-1:][0]
+    def step(self, x: Given, outputs: Outputs | None = "all") -> Tensors:
+        """Steps it by one time step `[*features]` or several `[time, *features]`; gives all their outputs."""
+        return _only(self._stream.step([self], _alone(x), outputs))
 
 
 class Stream(Streaming):
@@ -82,30 +79,32 @@ class Stream(Streaming):
         """Gives a session that exists, to go on from where it is."""
         return StreamSession(self, session_id, keep=True)
 
-    def step(self, sessions: Sequence[Session], x: ArrayLike) -> Array:
+    def step(self, sessions: Sequence[Session], x: Given, outputs: Outputs | None = "all") -> Tensors:
         """Steps different sessions of one model, by as many time steps each, in one frame.
 
         Args:
             sessions: Of this stream.
-            x: `[sessions, features]`, or `[sessions, time, features]`.
+            x: `[sessions, *features]`, or `[sessions, time, *features]`; of several inputs a dict, each by its name.
+            outputs: Of several time steps, `all` or the `last`; None for the model's default.
 
         Returns:
-            y, float32: `[sessions, outputs]`, or `[sessions, time, outputs]`.
+            y, in the model's type (float32 mostly): `[sessions, *outputs]`, or `[sessions, time, *outputs]`; of several
+            outputs a dict, each by its name.
 
         Raises:
+            ValueError: x does not fit; none has been stepped.
             StepsFailed: Some could not be stepped; the others have been.
             CellserveError: None has been, all for the same reason (as `Session.step`).
         """
         with self.client.turns(sessions):
-            return drive(self.stepped(sessions, x), self._do)
+            return drive(self.stepped(sessions, x, outputs), self._do)
 
     def _link(self) -> object:
         return self._socket if self._socket and not self._socket.replies.ended else None
 
-    def _do(self, wanted: Exchange | Pause) -> Answered | None:
-        if isinstance(wanted, Pause):
-            time.sleep(wanted.seconds)
-            return None
+    def _do(self, wanted: Exchange | Request | Pause) -> Answered | Reply | None:
+        if not isinstance(wanted, Exchange):
+            return self.client.do(wanted)
         with self._opening:
             if not self._link():
                 self._socket = Socket(self.client.url, self.client.headers, self.client.timeout)
@@ -123,10 +122,9 @@ class AsyncStreamSession(AsyncSession):
         super().__init__(stream.client, *what, **more)
         self._stream = stream
 
-    async def step(self, x: ArrayLike, outputs: Any = "all") -> Array:
+    async def step(self, x: Given, outputs: Outputs | None = "all") -> Tensors:
         """Steps it, as `StreamSession.step` does."""
-        y: Array = (await self._stream.step([self], np.asarray(x)[None]))[0]
-        return y if outputs == "all" or np.ndim(x) == 1 else y[-1:][0]
+        return _only(await self._stream.step([self], _alone(x), outputs))
 
 
 class AsyncStream(Streaming):
@@ -166,10 +164,10 @@ class AsyncStream(Streaming):
         """Gives a session that exists, to go on from where it is."""
         return AsyncStreamSession(self, session_id, keep=True)
 
-    async def step(self, sessions: Sequence[AsyncSession], x: ArrayLike) -> Array:
+    async def step(self, sessions: Sequence[AsyncSession], x: Given, outputs: Outputs | None = "all") -> Tensors:
         """Steps different sessions of one model in one frame, as `Stream.step` does."""
         async with self.client.turns(sessions):
-            return await self._drive(self.stepped(sessions, x))
+            return await self._drive(self.stepped(sessions, x, outputs))
 
     def _link(self) -> object:
         return self._socket if self._socket and not self._socket.replies.ended else None
@@ -177,10 +175,9 @@ class AsyncStream(Streaming):
     async def _drive(self, call: Call[T]) -> T:
         return await drive_async(call, self._do)
 
-    async def _do(self, wanted: Exchange | Pause) -> Answered | None:
-        if isinstance(wanted, Pause):
-            await asyncio.sleep(wanted.seconds)
-            return None
+    async def _do(self, wanted: Exchange | Request | Pause) -> Answered | Reply | None:
+        if not isinstance(wanted, Exchange):
+            return await self.client.do(wanted)
         async with self._opening:
             if not self._link():
                 self._socket = await AsyncSocket.opened(self.client.url, self.client.headers, self.client.timeout)
@@ -189,3 +186,15 @@ class AsyncStream(Streaming):
         if wanted.link not in (None, socket):
             raise ConnectionLost("the socket was opened anew meanwhile")
         return Answered(socket, await socket.ask(wanted))
+
+
+def _alone(x: Given) -> Given:
+    """Gives x with an axis for one session."""
+    if isinstance(x, Mapping):
+        return {name: np.asarray(tensor)[None] for name, tensor in x.items()}
+    return np.asarray(x)[None]
+
+
+def _only(y: Tensors) -> Tensors:
+    """Gives the y of the only session."""
+    return {name: tensor[0, ...] for name, tensor in y.items()} if isinstance(y, dict) else y[0, ...]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from cellserve.calls import Call, Pause
-from cellserve.errors import CellserveError, Problem, SessionGone, StepsFailed, UnknownSession
+from cellserve.errors import CellserveError, Problem, SessionGone, StepsFailed, UnexpectedAnswer, UnknownSession
 from cellserve.frames import Answered, Exchange, Frame, Stepped, step_frame, text_frame
-from cellserve.numbers import Array, float32
+from cellserve.layout import Given, Layout, Outputs, Tensors
 from cellserve.retry import ONCE, Retry, Tries, is_passing
-from cellserve.session import SessionCalls
+from cellserve.session import SessionCalls, listed
+from cellserve.signatures import Signature
 
 
 class Streaming:
@@ -26,30 +26,22 @@ class Streaming:
         self._retry = retry
         self._own: dict[str, SessionCalls] = {}  # by id: those to be deleted at the end
 
-    def stepped(self, sessions: Sequence[SessionCalls], x: ArrayLike) -> Call[Array]:
+    def stepped(self, sessions: Sequence[SessionCalls], x: Given, outputs: Outputs | None) -> Call[Tensors]:
         """Steps different sessions of one model at once; what had no answer is sent again from the same positions."""
-        x = float32(x)
-        single = x.ndim == 2
-        x = x[:, None] if single else x
-        if x.ndim != 3 or len(x) != len(sessions) or not x.size:
-            shape = f"[{len(sessions)}, features] or [{len(sessions)}, time, features]"
-            raise ValueError(f"x: its shape is {list(x.shape)}: give {shape} for {len(sessions)} sessions")
+        if not sessions:
+            raise ValueError("sessions: empty: give at least one")
         if len({id(session) for session in sessions}) < len(sessions):
             raise ValueError("sessions: one is there twice: give its time steps side by side, or call twice")
-        y: Array | None = None
+        batch = _Batch(sessions, x)
         failures: dict[int, CellserveError] = {}
         rows, tries = list(range(len(sessions))), Tries(self._retry)
         while True:
             try:
-                done, refused = yield from self._try([sessions[row] for row in rows], x[rows])
+                refused = yield from self._try(batch, rows)
             except CellserveError as error:
-                done, refused = None, dict.fromkeys(range(len(rows)), error)
-            if done is not None:
-                if y is None:
-                    y = done.y if len(done.y) == len(sessions) else np.zeros((len(sessions), *done.y.shape[1:]), "f4")
-                y[rows] = done.y
-            failures |= {rows[row]: error for row, error in refused.items() if not is_passing(error)}
-            passing = {rows[row]: error for row, error in refused.items() if is_passing(error)}
+                refused = dict.fromkeys(rows, error)
+            failures |= {row: error for row, error in refused.items() if not is_passing(error)}
+            passing = {row: error for row, error in refused.items() if is_passing(error)}
             if not passing:
                 break
             rows = list(passing)
@@ -63,9 +55,8 @@ class Streaming:
             first = next(iter(failures.values()))
             if len(failures) == len(sessions) and all(error is first for error in failures.values()):
                 raise first
-            raise StepsFailed(failures, np.zeros((*x.shape[:2], 0), np.float32) if y is None else y)
-        assert y is not None
-        return y[:, 0] if single else y
+            raise StepsFailed(failures, len(sessions), batch.outputs())
+        return batch.outputs(outputs or (yield from sessions[0].signature()).default_output)
 
     def _owned(self, session: SessionCalls) -> None:
         """Takes charge of deleting a session in the end."""
@@ -99,34 +90,35 @@ class Streaming:
         """Gives the socket that is open; None where there is none."""
         raise NotImplementedError
 
-    def _try(self, sessions: list[SessionCalls], x: Array) -> Call[tuple[Stepped | None, dict[int, CellserveError]]]:
-        """Sends one frame; gives its answer, zeros where a session has not moved, and why by row."""
-        link, missing = yield from self._attached(sessions)
-        rows = [row for row in range(len(sessions)) if row not in missing]
+    def _try(self, batch: _Batch, rows: list[int]) -> Call[dict[int, CellserveError]]:
+        """Sends one frame for some sessions of a batch; gives why some have not moved, by row."""
+        link, refused = yield from self._attached(batch.sessions, rows)
+        rows = [row for row in rows if row not in refused]
         if not rows:
-            return None, missing
-        here = sessions if not missing else [sessions[row] for row in rows]
-        frame = step_frame([one._handle[1] for one in here], [one.position for one in here], x[rows])
+            return refused
+        here = [batch.sessions[row] for row in rows]
+        if batch.layout is None:
+            batch.lay_out((yield from here[0].signature()))
+        frame = step_frame([one._handle[1] for one in here], [one.position for one in here], batch.x[rows])
         told: Answered = yield Exchange([frame], link)
         (answer,) = told.answers
         if not isinstance(answer, Stepped):
             raise (
                 answer if isinstance(answer, CellserveError) else CellserveError(f"not the answer to a step: {answer}")
             )
+        batch.take(rows, answer)
         for row, (session, position) in enumerate(zip(here, answer.positions, strict=True)):
             if row not in answer.problems:
                 session._position = position
-        if missing:
-            y = np.zeros((len(sessions), *answer.y.shape[1:]), np.float32)
-            y[rows] = answer.y
-            answer = answer._replace(y=y)
-        return answer, missing | {rows[row]: problem for row, problem in answer.problems.items()}
+        return refused | {rows[row]: problem for row, problem in answer.problems.items()}
 
-    def _attached(self, sessions: list[SessionCalls]) -> Call[tuple[object, dict[int, CellserveError]]]:
+    def _attached(
+        self, sessions: Sequence[SessionCalls], rows: list[int]
+    ) -> Call[tuple[object, dict[int, CellserveError]]]:
         """Sees to it that sessions have handles on the socket; gives the socket, and why some have none, by row."""
         link = self._link()
         refused: dict[int, CellserveError] = {}
-        rows = [row for row, session in enumerate(sessions) if link is None or session._handle[0] is not link]
+        rows = [row for row in rows if link is None or sessions[row]._handle[0] is not link]
         if rows:
             told: Answered = yield Exchange([_attach(sessions[row]) for row in rows], link)
             link = told.link
@@ -138,8 +130,44 @@ class Streaming:
         return link, refused
 
 
+class _Batch:
+    """Sessions that are stepped together, what goes in and what came out, by row.
+
+    Attributes:
+        layout: Of the outputs; None until a session is attached, whose model tells it.
+        x: `[sessions, time, ...]`, as the inputs lie in a frame.
+        y: `[sessions, time, ...]`, zeros where nothing came yet.
+    """
+
+    def __init__(self, sessions: Sequence[SessionCalls], x: Given) -> None:
+        self.sessions = sessions
+        self.layout: Layout | None = None
+        self.x = self.y = np.zeros((len(sessions), 1, 0), np.float32)
+        self._given = x
+        self._single = False
+
+    def lay_out(self, signature: Signature) -> None:
+        """Reads what was given; raises ValueError where it does not fit the model."""
+        self.x, self._single = signature.inputs.batched(self._given, len(self.sessions))
+        self.layout = signature.outputs
+        self.y = self.layout.zeros(*self.x.shape[:2])
+
+    def take(self, rows: list[int], stepped: Stepped) -> None:
+        """Takes the answer to a frame with these rows."""
+        shape = len(rows), *self.y.shape[1:]
+        try:
+            self.y[rows] = np.frombuffer(stepped.y, self.y.dtype.newbyteorder("<")).reshape(shape)
+        except ValueError as error:
+            raise UnexpectedAnswer(f"a frame of y that is not {list(shape)}: {error}") from None
+
+    def outputs(self, wanted: Outputs | None = None) -> Tensors:
+        """Gives y; of all time steps with their axis, unless there was none, or the last."""
+        y = self.y if wanted is None or (wanted == "all" and not self._single) else self.y[:, -1]
+        return y if self.layout is None else self.layout.named(y)
+
+
 def _attach(session: SessionCalls) -> Frame:
     if session._position is not None or session.model is None:
         return text_frame(op="attach", session=session.id)
-    states = session._states and {name: float32(state).tolist() for name, state in session._states.items()}
+    states = None if session._states is None else listed(session._states)
     return text_frame(op="open", session=session.id, model=session.model, states=states)
