@@ -181,7 +181,9 @@ async def create(
     origin = b""
     if session_id is not None:
         checked_id(session_id)
-        origin = creation(engine.model.name, states)
+        # Without a version a repetition is the same request, even where another one has become the newest meanwhile.
+        named = wanted.model if wanted.model is not None and ":" in wanted.model else engine.model.name
+        origin = creation(named, states)
     return await service.sessions.make(engine, states, owner, session_id, origin)
 
 

@@ -54,6 +54,7 @@ def test_the_tries_are_counted() -> None:
         (ConnectionLost("lost"), True),
         (problem(502), True),
         (problem(503, "store-away"), True),
+        (problem(503, "version-loading"), True),
         (problem(504), True),
         (problem(429), True),
         (problem(409, "step-in-flight"), True),

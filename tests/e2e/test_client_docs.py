@@ -1,4 +1,4 @@
-"""docs/client.md is held to the code: what it shows runs, in its order, against a server of the example models."""
+"""docs/client.md is held to the code: what it shows runs, in its order, against a real server."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 
 from cellserve import errors
 from tests.conftest import ROOT, Server
+from tests.kinds import write_repository
 
 TEXT = (ROOT / "docs/client.md").read_text()
 
 
-def test_what_the_page_shows_runs(examples: Path, serve: Callable[..., Server]) -> None:
-    url = serve("--models", str(examples)).url
+def test_what_the_page_shows_runs(examples: Path, tmp_path: Path, serve: Callable[..., Server]) -> None:
+    models = write_repository(tmp_path / "models")
+    for name in ("vowels", "sunspots"):
+        (models / name).symlink_to(examples / name)
+    url = serve("--models", str(models)).url
     told: dict[str, object] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
     assert len(blocks) > 4
