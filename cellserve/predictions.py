@@ -75,7 +75,7 @@ def predict(
                 raise
     answer, told = tensors_of(reply.content)
     name, version = told["model"], int(told["version"])
-    signatures.answered(name, version)
+    signatures.answered(model or name, version)
     every_output = answer.pop("lengths", None) is not None
     last: list[dict[str, Array]] | None = None
     if return_states:

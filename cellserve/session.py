@@ -88,8 +88,10 @@ class SessionCalls:
         if self._states is not None:
             document["states"] = listed(self._states)
         reply = yield from self._exchange(json_request("PUT", self._path(), document))
-        self._states = None
+        asked, self._states = self.model, None
         self._told(reply)
+        assert self.version is not None
+        self._signatures.answered(asked, self.version)
 
     def refreshed(self) -> Call[int]:
         """Asks where it is."""

@@ -65,11 +65,11 @@ class Signatures:
             self._known[name] = self._known[f"{known.model}:{known.version}"] = known
         return known
 
-    def answered(self, model: str, version: int) -> None:
-        """Notes which version has answered: another may have become the newest."""
-        known = self._known.get(model)
+    def answered(self, asked: str, version: int) -> None:
+        """Notes which version has answered to a name: another may have become the newest."""
+        known = self._known.get(asked)
         if known is not None and known.version != version:
-            self._known.pop(model, None)
+            self._known.pop(asked, None)
 
     def has_changed(self, model: str, known: Signature) -> Call[bool]:
         """Asks whether another version is the newest now than the one that was known."""
