@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from service.metrics import MEDIA_TYPE
+from service.repository import VersionKey
 from service.service import Service
 from service.versions import VersionState
 
@@ -31,8 +32,9 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/models/{name}", dependencies=may, tags=["models"], summary="Describe a model, NAME or NAME:VERSION")
     async def model(name: str) -> dict[str, Any]:
-        engine = await service.engine_when_loaded(name)
-        found = engine.model
+        key = VersionKey.parse(name)
+        loaded = None if key is None else versions.loaded.get(key)  # sessions may be on it where none may begin
+        found = (loaded or await service.engine_when_loaded(name)).model
         document = found.document.model_dump(mode="json", exclude={"format", "name", "exactness"})
         states = versions.states()[found.name]
         return {

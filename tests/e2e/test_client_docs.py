@@ -15,8 +15,8 @@ TEXT = (ROOT / "docs/client.md").read_text()
 
 def test_what_the_page_shows_runs(examples: Path, tmp_path: Path, serve: Callable[..., Server]) -> None:
     models = write_repository(tmp_path / "models")
-    for name in ("vowels", "sunspots"):
-        (models / name).symlink_to(examples / name)
+    for model in examples.iterdir():
+        (models / model.name).symlink_to(model)
     url = serve("--models", str(models)).url
     told: dict[str, object] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)

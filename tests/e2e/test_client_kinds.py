@@ -19,6 +19,7 @@ from tests import foreign
 from tests.conftest import Server, start_server
 from tests.faulty_proxy import FaultyProxy
 from tests.kinds import FRAMES, KINDS, LETTERS, write_repository
+from tests.versions import remove_version
 
 STEPS, ROWS = 7, 3
 
@@ -316,5 +317,11 @@ def test_a_session_stays_on_its_version_and_a_new_one_may_take_other_tensors(tmp
                 again.keep = True
             with pytest.raises(SessionExists):
                 client.session("letters:2", session_id="old").step(x)
+            wanted = old.step(ids, outputs="all")
+            old.set_state(again.state() | first.states)  # type: ignore[operator]
+            remove_version(models, "letters", 1)
+            client._http.post("/models/reload").raise_for_status()
+            with Client(server.url) as other, other.stream() as another:  # which knows nothing yet
+                same(another.attach("old").step(ids), wanted)
     finally:
         assert server.stop() == 0
