@@ -271,6 +271,22 @@ def test_a_lost_frame_of_integers_is_sent_again_and_applied_once(server: Server,
     assert proxy.done["lose"] == proxy.done["cut"] == 3
 
 
+def test_a_signature_is_read_once_and_only_where_it_is_needed(server: Server) -> None:
+    x = drawn("frames")
+    proxy = FaultyProxy(server.url)
+    with Client(proxy.url) as client:
+        client.predict("frames", x[0])
+        with client.session("frames") as session:
+            session.step(x[0])
+        assert proxy.done["none"] == 4  # a prediction; a creation, a step, a deletion
+        for _ in range(2):
+            client.predict("letters", drawn("letters")[0])
+            client.predict("frames", x[0], return_states=True)
+            client.labels("letters")
+        assert proxy.done["none"] == 4 + 2 * 2 + 2
+    proxy.close()
+
+
 def test_all_sessions_are_listed_page_after_page(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cellserve.calls._PAGE", 2)
     made = [client.session("letters") for _ in range(5)]
