@@ -106,3 +106,10 @@ def _batched(values: ArrayLike, tensor: Tensor, count: int, place: str) -> tuple
                 raise ValueError(f"{place}: {value} is out of bounds: a frame holds integers of 32 bits")
     array = array.astype(tensor.dtype, copy=False)
     return (array[:, None], True) if axes == 1 else (array, False)
+
+
+def listed(tensors: Given) -> Any:
+    """Gives what JSON has of an array, or of a dict of them."""
+    if isinstance(tensors, Mapping):
+        return {name: float32(tensor).tolist() for name, tensor in tensors.items()}
+    return float32(tensors).tolist()

@@ -9,9 +9,9 @@ import numpy as np
 from cellserve.calls import Call, Pause
 from cellserve.errors import CellserveError, Problem, SessionGone, StepsFailed, UnexpectedAnswer, UnknownSession
 from cellserve.frames import Answered, Exchange, Frame, Stepped, step_frame, text_frame
-from cellserve.layout import Given, Layout, Outputs, Tensors
+from cellserve.layout import Given, Layout, Outputs, Tensors, listed
 from cellserve.retry import ONCE, Retry, Tries, is_passing
-from cellserve.session import SessionCalls, listed
+from cellserve.session import SessionCalls
 from cellserve.signatures import Signature
 
 
