@@ -29,6 +29,7 @@ class Request:
     content: bytes = b""
     media_type: str = ""
     params: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +116,17 @@ def exchange(request: Request, retry: Retry) -> Call[Reply]:
     while True:
         try:
             reply: Reply = yield request
-            if reply.status < 300:
-                return reply
-            raise problem_of_body(reply.status, reply.content, retry_after(reply.headers.get("retry-after")))
+            return answered(reply)
         except CellserveError as error:
             wait = tries.pause(error)
         yield Pause(wait)
+
+
+def answered(reply: Reply) -> Reply:
+    """Gives an answer back, or raises the problem that it is."""
+    if reply.status < 300:
+        return reply
+    raise problem_of_body(reply.status, reply.content, retry_after(reply.headers.get("retry-after")))
 
 
 def models(retry: Retry) -> Call[list[dict[str, Any]]]:

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from cellserve import calls
 from cellserve.calls import Call, Pause, Reply, Request
 from cellserve.errors import ConnectionLost
+from cellserve.events import AsyncEvents, Events, Leave, Listen, Next
 from cellserve.layout import Given, Outputs, Tensors
 from cellserve.numbers import Array
 from cellserve.predictions import Prediction, States, predict
@@ -171,15 +172,30 @@ class Client:
         """Runs a call to its end."""
         return calls.drive(call, self.do)
 
-    def do(self, wanted: Request | Pause) -> Reply | None:
+    def do(self, wanted: Request | Pause | Listen | Next | Leave) -> Any:
         """Does what a call wants; raises ConnectionLost."""
         if isinstance(wanted, Pause):
             time.sleep(wanted.seconds)
             return None
         try:
+            if isinstance(wanted, Listen):
+                return self._listen(wanted.request)
+            if isinstance(wanted, Next):
+                return wanted.events.next()
+            if isinstance(wanted, Leave):
+                wanted.events.close()
+                return None
             return _reply(self._http.request(wanted.method, wanted.path, **_parts(wanted)))
         except httpx.TransportError as error:
             raise _lost(error, self.url) from error
+
+    def _listen(self, request: Request) -> Reply | Events:
+        asked = self._http.build_request(request.method, request.path, **_parts(request))
+        response = self._http.send(asked, stream=True)
+        if response.status_code < 300:
+            return Events(response)
+        response.read()
+        return _reply(response)
 
 
 class AsyncClient:
@@ -297,15 +313,30 @@ class AsyncClient:
         """Runs a call to its end."""
         return await calls.drive_async(call, self.do)
 
-    async def do(self, wanted: Request | Pause) -> Reply | None:
+    async def do(self, wanted: Request | Pause | Listen | Next | Leave) -> Any:
         """Does what a call wants; raises ConnectionLost."""
         if isinstance(wanted, Pause):
             await asyncio.sleep(wanted.seconds)
             return None
         try:
+            if isinstance(wanted, Listen):
+                return await self._listen(wanted.request)
+            if isinstance(wanted, Next):
+                return await wanted.events.next()
+            if isinstance(wanted, Leave):
+                await wanted.events.close()
+                return None
             return _reply(await self._http.request(wanted.method, wanted.path, **_parts(wanted)))
         except httpx.TransportError as error:
             raise _lost(error, self.url) from error
+
+    async def _listen(self, request: Request) -> Reply | AsyncEvents:
+        asked = self._http.build_request(request.method, request.path, **_parts(request))
+        response = await self._http.send(asked, stream=True)
+        if response.status_code < 300:
+            return AsyncEvents(response)
+        await response.aread()
+        return _reply(response)
 
 
 def _checked(url: str) -> str:
@@ -331,7 +362,7 @@ def _httpx_timeout(timeout: Timeout) -> httpx.Timeout:
 
 def _parts(request: Request) -> dict[str, Any]:
     headers = {"content-type": request.media_type} if request.media_type else {}
-    return {"params": request.params, "content": request.content, "headers": headers}
+    return {"params": request.params, "content": request.content, "headers": headers | dict(request.headers)}
 
 
 def _reply(response: httpx.Response) -> Reply:

@@ -7,7 +7,7 @@ CellserveError
 ├── UnexpectedAnswer        what answers does not speak Cellserve's protocol
 ├── StepsFailed             some of the sessions of a frame could not be stepped
 └── Problem                 the server's problem document (RFC 9457)
-    ├── InvalidInput        the request does not fit: NotFinite, CannotBeStepped, BodyTooLarge
+    ├── InvalidInput        the request does not fit: NotFinite, CannotBeStepped, CannotRollOut, BodyTooLarge
     ├── Unauthorized, Forbidden
     ├── NotFound            UnknownModel, UnknownSession
     ├── SessionGone         deleted, expired or evicted
@@ -114,6 +114,10 @@ class CannotBeStepped(InvalidInput):
     """The model takes whole sequences only, `detail` says why: `predict` serves it, sessions do not."""
 
 
+class CannotRollOut(InvalidInput):
+    """The model does not say that its output can be its next input."""
+
+
 class BodyTooLarge(InvalidInput):
     """The request is over a limit of the server's: send it in parts."""
 
@@ -203,6 +207,7 @@ class ModelFailed(ServerProblem):
 _BY_TYPE = {
     "not-finite": NotFinite,
     "cannot-be-stepped": CannotBeStepped,
+    "cannot-roll-out": CannotRollOut,
     "body-too-large": BodyTooLarge,
     "unknown-model": UnknownModel,
     "unknown-session": UnknownSession,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from cellserve.calls import Call
 from cellserve.layout import Given, Outputs, Tensors
 from cellserve.predictions import States
-from cellserve.rollouts import Rollout, asked
+from cellserve.rollouts import Rolled, Rolling, Rollout, asked
 from cellserve.session import SessionCalls, State
 
 if TYPE_CHECKING:
@@ -68,6 +68,29 @@ class Session(SessionCalls):
             seed: Of the drawing; the same gives the same.
         """
         return self._run(self.rolled_out(asked(begin, steps, temperature, top_k, seed)))
+
+    def rollout_stream(
+        self,
+        begin: str | Given,
+        steps: int,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> RolloutStream:
+        """Lets it go on by itself, output by output: each is given as soon as it is applied.
+
+        A lost connection is opened again, and goes on where it was: every output comes once. Whoever does not read to
+        the end asks with `refresh` where the session is, once the server has seen that nobody reads (before that a
+        change may meet a PositionConflict). Takes what `rollout` takes.
+
+        Example:
+            ```python
+            with session.rollout_stream("Alice was ", 100, seed=1) as letters:
+                for one in letters:
+                    print(one.label, end="")
+            ```
+        """
+        return RolloutStream(self, asked(begin, steps, temperature, top_k, seed))
 
     def reset(self) -> None:
         """Sets its state to zeros; the position moves by one."""
@@ -130,6 +153,17 @@ class AsyncSession(SessionCalls):
         """Lets it go on by itself, as `Session.rollout` does."""
         return await self._run(self.rolled_out(asked(begin, steps, temperature, top_k, seed)))
 
+    def rollout_stream(
+        self,
+        begin: str | Given,
+        steps: int,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> AsyncRolloutStream:
+        """Lets it go on by itself, output by output, as `Session.rollout_stream` does."""
+        return AsyncRolloutStream(self, asked(begin, steps, temperature, top_k, seed))
+
     async def reset(self) -> None:
         """Sets its state to zeros; the position moves by one."""
         await self._run(self.was_reset())
@@ -158,3 +192,59 @@ class AsyncSession(SessionCalls):
     async def _run(self, call: Call[T]) -> T:
         async with self._client.turns((self,)):
             return await self._client.run(call)
+
+
+class RolloutStream(Rolling):
+    """The outputs of a session that goes on by itself, one after the other; after a GaveUp, `next` goes on."""
+
+    def __init__(self, session: Session, document: dict[str, Any]) -> None:
+        super().__init__(session, document)
+        self._owner = session
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Rolled:
+        rolled = self._owner._run(self.following())
+        if rolled is None:
+            raise StopIteration
+        return rolled
+
+    def close(self) -> None:
+        """Reads no further: the session goes no further then."""
+        self._owner._run(self.left())
+
+
+class AsyncRolloutStream(Rolling):
+    """What RolloutStream is, for asyncio."""
+
+    def __init__(self, session: AsyncSession, document: dict[str, Any]) -> None:
+        super().__init__(session, document)
+        self._owner = session
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Rolled:
+        rolled = await self._owner._run(self.following())
+        if rolled is None:
+            raise StopAsyncIteration
+        return rolled
+
+    async def close(self) -> None:
+        """Reads no further: the session goes no further then."""
+        await self._owner._run(self.left())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from cellserve.calls import Call, Pause, Reply, Request, drive, drive_async
+from cellserve.calls import Call, Pause, Request, drive, drive_async
 from cellserve.errors import ConnectionLost
 from cellserve.frames import Answered, Exchange
 from cellserve.layout import Given, Outputs, Tensors
@@ -102,7 +102,7 @@ class Stream(Streaming):
     def _link(self) -> object:
         return self._socket if self._socket and not self._socket.replies.ended else None
 
-    def _do(self, wanted: Exchange | Request | Pause) -> Answered | Reply | None:
+    def _do(self, wanted: Exchange | Request | Pause) -> Any:
         if not isinstance(wanted, Exchange):
             return self.client.do(wanted)
         with self._opening:
@@ -175,7 +175,7 @@ class AsyncStream(Streaming):
     async def _drive(self, call: Call[T]) -> T:
         return await drive_async(call, self._do)
 
-    async def _do(self, wanted: Exchange | Request | Pause) -> Answered | Reply | None:
+    async def _do(self, wanted: Exchange | Request | Pause) -> Any:
         if not isinstance(wanted, Exchange):
             return await self.client.do(wanted)
         async with self._opening:
