@@ -99,11 +99,18 @@ class Versions:
                 raise VersionLoading(key)
             if version is not None:
                 raise UnknownModel(f"model: {key} is refused: {version.refused}")
+        if engine is not None:
+            raise UnknownModel(
+                f"model: {key} is not in the folder any more: it serves the sessions that it has, no others"
+            )
         name, _, number = model.partition(":")
-        known = [key for key in {**self.loaded, **self.repository.versions} if key.name == name]
-        if known:
-            versions = ", ".join(str(key.version) for key in known)
-            raise UnknownModel(f"model: {name!r} has no version {number[:20]!r}: it has version {versions}")
+        there = [
+            one.key.version for one in self.repository.versions.values() if one.key.name == name and not one.refused
+        ]
+        if there:
+            raise UnknownModel(
+                f"model: {name!r} has no version {number[:20]!r}: it has version {', '.join(map(str, sorted(there)))}"
+            )
         raise UnknownModel(
             f"model: there is none named {model[:80]!r}: send one of {', '.join(self.newest)}, or NAME:VERSION"
         )
