@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 from export.errors import ExportError
+from export.naming import Names
 from export.walking import graph_of, readers
 from models.signature import TensorSpec
 
@@ -25,7 +26,7 @@ def input_specs(model: Any) -> tuple[TensorSpec, ...]:
         ExportError: An input has no time axis that is left open, or a type that no request can carry.
     """
     specs = []
-    names = _names(graph_of(model)._inputs_struct, [tensor.name for tensor in model.inputs], "x")
+    names = _names(graph_of(model)._inputs_struct, model.inputs, "x")
     for place, (name, tensor) in enumerate(zip(names, model.inputs, strict=True)):
         shape = tuple(tensor.shape)
         if len(shape) < 2 or shape[1] is not None or None in shape[2:]:
@@ -56,16 +57,9 @@ def output_specs(model: Any, values: Sequence[Any], inputs: Sequence[TensorSpec]
     Raises:
         ExportError: An output has a type that no answer can carry.
     """
-    taken = {spec.name for spec in inputs}
     specs = []
-    layers = [tensor._keras_history.operation.name for tensor in model.outputs]
-    names = _names(graph_of(model)._outputs_struct, layers, "y")
-    for name_of, value in zip(names, values, strict=True):
-        name, count = name_of, 1
-        while name in taken:
-            count += 1
-            name = f"{name_of}_{count}"
-        taken.add(name)
+    names = _names(graph_of(model)._outputs_struct, model.outputs, "y", [spec.name for spec in inputs])
+    for name, value in zip(names, values, strict=True):
         dtype: Any = keras.backend.standardize_dtype(value.dtype)
         if dtype == model.layers[-1].compute_dtype:
             dtype = "float32"  # in float64 a network is run for comparison only
@@ -77,12 +71,20 @@ def output_specs(model: Any, values: Sequence[Any], inputs: Sequence[TensorSpec]
     return tuple(specs)
 
 
-def _names(structure: Any, names: list[str], alone: str) -> list[str]:
-    """Gives the names of ends: the keys of a dictionary, where the model has one, or those of tensors or layers."""
-    if len(names) == 1:
-        return [alone]
-    keyed = isinstance(structure, dict) and len(structure) == len(names)
-    return sorted(structure) if keyed else names  # the order in which Keras flattens a dictionary
+def _names(structure: Any, tensors: list[Any], alone: str, taken: Sequence[str] = ()) -> list[str]:
+    """Gives the names of ends: the keys of a dictionary, where the model has one, or those of layers; none twice."""
+    keys = [alone] if len(tensors) == 1 else []
+    if isinstance(structure, dict) and len(structure) == len(tensors) > 1:
+        keys = sorted(structure)  # the order in which Keras flattens a dictionary
+    operations = [_Key(key) for key in keys] or [tensor._keras_history.operation for tensor in tensors]
+    names = Names(operations, taken)
+    return [names.of(operation) for operation in operations]
+
+
+class _Key(NamedTuple):
+    """A name that is given, as a layer has one."""
+
+    name: str
 
 
 def _classes(layer: Any) -> int | None:

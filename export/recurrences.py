@@ -95,7 +95,7 @@ def recurrences_of(layer: Any, name: str, x: Any, mask: Any) -> Iterator[tuple[R
     """
     cells = cells_of(layer)
     for place, cell in enumerate(cells):
-        initial = _initial_states(layer, cell, name)
+        initial = _initial_states(layer, cell)
         flat = tree.flatten(initial)
         prefix = name if len(cells) == 1 else f"{name}.{place}"
         states = [
@@ -106,7 +106,7 @@ def recurrences_of(layer: Any, name: str, x: Any, mask: Any) -> Iterator[tuple[R
             y, new = cell(x, initial)
         except Exception as error:
             raise ExportError(
-                f"layer {name!r}: its cell ({type(cell).__name__}) cannot be called on one time step of shape "
+                f"layer {layer.name!r}: its cell ({type(cell).__name__}) cannot be called on one time step of shape "
                 f"{list(x.shape)} and its zero states ({first_line(error)}): a cell's call takes (inputs, states)"
             ) from None
         zeros = repeats = None
@@ -118,7 +118,7 @@ def recurrences_of(layer: Any, name: str, x: Any, mask: Any) -> Iterator[tuple[R
                 states.append(State(f"{prefix}.output", tuple(y.shape[1:]), keras.backend.standardize_dtype(y.dtype)))
         nesting = tree.map_structure(lambda _: 0, initial)
         shape = tuple(y.shape[1:])
-        yield Recurrence(name, cell, tuple(states), shape, nesting, mask is not None, repeats, bool(zeros)), y
+        yield Recurrence(layer.name, cell, tuple(states), shape, nesting, mask is not None, repeats, bool(zeros)), y
         x = y
 
 
@@ -134,7 +134,7 @@ def _like(mask: Any, tensor: Any) -> Any:
     return mask
 
 
-def _initial_states(layer: Any, cell: Any, name: str) -> Any:
+def _initial_states(layer: Any, cell: Any) -> Any:
     """Gives a cell's states before the first step for a batch of two, as the list that the cell takes."""
     if cell is layer.cell:
         initial = layer.get_initial_state(batch_size=2)
@@ -147,7 +147,7 @@ def _initial_states(layer: Any, cell: Any, name: str) -> Any:
     initial = tree.map_structure(lambda state: ops.cast(state, layer.cell.compute_dtype), initial)  # as Keras does
     if any(np.any(np.asarray(state)) for state in tree.flatten(initial)):
         raise ExportError(
-            f"layer {name!r}: its cell starts from states that are not zero, and sessions start from zeros: "
+            f"layer {layer.name!r}: its cell starts from states that are not zero, and sessions start from zeros: "
             f"let get_initial_state give zeros and send the states with the first request"
         )
     return initial

@@ -19,6 +19,7 @@ from keras.src.backend import set_keras_mask
 from export.ends import input_specs, output_specs
 from export.errors import ExportError, Unsteppable
 from export.loading import first_line, opened
+from export.naming import Names
 from export.recurrences import Recurrence, State, cells_of, recurrences_of
 from export.walking import Call, is_timed, walk
 from models.signature import Signature, StateSpec, TensorSpec
@@ -142,7 +143,7 @@ class StatefulNetwork:
 
     def _discover(self) -> tuple[TensorSpec, ...]:
         """Finds the recurrences and refuses what cannot be stepped; gives the outputs of one step."""
-        names: dict[str, int] = {}
+        names = Names(layer for layer in self.model._flatten_layers() if isinstance(layer, keras.layers.RNN))
 
         def call(call: Call) -> Any:
             layer, mask = call.operation, call.mask
@@ -150,11 +151,9 @@ class StatefulNetwork:
                 _refuse_mixing(call)
                 return _one_step(call)
             _refuse_unsteppable(call)
-            count = names[layer.name] = names.get(layer.name, 0) + 1
-            name = layer.name if count == 1 else f"{layer.name}_{count}"
             y = ops.squeeze(call.args[0], axis=1)
             mask = None if mask is None else ops.squeeze(mask, axis=1)
-            for recurrence, output in recurrences_of(layer, name, y, mask):
+            for recurrence, output in recurrences_of(layer, names.of(layer), y, mask):
                 self.recurrences.append(recurrence)
                 y = output
             return _masked_on(call, ops.expand_dims(y, 1)) if layer.return_sequences else y
