@@ -62,6 +62,7 @@ def adopt(request: Request, console: Console) -> Path:
 
 
 def _adopt(request: Request, console: Console) -> Path:
+    artifacts.check(request.artifacts, request.name, request.version)
     with console.status("reading") as status:
         graph = ForeignGraph(request.model)
         constants = {name: graph.bake(name, text) for name, text in request.constants.items()}

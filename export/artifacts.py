@@ -13,6 +13,40 @@ from export.errors import ExportError
 from models.signature import MANIFEST_NAME
 
 
+def check(artifacts: Path, name: str, version: int | None) -> None:
+    """Tries whether a version of a model can be written, before the long work; leaves nothing behind.
+
+    Raises:
+        ExportError: It cannot, or the version is there already.
+    """
+    home = artifacts / name
+    made: list[Path] = []  # the innermost first
+    try:
+        if version and (home / str(version)).exists():
+            raise _there_already(home / str(version))
+        made = [folder for folder in (home, *home.parents) if not folder.exists()]
+        home.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=".draft-", dir=home)).rmdir()
+    except OSError as error:
+        raise _not_writable(home, error) from None
+    finally:
+        for folder in made:
+            try:
+                folder.rmdir()
+            except OSError:  # it was not made, or another export writes there by now
+                break
+
+
+def _there_already(target: Path) -> ExportError:
+    return ExportError(f"{target} is there already: give another --version, or none for the next")
+
+
+def _not_writable(home: Path, error: OSError) -> ExportError:
+    return ExportError(
+        f"{home}/ cannot be written to ({error.strerror}): give a folder that you may write to with --artifacts"
+    )
+
+
 def write(artifacts: Path, name: str, version: int | None, files: dict[str, bytes]) -> Path:
     """Writes one version of a model.
 
@@ -26,9 +60,17 @@ def write(artifacts: Path, name: str, version: int | None, files: dict[str, byte
         The folder of the version.
 
     Raises:
-        ExportError: The version is there already; versions are never changed, sessions are bound to them.
+        ExportError: The version is there already (versions are never changed, sessions are bound to them), or the
+            folder cannot be written to.
     """
     home = artifacts / name
+    try:
+        return _write(home, version, files)
+    except OSError as error:
+        raise _not_writable(home, error) from None
+
+
+def _write(home: Path, version: int | None, files: dict[str, bytes]) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=home))
     try:
@@ -49,9 +91,7 @@ def write(artifacts: Path, name: str, version: int | None, files: dict[str, byte
                 if not target.exists():
                     raise
                 if version:
-                    raise ExportError(
-                        f"{target} is there already: give another --version, or none for the next"
-                    ) from None
+                    raise _there_already(target) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -50,6 +50,7 @@ def export(request: Request, console: Console) -> Path:
     Raises:
         ExportError: It cannot be exported, or the proof failed; nothing has been written.
     """
+    artifacts.check(request.artifacts, request.name, request.version)
     for path in request.imports:
         _import(path)
     card = _card(request.network)

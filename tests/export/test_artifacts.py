@@ -1,0 +1,49 @@
+"""The repository as the export writes to it: that it can be written to is known before the long work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from export import adopting_cli, artifacts
+from export.errors import ExportError
+
+
+def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:
+    artifacts.check(tmp_path / "new/artifacts", "mine", None)
+    assert not list(tmp_path.iterdir())
+    folder = artifacts.write(tmp_path, "mine", None, {"model.onnx": b"model"})
+    before = sorted(tmp_path.rglob("*"))
+    artifacts.check(tmp_path, "mine", None)
+    assert folder in before
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_version_that_is_there_already_is_refused_before_the_work(tmp_path: Path) -> None:
+    artifacts.write(tmp_path, "mine", 2, {"model.onnx": b"model"})
+    with pytest.raises(ExportError, match="is there already: give another --version"):
+        artifacts.check(tmp_path, "mine", 2)
+
+
+@pytest.mark.parametrize("command", ["export", "adopt"])
+@pytest.mark.parametrize("folder", ["/proc/x", "file/artifacts"])
+def test_a_folder_that_cannot_be_written_to_is_told_in_one_line_before_anything_is_read(
+    command: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from export import __main__ as export_cli
+
+    main = {"export": export_cli.main, "adopt": adopting_cli.main}[command]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    assert main(["missing", "--name", "mine", "--artifacts", folder]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"cellserve {command}: {folder}/mine/ cannot be written to (")
+    assert told.endswith("give a folder that you may write to with --artifacts\n")
+    assert told.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_to_any_more_is_told_too(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ExportError, match="cannot be written to"):
+        artifacts.write(tmp_path / "file", "mine", None, {"model.onnx": b"model"})
