@@ -12,7 +12,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from export import adopting_report, artifacts, plain_loop
+from export import adopting_report, artifacts, next_version, plain_loop
 from export.errors import ExportError
 from export.foreign import ForeignGraph
 from export.pairs import find_pairs
@@ -107,8 +107,9 @@ def _adopt(request: Request, console: Console) -> Path:
             provenance=_provenance(request, graph),
         )
         content = model.content(document)
+        warning = next_version.warning(request.artifacts, request.name, document.signature)
         folder = artifacts.write(request.artifacts, request.name, request.version, {MODEL_NAME: content})
-    adopting_report.show(console, str(folder), document, roles, constants, request.contexts, len(content))
+    adopting_report.show(console, str(folder), document, roles, constants, request.contexts, len(content), warning)
     return folder
 
 

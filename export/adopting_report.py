@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from export.roles import Roles
@@ -23,6 +24,7 @@ def show(
     constants: Mapping[str, Array],
     contexts: Mapping[str, int],
     size: int,
+    warning: str,
 ) -> None:
     """Prints what was found, what was proved, and what the service will do."""
     told = document.signature
@@ -49,6 +51,8 @@ def show(
     table.add_row("microseconds a run", f"{times} (batch x time)")
     table.add_row("size", f"{size / 1024:.1f} KiB")
     table.add_row("the service will", _promise(document))
+    if warning:
+        table.add_row("[bold]warning[/bold]", f"[bold]{escape(warning)}[/bold]")
     console.print(table)
 
 

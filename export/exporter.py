@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from export import artifacts, forms, html_report, report
+from export import artifacts, forms, html_report, next_version, report
 from export.errors import ExportError, Unsteppable
 from export.loading import load
 from export.precision import Narrowed, narrowed
@@ -105,7 +105,9 @@ def export(request: Request, console: Console) -> Path:
         files = {MODEL_NAME: forms.with_document(form.model, document)}
         if form.step:
             files[STEP_NAME] = forms.with_document(form.step, document)
-        results = report.Results(document, form, tried, sum(map(len, files.values())), timings, metrics, narrow)
+        warning = next_version.warning(request.artifacts, request.name, document.signature)
+        size = sum(map(len, files.values()))
+        results = report.Results(document, form, tried, size, timings, metrics, narrow, warning)
         files[REPORT_NAME] = html_report.render(results, network).encode()
         folder = artifacts.write(request.artifacts, request.name, request.version, files)
     report.show(console, str(folder), results)

@@ -32,6 +32,7 @@ class Results:
     timings: dict[str, dict[str, float | None]]  # microseconds a run: by batch x time, then by loop, ours, keras
     metrics: dict[str, tuple[float, float]]  # on the test data: name, then (ONNX, Keras)
     narrow: Narrowed | None  # where the precision is less than float32
+    warning: str  # of what clients of the version before must change
 
 
 def show(console: Console, path: str, results: Results) -> None:
@@ -64,6 +65,8 @@ def show(console: Console, path: str, results: Results) -> None:
         table.add_row(f"test {escape(name)}", f"{ours:.4f} ONNX, {before}{keras:.4f} Keras")
     if narrow and (slower := slower_than_float32(results)):
         table.add_row("time", f"[bold]{slower}[/bold]")
+    if results.warning:
+        table.add_row("[bold]warning[/bold]", f"[bold]{escape(results.warning)}[/bold]")
     console.print(table)
     times = Table(title="microseconds a run, 1 thread", title_justify="left", box=None, padding=(0, 2, 0, 0))
     others = {"loop": "Loop", **({"float32": "float32"} if narrow else {}), "keras": "Keras"}

@@ -354,6 +354,16 @@ def test_what_cannot_be_served_is_refused_in_one_line(adopt: Adopt, case: str) -
     assert told in message
 
 
+def test_a_next_version_that_clients_must_change_for_says_so(adopt: Adopt, capsys: Any) -> None:
+    adopt(foreign.frames())
+    adopt(foreign.frames())
+    assert "warning" not in capsys.readouterr().out
+    adopt(foreign.deep())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "carries state [2, 4] float32 (version 2: s [4] float32): clients of mine must change" in told
+    assert "give it another --name if that is not meant" in told
+
+
 def test_adopting_imports_no_tensorflow_and_prints_what_it_found(tmp_path: Path) -> None:
     path = tmp_path / "deep.onnx"
     onnx.save(foreign.deep(), path)

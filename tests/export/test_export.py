@@ -23,13 +23,14 @@ from keras import layers  # isort: skip
 
 import itertools
 
-from export import lowering
+from export import forms, lowering
 from export.__main__ import main
 from export.errors import ExportError
 from export.exporter import Request, export
 from export.stateful import StatefulNetwork
 from models.cells import LSTMCell, RNNCell
 from models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
+from service.exactness import SHORT
 from service.runtime import Runtime
 
 CELLS = {
@@ -162,6 +163,19 @@ def test_versions_count_on_and_are_never_written_over(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="is there already"):
         exported(model, tmp_path, version=7)
     assert sorted(path.name for path in (tmp_path / "artifacts/mine").iterdir()) == ["1", "2", "7"]
+
+
+def test_a_next_version_with_another_signature_warns_and_one_with_the_same_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(forms, "WHOLE", SHORT)
+    told = []
+    for units in (3, 3, 4):  # a layer named by Keras: `rnn`, `rnn_1`...
+        sequential(layers.RNN(RNNCell(units)), layers.Dense(2)).save(tmp_path / "mine.keras")
+        assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path)]) == 0
+        told.append(" ".join(capsys.readouterr().out.split()))
+    assert "warning" not in told[0] + told[1]
+    assert "it carries rnn.h [4] float32 (version 2: rnn.h [3] float32): clients of mine must change" in told[2]
 
 
 def test_the_manifest_names_every_file_by_its_digest(tmp_path: Path) -> None:
