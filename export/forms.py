@@ -16,8 +16,7 @@ import onnx
 
 from export import timing
 from export.assembly import Assembly
-from export.errors import ExportError, ProofFailed
-from export.loading import first_line
+from export.errors import ExportError, ProofFailed, first_line
 from export.lowering import Lowering, lowering_of
 from export.one_step import OneStep
 from export.parity import Parity, Reference, WholeReference

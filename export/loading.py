@@ -6,14 +6,14 @@ precision) is rewritten; weights are the same. The proof compares with the model
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from export.errors import ExportError
+from export.errors import ExportError, first_line
+from export.unloadable import why
 from export.walking import has_graph
 
 # Of recurrent layers and cells; a dropout draws random numbers that nobody reads even where it does nothing.
@@ -31,11 +31,7 @@ def load(path: Path) -> Any:
     try:
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:
-        raise ExportError(
-            f"{path}: Keras cannot load it ({type(error).__name__}: {first_line(error)}); "
-            f"a cell of your own must be registered with @keras.saving.register_keras_serializable and its module "
-            f"given with --import"
-        ) from None
+        raise ExportError(f"{path} cannot be loaded: {why(path, error)}") from None
     mixed = any(layer.dtype_policy.compute_dtype != "float32" for layer in model._flatten_layers())
     return with_dtype(model, "float32") if mixed and has_graph(model) else model
 
@@ -92,15 +88,6 @@ def opened(model: Any) -> Any:
             f"the network takes {time} time steps and no other number ({reason}): declare its input as "
             f"keras.Input((None, features)) and leave out what needs the number, such as Flatten"
         ) from None
-
-
-def first_line(error: Exception) -> str:
-    """Gives the first line of what an error says, without the colours and the heading that Keras gives it."""
-    lines = re.sub(r"\x1b\[\d*m", "", str(error)).splitlines()
-    told = [
-        line.strip() for line in lines if line.strip() and not line.startswith("Exception encountered when calling")
-    ]
-    return told[0].split(". ")[0].rstrip(".:") if told else type(error).__name__
 
 
 def _rebuilt(model: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

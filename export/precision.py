@@ -12,9 +12,8 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from export import forms
-from export.errors import ExportError
+from export.errors import ExportError, first_line
 from export.forms import Form
-from export.loading import first_line
 from export.rewriting import SCHEMES, Ranges, digest, products
 from export.test_data import TestData
 from models.signature import ModelDocument

@@ -10,8 +10,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from export.errors import ExportError
-from export.loading import first_line
+from export.errors import ExportError, first_line
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from keras import ops, tree
 from keras.src.backend import set_keras_mask
 
 from export.ends import input_specs, output_specs
-from export.errors import ExportError, Unsteppable
-from export.loading import first_line, opened
+from export.errors import ExportError, Unsteppable, first_line
+from export.loading import opened
 from export.naming import Names
 from export.recurrences import Recurrence, State, cells_of, recurrences_of
 from export.walking import Call, is_timed, walk

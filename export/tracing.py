@@ -15,8 +15,7 @@ import tf2onnx
 from onnx import helper, numpy_helper
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-from export.errors import ExportError
-from export.loading import first_line
+from export.errors import ExportError, first_line
 from export.stateful import StatefulNetwork
 
 OPSET = 18  # the newest that tf2onnx writes

@@ -20,8 +20,8 @@ from keras.src.backend import set_keras_mask
 from onnx import compose, helper, numpy_helper
 
 from export.ends import input_specs, output_specs
-from export.errors import ExportError
-from export.loading import first_line, opened
+from export.errors import ExportError, first_line
+from export.loading import opened
 from export.recurrences import Recurrence
 from export.stateful import StatefulNetwork, refuse_foreign_states
 from export.tracing import BATCH, convert

@@ -297,7 +297,8 @@ def test_a_cell_of_the_users_own_is_exported_by_the_script_without_a_word_of_ten
     command = [sys.executable, "-m", "export", "mine.keras", "--name", "mine"]
     lost = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
     assert (lost.returncode, lost.stderr.count("\n")) == (1, 1)
-    assert "--import" in lost.stderr
+    assert "the class 'LeakyCell' (registered as 'mine>LeakyCell') is not known" in lost.stderr
+    assert "--import FILE.py" in lost.stderr
     command += ["--import", "leaky.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
     assert (done.returncode, done.stderr) == (0, "")

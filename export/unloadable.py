@@ -1,0 +1,89 @@
+"""Says why Keras cannot load a file, which Keras itself buries in the whole of the network's config."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from export.errors import first_line
+
+_LEGACY = (".h5", ".hdf5")  # of earlier versions of Keras, which loads them still
+
+
+def why(path: Path, error: Exception) -> str:
+    """Gives the reason in one sentence, and what to do.
+
+    Args:
+        path: The file.
+        error: What Keras said.
+    """
+    if path.suffix not in (".keras", *_LEGACY):
+        return "its name does not end in .keras: give the file that model.save('NAME.keras') has written"
+    config = _config(path)
+    if path.suffix == ".keras" and config is None:
+        return (
+            "it is no .keras archive, or not the whole of one: save the network with model.save('NAME.keras') and copy "
+            "the whole file"
+        )
+    for layer in _objects(config):
+        if layer["class_name"] == "Lambda" and "__lambda__" in str(layer["config"]):
+            return (
+                f"layer {layer['config'].get('name')!r} is a Lambda with Python code in it, which is not loaded from a "
+                f"file: write a layer class or use operations of keras.ops, and save the network again"
+            )
+    for each in _objects(config):
+        name = _unknown(each)
+        if name is not None:
+            kind = "function" if each["class_name"] == "function" else "class"
+            if ">" in name:
+                return (
+                    f"the {kind} {name.rpartition('>')[2]!r} (registered as {name!r}) is not known: give the Python "
+                    f"file that defines and registers it with --import FILE.py"
+                )
+            return (
+                f"the {kind} {name!r} was not registered when the network was saved: decorate it with "
+                f"@keras.saving.register_keras_serializable(), save the network again, and give the Python file that "
+                f"defines it with --import FILE.py"
+            )
+    inner = re.findall(r"Exception encountered: (.+)", str(error))
+    return f"Keras says {type(error).__name__}: {inner[-1].split('. ')[0] if inner else first_line(error)}"
+
+
+def _config(path: Path) -> Any:
+    """Gives the config in an archive, but for that of training, which is not loaded; None where it is no archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            config = json.loads(archive.read("config.json"))
+        return {key: value for key, value in config.items() if key != "compile_config"}
+    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile):
+        return None
+
+
+def _objects(config: Any) -> Iterator[dict[str, Any]]:
+    """Gives what was serialized by itself within a config: layers, cells, functions."""
+    if isinstance(config, dict):
+        if {"class_name", "config", "registered_name"} <= config.keys():
+            yield config
+        for value in config.values():
+            yield from _objects(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _objects(value)
+
+
+def _unknown(config: dict[str, Any]) -> str | None:
+    """Gives the name by which Keras would have to know a class or function, where it does not."""
+    if config["class_name"] != "function":
+        name = config["registered_name"]  # none for what is Keras's own
+        return str(name) if name and keras.saving.get_registered_object(name) is None else None
+    try:
+        keras.saving.deserialize_keras_object(config)
+    except Exception:
+        return str(config["config"])
+    return None
