@@ -18,8 +18,8 @@ class Unsteppable(ExportError):
 
 
 def first_line(error: Exception) -> str:
-    """Gives the first line of what an error says, without the colours and the heading that Keras gives it."""
-    lines = re.sub(r"\x1b\[\d*m", "", str(error)).splitlines()
+    """Gives the first line of what an error says, without Keras's colours and heading and TensorFlow's nodes."""
+    lines = re.sub(r"\x1b\[\d*m|\{\{.*?\}\} ?| ?\[Op:.*?\]", "", str(error)).splitlines()
     told = [
         line.strip() for line in lines if line.strip() and not line.startswith("Exception encountered when calling")
     ]

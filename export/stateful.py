@@ -17,7 +17,7 @@ from keras import ops, tree
 from keras.src.backend import set_keras_mask
 
 from export.ends import input_specs, output_specs
-from export.errors import ExportError, Unsteppable, first_line
+from export.errors import ExportError, Unsteppable
 from export.loading import opened
 from export.naming import Names
 from export.recurrences import Recurrence, State, cells_of, recurrences_of
@@ -213,11 +213,11 @@ def _refuse_mixing(call: Call) -> None:
             for y, alone in zip(whole, _arrays(call.operation, one), strict=True):
                 part = y[:, t : t + 1]
                 if y.shape[1:2] != (3,) or alone.shape != part.shape or not np.allclose(alone, part, 1e-4, 1e-4):
-                    _mixes(call, "")
+                    _mixes(call)
     except Unsteppable:
         raise
-    except Exception as error:  # TensorFlow's, NumPy's or the layer's own
-        _mixes(call, f" (on three of them it says: {first_line(error)})")
+    except Exception:  # TensorFlow's, NumPy's or the layer's own: on three time steps, or on one
+        _mixes(call)
 
 
 def _arrays(operation: Any, arguments: Any) -> list[Any]:
@@ -225,8 +225,8 @@ def _arrays(operation: Any, arguments: Any) -> list[Any]:
     return [np.asarray(value) for value in tree.flatten(operation(*args, **kwargs))]
 
 
-def _mixes(call: Call, also: str) -> NoReturn:
-    raise Unsteppable(f"{call} mixes time steps{also}; only layers that act on each time step by itself can be stepped")
+def _mixes(call: Call) -> NoReturn:
+    raise Unsteppable(f"{call} mixes time steps; only layers that act on each time step by itself can be stepped")
 
 
 def _refuse_unsteppable(call: Call) -> None:

@@ -20,7 +20,7 @@ from keras.src.backend import set_keras_mask
 from onnx import compose, helper, numpy_helper
 
 from export.ends import input_specs, output_specs
-from export.errors import ExportError, first_line
+from export.errors import ExportError
 from export.loading import opened
 from export.recurrences import Recurrence
 from export.stateful import StatefulNetwork, refuse_foreign_states
@@ -57,6 +57,7 @@ class WholeNetwork:
         self.inputs: tuple[TensorSpec, ...] = input_specs(self.model)
         self.timed = [is_timed(tensor) for tensor in self.model.outputs]  # which outputs have the time axis
         self.parts: list[_Part] = []
+        self._at = ""  # the layer that was called last
         self.outputs: tuple[TensorSpec, ...] = self._discover()
         self.min_steps = self._shortest()
 
@@ -122,12 +123,12 @@ class WholeNetwork:
             try:
                 outputs = self._walk([ops.zeros((2, time, *spec.shape), spec.dtype) for spec in self.inputs], recur)
                 break
-            except (ValueError, tf.errors.OpError) as error:  # too short for a convolution
-                last = error
+            except (ValueError, tf.errors.OpError):  # too short for a convolution
+                continue
         else:
             raise ExportError(
-                f"the network cannot be stepped ({self.reason}), nor run over any number of time steps "
-                f"({first_line(last)}): leave out what wants a certain number, such as Flatten"
+                f"the network cannot be stepped ({self.reason}), nor run over {', '.join(map(str, _TIMES))} time steps "
+                f"({self._at} fails): leave out what wants a certain number, such as Flatten"
             )
         if not self.parts:
             raise ExportError("the network has no recurrent layer (keras.layers.RNN over a cell): it carries no state")
@@ -165,7 +166,7 @@ class WholeNetwork:
             return y if layer.return_sequences else y[:, -1]
 
         def call(call: Call) -> Any:
-            layer = call.operation
+            self._at, layer = str(call), call.operation
             if isinstance(layer, keras.layers.RNN):
                 refuse_foreign_states(call)
                 y = one_way(layer, call.args[0], call.mask)

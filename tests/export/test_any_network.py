@@ -369,6 +369,7 @@ def test_a_network_that_cannot_be_stepped_is_whole_says_why_and_is_right(made: A
     whole.check()
     signature = whole.signature
     assert WHOLE[made] in (signature.predict_only or "")
+    assert not re.search("{{|__|device", signature.predict_only or ""), "TensorFlow's words"
     assert (signature.states, signature.lengths) == ((), None)
     assert signature.min_steps == (4 if made is convolved else 1)
     assert all("Loop" not in operators for operators in whole.operators.values())

@@ -195,6 +195,14 @@ class StartsFromOnes(RNNCell):
 
 
 @keras.saving.register_keras_serializable("tests")
+class OfThree(RNNCell):
+    """Takes three features, whatever it is built for."""
+
+    def build(self, input_shape: Any) -> None:
+        super().build((None, 3))
+
+
+@keras.saving.register_keras_serializable("tests")
 class Doubling(layers.LSTM):
     def call(self, sequences: Any, initial_state: Any = None, mask: Any = None, training: bool = False) -> Any:
         return 2 * super().call(sequences, initial_state, mask, training)
@@ -230,6 +238,7 @@ REFUSED = {
     "leave out what wants a certain number": lambda: sequential(
         layers.LSTM(3, return_sequences=True), layers.Flatten(), layers.Dense(1), time=4
     ),
+    "(Matrix size-incompatible: In[0]: [2,5], In[1]: [3,3]": lambda: sequential(layers.RNN(OfThree(3))),
     "starts from states that are not zero": lambda: sequential(layers.RNN(StartsFromOnes(3))),
     "layer 'doubling'": lambda: sequential(Doubling(3, name="doubling")),
     "Lgamma, for which tf2onnx has no operator": lambda: sequential(LogGamma(), layers.LSTM(3)),
@@ -246,6 +255,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line_with_the_reason(
     told = capsys.readouterr().err
     assert status == 1
     assert reason in told
+    assert "{{" not in told
     assert told.count("\n") == 1
     assert not (tmp_path / "artifacts").exists()
 
