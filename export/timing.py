@@ -82,7 +82,7 @@ def _loop(network: StatefulNetwork | WholeNetwork) -> ort.InferenceSession | Non
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        model = convert(run, specs).SerializeToString()
+        model = convert(run, specs, network.model).SerializeToString()
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception:
         return None

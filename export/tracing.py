@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from export.errors import ExportError, first_line
+from export.rewriting import graphs
 from export.stateful import StatefulNetwork
 
 OPSET = 18  # the newest that tf2onnx writes
@@ -69,12 +70,17 @@ def trace_step(network: StatefulNetwork, leave_out: Callable[[Any], bool]) -> St
         into_left_out = [tensor for group in result.into_left_out for tensor in group]
         return [tf.identity(tensor) for tensor in (*result.outputs, *result.states, *into_left_out)]
 
-    model = convert(step, [*specs, *state_specs, *left_out_specs])
+    model = convert(step, [*specs, *state_specs, *left_out_specs], network.model)
     return _plain(model, len(specs), len(network.outputs), len(state_specs), counts)
 
 
-def convert(function: Callable[..., Any], specs: list[Any]) -> onnx.ModelProto:
+def convert(function: Callable[..., Any], specs: list[Any], network: Any) -> onnx.ModelProto:
     """Converts a TensorFlow function of these inputs with tf2onnx; the model's ends are in the function's order.
+
+    Args:
+        function: Takes and gives tensors.
+        specs: Of its inputs.
+        network: The Keras model that it is made of, whose layers are named where they cannot be converted.
 
     Raises:
         ExportError: Something in it has no operator in ONNX.
@@ -95,13 +101,39 @@ def convert(function: Callable[..., Any], specs: list[Any]) -> onnx.ModelProto:
         )
     except Exception as error:
         raise ExportError(f"tf2onnx cannot convert the network: {first_line(error)}") from None
+    for graph in graphs(model.graph):
+        _write_erfc(graph)
     for node in model.graph.node:
         if not onnx.defs.has(node.op_type, OPSET, node.domain):
             raise ExportError(
-                f"{node.name!r} is TensorFlow's {node.op_type}, for which tf2onnx has no operator of ONNX: "
-                f"write that layer or cell with other operations of keras.ops"
+                f"{_layer_of(node, network)} has TensorFlow's {node.op_type}, for which tf2onnx has no operator of "
+                f"ONNX: write that layer or cell with other operations of keras.ops"
             )
     return model
+
+
+def _write_erfc(graph: onnx.GraphProto) -> None:
+    """Writes TensorFlow's Erfc, which tf2onnx does not know, as 1 - Erf: `gelu` is made of it."""
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        if node.op_type != "Erfc":
+            graph.node.append(node)
+            continue
+        one, erf = f"{node.output[0]}/one", f"{node.output[0]}/erf"
+        graph.node.append(helper.make_node("Constant", [], [one], one, value=numpy_helper.from_array(np.float32(1))))
+        graph.node.append(helper.make_node("Erf", node.input, [erf], erf))
+        graph.node.append(helper.make_node("Sub", [one, erf], node.output, node.name))
+
+
+def _layer_of(node: onnx.NodeProto, network: Any) -> str:
+    """Names the layer that a node was traced from: TensorFlow names it after the layer, with a number of its own."""
+    layers = {layer.name: layer for layer in network._flatten_layers(include_self=False)}
+    for part in node.name.split("/"):
+        layer = layers.get(part) or layers.get(part.rpartition("_")[0])
+        if layer is not None:
+            return f"layer {layer.name!r} ({type(layer).__name__})"
+    return repr(node.name)
 
 
 def _plain(model: onnx.ModelProto, inputs: int, outputs: int, states: int, counts: list[int]) -> StepGraph:

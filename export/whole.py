@@ -108,7 +108,7 @@ class WholeNetwork:
                 ]
             return [tf.identity(tensor) for tensor in (*outputs, *into)]
 
-        return self._joined(convert(rest, specs), build)
+        return self._joined(convert(rest, specs, self.model), build)
 
     def _discover(self) -> tuple[TensorSpec, ...]:
         def recur(layer: Any, sequence: Any, mask: Any) -> Any:

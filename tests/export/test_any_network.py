@@ -136,8 +136,15 @@ def cells_of_users() -> Any:
     return keras.Model(x, layers.Concatenate()([layers.Activation("linear")(y) for y in outputs]))
 
 
+def gelu() -> Any:
+    """What TensorFlow makes with Erfc, which tf2onnx does not know: in a layer and in a cell, far from zero too."""
+    wide = keras.initializers.RandomNormal(stddev=4)
+    inner = [layers.Dense(33, activation="gelu", kernel_initializer=wide), layers.SimpleRNN(5, activation="gelu")]
+    return keras.Sequential([keras.Input((None, 3)), *inner])
+
+
 NETWORKS = {
-    made.__name__: made for made in (layers_of_keras, masked, masked_by_embedding, several_ends, cells_of_users)
+    made.__name__: made for made in (layers_of_keras, masked, masked_by_embedding, several_ends, cells_of_users, gelu)
 }
 
 

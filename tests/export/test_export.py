@@ -241,7 +241,9 @@ REFUSED = {
     "(Matrix size-incompatible: In[0]: [2,5], In[1]: [3,3]": lambda: sequential(layers.RNN(OfThree(3))),
     "starts from states that are not zero": lambda: sequential(layers.RNN(StartsFromOnes(3))),
     "layer 'doubling'": lambda: sequential(Doubling(3, name="doubling")),
-    "Lgamma, for which tf2onnx has no operator": lambda: sequential(LogGamma(), layers.LSTM(3)),
+    "layer 'odd' (LogGamma) has TensorFlow's Lgamma, for which tf2onnx has no operator": lambda: sequential(
+        layers.Dense(4), LogGamma(name="odd"), layers.LSTM(3)
+    ),
 }
 
 
