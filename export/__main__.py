@@ -50,7 +50,8 @@ def parser(prog: str = "cellserve export") -> argparse.ArgumentParser:
                         help="how much less precision may cost on the test data: of the accuracy, as a share of all "
                         "sequences, or of RMSE, as a share of what it is in float32 (default: 0.01)")  # fmt: skip
     parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE.py",
-                        help="a Python file that registers your own cells; may be given more than once")  # fmt: skip
+                        help="a Python file that registers your own cells; it may import its neighbours, and this be given more "
+                        "than once")  # fmt: skip
     return parser
 
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -128,10 +129,15 @@ def _import(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ExportError(f"--import {path}: not a Python file")
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)  # as for a script: it may import its neighbours
     try:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     except Exception as error:
         raise ExportError(f"--import {path}: {type(error).__name__}: {error}") from None
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
 
 
 def _beside(network: Path, suffix: str) -> Path | None:

@@ -311,7 +311,10 @@ def test_a_cell_of_the_users_own_is_exported_by_the_script_without_a_word_of_ten
     assert (lost.returncode, lost.stderr.count("\n")) == (1, 1)
     assert "the class 'LeakyCell' (registered as 'mine>LeakyCell') is not known" in lost.stderr
     assert "--import FILE.py" in lost.stderr
-    command += ["--import", "leaky.py"]
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "leaky.py").rename(tmp_path / "cells/leaky.py")
+    (tmp_path / "cells/all.py").write_text("import leaky")
+    command += ["--import", "cells/all.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
     assert (done.returncode, done.stderr) == (0, "")
     assert "Scan" in done.stdout
