@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from export.arguments import add_shared
 from export.errors import ExportError
-from models.signature import checked_name
 
 EXAMPLE = """\
 example:
@@ -19,9 +19,8 @@ example:
   cellserve export my_network.keras --name mine --quantize int8 --data test.npz --tolerance 0.02
 
 Beside NETWORK.keras, NETWORK.card.json (labels, metrics, description, default_output, rollout) and NETWORK.npz (test
-Beside NETWORK.keras, NETWORK.card.json (labels, metrics, description, default_output, rollout) and NETWORK.npz (test
-data: x [n, time, features], lengths [n], y; several inputs or outputs by their names) are taken where they are there.
-Nothing is written unless the model is proved.
+data: x [n, time, features], lengths [n], y; several inputs or outputs by their names) are taken where they are there;
+arguments win over the card. Nothing is written unless the model is proved.
 """
 
 
@@ -34,12 +33,11 @@ def parser(prog: str = "cellserve export") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("network", metavar="NETWORK.keras", type=Path, help="the saved Keras model")
-    parser.add_argument("--name", required=True, type=_name, help="the model's name in requests and in the repository")
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="the repository (default: artifacts)")
-    parser.add_argument("--version", type=_version, help="a positive number (default: the next free one)")
-    parser.add_argument("--labels", type=lambda text: tuple(text.split(",")), help="names of the outputs, by commas")
-    parser.add_argument("--rollout", choices=("probabilities", "logits", "value"),
-                        help="how an output becomes the next input where a session is continued by itself")  # fmt: skip
+    add_shared(parser)
+    parser.add_argument("--description", help="what GET /models says of it (default: the card's)")
+    parser.add_argument("--default-output", choices=["last", "all"],
+                        help="the outputs that requests of many time steps get (default: the card's, or the network's "
+                        "return_sequences)")  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="test data, to score the ONNX model and Keras on")
     less = parser.add_mutually_exclusive_group()
     less.add_argument("--quantize", dest="precision", choices=["int8"], default="float32",
@@ -50,22 +48,9 @@ def parser(prog: str = "cellserve export") -> argparse.ArgumentParser:
                         help="how much less precision may cost on the test data: of the accuracy, as a share of all "
                         "sequences, or of RMSE, as a share of what it is in float32 (default: 0.01)")  # fmt: skip
     parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE.py",
-                        help="a Python file that registers your own cells; it may import its neighbours, and this be given more "
-                        "than once")  # fmt: skip
+                        help="a Python file that registers your own cells and may import the files beside it; may be "
+                        "given more than once")  # fmt: skip
     return parser
-
-
-def _name(text: str) -> str:
-    try:
-        return checked_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _version(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
 
 
 def _tolerance(text: str) -> float:

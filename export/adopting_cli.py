@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from export.arguments import add_shared, positive
 from export.errors import ExportError
-from models.signature import checked_name
 
 EXAMPLE = """\
 example:
@@ -35,9 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", metavar="MODEL.onnx", type=Path, help="the file, its external data (if any) beside it")
-    add("--name", required=True, type=_name, help="the model's name in requests and in the repository")
-    add("--artifacts", type=Path, default=Path("artifacts"), help="the repository (default: artifacts)")
-    add("--version", type=_version, help="a positive number (default: the next free one)")
+    add_shared(parser)
     add("--state", dest="states", type=_state, action="append", default=[], metavar="IN=OUT[:batch_axis=N]",
         help="an input and the output that is its next state; more than once for several")  # fmt: skip
     add("--input", dest="inputs", type=_input, action="append", default=[], metavar="NAME[:batch_axis=N]...",
@@ -48,9 +46,6 @@ def parser() -> argparse.ArgumentParser:
         help="the size of a dynamic dimension; one without a name is INPUT.AXIS")  # fmt: skip
     add("--context", dest="contexts", type=_sized, action="append", default=[], metavar="NAME=ENTRIES",
         help="put the last entries of an input before those of its next step, as a state of their own")  # fmt: skip
-    add("--labels", type=lambda text: tuple(text.split(",")), help="names of the outputs, by commas")
-    add("--rollout", choices=("probabilities", "logits", "value"),
-        help="how an output becomes the next input where a session is continued by itself")  # fmt: skip
     add("--description", default="", help="what GET /models says of it")
     add("--default-output", choices=("last", "all"), default="all",
         help="the outputs that requests of many time steps get (default: all)")  # fmt: skip
@@ -79,19 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _name(text: str) -> str:
-    try:
-        return checked_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _version(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not name or not equals or not value:
@@ -101,7 +83,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _sized(text: str) -> tuple[str, int]:
     name, size = _pair(text)
-    return name, _version(size)
+    return name, positive(size)
 
 
 def _state(text: str) -> object:

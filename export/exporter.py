@@ -10,11 +10,12 @@ import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from export import artifacts, forms, html_report, next_version, report
+from export.arguments import checked_labels
 from export.errors import ExportError, Unsteppable
 from export.loading import load
 from export.precision import Narrowed, narrowed
@@ -37,12 +38,14 @@ class Request:
     name: str
     artifacts: Path = Path("artifacts")
     version: int | None = None
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str, ...] | None = None  # these four win over the network's card
+    description: str | None = None
+    default_output: Literal["last", "all"] | None = None
+    rollout: Rollout | None = None
     data: Path | None = None
     imports: tuple[Path, ...] = ()
     precision: Precision = "float32"
     tolerance: float | None = None  # what may be lost of each test metric; None for its default
-    rollout: Rollout | None = None
 
 
 def export(request: Request, console: Console) -> Path:
@@ -158,7 +161,12 @@ def _card(network: Path) -> dict[str, Any]:
 
 
 def _document(request: Request, network: StatefulNetwork | WholeNetwork, card: dict[str, Any]) -> ModelDocument:
-    labels = request.labels or (tuple(card["labels"]) if card.get("labels") else None)
+    labels = request.labels
+    if not labels and card.get("labels"):
+        try:
+            labels = checked_labels(card["labels"])
+        except ValueError as error:
+            raise ExportError(f"{request.network.with_suffix('.card.json')}: {error}") from None
     shape = network.outputs[0].shape
     if labels and (len(network.outputs) > 1 or not shape or len(labels) != shape[-1]):
         raise ExportError(f"{len(labels)} labels for an output of shape {list(shape)}: give one for each entry")
@@ -167,15 +175,14 @@ def _document(request: Request, network: StatefulNetwork | WholeNetwork, card: d
         misfit = rollout_misfit(network.signature, rollout)
         if misfit:
             raise ExportError(f"rollout {rollout!r}: {misfit}")
+    default = request.default_output or card.get("default_output")
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return ModelDocument(
         name=request.name,
-        description=card.get("description", ""),
+        description=card.get("description", "") if request.description is None else request.description,
         labels=labels,
         rollout=rollout,
-        signature=network.signature.model_copy(
-            update={"default_output": card["default_output"]} if "default_output" in card else {}
-        ),
+        signature=network.signature.model_copy(update={"default_output": default} if default else {}),
         exactness=Exactness(proved=False, why="not proved yet"),
         provenance={
             "source": request.network.name,

@@ -23,7 +23,7 @@ from keras import layers  # isort: skip
 
 import itertools
 
-from export import forms, lowering
+from export import adopting_cli, forms, lowering
 from export.__main__ import main
 from export.errors import ExportError
 from export.exporter import Request, export
@@ -354,3 +354,29 @@ def test_a_rollout_that_does_not_fit_the_output_is_refused_and_one_that_does_is_
         exported(network(RNNCell(3)), tmp_path, rollout="value")
     fitting = opened(exported(network(RNNCell(3), features=3, outputs=3), tmp_path, rollout="value"))
     assert fitting.document.rollout == "value"
+
+
+@pytest.mark.parametrize("labels", ["yes,", "yes,no,yes", ""])
+@pytest.mark.parametrize("command", [main, adopting_cli.main])
+def test_labels_that_name_nothing_or_two_entries_are_refused(
+    command: Any, labels: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command(["mine", "--name", "mine", "--labels", labels])
+    assert "argument --labels: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_labels_of_a_card_are_checked_too(tmp_path: Path) -> None:
+    (tmp_path / "mine.card.json").write_text(json.dumps({"labels": ["a", "b", "a"]}))
+    with pytest.raises(ExportError, match=r"mine\.card\.json: the label 'a' is there twice"):
+        exported(network(RNNCell(3)), tmp_path)
+
+
+def test_what_is_said_of_a_model_wins_over_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "WHOLE", SHORT)
+    sequential(layers.RNN(RNNCell(3), return_sequences=True)).save(tmp_path / "mine.keras")
+    (tmp_path / "mine.card.json").write_text(json.dumps({"description": "of the card", "default_output": "all"}))
+    command = [str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path)]
+    assert main([*command, "--description", "of mine", "--default-output", "last"]) == 0
+    document = opened(tmp_path / "mine/1").document
+    assert (document.description, document.signature.default_output) == ("of mine", "last")
