@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models.signature import (
     MANIFEST_NAME,
@@ -96,6 +96,18 @@ class Model:
     def document(self) -> ModelDocument:
         """What the model file says about itself."""
         return self.runtime.document
+
+    def described(self) -> dict[str, Any]:
+        """Gives all that is known of it, as JSON has it."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            **self.document.model_dump(mode="json", exclude={"format", "name", "exactness"}),
+            "digest": self.digest,
+            "exact": self.exactness.proved,
+            "exactness": self.exactness.why,
+            "provider": self.runtime.provider,
+        }
 
 
 @dataclass(frozen=True, slots=True)

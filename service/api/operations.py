@@ -35,18 +35,7 @@ def router(service: Service) -> APIRouter:
         key = VersionKey.parse(name)
         loaded = None if key is None else versions.loaded.get(key)  # sessions may be on it where none may begin
         found = (loaded or await service.engine_when_loaded(name)).model
-        document = found.document.model_dump(mode="json", exclude={"format", "name", "exactness"})
-        states = versions.states()[found.name]
-        return {
-            "name": found.name,
-            "version": found.version,
-            **document,
-            "digest": found.digest,
-            "exact": found.exactness.proved,
-            "exactness": found.exactness.why,
-            "provider": found.runtime.provider,
-            "versions": [_stands(state) for state in states],
-        }
+        return {**found.described(), "versions": [_stands(state) for state in versions.states()[found.name]]}
 
     @routes.get("/models/{name}/versions/{version}", dependencies=may, tags=["models"], summary="Describe a version")
     async def version(name: str, version: str) -> dict[str, Any]:
