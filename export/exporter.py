@@ -78,11 +78,11 @@ def export(request: Request, console: Console) -> Path:
         if data and request.precision != "float32":
             narrow = narrowed(tried, request.precision, document, data, request.tolerance, status.update)
             form, tried = narrow.form, narrow.tried
-        status.update("measuring beside tf2onnx's Loop and Keras")
+        status.update("measuring beside tf2onnx and Keras")
         opened = [
             forms.open_model(each.model, each.step, document) for each in (form, *([narrow.float32] if narrow else []))
         ]
-        timings = side_by_side(network, *opened)
+        timings, tf2onnx = side_by_side(network, *opened)
         parity = form.parity.figures()
         if narrow:
             del parity["tolerance"]  # that of float32: here the test metrics decide
@@ -94,7 +94,7 @@ def export(request: Request, console: Console) -> Path:
                 "operators": form.operators,
                 "parity": parity,
                 "exactness": form.exactness,
-                "timings": {"unit": "microseconds a run, 1 thread, by batch x time", **timings},
+                "timings": {"unit": "microseconds a run, 1 thread, by batch x time", "tf2onnx": tf2onnx, **timings},
             }
         )
         metrics: dict[str, tuple[float, float]] = {}
@@ -111,7 +111,7 @@ def export(request: Request, console: Console) -> Path:
             files[STEP_NAME] = forms.with_document(form.step, document)
         warning = next_version.warning(request.artifacts, request.name, document.signature)
         size = sum(map(len, files.values()))
-        results = report.Results(document, form, tried, size, timings, metrics, narrow, warning)
+        results = report.Results(document, form, tried, size, timings, tf2onnx, metrics, narrow, warning)
         files[REPORT_NAME] = html_report.render(results, network).encode()
         folder = artifacts.write(request.artifacts, request.name, request.version, files)
     report.show(console, str(folder), results)

@@ -10,13 +10,12 @@ from string import Template
 
 from export.drawing import draw
 from export.parity import TOLERANCE
-from export.report import RUNS, Results, slower_than_float32
+from export.report import RUNS, Results, slower_than_float32, tf2onnx_words
 from export.stateful import StatefulNetwork
 from export.whole import WholeNetwork
 from models.signature import TensorSpec
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-_MAKERS = {"ours": "ours", "float32": "ours in float32", "loop": "tf2onnx's Loop", "keras": "Keras"}
 _NUMBER = ' class="number"'
 
 
@@ -96,13 +95,14 @@ def _forms(results: Results) -> str:
 
 
 def _times(results: Results) -> str:
+    makers = {"ours": "ours", "float32": "ours in float32", "tf2onnx": tf2onnx_words(results), "keras": "Keras"}
     bodies = []
     for shape, row in results.timings.items():
         batch, steps = shape.split("x")
         heading = f"batch of {batch}, {steps} time step{'' if steps == '1' else 's'}"
         longest = max((time for time in row.values() if time), default=1.0)
         lines = [f'<tr><th colspan="3" scope="rowgroup">{heading}</th></tr>']
-        for maker, words in _MAKERS.items():
+        for maker, words in makers.items():
             if maker not in row:
                 continue
             time = row[maker]

@@ -29,7 +29,8 @@ class Results:
     form: Form  # the one that was chosen
     tried: list[Form]
     size: int  # of the files, bytes
-    timings: dict[str, dict[str, float | None]]  # microseconds a run: by batch x time, then by loop, ours, keras
+    timings: dict[str, dict[str, float | None]]  # microseconds a run: by batch x time, then by tf2onnx, ours, keras
+    tf2onnx: str  # the operators that tf2onnx makes of the recurrences; "" where it cannot
     metrics: dict[str, tuple[float, float]]  # on the test data: name, then (ONNX, Keras)
     narrow: Narrowed | None  # where the precision is less than float32
     warning: str  # of what clients of the version before must change
@@ -69,8 +70,8 @@ def show(console: Console, path: str, results: Results) -> None:
         table.add_row("[bold]warning[/bold]", f"[bold]{escape(results.warning)}[/bold]")
     console.print(table)
     times = Table(title="microseconds a run, 1 thread", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    others = {"loop": "Loop", **({"float32": "float32"} if narrow else {}), "keras": "Keras"}
-    columns = {**others, "loop": "tf2onnx's Loop"}
+    others = {"tf2onnx": "tf2onnx", **({"float32": "float32"} if narrow else {}), "keras": "Keras"}
+    columns = {**others, "tf2onnx": tf2onnx_words(results)}
     headings = [*list(columns.values())[:-1], "ours", "Keras", *(f"{heading} / ours" for heading in others.values())]
     for heading in ("batch x time", *headings):
         times.add_column(heading, justify="right")
@@ -84,6 +85,11 @@ def show(console: Console, path: str, results: Results) -> None:
 def _graphs(form: Form, narrow: Narrowed) -> str:
     """Gives the sizes without what the files say about themselves."""
     return f": graphs of {form.size / 1024:.1f} KiB, {narrow.float32.size / 1024:.1f} KiB in float32"
+
+
+def tf2onnx_words(results: Results) -> str:
+    """Says what tf2onnx's own conversion comes to: `tf2onnx's Loop`, but an LSTM where it knows the layer."""
+    return f"tf2onnx's {results.tf2onnx}" if results.tf2onnx else "tf2onnx"
 
 
 def slower_than_float32(results: Results) -> str:

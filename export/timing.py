@@ -1,4 +1,4 @@
-"""Times runs of models: ours, tf2onnx's own `Loop`, Keras; several of them in turn."""
+"""Times runs of models: ours, what tf2onnx makes of Keras's loop, Keras; several of them in turn."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import tensorflow as tf
 
+from export.rewriting import graphs
 from export.stateful import StatefulNetwork
 from export.tracing import convert
 from export.whole import WholeNetwork
@@ -19,6 +20,7 @@ from service.exactness import draw
 from service.layout import parts
 from service.runtime import Runtime
 
+_RECURRENT = ("Loop", "Scan", "LSTM", "GRU", "RNN")  # what a recurrence may become
 SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
 
 
@@ -32,16 +34,19 @@ def shapes(signature: Signature) -> tuple[tuple[int, int], ...]:
 
 def side_by_side(
     network: StatefulNetwork | WholeNetwork, ours: Runtime, float32: Runtime | None = None
-) -> dict[str, dict[str, float | None]]:
-    """Measures tf2onnx's own `Loop`, our form and Keras, run in turn; microseconds a run by shape and form.
+) -> tuple[dict[str, dict[str, float | None]], str]:
+    """Measures tf2onnx's own conversion, our form and Keras, run in turn.
 
     Args:
         network: The network.
         ours: Our form.
         float32: The float32 form beside one of less precision, measured too.
+
+    Returns:
+        Microseconds a run by shape and form; the operators that tf2onnx makes of the recurrences, or "".
     """
     signature = ours.signature
-    loop = _loop(network)
+    theirs, operators = _tf2onnx(network)
     keras_run = tf.function(network.run, autograph=False)
     rng = np.random.default_rng(2)
     table: dict[str, dict[str, float | None]] = {}
@@ -49,13 +54,13 @@ def side_by_side(
         x, states = draw(signature, batch, steps, rng)
         inputs = [tf.constant(array) for array in parts(x)]
         runs: dict[str, Callable[[], Any] | None] = {
-            "loop": _loop_run(loop, x, states),
+            "tf2onnx": _tf2onnx_run(theirs, x, states),
             "ours": _ours(ours, x, states),
             **({"float32": _ours(float32, x, states)} if float32 else {}),
             "keras": partial(keras_run, inputs, list(map(tf.constant, states))),
         }
         table[f"{batch}x{steps}"] = in_turn(runs)
-    return table
+    return table, operators
 
 
 def in_turn(runs: Mapping[str, Callable[[], Any] | None], rounds: int = 5) -> dict[str, float | None]:
@@ -68,8 +73,8 @@ def in_turn(runs: Mapping[str, Callable[[], Any] | None], rounds: int = 5) -> di
     return {name: float(np.median(times)) if times else None for name, times in taken.items()}
 
 
-def _loop(network: StatefulNetwork | WholeNetwork) -> ort.InferenceSession | None:
-    """Gives tf2onnx's own conversion of Keras's loop, or None where that cannot be made."""
+def _tf2onnx(network: StatefulNetwork | WholeNetwork) -> tuple[ort.InferenceSession | None, str]:
+    """Gives tf2onnx's own conversion of Keras's loop, or None where it cannot be made, and its recurrent operators."""
 
     def run(*tensors: Any) -> list[Any]:
         count = len(network.inputs)
@@ -82,14 +87,16 @@ def _loop(network: StatefulNetwork | WholeNetwork) -> ort.InferenceSession | Non
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        model = convert(run, specs, network.model).SerializeToString()
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        model = convert(run, specs, network.model)
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception:
-        return None
+        return None, ""
+    operators = {node.op_type for graph in graphs(model.graph) for node in graph.node}
+    return session, ", ".join(operator for operator in _RECURRENT if operator in operators)
 
 
-def _loop_run(session: ort.InferenceSession | None, x: Any, states: list[Any]) -> Callable[[], Any] | None:
-    """Gives a run of tf2onnx's loop to time, or None where it cannot do it."""
+def _tf2onnx_run(session: ort.InferenceSession | None, x: Any, states: list[Any]) -> Callable[[], Any] | None:
+    """Gives a run of tf2onnx's conversion to time, or None where it cannot do it."""
     if session is None:
         return None
     feed = dict(zip((tensor.name for tensor in session.get_inputs()), (*parts(x), *states), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import json
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import itertools
 from export import adopting_cli, forms, lowering
 from export.__main__ import main
 from export.errors import ExportError
-from export.exporter import Request, export
+from export.exporter import REPORT_NAME, Request, export
 from export.stateful import StatefulNetwork
 from models.cells import LSTMCell, RNNCell
 from models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
@@ -186,6 +187,25 @@ def test_the_manifest_names_every_file_by_its_digest(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {*files, MANIFEST_NAME}
     for name, digest in files.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize(
+    ("layer", "operator"),
+    [(layers.RNN(DecayingCell(3)), "tf2onnx's Loop"), (layers.LSTM(3), "tf2onnx's LSTM")],
+    ids=["a cell of one's own", "Keras's LSTM"],
+)
+def test_what_tf2onnx_makes_of_the_network_is_called_what_it_is(
+    layer: Any, operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(forms, "WHOLE", SHORT)
+    sequential(layer).save(tmp_path / "mine.keras")
+    assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path)]) == 0
+    assert operator in " ".join(capsys.readouterr().out.split())
+    folder = tmp_path / "mine/1"
+    assert operator in html.unescape((folder / REPORT_NAME).read_text())
+    timings = opened(folder).document.timings
+    assert f"tf2onnx's {timings['tf2onnx']}" == operator
+    assert timings["1x50"]["tf2onnx"] > 0
 
 
 @keras.saving.register_keras_serializable("tests")
