@@ -94,7 +94,7 @@ def all_forms(
             if parity.failed:
                 raise ProofFailed(_explain(name, parity))
         forms.append(measured(name, model, step, parity, document, report))
-    return forms
+    return measured_in_turn(forms, document) if len(forms) > 1 else forms
 
 
 def reference_of(network: StatefulNetwork | WholeNetwork) -> Reference | WholeReference:
