@@ -17,7 +17,7 @@ log = logging.getLogger("cellserve")
 
 
 class BadKeysFile(Exception):
-    """The file of API keys cannot be read; the message says where."""
+    """The file of API keys cannot be read, or at the start has a bad line; the message says where."""
 
 
 class Keys:
@@ -27,15 +27,18 @@ class Keys:
         path: The file; it is read again whenever it has changed.
 
     Raises:
-        BadKeysFile: It cannot be read.
+        BadKeysFile: It cannot be read, or has a bad line.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._changed: tuple[int, int] = (0, 0)
+        self._told = ""  # what the file was last said to be unreadable for
         self._lines: list[tuple[str, bytes]] = []
         self._owners: dict[bytes, str] = {}
-        self.reload()
+        bad = self._reload()
+        if bad:
+            raise BadKeysFile(bad[0])
 
     def owner(self, authorization: bytes | None) -> str:
         """Gives the owner whose key an `Authorization` header bears (RFC 6750, section 2.1).
@@ -58,30 +61,44 @@ class Keys:
             owner = self._owners[digest] = matches[0]
         return owner
 
-    def reload(self) -> None:
-        """Reads the file again where it has changed; raises BadKeysFile, and keeps the keys that it had."""
+    def keep_up(self) -> None:
+        """Reads the file again where it has changed, and tells of what is wrong in it once.
+
+        The sound lines count: a line that nobody can read must not keep a key alive whose own line is gone. Of a file
+        that cannot be read nothing is known, and the keys stay as they were.
+        """
         try:
-            told = self._path.stat()
-            if (told.st_mtime_ns, told.st_size) == self._changed:
-                return
-            text = self._path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadKeysFile(f"{self._path}: {error}") from None
-        lines = []
+            bad = self._reload()
+            self._told = ""
+        except BadKeysFile as unreadable:
+            if str(unreadable) != self._told:
+                log.error("the keys stay as they were: %s", unreadable)
+            self._told = str(unreadable)
+        else:
+            for line in bad:
+                log.error("%s; the other lines count", line)
+
+    def _reload(self) -> list[str]:
+        """Reads the file where it has changed; gives what is wrong with each bad line.
+
+        Raises:
+            BadKeysFile: The file is gone or cannot be read; the keys are those that were.
+        """
+        try:
+            stat = self._path.stat()
+            if (stat.st_mtime_ns, stat.st_size) == self._changed:
+                return []
+            text = self._path.read_bytes().decode(errors="replace")
+        except OSError as error:
+            raise BadKeysFile(f"{self._path}: {error.strerror}") from None
+        lines, bad = [], []
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip() and not line.lstrip().startswith("#"):
                 found = _LINE.fullmatch(line.strip())
                 if found is None:
-                    raise BadKeysFile(
-                        f"{self._path}, line {number}: it is not owner:sha256: make one with `cellserve key`"
-                    )
-                lines.append((found[1], bytes.fromhex(found[2])))
-        self._changed = told.st_mtime_ns, told.st_size
+                    bad.append(f"{self._path}, line {number}: it is not owner:sha256: make one with `cellserve key`")
+                else:
+                    lines.append((found[1], bytes.fromhex(found[2])))
+        self._changed = stat.st_mtime_ns, stat.st_size
         self._lines, self._owners = lines, {}
-
-    def keep_up(self) -> None:
-        """Reads the file again where it has changed; a file that is wrong is told of in the log."""
-        try:
-            self.reload()
-        except BadKeysFile as bad:
-            log.error("the keys stay as they were: %s", bad)
+        return bad
