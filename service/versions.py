@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple, TypeVar
 
+from models.signature import Signature, StateSpec, TensorSpec
 from service.engine import Engine
 from service.errors import RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
 from service.repository import BrokenModel, Model, Repository, VersionKey, cannot_be_run
@@ -271,6 +272,10 @@ class Versions:
             before = self.newest.get(name)
             if before is not None and before is not engine:
                 log.info("%s version %s serves from now on, in place of %s", *engine.model.key, before.model.version)
+                other = "; ".join(_differs(before.model.document.signature, engine.model.document.signature))
+                if other:
+                    numbers = engine.model.version, before.model.version
+                    log.warning("%s version %s has another signature than %s: %s", name, *numbers, other)
         for name in self.newest.keys() - newest.keys():
             log.info("%s is not served any more: it is not in the folder", name)
         newest = dict(newest)
@@ -311,3 +316,18 @@ class Versions:
 
     async def _beside(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _differs(old: Signature, new: Signature) -> Iterator[str]:
+    """Says which of the inputs, outputs and states of two versions are not the same."""
+    for kind in ("inputs", "outputs", "states"):
+        before, after = getattr(old, kind), getattr(new, kind)
+        if before != after:
+            yield f"{kind} {_listed(after)}, before {_listed(before)}"
+
+
+def _listed(specs: Sequence[TensorSpec | StateSpec]) -> str:
+    within = {spec.name: f" {list(spec.bounds)}" for spec in specs if isinstance(spec, TensorSpec) and spec.bounds}
+    return (
+        ", ".join(f"{spec.name} {list(spec.shape)} {spec.dtype}{within.get(spec.name, '')}" for spec in specs) or "none"
+    )
