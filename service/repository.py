@@ -219,7 +219,8 @@ class Repository:
     def _refused(self, version: Version, reason: str) -> Version:
         if self._told.get(version.key) != reason:  # once, not each time that it is looked at
             self._told[version.key] = reason
-            log.error("%s is refused: %s", version.path, reason)
+            goes_on = version.key in self._open
+            log.error("%s %s: %s", version.path, "goes on as it was loaded" if goes_on else "is refused", reason)
         return replace(version, refused=reason)
 
 

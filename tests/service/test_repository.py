@@ -228,6 +228,21 @@ def test_a_new_version_serves_what_is_new_and_an_old_one_is_unloaded_with_its_la
     assert served.states() == {2: "serving", 1: "available"}
 
 
+def test_a_version_of_another_signature_serves_with_a_warning_that_says_what_differs(
+    models: Path, repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = Served(models)
+    add_version(models, "rnn", 2)
+    served.reload()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    add_version(models, "rnn", 3, (repository / "lstm/1" / MODEL_NAME).read_bytes())
+    served.reload()
+    assert served.serving()["rnn"] == 3
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "rnn version 3 has another signature than 2" in warning
+    assert "states " in warning and "inputs " not in warning
+
+
 def test_an_unloaded_version_is_freed_at_once_though_something_refers_to_it_still(models: Path) -> None:
     served = Served(models)
     gc.collect()
@@ -332,7 +347,8 @@ def test_a_version_that_is_changed_while_it_is_loaded_stays_as_it_was(
     assert served.versions.named("rnn:1").model.digest == served.versions.named("rnn").model.digest == digest
     assert served.states() == {1: "serving"}
     assert "a version never changes" in served.state(1).reason
-    assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+    (error,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "rnn/1 goes on as it was loaded: " in error
     # Touched, but the same: nothing is wrong with that.
     shutil.rmtree(models / "rnn/1")
     shutil.copytree(kept, models / "rnn/1", copy_function=shutil.copyfile)
