@@ -98,6 +98,15 @@ def state_of(values: Any, spec: StateSpec, place: str) -> Array:
     return array
 
 
+def step_of(spec: TensorSpec) -> str:
+    """Says what one time step is in JSON: `[5 numbers]`."""
+    kind = "number" if spec.dtype == "float32" else "integer"
+    if not spec.shape:
+        return JSON_NAMES["float" if spec.dtype == "float32" else "int"]
+    *axes, last = spec.shape
+    return "".join(f"[{axis} times " for axis in axes) + f"[{last} {kind}{'' if last == 1 else 's'}]" + "]" * len(axes)
+
+
 def leaves(values: Any, place: str) -> Iterator[tuple[str, Any]]:
     """Gives all that is no list in nested lists, each with its place."""
     if isinstance(values, list):
@@ -137,9 +146,10 @@ def _shape_error(values: list[Any], spec: TensorSpec, place: str, single: bool) 
         found = _first_misfit(value, spec.shape, place if single else f"{place}[{step}]")
         if found:
             where, length, wanted = found
-            features = "x".join(map(str, spec.shape))
             return InvalidInput(
-                f"{where}: {length} numbers where the model takes {wanted} (a time step is {features})", place=where
+                f"{where}: {length} number{'' if length == 1 else 's'} where the model takes {wanted} "
+                f"(a time step is {step_of(spec)})",
+                place=where,
             )
     raise AssertionError("lists that fit do not get here")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from itertools import chain
@@ -14,25 +13,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.signature import Signature, TensorSpec
-from service.errors import InvalidInput, NotJson
+from service.errors import InvalidInput
 from service.layout import Layout
-from service.numbers import FLOAT32_MAX, JSON_NAMES, array_of, bounds_of, not_finite, state_of
+from service.misfits import misfit, unparsable
+from service.numbers import FLOAT32_MAX, array_of, bounds_of, state_of, step_of
 
 Array = NDArray[Any]
 T = TypeVar("T")
 
 PART_BYTES = 64 * 1024  # of JSON
-_LOOKED_THROUGH = 1024 * 1024  # bytes of a body that is no JSON
 _parts = msgspec.json.Decoder(list[msgspec.Raw])
 
 
-def decode(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, place: str = "") -> T:
+def decode(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, place: str = "", advice: str = "") -> T:
     """Decodes JSON of a given type.
 
     Args:
         decoder: Of the type.
         body: The JSON.
         place: Where it stands in the request, for messages.
+        advice: What arrays and objects there are to be, for messages.
 
     Raises:
         NotJson: It cannot be parsed.
@@ -41,11 +41,11 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, place: s
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _misfit(str(error), bytes(body), place) from None
+        raise misfit(str(error), decoder.type, bytes(body), place, advice) from None
     except RecursionError:
         raise InvalidInput(f"{place or 'the body'}: arrays or objects are nested too deeply", place=place) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _unparsable(str(error), bytes(body), place) from None
+        raise unparsable(str(error), bytes(body), place) from None
 
 
 class InputReader:
@@ -63,11 +63,12 @@ class InputReader:
         self._step = msgspec.json.Decoder(step)
         self._steps = msgspec.json.Decoder(list[step])
         self._sequences = msgspec.json.Decoder(list[list[step]])
+        self._advice = f"a time step is {step_of(spec)}"
         self.flat = spec.shape[0] if len(spec.shape) == 1 and spec.dtype == "float32" else None
 
     def sequences(self, raw: msgspec.Raw) -> list[Array]:
         """Reads a list of `[time, *features]`, each of its own length."""
-        return self.arrays(decode(self._sequences, raw, "sequences"))
+        return self.arrays(decode(self._sequences, raw, "sequences", f"{self._advice}, a sequence a list of them"))
 
     def arrays(self, sequences: list[list[Any]]) -> list[Array]:
         """Makes arrays `[time, *features]` of sequences in nested lists of numbers."""
@@ -84,7 +85,7 @@ class InputReader:
 
     def steps(self, raw: msgspec.Raw, place: str) -> Array:
         """Reads `[time, *features]`."""
-        return self._sequence(decode(self._steps, raw, place), place)
+        return self._sequence(decode(self._steps, raw, place, self._advice), place)
 
     def x(self, raw: msgspec.Raw, place: str) -> tuple[Array, bool]:
         """Reads one time step `[*features]` or several `[time, *features]`.
@@ -93,8 +94,8 @@ class InputReader:
             `[time, *features]`, and whether it was one time step without a time axis.
         """
         if _depth(raw) > len(self.spec.shape):
-            return array_of(decode(self._steps, raw, place), self.spec, place), False
-        return array_of([decode(self._step, raw, place)], self.spec, place, single=True), True
+            return array_of(decode(self._steps, raw, place, self._advice), self.spec, place), False
+        return array_of([decode(self._step, raw, place, self._advice)], self.spec, place, single=True), True
 
 
 class TensorReader:
@@ -116,6 +117,7 @@ class TensorReader:
         self._flat = self._only.flat if self._only else None
         # Of a model that takes one integer a time step.
         self._symbols = bounds_of(spec) if self._only and spec.dtype != "float32" and not spec.shape else None
+        self._advice = f"the model's inputs are {', '.join(self._inputs)}: send an object with an array of each"
         self._raws = msgspec.json.Decoder(dict[str, msgspec.Raw])
         self._raw_list = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
         self._tensors = msgspec.json.Decoder(dict[str, Any])
@@ -130,14 +132,14 @@ class TensorReader:
         """Reads `sequences`: a list of `[time, *features]`, each of its own length, from the first time step on."""
         if self._only is not None:
             return self._only.sequences(raw)
-        given: list[dict[str, msgspec.Raw]] = decode(self._raw_list, raw, "sequences")
+        given: list[dict[str, msgspec.Raw]] = decode(self._raw_list, raw, "sequences", self._advice)
         return [self._joined(tensors, f"sequences[{number}]", whole=True)[0] for number, tensors in enumerate(given)]
 
     def in_parts(self, raw: msgspec.Raw, place: str) -> Iterator[tuple[Array, int]]:
         """Reads one sequence a part at a time: some of its time steps `[time, *features]`, and their bytes of JSON."""
         size = len(bytes(raw))
         if self._only is None:
-            yield self._joined(decode(self._raws, raw, place), place, whole=True)[0], size
+            yield self._joined(decode(self._raws, raw, place, self._advice), place, whole=True)[0], size
             return
         if size <= PART_BYTES:
             yield self._only.steps(raw, place), size
@@ -174,7 +176,7 @@ class TensorReader:
         """
         if self._only is not None:
             return self._only.x(raw, "x")
-        return self._joined(decode(self._raws, raw, "x"), "x")
+        return self._joined(decode(self._raws, raw, "x", self._advice), "x")
 
     def _joined(self, tensors: dict[str, msgspec.Raw], place: str, whole: bool = False) -> tuple[Array, bool]:
         """Makes one array of several inputs; whole: each must have a time axis."""
@@ -243,44 +245,3 @@ def _depth(raw: msgspec.Raw) -> int:
         elif byte not in b" \t\r\n":
             break
     return depth
-
-
-def _misfit(message: str, body: bytes, place: str) -> InvalidInput:
-    """Turns msgspec's message (``Expected `float`, got `str` - at `$[3][17]` ``) into ours."""
-    what, _, path = message.partition(" - at `$")
-    where = place + path.rstrip("`")
-    where = where if place else where.removeprefix(".")
-    if what == "Number out of range":
-        return not_finite(where)
-    what = re.sub(r"`([a-z| ]+)`", lambda match: _words(match[1]), what)
-    what = what[:1].lower() + what[1:]
-    return InvalidInput(f"{where}: {what}" if where else what, place=where)
-
-
-def _words(types: str) -> str:
-    return " or ".join(JSON_NAMES.get(name, f"`{name}`") for name in types.split(" | "))
-
-
-def _unparsable(message: str, body: bytes, place: str) -> InvalidInput | NotJson:
-    """Tells NaN and Infinity, which Python writes and JSON does not have, from what is no JSON at all."""
-    if len(body) > _LOOKED_THROUGH:  # to look for the place would hold up everybody's steps
-        return NotJson(f"{message}: send a JSON document in UTF-8 (NaN and Infinity are not JSON)")
-    try:
-        parsed = json.loads(body)
-    except (ValueError, RecursionError):
-        return NotJson(f"{message}: send a JSON document in UTF-8")
-    for where, leaf in _everything(parsed, place):
-        if isinstance(leaf, float) and not math.isfinite(leaf):
-            return not_finite(where)
-    return NotJson(f"{message}: send a JSON document in UTF-8")
-
-
-def _everything(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _everything(inner, f"{place}.{key}" if place else key)
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _everything(inner, f"{place}[{number}]")
-    else:
-        yield place, value

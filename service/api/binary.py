@@ -90,7 +90,9 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
             if arrays[name].shape != (total, *spec.shape):
                 shape = list(arrays[name].shape)
                 raise InvalidInput(
-                    f"{name}: its shape is {shape}, lengths ask for {_words(total, *spec.shape)}", place=name
+                    f"{name}: its shape is {shape}, lengths ask for {_words(total, *spec.shape)}: send the time steps "
+                    f"of all sequences one after the other, without padding (sequences of one length need no lengths)",
+                    place=name,
                 )
         x = inputs.join(list(arrays.values()))
         ends = np.cumsum(lengths).tolist()

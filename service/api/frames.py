@@ -74,7 +74,7 @@ class Close(_Frame, tag="close", kw_only=True):
     position: Position | None = None
 
 
-Frame = Open | Attach | Step | Reset | Fork | Close
+Frame = Auth | Open | Attach | Step | Reset | Fork | Close
 decoder: msgspec.json.Decoder[Frame] = msgspec.json.Decoder(Frame)
 auth_decoder = msgspec.json.Decoder(Auth)
 plain_decoder = msgspec.json.Decoder(PlainStep)

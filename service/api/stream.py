@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from service.api import binary_frames, frames
 from service.api.binary_frames import STEP, Frame, Group
-from service.api.frames import Attach, Close, Fork, Open, Reset, Step
+from service.api.frames import Attach, Auth, Close, Fork, Open, Reset, Step
 from service.api.messages import Receive, Scope, Send, as_problem
 from service.api.observed import asked_of
 from service.api.observed import told as told_of
@@ -93,9 +93,7 @@ class Stream:
                 return None
             body = (message.get("text") or "").encode()
             ref = frames.ref_of(body)
-            owner = self.service.owner(
-                [(b"authorization", b"Bearer " + decode(frames.auth_decoder, body).key.encode())]
-            )
+            owner = self.service.owner([_bearing(decode(frames.auth_decoder, body).key)])
             await send({"type": "websocket.send", "text": orjson.dumps({"op": "auth", "ref": ref}).decode()})
             return owner
         except (Problem, TimeoutError) as error:
@@ -278,6 +276,11 @@ class _Socket:
         frame = decode(frames.decoder, body)
         answer: dict[str, Any] = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
         match frame:
+            case Auth():
+                # The first frame where it had to be; otherwise nobody needs it, and whoever sends it anyway goes on.
+                if self.service.keys is not None and self.service.owner([_bearing(frame.key)]) != self.owner:
+                    raise Forbidden("the socket is another owner's: open one of your own")
+                return answer
             case Step():
                 session = await self._found(frame.session)
                 x, single = session.model.reader.x(frame.x)
@@ -376,3 +379,8 @@ class _Socket:
 
 def _problem(scope: Scope, ref: Any, problem: Problem, **more: Any) -> dict[str, Any]:
     return {"op": "error", "ref": ref, **more, "problem": orjson.Fragment(told_of(problem, scope))}
+
+
+def _bearing(key: str) -> tuple[bytes, bytes]:
+    """Gives the header that would have borne a frame's key."""
+    return b"authorization", b"Bearer " + key.encode()

@@ -41,8 +41,15 @@ BAD = {
     "empty sequence": (body(sequences=[GOOD, []]), 422, "sequences[1]", "send at least one time step"),
     "no sequences": (body(sequences=[]), 422, "sequences", "send at least one sequence"),
     "unknown model": (body(model="lstn"), 404, "", "send one of"),
-    "unknown field": (body(sequence=1), 422, "", "sequence"),
-    "unknown outputs": (body(outputs="first"), 422, "outputs", "first"),
+    "unknown field": (body(sequence=1), 422, "sequence", "send sequences, and what you need of model, outputs, states"),
+    "missing field": (b"{}", 422, "sequences", "sequences: missing: send sequences, and what you need of model"),
+    "unknown outputs": (body(outputs="first"), 422, "outputs", '\'first\' is none of its values: send "all" or "last"'),
+    "a number for a time step": (
+        body(sequences=[[1, 2]]),
+        422,
+        "sequences[0][0]",
+        "a time step is [5 numbers], a sequence",
+    ),
     "states of another number": (body(states=[]), 422, "states", "0 entries for 1 sequences"),
     "states of other names": (body(states=[{"h": []}]), 422, "states[0]", "the model's states are"),
     "too large": (b" " * (17 * 1024 * 1024), 413, "", "larger than"),
@@ -73,7 +80,7 @@ def test_a_bad_body_is_answered_with_a_problem_that_names_the_place(server: Serv
     ("x", "place", "told"),
     [
         ([1.0] * 4, "x", "4 numbers where the model takes 5"),
-        ([[1.0] * 5, [1.0]], "x[1]", "1 numbers"),
+        ([[1.0] * 5, [1.0]], "x[1]", "1 number where"),
         ([], "x", ""),
         ("0.5", "x", "expected an array"),
         ([1.0, 2.0, "3", 4.0, 5.0], "x[2]", "expected a number, got a string"),
@@ -88,6 +95,33 @@ def test_a_bad_step_is_named_and_not_applied(server: Server, x: Any, place: str,
         assert answer.json()["place"] == place
         assert told in answer.json()["detail"]
         assert client.get(f"/sessions/{session}").json()["position"] == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "place", "told"),
+    [
+        ("/step", {"y": [1.0]}, "y", "y: there is no such field: send x, and what you need of outputs, position"),
+        (
+            "/step",
+            {"x": GOOD, "extra": 1},
+            "extra",
+            "extra: there is no such field: send x, and what you need of outputs",
+        ),
+        ("/step", {"x": GOOD, "outputs": "some"}, "outputs", 'send "all" or "last"'),
+        ("/step", {}, "x", "x: missing: send x, and what you need of outputs, position"),
+        ("/step", {"x": 5}, "x", "expected an array, got an integer: a time step is [5 numbers]"),
+        ("/reset", {"positon": 1}, "positon", "send what you need of position"),
+        ("/fork", {"id": "a"}, "id", "send what you need of session, position"),
+    ],
+)
+def test_a_field_or_value_that_there_is_not_is_told_which_there_are(
+    server: Server, path: str, body: Any, place: str, told: str
+) -> None:
+    with server.client() as client:
+        session = client.post("/sessions", json={"model": "lstm"}).json()["session"]
+        answer = client.post(f"/sessions/{session}{path}", json=body)
+    assert (answer.status_code, answer.json()["place"]) == (422, place), answer.text
+    assert told in answer.json()["detail"]
 
 
 def test_another_content_type_method_path_or_session_is_told_what_to_do(server: Server) -> None:

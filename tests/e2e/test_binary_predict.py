@@ -73,7 +73,12 @@ def test_states_given_are_gone_on_from(server: Server) -> None:
         ({"x": x(2)}, "", 422, "x: its shape is [2, 5]"),
         ({"x": x(2, 3).astype(np.float64)}, "", 422, "x: its type is float64: send float32"),
         ({"x": np.full((1, 2, FEATURES), np.inf, np.float32)}, "", 422, "x[0][0][0]: not a finite number"),
-        ({"x": x(5), "lengths": np.array([2, 2])}, "", 422, "lengths ask for [4, 5]"),
+        (
+            {"x": x(5), "lengths": np.array([2, 2])},
+            "",
+            422,
+            "lengths ask for [4, 5]: send the time steps of all sequences one after",
+        ),
         ({"x": x(5), "lengths": np.array([5, 0])}, "", 422, "lengths: send one integer a sequence"),
         ({"x": x(5), "lengths": np.array([2.0, 3.0])}, "", 422, "lengths: send one integer a sequence"),
         ({"x": x(2, 3), "rnn.h": np.zeros((1, 1), np.float32)}, "", 422, "rnn.h"),

@@ -84,11 +84,21 @@ def test_a_session_from_elsewhere_is_attached_and_outlives_the_socket(server: Se
     assert ys == whole(server, "rnn", x)
 
 
+def test_a_key_that_nobody_wanted_harms_nothing(stream: ClientConnection) -> None:
+    stream.send('{"op": "auth", "key": "of another server", "ref": 1}')
+    assert json.loads(stream.recv(timeout=30)) == {"op": "auth", "ref": 1}
+
+
 @pytest.mark.parametrize(
     ("frame", "status", "told"),
     [
         ("{", 400, "JSON"),
-        ('{"op": "fly"}', 422, "fly"),
+        ('{"op": "fly"}', 422, 'op: \'fly\' is none of its values: send one of "auth", "open", "attach"'),
+        ('{"ref": 1}', 422, 'op: missing: send one of "auth", "open", "attach"'),
+        ('{"op": "step", "x": [1]}', 422, "session: missing: send op, session, x, and what you need of ref, outputs"),
+        ('{"op": "close", "session": 0, "x": [1]}', 422, "x: there is no such field: send op, session, and what you"),
+        ('{"op": "step", "session": 0, "x": [1], "outputs": "some"}', 422, 'send "all" or "last"'),
+        ('{"op": "auth", "kay": "k"}', 422, "kay: there is no such field: send op, key"),
         ('{"op": "step", "session": 7, "x": [1]}', 404, "no handle 7"),
         ('{"op": "step", "session": 0, "x": [1, 2], "ref": 3}', 422, "x: 2 numbers where the model takes 5"),
         ('{"op": "step", "session": 0, "x": [1, 2, 3, 4, 1e39]}', 422, "x[4]: not a finite number"),
@@ -106,7 +116,7 @@ def test_a_session_from_elsewhere_is_attached_and_outlives_the_socket(server: Se
         (binary([0], np.zeros((1, 2, FEATURES)))[:-1], 422, "makes it 60"),
         (binary([0], np.array([[[0, 0, np.nan, 0, 0]]])), 422, "x[0][0][2]: not a finite number"),
     ],
-    ids=range(18),
+    ids=range(23),
 )
 def test_a_frame_that_does_not_fit_is_answered_and_the_socket_stays_open(
     server: Server, stream: ClientConnection, frame: str | bytes, status: int, told: str
