@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import Match, Route, WebSocketRoute
 
 from service import logs
 from service.api import openapi, operations, sessions
@@ -22,13 +22,14 @@ from service.api.messages import AnsweringProblems, Endpoint, Receive, Scope, Se
 from service.api.observed import Observed, told
 from service.api.predict import Predict
 from service.api.rollout import RollOut
-from service.api.stream import Stream
+from service.api.stream import Stream, over_http
 from service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
 from service.port import Port
 from service.service import Service
 from service.settings import Settings
 
 _YOUNG_OBJECTS = 50_000
+_METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT")
 
 
 def create_app(settings: Settings) -> Observed:
@@ -88,6 +89,7 @@ def create_app(settings: Settings) -> Observed:
     roll_out = AnsweringProblems(RollOut(service))
     app.router.routes.append(Route("/sessions/{session_id}/rollout", roll_out, methods=["POST"]))
     app.router.routes.append(WebSocketRoute("/stream", Stream(service)))
+    app.router.routes.append(Route("/stream", AnsweringProblems(over_http)))
     app.include_router(sessions.router(service))
     app.include_router(operations.router(service))
     _answer_problems(app)
@@ -133,6 +135,16 @@ class HotPaths:
         return self.app(scope, receive, send)
 
 
+def _methods(app: FastAPI, request: Request) -> str:
+    """Gives the methods that a path takes."""
+    scope = {"type": "http", "path": request.scope["path"], "root_path": request.scope.get("root_path", "")}
+    return ", ".join(
+        method
+        for method in _METHODS
+        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in app.routes)
+    )
+
+
 def _answer_problems(app: FastAPI) -> None:
     def answer(request: Request, problem: Problem) -> Response:
         headers = {name.decode(): value.decode() for name, value in problem.headers()}
@@ -152,11 +164,14 @@ def _answer_problems(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         kinds: dict[int, type[Problem]] = {404: NotFound, 405: MethodNotAllowed}
         kind = kinds.get(error.status_code, Problem)
-        allowed = (error.headers or {}).get("Allow")
+        # Starlette names the methods of the first route alone, and each method has a route of its own.
+        allowed = _methods(app, request) if error.status_code == 405 else ""
         detail = f"{request.method} {request.url.path}: see /docs for what there is"
         response = answer(request, kind(detail, **({"allow": allowed} if allowed else {})))
         response.status_code = error.status_code
         response.headers.update(error.headers or {})
+        if allowed:
+            response.headers["allow"] = allowed
         return response
 
     @app.exception_handler(Exception)

@@ -35,7 +35,8 @@ def parser(prog: str = "cellserve serve") -> argparse.ArgumentParser:
     )
     for name, field in Settings.model_fields.items():
         told = f"{field.description} ({ENV_PREFIX}{name.upper()}; default: {field.default})"
-        parser.add_argument(f"--{name.replace('_', '-')}", help=told, default=argparse.SUPPRESS)
+        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        parser.add_argument(f"--{name.replace('_', '-')}", help=told, default=argparse.SUPPRESS, **alone)
     return parser
 
 
@@ -60,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.workers > 1 and settings.grpc_port == 0:
         print("cellserve serve: --grpc-port: 0 would be another port in each of --workers: give one", file=sys.stderr)
         return 2
+    ports: dict[int, str] = {}
+    for name in ("port", "operations_port", "grpc_port"):
+        flag, port = f"--{name.replace('_', '-')}", getattr(settings, name)
+        if port and port in ports:
+            print(f"cellserve serve: {flag}: {port} is {ports[port]} already: give it another", file=sys.stderr)
+            return 2
+        if port is not None:
+            ports[port] = flag
     if settings.snapshot is not None and settings.store != "memory":
         print(
             "cellserve serve: --snapshot: the shared store keeps the sessions itself: leave one of the two out",
@@ -73,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from service.app import create_app
     from service.keys import BadKeysFile
     from service.metrics import DIRECTORY
-    from service.port import PortTaken
+    from service.port import PortTaken, check_free
     from service.repository import BrokenModel
     from service.runtime import RuntimeUnavailable
     from service.sessions import StoreUnusable
@@ -81,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logs.configure(settings.log_format)
     try:
+        for port, flag in ports.items():
+            check_free(flag, settings.host, port)  # uvicorn would find it out when all models are loaded
         app = create_app(settings)
     except ModuleNotFoundError as error:
         parts = {

@@ -189,6 +189,17 @@ class MethodNotAllowed(Problem):
     title = "The path does not take this method"
 
 
+class UpgradeRequired(Problem):
+    """The path is a WebSocket and was asked for over plain HTTP."""
+
+    status = 426
+    title = "The path is a WebSocket"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Gives the headers of the answer (RFC 9110, sections 7.8 and 15.5.22)."""
+        return [*super().headers(), (b"upgrade", b"websocket"), (b"connection", b"upgrade")]
+
+
 class BodyTooLarge(Problem):
     """The body, or what it holds, is over a limit that is a setting."""
 

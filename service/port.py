@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from typing import Any
@@ -17,6 +18,30 @@ log = logging.getLogger("cellserve")
 
 class PortTaken(Exception):
     """The port cannot be listened on; the message says why."""
+
+
+def check_free(flag: str, host: str, port: int, several: bool = False) -> None:
+    """Binds a port for a moment, before anything that takes long is done.
+
+    Args:
+        flag: The setting that names it, for the message.
+        host: The address.
+        port: The port.
+        several: Whether other processes of this server listen there too.
+
+    Raises:
+        PortTaken: It is not to be had.
+    """
+    try:
+        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if several:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            probe.bind(address)
+    except OSError as error:
+        of_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        raise PortTaken(f"{f'--host {host}' if of_host else f'{flag} {port}'}: {error.strerror}") from None
 
 
 class Port:

@@ -136,8 +136,8 @@ class Service:
         owner = self.owner(headers)
         if self.keys is not None and owner not in self.settings.operators.split(","):
             raise NotAnOperator(
-                f"the key is {owner!r}'s, who is not an operator here: send the key of one whom --operators names, or "
-                f"ask at the port of --operations-port"
+                f"the key belongs to {owner!r}, who is not an operator here: send the key of one whom --operators "
+                f"names, or ask at the port of --operations-port"
             )
         return owner
 

@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import PlainTextResponse
 
+from service.api.messages import read_body
+from service.errors import InvalidInput
 from service.metrics import MEDIA_TYPE
 from service.repository import VersionKey
 from service.service import Service
@@ -59,16 +61,20 @@ def own(service: Service, may: list[Any]) -> APIRouter:
         tags=["models"],
         summary="Look the model repository over now",
     )
-    async def reload() -> dict[str, Any]:
+    async def reload(request: Request) -> dict[str, Any]:
+        if await read_body(request.scope, request.receive, service.settings.max_body_bytes) not in (b"", b"{}"):
+            raise InvalidInput("the body: reloading takes none, it looks at all models: send the request without one")
         versions = service.versions
         before = set(versions.loaded)
         await versions.reload(again=True)
         return {"loaded": [str(key) for key in versions.loaded if key not in before], "models": _all(service)}
 
+    @routes.head("/healthz", include_in_schema=False)
     @routes.get("/healthz", summary="Is the process alive?")
     async def healthz() -> dict[str, str]:
         return {"status": "alive"}
 
+    @routes.head("/readyz", include_in_schema=False)
     @routes.get("/readyz", summary="Does it take requests?")
     async def readyz(response: Response) -> dict[str, str]:
         response.status_code = 200 if service.ready else 503

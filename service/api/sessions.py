@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from numpy.typing import NDArray
 
 from service.api import binary
@@ -41,6 +41,7 @@ Position = Annotated[int, msgspec.Meta(ge=0)]
 
 _ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 _LARGEST_PAGE = 1000
+_PAGE = r"[0-9]{1,9}\.[0-9]{1,20}"
 
 
 class CreateRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -197,7 +198,7 @@ async def fork(service: Service, session: Session, wanted: ForkRequest) -> tuple
 
 def router(service: Service) -> APIRouter:
     """Makes the routes of everything but the step."""
-    routes = APIRouter(tags=["sessions"])
+    routes = APIRouter(tags=["sessions"], dependencies=[Depends(_check_query)])
     table, limit = service.sessions, service.settings.max_body_bytes
 
     def owner(request: Request) -> str:
@@ -235,8 +236,12 @@ def router(service: Service) -> APIRouter:
     async def pages(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=_LARGEST_PAGE)] = 100,
-        after: Annotated[str, Query(pattern=r"^\d{1,9}\.\d{1,20}$", description="`next` of the page before")] = "0.0",
+        after: Annotated[
+            str, Query(description="`next` of the page before", json_schema_extra={"pattern": f"^{_PAGE}$"})
+        ] = "0.0",
     ) -> dict[str, Any]:
+        if not re.fullmatch(_PAGE, after):
+            raise InvalidInput(f"after: {after[:80]!r} is no page: send `next` of the page before", place="after")
         engine, _, slot = after.partition(".")
         sessions, following = await table.page(owner(request), (int(engine), int(slot)), limit)
         return {
@@ -293,6 +298,15 @@ def router(service: Service) -> APIRouter:
         return changed(response, session, *await service.changes.set_state(session, states, once))
 
     return routes
+
+
+def _check_query(request: Request) -> None:
+    """Raises InvalidInput where the query has something in it that the path does not take."""
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            takes = f"send {', '.join(known)}, or none" if known else "send none"
+            raise InvalidInput(f"{name[:80]}: the query has no such parameter: {takes}", place=name[:80])
 
 
 def _uploaded(engine: Engine, body: bytes) -> dict[str, Array]:

@@ -7,6 +7,7 @@ is handed over whole to the ASGI application, which finds out what it is and say
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from time import perf_counter
@@ -33,6 +34,9 @@ _JSON = (b"content-type", b"application/json")
 _LARGEST_BODY = 64 * 1024
 EXTENSION = "cellserve.frames"  # of ASGI: the connection, which the endpoint may give a `take` to
 _SCOPE = {"method": "POST", "path": "/sessions/{id}/step"}  # for the log
+
+_log = logging.getLogger("cellserve.sockets")
+_log.setLevel(logging.WARNING)  # uvicorn and websockets have a line for each socket; the access log tells of them
 
 
 class _Step:
@@ -210,7 +214,16 @@ class ShortHttp(HttpToolsProtocol):
 
 
 class ShortFrames(WebSocketsSansIOProtocol):
-    """One WebSocket. Whoever serves it may take messages as they arrive, and send without waiting."""
+    """One WebSocket. Whoever serves it may take messages as they arrive, and send without waiting.
+
+    Args:
+        config: uvicorn's.
+        more: What uvicorn gives to a protocol.
+    """
+
+    def __init__(self, config: Config, *more: Any, **named: Any) -> None:
+        super().__init__(config, *more, **named)
+        self.logger = self.conn.logger = _log
 
     take: Callable[[bytes, bool], bool] | None = None  # is given a message, and whether it is text; says if it took it
 

@@ -36,7 +36,7 @@ from service.api.sessions import (
 )
 from service.api.short_way import EXTENSION, ShortFrames
 from service.changes import SteppedMany
-from service.errors import Forbidden, InvalidInput, Problem, Stale, Unauthorized, UnknownSession
+from service.errors import Forbidden, InvalidInput, Problem, Stale, Unauthorized, UnknownSession, UpgradeRequired
 from service.exactly_once import state_request, step_request
 from service.service import Service
 from service.sessions import Session
@@ -102,6 +102,11 @@ class Stream:
             await send({"type": "websocket.send", "text": orjson.dumps(_problem(scope, ref, problem)).decode()})
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
             return None
+
+
+async def over_http(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers whoever asks for the socket's path over plain HTTP; always raises UpgradeRequired."""
+    raise UpgradeRequired("it is a WebSocket: open ws://HOST:PORT/stream with a client of such (docs/protocol.md)")
 
 
 class _Socket:

@@ -140,6 +140,71 @@ def test_another_content_type_method_path_or_session_is_told_what_to_do(server: 
             assert answer.headers["content-type"] == "application/problem+json"
 
 
+def test_what_a_path_takes_is_said_by_methods_and_upgrades(server: Server) -> None:
+    with server.client() as client:
+        for path, allowed in (
+            ("/sessions", "GET, POST"),
+            ("/sessions/a", "DELETE, GET, PUT"),
+            ("/predict", "POST"),
+            ("/models", "GET"),
+            ("/healthz", "GET, HEAD"),
+        ):
+            answer = client.patch(path)
+            assert (answer.status_code, answer.headers["allow"]) == (405, allowed), path
+            assert answer.json()["allow"] == allowed
+        for path in ("/healthz", "/readyz"):
+            assert (client.head(path).status_code, client.head(path).content) == (200, b"")
+        for method in ("GET", "POST"):
+            answer = client.request(method, "/stream")
+            assert (answer.status_code, answer.headers["upgrade"]) == (426, "websocket")
+            assert answer.json()["type"] == "urn:cellserve:problem:upgrade-required"
+
+
+def test_reloading_takes_no_body(server: Server) -> None:
+    with server.client() as client:
+        answer = client.post("/models/reload", json={"model": "lstm:2"})
+        assert (answer.status_code, "takes none" in answer.json()["detail"]) == (422, True)
+        assert client.post("/models/reload").status_code == client.post("/models/reload", json={}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("query", "place", "told"),
+    [
+        ("next=0.5", "next", "send limit, after, or none"),
+        ("after=zzz", "after", "after: 'zzz' is no page: send `next` of the page before"),
+        ("limit=0", "limit", ""),
+    ],
+)
+def test_a_page_that_there_is_not_is_told_how_to_ask_for_one(server: Server, query: str, place: str, told: str) -> None:
+    with server.client() as client:
+        answer = client.get(f"/sessions?{query}")
+    assert (answer.status_code, answer.json()["place"]) == (422, place)
+    assert told in answer.json()["detail"]
+
+
+def test_a_port_that_is_taken_is_told_before_any_model_is_loaded(server: Server, repository: Path) -> None:
+    port = server.url.rpartition(":")[2]
+    command = [sys.executable, "-m", "cellserve.cli", "serve", "--models", str(repository)]
+    for flags in (("--port", port), ("--port", "0", "--operations-port", port), ("--port", "0", "--grpc-port", port)):
+        failed = subprocess.run([*command, *flags], capture_output=True, text=True)
+        told = f"cellserve serve: {flags[-2]} {port}: Address already in use\n"
+        assert (failed.returncode, failed.stderr) == (1, told)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--port", "7", "--operations-port", "7"), "--operations-port: 7 is --port already: give it another"),
+        (("--grpc-port", "8000"), "--grpc-port: 8000 is --port already: give it another"),
+        (("--operations-port", "7", "--grpc-port", "7"), "--grpc-port: 7 is --operations-port already"),
+    ],
+)
+def test_ports_that_are_the_same_are_a_mistake_of_one_line(flags: tuple[str, ...], told: str) -> None:
+    failed = subprocess.run([sys.executable, "-m", "cellserve.cli", "serve", *flags], capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith(f"cellserve serve: {told}") and failed.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

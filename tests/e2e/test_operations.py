@@ -334,8 +334,23 @@ def test_no_request_is_a_line_of_the_log_unless_asked_for(repository: Path, serv
     with server.client() as client:
         client.post(f"/sessions/{create(client, 'lstm')}/step", json={"x": [0.5] * 5})
         client.get("/models")
+    with connect(server.url.replace("http", "ws") + "/stream"):
+        pass
     assert server.stop() == 0
-    assert not [line for line in "".join(server.log).splitlines() if "/sessions" in line or "/models" in line]
+    lines = "".join(server.log).splitlines()
+    assert not [
+        line for line in lines if any(word in line for word in ("/sessions", "/models", "/stream", "connection"))
+    ]
+
+
+def test_a_setting_that_is_on_or_off_is_turned_on_by_its_flag_alone(repository: Path, serve: Serve) -> None:
+    server = serve("--access-log", "--models", str(repository))
+    with server.client() as client:
+        client.get("/models")
+    with connect(server.url.replace("http", "ws") + "/stream"):
+        pass
+    assert server.stop() == 0
+    assert "GET /models 200" in "".join(server.log) and "WS /stream 101" in "".join(server.log)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import chain
 from time import perf_counter
@@ -31,7 +30,7 @@ from service.api.inference.statistics import Timing
 from service.api.messages import as_problem
 from service.api.observed import HEADER, Asked, new_id, noted
 from service.errors import Problem, UnknownModel
-from service.port import PortTaken
+from service.port import check_free
 
 Method = Callable[[Any, Message, Message], Awaitable[Message]]
 
@@ -59,23 +58,11 @@ class GrpcServer:
 
     def __init__(self, inference: Inference) -> None:
         self._settings = inference.service.settings
-        self._check_port()
+        settings = self._settings  # gRPC itself says in many lines, and late, that it cannot listen
+        check_free("--grpc-port", settings.host, settings.grpc_port or 0, settings.workers > 1)
         self._methods = _Methods(inference)
         self._health = health.aio.HealthServicer()
         self._server: Any = None
-
-    def _check_port(self) -> None:
-        """Listens for a moment, since gRPC itself says in many lines, and late, that it cannot."""
-        host, port = self._settings.host, self._settings.grpc_port
-        try:
-            kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(kind, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if self._settings.workers > 1:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                probe.bind(address)
-        except OSError as error:
-            raise PortTaken(f"--grpc-port {port}: {error.strerror}") from None
 
     async def start(self) -> None:
         """Begins to serve."""
