@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import orjson
 
+from service.api.compression import decompressed
 from service.api.observed import asked_of, told
 from service.errors import BodyTooLarge, Problem, UnsupportedMediaType
 
@@ -40,6 +41,14 @@ def content_type(scope: Scope) -> bytes:
     return b""
 
 
+def _content_encoding(scope: Scope) -> bytes | None:
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value != b"identity":
+            encoding: bytes = value
+            return encoding
+    return None
+
+
 def check_json(kind: bytes) -> None:
     """Raises UnsupportedMediaType where a content type is not JSON's."""
     if kind != b"application/json" and not kind.endswith(b"+json"):
@@ -51,28 +60,32 @@ def check_json(kind: bytes) -> None:
 
 
 async def read_json_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Reads the whole body of a request that must be JSON.
+    """Reads the whole body of a request that must be JSON, as it was before it was compressed.
 
     Raises:
-        UnsupportedMediaType: The content type is another.
+        UnsupportedMediaType: The content type is another, or the content encoding.
         BodyTooLarge: There are more than `limit` bytes.
+        NotJson: It cannot be decompressed.
         ClientGone: It never came whole.
     """
     check_json(content_type(scope))
     message = await receive()
     body: bytes = message.get("body", b"")
-    if message["type"] == "http.request" and not message.get("more_body") and len(body) <= limit:
-        return body  # as nearly always, without a coroutine more
-    return await read_rest(message, scope, receive, limit)
+    if message["type"] != "http.request" or message.get("more_body") or len(body) > limit:
+        body = await read_rest(message, scope, receive, limit)  # otherwise without a coroutine more, as nearly always
+    encoding = _content_encoding(scope)
+    return body if encoding is None else await decompressed(body, encoding, limit)
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """Reads the whole body of a request, `limit` bytes at most; raises as `read_json_body` does."""
-    return await read_rest(await receive(), scope, receive, limit)
+    body = await read_rest(await receive(), scope, receive, limit)
+    encoding = _content_encoding(scope)
+    return body if encoding is None else await decompressed(body, encoding, limit)
 
 
 async def read_rest(message: MutableMapping[str, Any], scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Reads what follows the first message of a body."""
+    """Reads what follows the first message of a body, and gives the whole as it was sent."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > limit:
             raise _too_large(limit)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from tests.conftest import Server
 
@@ -158,6 +162,29 @@ def test_what_a_path_takes_is_said_by_methods_and_upgrades(server: Server) -> No
             answer = client.request(method, "/stream")
             assert (answer.status_code, answer.headers["upgrade"]) == (426, "websocket")
             assert answer.json()["type"] == "urn:cellserve:problem:upgrade-required"
+
+
+def test_a_compressed_body_is_taken_on_every_path_and_bounded(server: Server) -> None:
+    def compressed(content: bytes, encoding: str = "gzip") -> dict[str, Any]:
+        packed = gzip.compress(content) if encoding == "gzip" else zlib.compress(content)
+        return {"content": packed, "headers": {"content-type": "application/json", "content-encoding": encoding}}
+
+    with server.client() as client:
+        plain = client.post("/predict", json={"model": "lstm", "sequences": [GOOD]}).json()
+        assert client.post("/predict", **compressed(body())).json() == plain
+        assert client.post("/predict", **compressed(body(), "deflate")).json() == plain
+        tensors = gzip.compress(save({"x": np.array([GOOD], np.float32)}))
+        headers = {"content-type": "application/x-safetensors", "content-encoding": "gzip"}
+        answer = client.post("/predict?model=lstm", content=tensors, headers=headers)
+        assert np.array_equal(load(answer.content)["y"], np.array(plain["outputs"][0], np.float32))
+        session = client.post("/sessions", **compressed(b'{"model": "lstm"}')).json()["session"]
+        step = client.post(f"/sessions/{session}/step", **compressed(json.dumps({"x": GOOD}).encode())).json()
+        assert (step["position"], step["y"]) == (len(GOOD), plain["outputs"][0])
+        bomb = client.post("/predict", **compressed(b" " * (64 * 2**20)))
+        assert (bomb.status_code, "when decompressed" in bomb.json()["detail"]) == (413, True)
+        headers = {"content-type": "application/json", "content-encoding": "br"}
+        refused = client.post("/predict", content=body(), headers=headers)
+        assert (refused.status_code, "send gzip, deflate or neither" in refused.json()["detail"]) == (415, True)
 
 
 def test_reloading_takes_no_body(server: Server) -> None:

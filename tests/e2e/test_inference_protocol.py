@@ -581,13 +581,13 @@ def test_a_port_that_is_taken_and_packages_that_are_missing_are_told_in_one_line
     both: Server, repository: Path
 ) -> None:
     port = both.grpc.rpartition(":")[2]
-    command = ["serve", "--models", str(repository), "--port", "0", "--grpc-port", port]
+    command = ["serve", "--models", str(repository), "--port", "0", "--grpc-port"]
     hidden = "import sys; sys.modules['grpc'] = None; from cellserve.cli import main; sys.exit(main(sys.argv[1:]))"
-    for start, told in (
-        (["-m", "cellserve.cli"], f"--grpc-port {port}: Address already in use"),
-        (["-c", hidden], "pip install 'cellserve[grpc]'"),
+    for start, wanted, told in (
+        (["-m", "cellserve.cli"], port, f"--grpc-port {port}: Address already in use"),
+        (["-c", hidden], "0", "pip install 'cellserve[grpc]'"),
     ):
-        done = subprocess.run([sys.executable, *start, *command], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, *start, *command, wanted], capture_output=True, text=True, timeout=60)
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
         assert told in done.stderr.splitlines()[-1]

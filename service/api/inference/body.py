@@ -14,7 +14,7 @@ import orjson
 from numpy.typing import NDArray
 
 from service.api.inference.infer import Inferred
-from service.api.inference.tensors import DATATYPES, from_bytes, from_json
+from service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_json
 from service.errors import InvalidInput
 from service.repository import Model
 from service.tensors import decode
@@ -86,6 +86,7 @@ def read(body: bytes, header_length: bytes | None, model: Model) -> Asked:
         check_parameters(tensor.name, tensor.parameters)
         if tensor.name in tensors:
             raise InvalidInput(f"inputs: {tensor.name!r} is there twice", place="inputs")
+        check_datatype(tensor.name, tensor.datatype, model.inputs.specs)
         size = tensor.parameters.get("binary_data_size")
         if size is None:
             if not tensor.data:

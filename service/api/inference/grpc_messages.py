@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
 
 from service.api.inference.body import check_parameters
-from service.api.inference.tensors import DATATYPES, from_bytes, from_numbers
+from service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_numbers
 from service.errors import InvalidInput
+from service.repository import Model
 
 Array = NDArray[Any]
 Message = Any  # of the protocol, or of grpc
@@ -18,8 +19,8 @@ Message = Any  # of the protocol, or of grpc
 _CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents", "INT64": "int64_contents"}
 
 
-def read_tensors(request: Message) -> dict[str, Array]:
-    """Reads the tensors of a request, which are all raw or all typed."""
+def read_tensors(request: Message, model: Model) -> dict[str, Array]:
+    """Reads the tensors of a request to a model, which are all raw or all typed."""
     raw: Sequence[bytes] = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise InvalidInput(
@@ -32,6 +33,7 @@ def read_tensors(request: Message) -> dict[str, Array]:
         check_parameters(name, tensor.parameters)
         if name in tensors:
             raise InvalidInput(f"inputs: {name!r} is there twice", place="inputs")
+        check_datatype(name, tensor.datatype, model.inputs.specs)
         if raw:
             if tensor.HasField("contents"):
                 raise InvalidInput(f"{name}: send its contents or raw_input_contents, not both", place=name)

@@ -227,7 +227,7 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         self.under_way += 1
         try:
             with self._inference.statistics(engine).request(timing):
-                tensors = read_tensors(request)
+                tensors = read_tensors(request, model)
                 for output in request.outputs:
                     check_output(output.name, output.parameters, model)
                 timing.decode_ended()

@@ -6,7 +6,8 @@ from itertools import chain
 
 import orjson
 
-from service.api.inference import body, compression, describe, errors
+from service.api import compression
+from service.api.inference import body, describe, errors
 from service.api.inference.infer import Inference
 from service.api.inference.statistics import Timing
 from service.api.messages import (
@@ -17,6 +18,7 @@ from service.api.messages import (
     Send,
     as_problem,
     read_body,
+    read_rest,
     send_body,
     unless_gone,
 )
@@ -24,6 +26,7 @@ from service.api.observed import asked_of
 from service.errors import MethodNotAllowed, NotFound
 
 _LARGE_BODY = 16 * 1024  # bytes: reading more takes longer than a step
+_PATHS = ("health", "models", "repository")
 _JSON = (b"content-type", b"application/json")
 
 
@@ -42,6 +45,8 @@ class HttpInference:
         """Answers one request."""
         try:
             path = scope["path"].removesuffix("/").split("/")[2:]
+            if path and path[0] not in _PATHS:
+                raise NotFound(f"{scope['path'][:200]}: this server has no such extension: see /docs for what there is")
             changing = path[:1] == ["repository"] or path[-1:] == ["infer"]
             if scope["method"] != ("POST" if changing else "GET"):
                 allowed = "POST" if changing else "GET"
@@ -66,7 +71,7 @@ class HttpInference:
         owner = self._service.owner(scope["headers"])
         engine = await self._inference.engine(name, version)
         limit = self._service.settings.max_body_bytes
-        content = await read_body(scope, receive, limit)
+        content = await read_rest(await receive(), scope, receive, limit)
         timing = Timing()
         with self._inference.statistics(engine).request(timing):
             encoding = headers.get(b"content-encoding", b"identity")

@@ -19,7 +19,7 @@ from models.signature import TensorSpec
 from service.api.inference import describe
 from service.api.inference.errors import NotReady, SequenceNotStarted
 from service.api.inference.statistics import Statistics
-from service.api.inference.tensors import DATATYPES
+from service.api.inference.tensors import DATATYPES, check_datatype
 from service.api.predict import run_sequences
 from service.engine import Engine
 from service.errors import (
@@ -340,10 +340,7 @@ def _leading(spec: TensorSpec, x: Array) -> tuple[int, ...]:
 
 def _check(spec: TensorSpec, x: Array) -> None:
     """Checks the model's input, or raises InvalidInput."""
-    if x.dtype != spec.dtype:
-        raise InvalidInput(
-            f"{spec.name}: its datatype is {DATATYPES[x.dtype.name]}: send {DATATYPES[spec.dtype]}", place=spec.name
-        )
+    check_datatype(spec.name, DATATYPES[x.dtype.name], [spec])  # again: a sequence may be of an older version
     axes = len(spec.shape)
     if x.ndim not in (1 + axes, 2 + axes) or x.shape[x.ndim - axes :] != spec.shape or not x.size:
         features = ", ".join(map(str, spec.shape))

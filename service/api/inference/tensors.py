@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from models.signature import TensorSpec
 from service.errors import InvalidInput
 from service.tensors import decode
 
@@ -69,6 +70,15 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw)
     if depth > _MOST_AXES:
         raise InvalidInput(f"{name}: its data are nested too deeply: send them flat", place=name)
     return from_numbers(name, datatype, shape, decode(decoders[max(depth, 1) - 1], data, name))
+
+
+def check_datatype(name: str, datatype: str, specs: Sequence[TensorSpec]) -> None:
+    """Raises InvalidInput where a tensor is one of the model's inputs and of another datatype than that has."""
+    for spec in specs:
+        if spec.name == name and DATATYPES[spec.dtype] != datatype:
+            raise InvalidInput(
+                f"{name}: its datatype is {datatype[:40]!r}: send {DATATYPES[spec.dtype]}, the model's", place=name
+            )
 
 
 def _dtype(name: str, datatype: str) -> np.dtype[Any]:
