@@ -35,20 +35,22 @@ def misfit(message: str, kind: Any, body: bytes, place: str, advice: str = "") -
     where = place + path if place else path.removeprefix(".")
     if what == "Number out of range":
         return not_finite(where)
-    found = re.fullmatch(r"(?s)Object (contains unknown|missing required) field `(.*)`", what)
-    if found:
-        name = found[2][:_LONGEST_NAME]
+    there = _at(kind, path, body)
+    field = re.fullmatch(r"(?s)Object (contains unknown|missing required) field `(.*)`", what)
+    value = re.fullmatch(r"(?s)Invalid (?:enum )?value (.*)", what)
+    if field:
+        name = field[2][:_LONGEST_NAME]
         where = f"{where}.{name}" if where else name
-        wrong = "missing" if found[1] == "missing required" else "there is no such field"
-        return InvalidInput(f"{where}: {wrong}{_instead(_at(kind, path, body), name)}", place=where)
-    found = re.fullmatch(r"(?s)Invalid (?:enum )?value (.*)", what)
-    if found:
-        told = found[1][:_LONGEST_NAME]
-        return InvalidInput(f"{where}: {told} is none of its values{_values(_at(kind, path, body), path)}", place=where)
-    nested = "array`" in what or "object`" in what
-    what = re.sub(r"`([a-z| ]+)`", lambda match: _words(match[1]), what)
-    what = what[:1].lower() + what[1:] + (f": {advice}" if advice and nested else "")
-    return InvalidInput(f"{where}: {what}" if where else what, place=where)
+        what = "missing" if field[1] == "missing required" else "there is no such field"
+        advice = _fields(there, name)
+    elif value:
+        what, advice = f"{value[1][:_LONGEST_NAME]} is none of its values", _values(there, path)
+    else:
+        if not (advice and ("array`" in what or "object`" in what)):
+            advice = _values(there, path) or (_fields(there, "") if "Expected `object" in what else "")
+        what = re.sub(r"`([a-z| ]+)`", lambda match: _words(match[1]), what)
+        what = what[:1].lower() + what[1:]
+    return InvalidInput(": ".join(part for part in (where, what, advice) if part), place=where)
 
 
 def unparsable(message: str, body: bytes, place: str) -> InvalidInput | NotJson:
@@ -89,7 +91,7 @@ def _chosen(kind: Type, body: bytes) -> Type:
     try:
         given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         return tags[msgspec.json.decode(given[_tag_field(kind)], type=str)]
-    except (msgspec.MsgspecError, KeyError):
+    except (msgspec.MsgspecError, KeyError, UnicodeError, RecursionError):  # of what stands behind the first misfit
         return kind
 
 
@@ -97,8 +99,8 @@ def _tag_field(kind: UnionType) -> str:
     return next((one.tag_field for one in kind.types if isinstance(one, StructType) and one.tag_field), "")
 
 
-def _instead(kind: Type | None, missing: str) -> str:
-    """Says which fields there are."""
+def _fields(kind: Type | None, missing: str) -> str:
+    """Says which fields there are to send."""
     if isinstance(kind, UnionType) and missing == _tag_field(kind):
         return _values(kind, missing)
     if not isinstance(kind, StructType):
@@ -108,19 +110,21 @@ def _instead(kind: Type | None, missing: str) -> str:
         needed.insert(0, kind.tag_field)
     others = ", ".join(field.encode_name for field in kind.fields if not field.required)
     if not needed:
-        return f": send what you need of {others}"
-    return f": send {', '.join(needed)}" + (f", and what you need of {others}" if others else "")
+        return f"send what you need of {others}"
+    return f"send {', '.join(needed)}" + (f", and what you need of {others}" if others else "")
 
 
 def _values(kind: Type | None, path: str) -> str:
-    """Says which values there are."""
+    """Says which values there are to send."""
     values: list[Any] = []
     if isinstance(kind, LiteralType):
         values = list(kind.values)
     elif isinstance(kind, UnionType) and path.removeprefix(".") == _tag_field(kind):
         values = [one.tag for one in kind.types if isinstance(one, StructType)]
     told = [json.dumps(value) for value in values]
-    return "" if not told else f": send {' or '.join(told)}" if len(told) < 3 else f": send one of {', '.join(told)}"
+    if len(told) > 2:
+        return f"send one of {', '.join(told)}"
+    return f"send {' or '.join(told)}" if told else ""
 
 
 def _words(types: str) -> str:

@@ -48,6 +48,8 @@ BAD = {
     "unknown field": (body(sequence=1), 422, "sequence", "send sequences, and what you need of model, outputs, states"),
     "missing field": (b"{}", 422, "sequences", "sequences: missing: send sequences, and what you need of model"),
     "unknown outputs": (body(outputs="first"), 422, "outputs", '\'first\' is none of its values: send "all" or "last"'),
+    "outputs of another type": (body(outputs=5), 422, "outputs", 'got an integer: send "all" or "last"'),
+    "an array": (b"[]", 422, "", "expected an object, got an array: send sequences, and what you need of model"),
     "a number for a time step": (
         body(sequences=[[1, 2]]),
         422,

@@ -94,6 +94,8 @@ def test_a_key_that_nobody_wanted_harms_nothing(stream: ClientConnection) -> Non
     [
         ("{", 400, "JSON"),
         ('{"op": "fly"}', 422, 'op: \'fly\' is none of its values: send one of "auth", "open", "attach"'),
+        ('{"op": "fly", "x": ' + "[" * 100_000, 422, "op: 'fly' is none of its values"),
+        ('{"op": "step", "y": "\\ud800", "session": 0}', 422, "y: there is no such field"),
         ('{"ref": 1}', 422, 'op: missing: send one of "auth", "open", "attach"'),
         ('{"op": "step", "x": [1]}', 422, "session: missing: send op, session, x, and what you need of ref, outputs"),
         ('{"op": "close", "session": 0, "x": [1]}', 422, "x: there is no such field: send op, session, and what you"),
@@ -116,7 +118,7 @@ def test_a_key_that_nobody_wanted_harms_nothing(stream: ClientConnection) -> Non
         (binary([0], np.zeros((1, 2, FEATURES)))[:-1], 422, "makes it 60"),
         (binary([0], np.array([[[0, 0, np.nan, 0, 0]]])), 422, "x[0][0][2]: not a finite number"),
     ],
-    ids=range(23),
+    ids=range(25),
 )
 def test_a_frame_that_does_not_fit_is_answered_and_the_socket_stays_open(
     server: Server, stream: ClientConnection, frame: str | bytes, status: int, told: str
