@@ -33,15 +33,23 @@ def check_free(flag: str, host: str, port: int, several: bool = False) -> None:
         PortTaken: It is not to be had.
     """
     try:
-        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(kind, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if several:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            probe.bind(address)
-    except OSError as error:
-        of_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
-        raise PortTaken(f"{f'--host {host}' if of_host else f'{flag} {port}'}: {error.strerror}") from None
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise PortTaken(f"--host {host}: {error.strerror}") from None
+    missing = []  # addresses that this machine has not: a name may have one of IPv6 where that is off
+    for kind, *_, address in addresses:
+        try:
+            with socket.socket(kind, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if several:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                probe.bind(address)
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise PortTaken(f"{flag} {port}: {error.strerror}") from None
+            missing.append(error.strerror)
+    if len(missing) == len(addresses):
+        raise PortTaken(f"--host {host}: {missing[0]}")
 
 
 class Port:

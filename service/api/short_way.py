@@ -221,11 +221,11 @@ class ShortFrames(WebSocketsSansIOProtocol):
         more: What uvicorn gives to a protocol.
     """
 
+    take: Callable[[bytes, bool], bool] | None = None  # is given a message, and whether it is text; says if it took it
+
     def __init__(self, config: Config, *more: Any, **named: Any) -> None:
         super().__init__(config, *more, **named)
         self.logger = self.conn.logger = _log
-
-    take: Callable[[bytes, bool], bool] | None = None  # is given a message, and whether it is text; says if it took it
 
     def handle_connect(self, event: Request) -> None:
         """Begins to serve the socket."""

@@ -284,7 +284,7 @@ class _Socket:
             case Auth():
                 # The first frame where it had to be; otherwise nobody needs it, and whoever sends it anyway goes on.
                 if self.service.keys is not None and self.service.owner([_bearing(frame.key)]) != self.owner:
-                    raise Forbidden("the socket is another owner's: open one of your own")
+                    raise InvalidInput("key: it is of another owner than the socket: open one of its own", place="key")
                 return answer
             case Step():
                 session = await self._found(frame.session)

@@ -87,7 +87,7 @@ def test_a_socket_bears_its_key_in_a_header_or_in_the_first_frame(
     with connect(url, additional_headers=bearer(alice)) as stream:
         stream.send('{"op": "open", "model": "lstm", "session": "s"}')
         assert json.loads(stream.recv())["session"] == "s"
-        for key, told in ((alice, {"op": "auth", "ref": 2}), (bob, 403), ("wrong", 401)):
+        for key, told in ((alice, {"op": "auth", "ref": 2}), (bob, 422), ("wrong", 401)):
             stream.send(json.dumps({"op": "auth", "key": key, "ref": 2}))
             answer = json.loads(stream.recv())
             assert (answer["problem"]["status"] if "problem" in answer else answer) == told
