@@ -321,13 +321,12 @@ class Versions:
 def _differs(old: Signature, new: Signature) -> Iterator[str]:
     """Says which of the inputs, outputs and states of two versions are not the same."""
     for kind in ("inputs", "outputs", "states"):
-        before, after = getattr(old, kind), getattr(new, kind)
+        before, after = _listed(getattr(old, kind)), _listed(getattr(new, kind))
         if before != after:
-            yield f"{kind} {_listed(after)}, before {_listed(before)}"
+            yield f"{kind} {after}, before {before}"
 
 
 def _listed(specs: Sequence[TensorSpec | StateSpec]) -> str:
     within = {spec.name: f" {list(spec.bounds)}" for spec in specs if isinstance(spec, TensorSpec) and spec.bounds}
-    return (
-        ", ".join(f"{spec.name} {list(spec.shape)} {spec.dtype}{within.get(spec.name, '')}" for spec in specs) or "none"
-    )
+    told = (f"{spec.name} {list(spec.shape)} {spec.dtype}{within.get(spec.name, '')}" for spec in specs)
+    return ", ".join(told) or "none"
