@@ -318,7 +318,7 @@ def test_the_python_client_rolls_out_too(server: Server, client: httpx.Client) -
 @pytest.mark.parametrize(
     ("body", "status", "place"),
     [
-        ({"text": "a"}, 422, ""),
+        ({"text": "a"}, 422, "steps"),
         ({"text": "a", "steps": 0}, 422, "steps"),
         ({"text": "a", "steps": 4097}, 422, "steps"),
         ({"text": "a", "steps": 1.5}, 422, "steps"),
@@ -334,7 +334,7 @@ def test_the_python_client_rolls_out_too(server: Server, client: httpx.Client) -
         ({"steps": 3, "text": "a", "seed": -1}, 422, "seed"),
         ({"steps": 3, "text": "a", "seed": 2**64}, 422, "seed"),
         ({"steps": 3, "text": "a", "position": -1}, 422, "position"),
-        ({"steps": 3, "text": "a", "beam": 4}, 422, ""),
+        ({"steps": 3, "text": "a", "beam": 4}, 422, "beam"),
     ],
 )
 def test_what_does_not_fit_is_told_where_and_changes_nothing(
