@@ -255,7 +255,7 @@ def test_workers_share_the_store_and_stop_with_status_0(repository: Path, serve:
 def test_settings_that_cannot_be_end_in_one_line(
     repository: Path, flags: tuple[str, ...], status: int, told: str
 ) -> None:
-    command = [sys.executable, "-m", "cellserve.cli", "serve", "--models", str(repository), *flags]
+    command = [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", "--models", str(repository), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == status
     assert told in done.stderr.splitlines()[-1]
