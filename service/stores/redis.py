@@ -277,7 +277,7 @@ class RedisStore:
             return list(await pipeline.execute(raise_on_error=False))
         if self._replicas:
             commands = [*commands, ("WAIT", self._replicas, int(1000 * self._timeout))]
-        # What redis-py's pipeline does, in a third of its time (4 µs a write for 13): hiredis packs, one timeout for all.
+        # What redis-py's pipeline does, in a third of its time (4 µs a write for 13): hiredis packs, and one timeout.
         packed = b"".join([hiredis.pack_command(command) for command in commands])
         pool, told = self._redis.connection_pool, []
         connection = await pool.get_connection()
