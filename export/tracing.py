@@ -98,6 +98,7 @@ def convert(function: Callable[..., Any], specs: list[Any], network: Any) -> onn
             input_names=[f"in{place}:0" for place in range(len(specs))],
             output_names=[tensor.name for tensor in frozen.outputs],
             opset=OPSET,
+            custom_op_handlers={"Select": (_write_select, []), "SelectV2": (_write_select, [])},
         )
     except Exception as error:
         raise ExportError(f"tf2onnx cannot convert the network: {first_line(error)}") from None
@@ -110,6 +111,20 @@ def convert(function: Callable[..., Any], specs: list[Any], network: Any) -> onn
                 f"ONNX: write that layer or cell with other operations of keras.ops"
             )
     return model
+
+
+def _write_select(graph: Any, node: Any, *_: Any) -> None:
+    """Writes TensorFlow's Select as `Where`, one of tf2onnx's handlers of operators.
+
+    tf2onnx has two ways of its own: `Where`, and `condition * x + (1 - condition) * y`, which it takes wherever it sees
+    no infinity or NaN among the constants. That gives NaN wherever the branch that is not taken is not finite, which is
+    just what a guard (`where(isfinite(1 / x), 1 / x, 0)`) is for. The products are right for integers and truth values,
+    of which ONNX Runtime's `Where` knows but some types.
+    """
+    number = graph.get_dtype(node.output[0])
+    if number in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16):
+        node.set_attr("handles_nan", True)
+    tf2onnx.onnx_opset.controlflow.Select.version_9(graph, node)
 
 
 def _write_erfc(graph: onnx.GraphProto) -> None:
