@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+import io
 import json
 import logging
 import threading
@@ -26,6 +30,7 @@ Optimization = Literal["all", "extended", "basic", "off"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 _MEASURED_RUNS = 4
+_WARNING, _FATAL = 2, 4  # ONNX Runtime's severities of what it logs; a warning is where it starts
 _LEVELS: dict[Optimization, Any] = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -53,24 +58,71 @@ class RuntimeOptions:
 
 
 def providers(asked: Provider) -> list[str]:
-    """Gives the names of ONNX Runtime's execution providers to try, in order.
+    """Gives the names of ONNX Runtime's execution providers to use, in order.
 
     Raises:
-        RuntimeUnavailable: `cuda` was asked for, and this ONNX Runtime has no CUDA provider.
+        RuntimeUnavailable: `cuda` was asked for, and cannot be used here.
     """
-    offered = ort.get_available_providers()
-    if asked == "cpu" or (asked == "auto" and CUDA not in offered):
+    if asked == "cpu":
         return [CPU]
-    if CUDA not in offered:
-        raise RuntimeUnavailable(_no_cuda(f"this ONNX Runtime offers only {', '.join(offered)}"))
-    return [CUDA, CPU]
-
-
-def _no_cuda(why: str) -> str:
-    return (
-        f"the CUDA execution provider was asked for, but {why}: "
+    offered = ort.get_available_providers()
+    if CUDA in offered:
+        missing = _missing_for_cuda()
+        if missing is None:
+            return [CUDA, CPU]
+        if asked == "auto":
+            _say_once(f"CUDA cannot be used here ({missing}): models run on the CPU")
+            return [CPU]
+    elif asked == "auto":
+        return [CPU]
+    else:
+        missing = f"this ONNX Runtime offers only {', '.join(offered)}"
+    raise RuntimeUnavailable(
+        f"the CUDA execution provider was asked for, but {missing}: "
         f"install cellserve[gpu] on a machine with an NVIDIA GPU, or use --provider cpu"
     )
+
+
+# `y = Identity(x)` over one float: the smallest model that says whether a provider can be opened.
+_SMALLEST = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+
+
+@functools.cache
+def _missing_for_cuda() -> str | None:
+    """Says what keeps the CUDA provider from being opened, or gives None where it opens.
+
+    ONNX Runtime falls back to the CPU without an error, but with several lines of its own for every model.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it has not found
+        ort.preload_dlls()  # the wheels of NVIDIA's libraries, where the gpu extra has installed them
+    ort.set_default_logger_severity(_FATAL)
+    try:
+        opened = ort.InferenceSession(_SMALLEST, providers=[CUDA, CPU]).get_providers()[0] == CUDA
+    except Exception as error:  # whatever ONNX Runtime makes of a driver that is there and does not work
+        opened, missing = False, str(error).splitlines()[0]
+    else:
+        missing = _library_missing_for_cuda() or "no GPU was found that it can use"
+    finally:
+        ort.set_default_logger_severity(_WARNING)
+    return None if opened else missing
+
+
+@functools.cache
+def _say_once(what: str) -> None:
+    log.warning(what)
+
+
+def _library_missing_for_cuda() -> str | None:
+    """Names the shared library that the CUDA provider needs and does not find, in the linker's words."""
+    try:
+        ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"))
+    except OSError as error:
+        # With all libraries found it still lacks the symbols that ONNX Runtime itself would give it.
+        return str(error) if "shared object file" in str(error) else None
+    return None
 
 
 class Runtime:
@@ -178,8 +230,6 @@ class Runtime:
 
 def _open(model: Path | bytes, options: RuntimeOptions) -> ort.InferenceSession:
     asked = providers(options.provider)
-    if CUDA in asked:
-        ort.preload_dlls()  # the wheels of NVIDIA's libraries, where the gpu extra has installed them
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
@@ -194,9 +244,8 @@ def _open(model: Path | bytes, options: RuntimeOptions) -> ort.InferenceSession:
         session = ort.InferenceSession(source, settings, providers=asked)
     except Exception as error:
         raise RuntimeUnavailable(f"ONNX Runtime cannot open the model: {str(error).splitlines()[0]}") from None
-    # Where CUDA is listed but no GPU or driver is found, ONNX Runtime falls back to the CPU without an error.
     if options.provider == "cuda" and session.get_providers()[0] != CUDA:
-        raise RuntimeUnavailable(_no_cuda("it cannot be opened here"))
+        raise RuntimeUnavailable("ONNX Runtime cannot open the model on the CUDA execution provider, use --provider cpu")
     return session
 
 
