@@ -3,30 +3,34 @@
 # docker run -p 8000:8000 cellserve
 ARG BASE=python:3.12-slim
 
-# Trains the example networks and exports them: TensorFlow stays in this stage.
-FROM ${BASE} AS export
+FROM ${BASE} AS uv
+RUN python3 -m venv /uv && /uv/bin/pip install --no-cache-dir -q 'uv>=0.9,<1' && python3 -m venv --without-pip /venv
+ENV PATH=/uv/bin:$PATH VIRTUAL_ENV=/venv UV_NO_CACHE=1 UV_COMPILE_BYTECODE=1
 WORKDIR /build
-RUN python3 -m venv /venv
+COPY requirements requirements
+
+# Trains the example networks and exports them: TensorFlow stays in this stage.
+FROM uv AS export
+RUN uv pip install -q -r requirements/all.txt
 COPY . .
-RUN /venv/bin/pip install --no-cache-dir '.[export]'
+RUN uv pip install -q --no-deps .
 RUN set -e; /venv/bin/cellserve train; \
     for name in vowels sunspots sunspots-jordan characters; do \
         /venv/bin/cellserve export trained/$name.keras --name $name --artifacts /artifacts; \
     done
 
-# The plain install with one flavour of ONNX Runtime.
-FROM ${BASE} AS install
+# The service with one flavour of ONNX Runtime.
+FROM uv AS install
 ARG RUNTIME=cpu
-WORKDIR /build
-RUN python3 -m venv /venv
+RUN uv pip install -q -r requirements/${RUNTIME}.txt
 COPY . .
-RUN /venv/bin/pip install --no-cache-dir ".[${RUNTIME},grpc,redis,tracing]"
+RUN uv pip install -q --no-deps .
 
 FROM ${BASE}
 RUN useradd --uid 10001 --no-create-home cellserve
 COPY --from=install /venv /venv
 COPY --from=export /artifacts /artifacts
-ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1 \
     CELLSERVE_MODELS=/artifacts CELLSERVE_HOST=0.0.0.0
 USER 10001
 EXPOSE 8000

@@ -6,7 +6,7 @@ EXAMPLES := vowels sunspots sunspots-jordan characters
 # What builds and runs images; another engine with the same verbs will do.
 DOCKER ?= docker
 
-.PHONY: setup serve test check servers bench container-test
+.PHONY: setup serve test test-long check servers lock bench container-test
 .DELETE_ON_ERROR:
 
 serve: setup
@@ -17,24 +17,30 @@ setup: $(BIN)/.all $(EXAMPLES:%=artifacts/%/1/model.onnx)
 test: $(BIN)/.dev $(BIN)/.silero setup check servers
 	$(BIN)/pytest
 
-# The tests adopt Silero VAD: its package's files alone, without PyTorch, which it would bring.
-$(BIN)/.silero: | $(BIN)/.dev
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps 'silero-vad>=6.2,<6.3'
-	touch $@
+# The campaigns: minutes of kills, of fuzzing, and the container where there is an engine to run it.
+test-long: $(BIN)/.dev $(BIN)/.silero setup servers
+	$(BIN)/pytest -m long -n 0
+	@if $(DOCKER) info >/dev/null 2>&1; then $(MAKE) container-test; \
+	else echo "no container was built: '$(DOCKER) info' finds no engine here, give another with DOCKER=..."; fi
 
-# The tests run a real Redis and a real load balancer.
+# The tests run a real Redis and a real load balancer, and watch what a server asks of the system.
 servers:
-	@command -v redis-server >/dev/null && { command -v nginx || test -x /usr/sbin/nginx; } >/dev/null \
-	|| { apt-get update -q && apt-get install -qy --no-install-recommends redis-server nginx-light; }
+	@command -v redis-server >/dev/null && command -v strace >/dev/null && { command -v nginx || test -x /usr/sbin/nginx; } >/dev/null \
+	|| { apt-get update -q && apt-get install -qy --no-install-recommends redis-server nginx-light strace; }
 
 check: $(BIN)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	UV=$(BIN)/uv sh requirements/lock.sh --check
 
-# Measures Cellserve beside what else there is and prints the table, within five minutes.
-bench: $(BIN)/.bench servers
+# Writes the pinned versions anew, kept where they still fit; `make lock UPGRADE=1` takes the newest that do.
+lock: $(BIN)/.dev
+	UV=$(BIN)/uv sh requirements/lock.sh $(UPGRADE:%=--upgrade)
+
+# Measures Cellserve beside what else there is and prints the table, within ten minutes.
+bench: $(BIN)/.dev servers
 	$(BIN)/python -m bench --json bench.json
 
 # Builds the image and sees it serve, as another user, on a read-only file system.
@@ -46,13 +52,24 @@ artifacts/%/1/model.onnx: | $(BIN)/.all
 	$(BIN)/cellserve train $*
 	$(BIN)/cellserve export trained/$*.keras --name $* --version 1
 
-# Debian's Python comes without the half of venv that brings pip.
+# Debian's Python comes without the half of venv that brings pip. uv installs in seconds what pip takes minutes for;
+# where it is not to be had, pip does it.
 $(BIN)/python:
 	$(PYTHON) -m venv .venv 2>/dev/null \
 	|| { rm -rf .venv; $(PYTHON) -m pip install -q virtualenv && $(PYTHON) -m virtualenv -q .venv; } \
 	|| { rm -rf .venv; apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv .venv; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'uv>=0.9,<1' || echo "uv is not to be had: pip installs"
 
-# $(BIN)/.all, $(BIN)/.dev and $(BIN)/.bench note that the extra of that name is installed.
-$(BIN)/.%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$*]'
+install = if test -x $(BIN)/uv; then $(BIN)/uv pip install -q --python $(BIN)/python $(1); \
+	else $(BIN)/python -m pip install -q --disable-pip-version-check $(1); fi
+
+# $(BIN)/.all and $(BIN)/.dev note that what stands in requirements/ under that name is installed.
+$(BIN)/.%: requirements/%.txt pyproject.toml | $(BIN)/python
+	$(call install,-r $<)
+	$(call install,--no-deps -e .)
+	touch $@
+
+# The tests adopt Silero VAD: its package's files alone, without PyTorch, which it would bring.
+$(BIN)/.silero: requirements/silero.txt | $(BIN)/.dev
+	$(call install,--no-deps -r $<)
 	touch $@
