@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from service.port import PortTaken, check_free
     from service.repository import BrokenModel
     from service.runtime import RuntimeUnavailable
-    from service.sessions import StoreUnusable
+    from service.stores.protocol import StoreUnusable
     from service.stores.snapshot import BadSnapshot
 
     logs.configure(settings.log_format)

@@ -12,8 +12,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,10 +24,11 @@ from numpy.typing import NDArray
 from service.arena import Arena, Slots
 from service.counts import TickCounts
 from service.errors import ModelFailed, NotFinite, Problem, QueueFull
+from service.exactly_once import Request
 from service.layout import parts
 from service.repository import Model
 from service.settings import Settings
-from service.ticks import Advance, Cost, Lane, Tick, Told
+from service.ticks import Advance, Completion, CompletionSink, Cost, Lane, Moved, Tick
 from service.whole import WholeRuns
 
 if TYPE_CHECKING:
@@ -63,9 +65,12 @@ class Engine:
             gives the same bits.
         settings: Batch size, quantum, bounds.
         executor: One thread for runs that would hold up the event loop for too long.
+        tracing: Records the spans of requests, where they are traced.
     """
 
-    def __init__(self, model: Model, settings: Settings, executor: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, model: Model, settings: Settings, executor: ThreadPoolExecutor, tracing: Tracing | None = None
+    ) -> None:
         self.model = model
         # Sequences in flight have slots too, beside the sessions'.
         self.arena = Arena(model.runtime.signature.states, settings.held_sessions + settings.max_queued_steps)
@@ -91,18 +96,21 @@ class Engine:
         self._short = Lane(self._cost, self.max_batch, self._quantum, cheap_seconds)
         self._long = Lane(self._cost, self.max_batch, self._quantum, cheap_seconds)
         self._lanes = [self._short, self._long]
-        self.tracing: Tracing | None = None
+        self.tracing = tracing
         self.queued = 0  # time steps that wait, over all slots
-        self.settle: Callable[[Slots, Array], Array]  # told the slots of sessions that have moved and how far
-        self.release: Callable[[Slots], None]  # told those that have not
-        # Writes what advances of sessions have come to, where that is to outlive the process; notes who was refused.
-        self.commit: Callable[[list[tuple[Advance, Array]]], Awaitable[None]] | None = None
         self._committing: set[asyncio.Task[None]] = set()
         self._scheduled = False  # a turn of the event loop is to come
         self._on_thread = False  # a tick is under way on the thread
 
     def submit(
-        self, slots: Slots, x: Array, every_output: bool, kept: bool = False, done: Told | None = None
+        self,
+        slots: Slots,
+        x: Array,
+        every_output: bool,
+        done: Completion | None = None,
+        sink: CompletionSink | None = None,
+        keys: Sequence[Request] | None = None,
+        before: Sequence[dict[str, Array] | None] | None = None,
     ) -> Advance:
         """Queues an advance.
 
@@ -110,9 +118,11 @@ class Engine:
             slots: `[rows]`, the slots to move, `max_batch` at most; no other advance of them may be waiting.
             x: `[rows, time, *features]`, checked.
             every_output: Whether the outputs of all time steps are wanted.
-            kept: Whether they are slots of sessions, which outlive the request and must each move as a whole or not at
-                all; `settle` or `release` is called for each in the moment when it ends, whoever waits for the answer.
             done: What to tell the end; a future where it is left out.
+            sink: Keeps the sessions whose slots they are, which outlive the request and must each move as a whole or
+                not at all; it learns the end in the moment when it comes, whoever waits for the answer.
+            keys: By row, the change that it is; for the sink.
+            before: By row, the states before it; for the sink.
 
         Returns:
             The advance. Its `done` gives `y [rows, time, *outputs]` (time is 1 where the last output is wanted);
@@ -128,8 +138,9 @@ class Engine:
                 f"{self.queued} time steps are waiting for model {self.model.name!r}: try again in a second"
             )
         loop = asyncio.get_running_loop()
-        own = self._copied(slots) if kept and steps > self._quantum else slots
-        advance = Advance(x, rows, steps, own, slots, every_output, kept, done or loop.create_future())
+        own = self._copied(slots) if sink is not None and steps > self._quantum else slots
+        done = done or loop.create_future()
+        advance = Advance(x, rows, steps, own, slots, every_output, sink, keys, before, done)
         if self.tracing is not None:
             advance.trace = self.tracing.here()
         (self._short if steps <= self._short_steps else self._long).append(advance)
@@ -138,6 +149,24 @@ class Engine:
             self._scheduled = True
             loop.call_soon(self._gather, 0)
         return advance
+
+    @contextmanager
+    def scratch(self, states: Sequence[dict[str, Array] | None]) -> Iterator[Slots]:
+        """Gives slots for the length of a request, one for each of these states by name; None for zeros.
+
+        Raises:
+            QueueFull: There are not so many.
+        """
+        slots = self.arena.take_many(len(states))
+        if slots is None:
+            raise QueueFull("too many sequences are in flight: try again in a second")
+        try:
+            for slot, own in zip(slots.tolist(), states, strict=True):
+                if own is not None:
+                    self.arena.write(slot, own)
+            yield slots
+        finally:
+            self.arena.give_back(slots)
 
     def _refuse(self, *work: Any, **more: Any) -> NoReturn:
         self.model.check_steppable()
@@ -200,7 +229,7 @@ class Engine:
             return False
         tick = lane.take(steps)
         for advance in tick.dropped:
-            self._end(advance, False)
+            self._end(advance)
         if not tick.advances:
             return lane.waiting > 0
         try:
@@ -277,47 +306,81 @@ class Engine:
             self.arena.scatter(slots, before)
             self._fail(tick, error)
             return
-        if tick.whole and self.commit is None:
+        if tick.whole:
             self.queued -= taken
-            self._finish(tick, slots, lengths, y)
+            self._commit(tick.answers(y), slots, lengths)
             return
         start = 0
-        moved: list[tuple[Advance, Array]] = []
+        moved: list[Moved] = []
         for advance, length in zip(tick.advances, tick.lengths, strict=True):
             stop = start + advance.rows
             whole = self._advanced(advance, y[start:stop, :length], length)
             if whole is not None:
                 moved.append((advance, whole))
             start = stop
-        if self.commit is not None and any(advance.kept for advance, _ in moved):
-            alone = tick if tick.whole and all(advance.kept for advance in tick.advances) else None
-            task = asyncio.get_running_loop().create_task(self._committed(moved, alone, slots, lengths, y))
-            self._committing.add(task)
-            task.add_done_callback(self._committing.discard)
-        else:
-            for advance, whole in moved:
-                self._end(advance, True, whole)
-                advance.done.set_result(whole)
+        if moved:
+            self._commit(moved)
 
-    def _finish(self, tick: Tick, slots: Slots, lengths: NDArray[np.int32], y: Array) -> None:
-        """Ends all advances of a tick at once: what nearly every tick of single steps comes to."""
-        if all([advance.kept for advance in tick.advances]):  # noqa: C419  a list is the faster here
-            reached = self.settle(slots, lengths).tolist()
+    def _commit(self, moved: list[Moved], slots: Slots | None = None, steps: Array | None = None) -> None:
+        """Ends advances that have taken all of their time steps, when what they have come to is written.
+
+        Args:
+            moved: The advances.
+            slots: `[rows]`, all of their slots where they are a whole tick, of which nothing failed.
+            steps: `[rows]`, by how many time steps those have moved.
+        """
+        kept = [one for one in moved if one[0].sink is not None]
+        sink = kept[0][0].sink if kept else None
+        writing = sink.commit(self, kept) if sink is not None else None
+        if writing is None:
+            self._complete(moved, kept, slots, steps)
+            return
+        task = asyncio.get_running_loop().create_task(self._committed(writing, moved, kept, slots, steps))
+        self._committing.add(task)
+        task.add_done_callback(self._committing.discard)
+
+    async def _committed(
+        self, writing: Awaitable[None], moved: list[Moved], kept: list[Moved], slots: Slots | None, steps: Array | None
+    ) -> None:
+        start = time.perf_counter()
+        try:
+            await writing
+        except Exception as error:
+            log.error("what a tick of model %s has come to was not written", self.model.name, exc_info=error)
+            for advance, _ in kept:
+                advance.problems = dict.fromkeys(range(advance.rows), self._failed())
+        took = time.perf_counter() - start
+        self.counts.store.note(took)
+        if self.tracing is not None:
+            self.tracing.stored([advance for advance, _ in kept], start, took)
+        if any(advance.problems or advance.done.cancelled() for advance, _ in moved):
+            slots = steps = None
+        self._complete(moved, kept, slots, steps)
+
+    def _complete(self, moved: list[Moved], kept: list[Moved], slots: Slots | None, steps: Array | None) -> None:
+        """Ends advances that are written: a whole tick at once, which nearly every tick of single steps is."""
+        if slots is None or steps is None:
+            for one in moved:
+                self._end(*one)
+            return
+        if kept:
+            sink = kept[0][0].sink
+            assert sink is not None
+            if len(kept) == len(moved):
+                reached = sink.completed(self, kept, slots, steps).tolist()
+            else:
+                rows = np.repeat([one.sink is not None for one, _ in moved], [one.rows for one, _ in moved])
+                positions = np.zeros(len(slots), np.int64)
+                positions[rows] = sink.completed(self, kept, slots[rows], steps[rows])
+                reached = positions.tolist()
+            start = 0
+            for advance, y in moved:
+                advance.reached = reached[start : start + advance.rows]
+                start += advance.rows
+                advance.done.set_result(y)
         else:
-            kept = np.repeat([advance.kept for advance in tick.advances], [advance.rows for advance in tick.advances])
-            positions = np.zeros(len(slots), np.int64)
-            if kept.any():
-                positions[kept] = self.settle(slots[kept], lengths[kept])
-            reached = positions.tolist()
-        start = 0
-        for advance, length in zip(tick.advances, tick.lengths, strict=True):
-            stop = start + advance.rows
-            advance.reached = reached[start:stop]
-            first = 0 if advance.every_output else length - 1
-            if advance.note is not None:
-                advance.note(y[start:stop, first:length])
-            advance.done.set_result(y[start:stop, first:length])
-            start = stop
+            for advance, y in moved:
+                advance.done.set_result(y)
 
     def _fail(self, tick: Tick, error: Exception) -> None:
         """Ends all advances of a tick that could not be made; none has moved."""
@@ -325,7 +388,7 @@ class Engine:
         self.counts.failed += 1
         for advance in tick.advances:
             advance.problems = dict.fromkeys(range(advance.rows), self._failed())
-            self._end(advance, False)
+            self._end(advance)
 
     def _failed(self) -> ModelFailed:
         return ModelFailed(f"ONNX Runtime could not run model {self.model.name!r} on this request: nothing was applied")
@@ -343,42 +406,13 @@ class Engine:
             states = [np.take(state, kept, spec.batch_axis) for state, spec in zip(ran.states, specs, strict=True)]
             self.arena.scatter(slots[kept], states)
 
-    async def _committed(
-        self, moved: list[tuple[Advance, Array]], whole: Tick | None, slots: Slots, lengths: Array, outputs: Array
-    ) -> None:
-        """Ends advances when what they have come to is written; all at once where they are a whole tick of sessions."""
-        assert self.commit is not None
-        start = time.perf_counter()
-        try:
-            await self.commit([(advance, y) for advance, y in moved if advance.kept])
-        except Exception as error:
-            log.error("what a tick of model %s has come to was not written", self.model.name, exc_info=error)
-            for advance, _ in moved:
-                if advance.kept:
-                    advance.problems = dict.fromkeys(range(advance.rows), self._failed())
-        took = time.perf_counter() - start
-        self.counts.store.note(took)
-        if self.tracing is not None:
-            self.tracing.stored([advance for advance, _ in moved if advance.kept], start, took)
-        if whole is not None and not any(advance.problems or advance.done.cancelled() for advance, _ in moved):
-            self._finish(whole, slots, lengths, outputs)
-            return
-        for advance, y in moved:
-            self._end(advance, True, y)
-            if advance.done.cancelled():
-                continue
-            if advance.rows == 1 and advance.problems:
-                advance.done.set_exception(advance.problems[0])
-            else:
-                advance.done.set_result(y)
-
     def _advanced(self, advance: Advance, y: Array, taken: int) -> Array | None:
         """Notes what one tick did for an advance; gives y where it has moved as a whole."""
         advance.position += taken
         advance.remaining -= taken
         self.queued -= taken * advance.rows
         if advance.done.cancelled() or (advance.problems and len(advance.problems) == advance.rows):
-            self._end(advance, False)
+            self._end(advance)
             return None
         if advance.remaining:
             if advance.every_output:
@@ -394,26 +428,30 @@ class Engine:
             y = np.concatenate([*advance.outputs, y], axis=1)
         return y
 
-    def _end(self, advance: Advance, moved: bool, y: Array | None = None) -> None:
-        self.queued -= advance.remaining * advance.rows
+    def _end(self, advance: Advance, y: Array | None = None) -> None:
+        """Ends an advance that has moved, but for the rows with problems, and given y; or, without y, that has not."""
+        if y is None:
+            self.queued -= advance.remaining * advance.rows
         if advance.slots is not advance.homes:
             self.arena.give_back(advance.slots)
-        if advance.kept:
-            still = range(advance.rows) if not moved else advance.problems or ()
-            if len(still) < advance.rows:
-                rows = [row for row in range(advance.rows) if row not in still]
-                self.settle(advance.homes[rows], np.full(len(rows), advance.position))
+        problems = advance.problems or {}
+        if advance.sink is not None:
+            still = [row for row in range(advance.rows) if y is None or row in problems]
+            if y is not None and len(still) < advance.rows:
+                moved = advance.homes[[row for row in range(advance.rows) if row not in problems]]
+                advance.sink.completed(self, [(advance, y)], moved, np.full(len(moved), advance.x.shape[1]))
             if still:
-                self.release(advance.homes[list(still)])
+                advance.sink.failed(self, advance, advance.homes[still])
             advance.reached = self.arena.position[advance.homes].tolist()
-            if advance.note is not None:
-                advance.note(y)
-        if not moved and advance.problems and not advance.done.done():
-            if advance.rows == 1:
-                advance.done.set_exception(advance.problems[0])
-            else:
-                steps = advance.x.shape[1] if advance.every_output else 1
-                advance.done.set_result(self.model.outputs.zeros(advance.rows, steps))
+        if advance.done.done():
+            return
+        if problems and advance.rows == 1:
+            advance.done.set_exception(problems[0])
+        elif y is not None:
+            advance.done.set_result(y)
+        else:
+            steps_given = advance.x.shape[1] if advance.every_output else 1
+            advance.done.set_result(self.model.outputs.zeros(advance.rows, steps_given))
 
     def _note_problems(self, advance: Advance, rows: range, length: int, ran: Ran) -> None:
         """Notes which rows of an advance failed, or are not finite at a valid time step or in a next state."""

@@ -136,7 +136,7 @@ class _Own(Collector):
             counts = engine.counts
             _add(stages, [*values, "queue"], counts.queue)
             _add(stages, [*values, "run"], counts.run)
-            if engine.commit is not None:
+            if self._service.sessions.durable == "store":
                 _add(stages, [*values, "store"], counts.store)
             _add(rows, values, counts.rows)
         yield from (stages, rows)
@@ -160,16 +160,18 @@ class _Own(Collector):
 
     def _of_sessions(self) -> Iterator[Metric]:
         service = self._service
-        table, counts = service.sessions, service.counts
-        yield CounterMetricFamily("cellserve_sessions_created", "Sessions made, forks too.", table.created)
+        store, counts = service.sessions, service.counts
+        yield CounterMetricFamily("cellserve_sessions_created", "Sessions made, forks too.", store.created)
         ended = CounterMetricFamily("cellserve_sessions_ended", "Sessions that are gone.", labels=["reason"])
-        for reason, count in table.ended.items():
+        for reason, count in store.ended.items():
             ended.add_metric([reason], count)
         yield ended
         yield CounterMetricFamily(
-            "cellserve_replays", "Repeated changes that were told their answer again.", service.changes.replays
+            "cellserve_replays", "Repeated changes that were told their answer again.", service.writer.replays
         )
-        yield CounterMetricFamily("cellserve_store_errors", "Calls that the store did not answer.", table.store_errors)
+        yield CounterMetricFamily(
+            "cellserve_store_errors", "Calls that the store did not answer.", self._service.sessions.errors
+        )
         snapshots = HistogramMetricFamily("cellserve_snapshot_duration_seconds", "Of writing a snapshot.", labels=[])
         _add(snapshots, [], counts.snapshots)
         yield snapshots

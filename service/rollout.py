@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.changes import Changes
 from service.engine import Engine
-from service.errors import PositionConflict, ServerFull, Stale
+from service.errors import PositionConflict
 from service.exactly_once import Request, rollout_request
 from service.repository import Model
 from service.sampling import Sampling, draw
-from service.sessions import Session, SessionTable
+from service.session import Session
+from service.writer import SessionWriter
 
 Array = NDArray[Any]
 States = dict[str, Array]
@@ -57,15 +57,14 @@ class RolledOut(NamedTuple):
 
 
 class Rollouts:
-    """Rolls out the sessions of a table.
+    """Rolls out sessions.
 
     Args:
-        table: Holds them.
-        changes: Changes them.
+        writer: Changes them.
     """
 
-    def __init__(self, table: SessionTable, changes: Changes) -> None:
-        self._table, self._changes = table, changes
+    def __init__(self, writer: SessionWriter) -> None:
+        self._writer = writer
         self._newest: dict[tuple[str, str, bytes], object] = {}  # of the streams of one request, the one that goes on
 
     async def run(self, session: Session, wanted: Rollout, position: int | None) -> RolledOut:
@@ -77,32 +76,24 @@ class Rollouts:
             position: Where it is to start from; then it is applied once, however often it is sent.
 
         Raises:
-            SessionGone, StepInFlight, PositionConflict, SessionWentBack, NotFinite: As `Changes.step` does.
+            SessionGone, StepInFlight, PositionConflict, SessionWentBack, NotFinite: As `SessionWriter.submit` does.
             ModelFailed: No symbol can be drawn from an output.
         """
-        request = None if position is None else wanted.request(position)
-        while True:
-            try:
-                return await self._run(session, wanted, request)
-            except Stale:
-                session = await self._table.find(session.owner, session.id)
+        key = None if position is None else wanted.request(position)
 
-    async def _run(self, session: Session, wanted: Rollout, request: Request | None) -> RolledOut:
-        engine = session.engine
-        async with self._changes.turn(session, request) as again:
-            if again is not None:
-                given, _ = await _rolled(engine, again.before, wanted, again.request.position, wanted.steps)
-                return RolledOut(given, again.reached, True)
-            session.claimed = session.claimed or request is not None
-            try:
-                before = engine.arena.read(session.slot)
-                given, states = await _rolled(engine, before, wanted, session.position, wanted.steps)
-                await self._table.put_states(session, states, request, wanted.moves, before)
-                self._table.touch(session)
-                return RolledOut(given, session.position, False)
-            finally:
-                session.claimed = session.claimed and request is None
-                self._table.turns[engine].leave(session.slots)
+        async def attempt(session: Session) -> RolledOut:
+            engine = session.engine
+            async with self._writer.locked(session, key) as turn:
+                if turn.applied is None:
+                    before = engine.arena.read(session.slot)
+                    given, states = await _rolled(engine, before, wanted, session.position, wanted.steps)
+                    await self._writer.write_state(session, states, key, wanted.moves, before)
+                    return RolledOut(given, session.position, False)
+            applied = turn.applied
+            given, _ = await _rolled(engine, applied.before, wanted, applied.request.position, wanted.steps)
+            return RolledOut(given, applied.reached, True)
+
+        return await self._writer.retrying(session, attempt)
 
     async def stream(
         self, session: Session, wanted: Rollout, position: int | None, after: int | None
@@ -120,7 +111,7 @@ class Rollouts:
             after: Those at positions up to this one are not given, they are known.
 
         Raises:
-            SessionGone, PositionConflict, SessionWentBack, NotFinite: As `Changes.step` does.
+            SessionGone, PositionConflict, SessionWentBack, NotFinite: As `SessionWriter.submit` does.
             ModelFailed: No symbol can be drawn from an output.
         """
         mine = object()
@@ -154,52 +145,48 @@ class Rollouts:
     ) -> tuple[Request, States, list[Given]]:
         """Takes x, or finds it taken; gives the request, the states before it, and what it has given so far."""
         asked = None if position is None else wanted.request(position)
-        while True:
+
+        async def attempt(session: Session) -> tuple[Request, States, list[Given]]:
             engine = session.engine
-            try:
-                async with self._changes.turn(session, asked, waits=True) as again:
-                    if again is not None:
-                        assert again.before is not None
-                        start = again.request.position
-                        steps = again.reached - start - len(wanted.x) + 1
-                        given, _ = await _rolled(engine, again.before, wanted, start, steps)
-                        return again.request, again.before, given
+            async with self._writer.locked(session, asked, waits=True) as turn:
+                if turn.applied is None:
                     request, before = wanted.request(session.position), engine.arena.read(session.slot)
-                    advance = self._changes.submit_part(session, wanted.x, request, before)
-                y = (await advance.awaited)[0, -1]
-                return request, before, [_given(session.model, wanted, y, request.position + len(wanted.x))]
-            except Stale:
-                session = await self._table.find(session.owner, session.id)
+                    advance = self._writer.enqueue_part(session, turn, wanted.x, request, before)
+            if turn.applied is not None:
+                assert turn.applied.before is not None
+                start = turn.applied.request.position
+                steps = turn.applied.reached - start - len(wanted.x) + 1
+                given, _ = await _rolled(engine, turn.applied.before, wanted, start, steps)
+                return turn.applied.request, turn.applied.before, given
+            y = (await advance.awaited)[0, -1]
+            return request, before, [_given(session.model, wanted, y, request.position + len(wanted.x))]
+
+        return await self._writer.retrying(session, attempt)
 
     async def _next(
         self, session: Session, wanted: Rollout, request: Request, before: States, last: Given
     ) -> tuple[Session, Given]:
         """Takes what was given last; gives the session, as it is to be found now, and what comes next."""
-        while True:
-            try:
-                async with self._changes.turn(session, Request(last.position, b""), waits=True):
-                    if session.applied is None or session.applied.request != request:
-                        self._table.turns[session.engine].leave(session.slots)
-                        raise PositionConflict(
-                            "position: the session has another history than the rollout: start from where it is",
-                            position=session.position,
-                        )
-                    advance = self._changes.submit_part(session, last.x[None], request, before)
-                y = (await advance.awaited)[0, -1]
-                return session, _given(session.model, wanted, y, last.position + 1)
-            except Stale:
-                session = await self._table.find(session.owner, session.id)
+
+        async def attempt(session: Session) -> tuple[Session, Given]:
+            async with self._writer.locked(session, Request(last.position, b""), waits=True) as turn:
+                if session.applied is None or session.applied.request != request:
+                    raise PositionConflict(
+                        "position: the session has another history than the rollout: start from where it is",
+                        position=session.position,
+                    )
+                advance = self._writer.enqueue_part(session, turn, last.x[None], request, before)
+            y = (await advance.awaited)[0, -1]
+            return session, _given(session.model, wanted, y, last.position + 1)
+
+        return await self._writer.retrying(session, attempt)
 
 
 async def _rolled(
     engine: Engine, before: States | None, wanted: Rollout, start: int, steps: int
 ) -> tuple[list[Given], States]:
     """Rolls a copy of states out, so many steps of what is asked; gives what it gave, and the states then."""
-    slots = engine.arena.take_many(1)
-    if slots is None:
-        raise ServerFull("too many sequences are in flight: try again in a second")
-    try:
-        engine.arena.write(int(slots[0]), before)
+    with engine.scratch([before]) as slots:
         x, position, given = wanted.x, start, list[Given]()
         while len(given) < steps:
             y = (await engine.submit(slots, x[None], False).awaited)[0, -1]
@@ -207,8 +194,6 @@ async def _rolled(
             given.append(_given(engine.model, wanted, y, position))
             x = given[-1].x[None]
         return given, engine.arena.read(int(slots[0]))
-    finally:
-        engine.arena.give_back(slots)
 
 
 def _given(model: Model, wanted: Rollout, y: Array, position: int) -> Given:

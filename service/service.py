@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from service.changes import Changes
 from service.counts import Counts
 from service.engine import Engine
 from service.errors import NotAnOperator, ServerFull
@@ -22,10 +21,14 @@ from service.metrics import Metrics
 from service.repository import Model, Repository
 from service.rollout import Rollouts
 from service.runtime import RuntimeOptions
-from service.sessions import SessionTable
+from service.session import Durable
 from service.settings import Settings
+from service.stores.memory import MemoryStore
+from service.stores.protocol import SessionStore
 from service.stores.snapshot import BadSnapshot, Snapshots
+from service.table import SessionTable
 from service.versions import Versions
+from service.writer import SessionWriter
 
 if TYPE_CHECKING:
     from service.tracing import Tracing
@@ -42,16 +45,18 @@ def _yield_to_the_event_loop() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def _table(settings: Settings) -> SessionTable:
-    bounds = settings.max_sessions, settings.session_idle_seconds, settings.tombstone_seconds, settings.when_full
+def _store(settings: Settings, table: SessionTable, versions: Versions) -> SessionStore:
+    bounds = settings.max_sessions, settings.when_full
     if settings.store == "memory":
-        return SessionTable(*bounds)
+        durable: Durable = "none" if settings.snapshot is None else "snapshot"
+        return MemoryStore(table, settings.max_sessions, settings.tombstone_seconds, settings.when_full, durable)
     # Here and not above: the package is an extra.
     from service.stores.redis import RedisStore
-    from service.stores.shared import SharedTable
+    from service.stores.redis_client import RedisClient
 
     times = settings.session_idle_seconds, settings.tombstone_seconds, settings.store_timeout_seconds
-    return SharedTable(RedisStore(settings.store, *times, settings.store_replicas), settings.arena_sessions, *bounds)
+    client = RedisClient(settings.store, *times, settings.store_replicas)
+    return RedisStore(client, table, settings.arena_sessions, *bounds, versions.holding)
 
 
 def _tracing(settings: Settings) -> Tracing | None:
@@ -82,27 +87,27 @@ class Service:
             settings.provider, settings.threads, settings.spinning, settings.memory_arena, settings.optimization
         )
         self._executor = ThreadPoolExecutor(1, "tick", _yield_to_the_event_loop)
-        self.sessions = _table(settings)
+        table = SessionTable(settings.session_idle_seconds)
         self.tracing = _tracing(settings)
         self.versions = Versions(
             Repository(settings.models, options, settings.max_batch, settings.max_model_bytes),
             self._engine_of,
-            self.sessions,
+            table,
             settings.max_old_versions,
             # Of no lower priority: much of its work holds the interpreter's lock, and where the machine is busy one
             # that holds it and does not run kept the event loop waiting for up to 110 ms, at equal priority 29.
             ThreadPoolExecutor(1, "load"),
         )
         self.engines = self.versions.newest
-        self.sessions.load = self.versions.holding
-        self.changes = Changes(self.sessions)
-        self.rollouts = Rollouts(self.sessions, self.changes)
+        self.sessions = _store(settings, table, self.versions)
+        self.writer = SessionWriter(self.sessions)
+        self.rollouts = Rollouts(self.writer)
         self.counts = Counts()
         self.metrics = Metrics(self)
         self.watched = settings.access_log or settings.tracing  # each request is looked at, the short way is not taken
         self.keys = None if settings.api_keys_file is None else Keys(settings.api_keys_file)
         self.snapshots: Snapshots | None = None
-        if settings.snapshot is not None:
+        if settings.snapshot is not None and isinstance(self.sessions, MemoryStore):
             loaded = self.versions.loaded
             self.snapshots = Snapshots(
                 settings.snapshot, self.sessions, lambda: list(loaded.values()), self.versions.held_at_once
@@ -110,15 +115,12 @@ class Service:
             restored = self.snapshots.restore()
             self.sessions.sweep()  # of those that have expired meanwhile
             log.info("%d sessions are back from %s", restored, settings.snapshot)
-            self.sessions.durable = "snapshot"
         self.ready = False
         self.stopping = False  # connections are to end as soon as they can
         self.exit_status = 0
 
     def _engine_of(self, model: Model) -> Engine:
-        engine = Engine(model, self.settings, self._executor)
-        engine.tracing = self.tracing
-        return engine
+        return Engine(model, self.settings, self._executor, self.tracing)
 
     def owner(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
         """Gives whose request it is by its headers, empty where nobody needs a key; raises Unauthorized."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
@@ -25,49 +25,20 @@ _FIXED_SHARE = 0.25  # of what a row costs by itself: more than that is too much
 _MOST_PADDING = 0.25
 
 
-class Told:
-    """A future that nobody awaits: tells its end at once, without a turn of the event loop, to one who must not raise.
-
-    Args:
-        then: Is called with this when there is a result or an exception; not when it was cancelled.
-    """
-
-    __slots__ = ("_error", "_state", "_then", "_y")
-
-    def __init__(self, then: Callable[[Told], None]) -> None:
-        self._then = then
-        self._y: Array | None = None
-        self._error: BaseException | None = None
-        self._state = 0  # 1 when done, 2 when cancelled
+class Completion(Protocol):
+    """How an advance tells its end: a future, or what needs no turn of the event loop and so must not raise."""
 
     def done(self) -> bool:
-        """Says whether it has ended."""
-        return self._state != 0
+        """Tells whether it has ended."""
 
     def cancelled(self) -> bool:
-        """Says whether it was cancelled."""
-        return self._state == 2
-
-    def cancel(self) -> None:
-        """Cancels it, where it has not ended."""
-        self._state = self._state or 2
+        """Tells whether nobody wants it any more."""
 
     def set_result(self, y: Array) -> None:
         """Ends it."""
-        self._y, self._state = y, 1
-        self._then(self)
 
     def set_exception(self, error: BaseException) -> None:
         """Ends it."""
-        self._error, self._state = error, 1
-        self._then(self)
-
-    def result(self) -> Array:
-        """Gives the result, or raises the exception."""
-        if self._error is not None:
-            raise self._error
-        assert self._y is not None
-        return self._y
 
 
 @dataclass(slots=True, eq=False)
@@ -80,16 +51,15 @@ class Advance:
     slots: Slots  # [rows], what it works on: copies of its homes where it takes several ticks, until all is done
     homes: Slots  # [rows], the slots that are to have moved at the end
     every_output: bool  # whether the outputs of all time steps are wanted, or the last one's
-    kept: bool  # whether the slots are sessions', which outlive the request
-    done: asyncio.Future[Array] | Told  # gives y: [rows, time, *outputs], or [rows, 1, *outputs]
+    sink: CompletionSink | None  # keeps the sessions whose slots they are; None of slots that end with the request
+    keys: Sequence[Request] | None  # by row: where it says that it starts from
+    before: Sequence[dict[str, Array] | None] | None  # by row: the states before it, where y would be large
+    done: asyncio.Future[Array] | Completion  # gives y: [rows, time, *outputs], or [rows, 1, *outputs]
     position: int = 0  # time steps taken
     arrived: float = field(init=False)  # in its lane, seconds of time.perf_counter
     trace: Any = field(init=False)  # the trace that it belongs to, where requests are traced
     outputs: list[Array] | None = None
     problems: dict[int, Problem] | None = None  # by row: why it has not moved
-    requests: Sequence[Request] | None = None  # by row: where it says that it starts from
-    before: Sequence[dict[str, Array] | None] | None = None  # by row: the states before it, where y would be large
-    note: Callable[[Array | None], None] | None = None  # is told y, or None where nothing has moved, before anyone else
     reached: Sequence[int] = ()  # by row: the session's position after it
 
     @property
@@ -97,6 +67,38 @@ class Advance:
         """What to await, where the end is not told otherwise."""
         assert isinstance(self.done, asyncio.Future)
         return self.done
+
+
+Moved = tuple[Advance, Array]  # an advance that has taken all of its time steps, and its y
+
+
+class CompletionSink(Protocol):
+    """Keeps sessions. It comes with each advance of their slots, and learns how it ended before whoever waits for it.
+
+    All advances of one engine's sessions have the same sink: a tick is committed and completed as one batch.
+    """
+
+    def commit(self, engine: Any, batch: Sequence[Moved]) -> Awaitable[None] | None:
+        """Starts writing the new states of a batch, where that comes before its answers; None if nothing has to wait.
+
+        Rows that the store refuses are noted in their advance's `problems`.
+        """
+
+    def completed(self, engine: Any, batch: Sequence[Moved], slots: Slots, steps: Array) -> Array:
+        """Moves sessions on and lets go of them.
+
+        Args:
+            engine: Whose tick it was.
+            batch: The advances.
+            slots: `[rows]`, those of their slots that have moved.
+            steps: `[rows]`, by how many time steps.
+
+        Returns:
+            `[rows]`, the positions after it.
+        """
+
+    def failed(self, engine: Any, advance: Advance, slots: Slots) -> None:
+        """Lets go of sessions that an advance has not moved; the reasons are in its `problems`."""
 
 
 @dataclass(slots=True)
@@ -113,6 +115,15 @@ class Tick:
         self.advances.append(advance)
         self.lengths.append(length)
         self.whole = self.whole and length == advance.remaining and not advance.position
+
+    def answers(self, y: Array) -> list[Moved]:
+        """Gives the advances of a whole tick with their part of its y `[batch, time, *outputs]`."""
+        answers, start = [], 0
+        for advance, length in zip(self.advances, self.lengths, strict=True):
+            stop = start + advance.rows
+            answers.append((advance, y[start:stop, 0 if advance.every_output else length - 1 : length]))
+            start = stop
+        return answers
 
     def inputs(self) -> tuple[Array, NDArray[np.int32], Slots]:
         """Puts everything side by side: x `[batch, time, *features]`, lengths and slots `[batch]`."""

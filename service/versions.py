@@ -14,7 +14,7 @@ from service.engine import Engine
 from service.errors import RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
 from service.repository import BrokenModel, Model, Repository, VersionKey, cannot_be_run
 from service.runtime import RuntimeUnavailable
-from service.sessions import SessionTable
+from service.table import SessionTable
 
 T = TypeVar("T")
 State = Literal["serving", "draining", "loaded", "available", "refused"]
@@ -201,7 +201,7 @@ class Versions:
             if engine not in serving and engine.is_idle and self._asked.get(key, kept) <= kept:
                 del self.loaded[key]
                 self._asked.pop(key, None)
-                self._table.dismiss(engine)
+                self._table.unregister(engine)
                 self.repository.closed(key)
                 self._leaving.append(engine)
                 log.info("%s version %s is unloaded: it has no sessions any more", *key)
@@ -267,7 +267,7 @@ class Versions:
         """Takes engines into service, and lets each name mean what it should from now on."""
         for key, engine in fresh.items():
             self.loaded[key] = engine
-            self._table.serve(engine)
+            self._table.register(engine)
         for name, engine in newest.items():
             before = self.newest.get(name)
             if before is not None and before is not engine:

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.arena import Slots
-from service.changes import SteppedMany
 from service.errors import InvalidInput
 from service.numbers import checked_together
 from service.repository import Model
-from service.sessions import Session
+from service.session import Session
+from service.writer import BatchStepResult
 
 Array = NDArray[Any]
 
@@ -90,7 +90,7 @@ class Group:
         return cls(sessions, np.array([session.slot for session in sessions]), len(engines) > 1)
 
 
-def answer(kind: int, ref: int, stepped: SteppedMany) -> bytes:
+def answer(kind: int, ref: int, stepped: BatchStepResult) -> bytes:
     """Writes the answer to a frame."""
     y = stepped.y
     statuses = np.zeros(len(y), "<u4")

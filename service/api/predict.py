@@ -24,7 +24,7 @@ from service.api.messages import (
     unless_gone,
 )
 from service.engine import Engine
-from service.errors import BodyTooLarge, InvalidInput, NotFinite, QueueFull, VersionLoading
+from service.errors import BodyTooLarge, InvalidInput, NotFinite, VersionLoading
 from service.layout import parts
 from service.service import Service
 from service.tensors import PART_BYTES, decode
@@ -175,26 +175,20 @@ async def run_sequences(
     if engine.whole is not None:
         engine.whole.check(states is not None, return_states)
         return await engine.whole.run(sequences, name), []
-    arena = engine.arena
-    slots = arena.take_many(len(sequences))
-    if slots is None:
-        raise QueueFull("too many sequences are in flight: try again in a second")
     waiting: list[asyncio.Future[Array]] = []
-    try:
-        for number, sequence in enumerate(sequences):
-            if states is not None:
-                arena.write(int(slots[number]), states[number])
-            waiting.append(engine.submit(slots[number : number + 1], sequence[None], every_output).awaited)
-        outputs: list[Array] = []
-        for number, done in enumerate(waiting):
-            try:
-                outputs.append((await done)[0])
-            except NotFinite as problem:
-                place = f"{name}[{number}]"
-                raise NotFinite(f"{place}: {problem.detail}", place=place, **problem.extensions) from None
-        return outputs, [arena.read(int(slot)) for slot in slots] if return_states else []
-    finally:
-        for done in waiting:
-            if not done.cancel() and not done.cancelled():
-                done.exception()  # asyncio would log what nobody has looked at
-        arena.give_back(slots)
+    with engine.scratch([None] * len(sequences) if states is None else states) as slots:
+        try:
+            for number, sequence in enumerate(sequences):
+                waiting.append(engine.submit(slots[number : number + 1], sequence[None], every_output).awaited)
+            outputs: list[Array] = []
+            for number, done in enumerate(waiting):
+                try:
+                    outputs.append((await done)[0])
+                except NotFinite as problem:
+                    place = f"{name}[{number}]"
+                    raise NotFinite(f"{place}: {problem.detail}", place=place, **problem.extensions) from None
+            return outputs, [engine.arena.read(int(slot)) for slot in slots] if return_states else []
+        finally:
+            for done in waiting:
+                if not done.cancel() and not done.cancelled():
+                    done.exception()  # asyncio would log what nobody has looked at

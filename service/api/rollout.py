@@ -28,7 +28,7 @@ from service.repository import Model
 from service.rollout import Given, Rollout
 from service.sampling import Sampling
 from service.service import Service
-from service.sessions import Session
+from service.session import Session
 from service.tensors import decode
 
 Array = NDArray[Any]

@@ -26,15 +26,16 @@ from service.api.messages import (
     unless_gone,
 )
 from service.api.predict import labelled
-from service.changes import Changes, Stepped
 from service.engine import Engine
 from service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
 from service.exactly_once import Request as Once
 from service.exactly_once import creation, state_request, step_request
 from service.repository import Model
 from service.service import Service
-from service.sessions import Session, SessionTable
+from service.session import Session
+from service.stores.protocol import SessionStore
 from service.tensors import decode
+from service.writer import SessionWriter, StepResult
 
 Array = NDArray[Any]
 Position = Annotated[int, msgspec.Meta(ge=0)]
@@ -95,7 +96,7 @@ class Step:
             body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
             session = await self.service.sessions.find(owner, scope["path"][len("/sessions/") : -len("/step")])
             x, single, outputs, position = _read_step(session.model, body)
-            work = step_session(self.service.changes, session, x, single, outputs, position)
+            work = step_session(self.service.writer, session, x, single, outputs, position)
             stepped, every_output = await (unless_gone(work, receive) if session.engine.is_behind else work)
             answer = written(self.service.sessions, session, stepped.y, stepped.position, single, every_output)
             await send_json(send, answer, REPLAY if stepped.replayed else ())
@@ -122,12 +123,12 @@ def _read_step(model: Model, body: bytes) -> tuple[Array, bool, str | None, int 
 
 
 async def step_session(
-    changes: Changes, session: Session, x: Array, single: bool, outputs: str | None, position: int | None
-) -> tuple[Stepped, bool]:
+    writer: SessionWriter, session: Session, x: Array, single: bool, outputs: str | None, position: int | None
+) -> tuple[StepResult, bool]:
     """Steps a session as it was asked, whatever the surface; says also whether all outputs were wanted."""
     every_output = single or wants_all(session, outputs)
     once = None if position is None else step_request(position, x, every_output)
-    return await changes.step(session, x, every_output, once), every_output
+    return await writer.submit(session, x, every_output, once), every_output
 
 
 def wants_all(session: Session, outputs: str | None) -> bool:
@@ -136,7 +137,7 @@ def wants_all(session: Session, outputs: str | None) -> bool:
 
 
 def written(
-    table: SessionTable, session: Session, y: Array, position: int, single: bool, every_output: bool
+    store: SessionStore, session: Session, y: Array, position: int, single: bool, every_output: bool
 ) -> dict[str, Any]:
     """Writes the answer to a step that has given y `[time, *outputs]`."""
     output = y if every_output and not single else y[-1]
@@ -145,19 +146,19 @@ def written(
     document = model.document
     if document.labels is not None:
         answer["label" if output.ndim == y.ndim - 1 else "labels"] = labelled(document, [output])["labels"][0]
-    answer["durable"] = table.durable
+    answer["durable"] = store.durable
     return answer
 
 
-def told(table: SessionTable, session: Session, position: int | None = None) -> dict[str, Any]:
+def told(store: SessionStore, session: Session, position: int | None = None) -> dict[str, Any]:
     """Gives what every answer about a session says of it."""
     return {
         "session": session.id,
         "model": session.model.name,
         "version": session.model.version,
         "position": session.position if position is None else position,
-        "expires_in": table.idle_seconds,
-        "durable": table.durable,
+        "expires_in": store.table.idle_seconds,
+        "durable": store.durable,
     }
 
 
@@ -185,7 +186,7 @@ async def create(
         # Without a version a repetition is the same request, even where another one has become the newest meanwhile.
         named = wanted.model if wanted.model is not None and ":" in wanted.model else engine.model.name
         origin = creation(named, states)
-    return await service.sessions.make(engine, states, owner, session_id, origin)
+    return await service.sessions.create(engine, states, owner, session_id, origin)
 
 
 async def fork(service: Service, session: Session, wanted: ForkRequest) -> tuple[Session, bool]:
@@ -199,7 +200,7 @@ async def fork(service: Service, session: Session, wanted: ForkRequest) -> tuple
 def router(service: Service) -> APIRouter:
     """Makes the routes of everything but the step."""
     routes = APIRouter(tags=["sessions"], dependencies=[Depends(_check_query)])
-    table, limit = service.sessions, service.settings.max_body_bytes
+    store, limit = service.sessions, service.settings.max_body_bytes
 
     def owner(request: Request) -> str:
         return service.owner(request.scope["headers"])
@@ -213,12 +214,12 @@ def router(service: Service) -> APIRouter:
     def made(response: Response, session: Session, new: bool) -> dict[str, Any]:
         response.status_code = 201 if new else 200
         response.headers["location"] = f"/sessions/{session.id}"
-        return told(table, session)
+        return told(store, session)
 
     def changed(response: Response, session: Session, position: int, replayed: bool) -> dict[str, Any]:
         for name, value in REPLAY if replayed else ():
             response.headers[name.decode()] = value.decode()
-        return told(table, session, position)
+        return told(store, session, position)
 
     @routes.post("/sessions", status_code=201, summary="Create a session")
     async def post(request: Request, response: Response) -> dict[str, Any]:
@@ -243,7 +244,7 @@ def router(service: Service) -> APIRouter:
         if not re.fullmatch(_PAGE, after):
             raise InvalidInput(f"after: {after[:80]!r} is no page: send `next` of the page before", place="after")
         engine, _, slot = after.partition(".")
-        sessions, following = await table.page(owner(request), (int(engine), int(slot)), limit)
+        sessions, following = await store.page(owner(request), (int(engine), int(slot)), limit)
         return {
             "sessions": [
                 {"session": one.id, "model": one.model, "version": one.version, "position": one.position}
@@ -254,31 +255,31 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/sessions/{session_id}", summary="Read where a session is")
     async def read(session_id: str, request: Request) -> dict[str, Any]:
-        session = await table.find(owner(request), session_id)
-        _, position = await table.states(session)
-        return told(table, session, position)
+        session = await store.find(owner(request), session_id)
+        _, position = await store.read_state(session)
+        return told(store, session, position)
 
     @routes.delete("/sessions/{session_id}", status_code=204, summary="Delete a session")
     async def delete(session_id: str, request: Request, position: Annotated[int | None, Query(ge=0)] = None) -> None:
-        await table.delete(owner(request), session_id, position)
+        await store.delete(owner(request), session_id, position)
 
     @routes.post("/sessions/{session_id}/reset", summary="Set a session's state to zeros")
     async def reset(session_id: str, request: Request, response: Response) -> dict[str, Any]:
-        session = await table.find(owner(request), session_id)
+        session = await store.find(owner(request), session_id)
         position = decode(_reset_decoder, await body_or_nothing(request)).position
         once = None if position is None else state_request(position, None)
-        return changed(response, session, *await service.changes.set_state(session, None, once))
+        return changed(response, session, *await service.writer.set_state(session, None, once))
 
     @routes.post("/sessions/{session_id}/fork", status_code=201, summary="Make another session of a session's state")
     async def make_fork(session_id: str, request: Request, response: Response) -> dict[str, Any]:
-        session = await table.find(owner(request), session_id)
+        session = await store.find(owner(request), session_id)
         wanted = decode(_fork_decoder, await body_or_nothing(request))
         return made(response, *await fork(service, session, wanted))
 
     @routes.get("/sessions/{session_id}/state", summary="Download a session's state", response_class=Response)
     async def state(session_id: str, request: Request) -> Response:
-        session = await table.find(owner(request), session_id)
-        states, position = await table.states(session)
+        session = await store.find(owner(request), session_id)
+        states, position = await store.read_state(session)
         told = {"position": str(position), "digest": session.model.digest}
         content = binary.write_states(session.model, states, told)
         return Response(content, media_type=binary.MEDIA_TYPES[0].decode())
@@ -287,7 +288,7 @@ def router(service: Service) -> APIRouter:
     async def set_state(
         session_id: str, request: Request, response: Response, position: Annotated[int | None, Query(ge=0)] = None
     ) -> dict[str, Any]:
-        session = await table.find(owner(request), session_id)
+        session = await store.find(owner(request), session_id)
         kind = content_type(request.scope)
         if kind not in binary.MEDIA_TYPES:
             wanted = binary.MEDIA_TYPES[0].decode()
@@ -295,7 +296,7 @@ def router(service: Service) -> APIRouter:
         body = await read_body(request.scope, request.receive, limit)
         states = _uploaded(session.engine, body)
         once = None if position is None else state_request(position, states)
-        return changed(response, session, *await service.changes.set_state(session, states, once))
+        return changed(response, session, *await service.writer.set_state(session, states, once))
 
     return routes
 

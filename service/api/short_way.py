@@ -6,7 +6,6 @@ is handed over whole to the ASGI application, which finds out what it is and say
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -24,10 +23,10 @@ from websockets.http11 import Request
 from service.api.messages import REPLAY, RESUMABLE, as_problem
 from service.api.observed import HEADER, Asked, asks_id, new_id, noted, told
 from service.api.sessions import plain_step, written
-from service.errors import Problem, Stale
+from service.errors import Problem
 from service.service import Service
-from service.sessions import Session
-from service.ticks import Advance, Told
+from service.session import Session
+from service.writer import PendingStep, StepResult
 
 _BEGIN, _END = b"/sessions/", b"/step"
 _JSON = (b"content-type", b"application/json")
@@ -48,15 +47,12 @@ class _Step:
         self.disconnected = False
         self.keep_alive = True
         self.message_event = self
-        self.advance: Advance | None = None
-        self.again: asyncio.Task[None] | None = None  # the step once more, which had begun from a stale state
+        self.pending: PendingStep | None = None
 
     def set(self) -> None:
         """Is called when the client has gone: what has not been computed is dropped."""
-        if self.disconnected and self.advance:
-            self.advance.done.cancel()
-            if self.again:
-                self.again.cancel()
+        if self.disconnected and self.pending:
+            self.pending.cancel()
 
 
 class ShortHttp(HttpToolsProtocol):
@@ -128,47 +124,27 @@ class ShortHttp(HttpToolsProtocol):
             owner = self._service.owner(self.headers)
             session = self._service.sessions.get(owner, self.url[len(_BEGIN) : -len(_END)].decode())
             x, once = plain_step(session.model, step.body)
-            done = Told(partial(self._answer, step, session))
-            advance = None if x is None else self._service.changes.begin(session, x, True, done, once)
+            on_done = partial(self._answer, step, session)
+            pending = None if x is None else self._service.writer.try_submit(session, x, True, once, on_done)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, Problem):
-            advance = None
-        if advance is None:
+            pending = None
+        if pending is None:
             self._hand_over_step(step)
             super().on_message_complete()
             return
         self._step = None
-        step.advance = advance
+        step.pending = pending
 
-    def _answer(self, step: _Step, session: Session, done: Told) -> None:
+    def _answer(self, step: _Step, session: Session, pending: PendingStep, outcome: StepResult | Exception) -> None:
         if step.disconnected or self.transport.is_closing():
             return
-        assert step.advance is not None
-        try:
-            self._tell(step, session, done.result()[0], step.advance.reached[0])
-        except Stale:
-            step.again = asyncio.get_running_loop().create_task(self._step_again(step, session))
-        except Exception as error:
-            self._tell_problem(step, error)
-
-    async def _step_again(self, step: _Step, session: Session) -> None:
-        """Steps a session that was changed by another server since this one had read it."""
-        advance = step.advance
-        assert advance is not None
-        try:
-            once = None if advance.requests is None else advance.requests[0]
-            stepped = await self._service.changes.step(session, advance.x[0], True, once)
-            if not self.transport.is_closing():
-                self._tell(step, session, stepped.y, stepped.position, REPLAY if stepped.replayed else ())
-        except Exception as error:
-            if not self.transport.is_closing():
-                self._tell_problem(step, error)
-
-    def _tell(
-        self, step: _Step, session: Session, y: Any, position: int, more: Iterable[tuple[bytes, bytes]] = ()
-    ) -> None:
-        answer = written(self._service.sessions, session, y, position, True, True)
+        if isinstance(outcome, Exception):
+            self._tell_problem(step, outcome)
+            return
+        answer = written(self._service.sessions, session, outcome.y, outcome.position, True, True)
         body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-        self._send(step, 200, self._head(200, (_JSON, *more)) if more else self._good_head(), body)
+        head = self._head(200, (_JSON, *REPLAY)) if outcome.replayed else self._good_head()
+        self._send(step, 200, head, body)
 
     def _tell_problem(self, step: _Step, error: Exception) -> None:
         asked = Asked(new_id(), self._counts)
@@ -178,9 +154,9 @@ class ShortHttp(HttpToolsProtocol):
         self._send(step, problem.status, head, told(problem, scope))
 
     def _send(self, step: _Step, status: int, head: bytes, body: bytes) -> None:
-        assert step.advance is not None
+        assert step.pending is not None
         self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
-        self._counts.answered(status, perf_counter() - step.advance.arrived)
+        self._counts.answered(status, perf_counter() - step.pending.advance.arrived)
         step.response_complete = True
         if not step.keep_alive:
             self.transport.close()

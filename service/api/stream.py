@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import repeat
 from time import perf_counter
@@ -35,13 +35,12 @@ from service.api.sessions import (
     written,
 )
 from service.api.short_way import EXTENSION, ShortFrames
-from service.changes import SteppedMany
-from service.errors import Forbidden, InvalidInput, Problem, Stale, Unauthorized, UnknownSession, UpgradeRequired
+from service.errors import Forbidden, InvalidInput, Problem, Unauthorized, UnknownSession, UpgradeRequired
 from service.exactly_once import state_request, step_request
 from service.service import Service
-from service.sessions import Session
+from service.session import Session
 from service.tensors import decode
-from service.ticks import Advance, Told
+from service.writer import BatchStepResult, PendingBatch, PendingStep, StepResult
 
 Array = NDArray[Any]
 
@@ -127,7 +126,7 @@ class _Socket:
         self.groups: dict[bytes, Group] = {}  # by the handles of a binary frame
         self.beginning = 0  # tasks of frames that have not run yet; whoever comes later must not pass them
         self.tasks: set[asyncio.Task[None]] = set()
-        self.waiting: dict[Told, Advance] = {}  # what was begun without a task
+        self.pending: set[PendingStep | PendingBatch] = set()  # what was begun without a task
 
     async def serve(self, receive: Receive) -> None:
         """Reads frames until the socket is closed; what nobody waits for any more is dropped."""
@@ -151,8 +150,8 @@ class _Socket:
             writing.cancel()
             for task in self.tasks:
                 task.cancel()
-            for done in self.waiting:
-                done.cancel()
+            for pending in self.pending:
+                pending.cancel()
 
     def _put_json(self, document: Any, last: bool = True) -> None:
         self.outbox.put(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), True, last)
@@ -171,43 +170,31 @@ class _Socket:
             frame = frames.plain_decoder.decode(text)
             session = self._session(frame.session)
             x = session.model.reader.single(frame.x)
-            done = Told(partial(self._answer_step, frame.ref, session))
             once = None if x is None or frame.position is None else step_request(frame.position, x, True)
-            advance = None if x is None else self.service.changes.begin(session, x, True, done, once)
+            on_done = partial(self._answer_step, frame.ref, session)
+            pending = None if x is None else self.service.writer.try_submit(session, x, True, once, on_done)
         except (msgspec.MsgspecError, UnicodeError, RecursionError, Problem):
             return False  # the long way finds out what is wrong and says it
-        if advance is None:
-            return False
-        self.waiting[done] = advance
-        return True
+        return self._is_under_way(pending)
 
-    def _answer_step(self, ref: msgspec.Raw, session: Session, done: Told) -> None:
-        advance = self.waiting.pop(done)
+    def _is_under_way(self, pending: PendingStep | PendingBatch | None) -> bool:
+        if pending is not None:
+            self.pending.add(pending)
+        return pending is not None
+
+    def _answer_step(
+        self, ref: msgspec.Raw, session: Session, pending: PendingStep, outcome: StepResult | Exception
+    ) -> None:
+        self.pending.discard(pending)
         answer: dict[str, Any] = {"op": "step", "ref": orjson.Fragment(bytes(ref))}
-        try:
-            answer |= written(self.service.sessions, session, done.result()[0], advance.reached[0], True, True)
-            status = 200
-        except Stale:
-            self._later(self._answer_step_again(answer, session, advance))
-            return
-        except Exception as error:
-            problem = as_problem(error, self.scope)
+        if isinstance(outcome, Exception):
+            problem = as_problem(outcome, self.scope)
             answer, status = _problem(self.scope, answer["ref"], problem), problem.status
-        self.counts.answered(status, perf_counter() - advance.arrived)
-        self._put_json(answer)
-
-    async def _answer_step_again(self, answer: dict[str, Any], session: Session, advance: Advance) -> None:
-        """Steps a session that was changed by another server since this one had read it."""
-        try:
-            once = None if advance.requests is None else advance.requests[0]
-            stepped = await self.service.changes.step(session, advance.x[0], True, once)
-            answer |= written(self.service.sessions, session, stepped.y, stepped.position, True, True)
-            answer |= {"replayed": True} if stepped.replayed else {}
+        else:
+            answer |= written(self.service.sessions, session, outcome.y, outcome.position, True, True)
+            answer |= {"replayed": True} if outcome.replayed else {}
             status = 200
-        except Exception as error:
-            problem = as_problem(error, self.scope)
-            answer, status = _problem(self.scope, answer["ref"], problem), problem.status
-        self.counts.answered(status, perf_counter() - advance.arrived)
+        self.counts.answered(status, perf_counter() - pending.advance.arrived)
         self._put_json(answer)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
@@ -222,40 +209,26 @@ class _Socket:
             group = self._group(frame.handles)
             if frame.kind != STEP or group.mixed or not self._is_alive(group):
                 return False
-            done = Told(partial(self._answer_frame, frame, group))
             x = frame.x(group.sessions[0].model)
-            advance = self.service.changes.begin_many(group.sessions, group.slots, x, done)
+            on_done = partial(self._answer_frame, frame, group)
+            return self._is_under_way(self.service.writer.try_submit_many(group.sessions, group.slots, x, on_done))
         except Problem:
             return False
-        if advance is None:
-            return False
-        self.waiting[done] = advance
-        return True
 
-    def _answer_frame(self, frame: Frame, group: Group, done: Told) -> None:
-        advance = self.waiting.pop(done)
-        try:
-            stepped = SteppedMany(done.result(), np.array(advance.reached), advance.problems or {}, set())
-        except Problem as problem:  # of the only row
-            y = group.sessions[0].model.outputs.zeros(*advance.x.shape[:2])
-            stepped = SteppedMany(y, np.array(advance.reached), {0: problem}, set())
-        if any(isinstance(problem, Stale) for problem in stepped.problems.values()):
-            self._later(self._answer_frame_again(frame, group, advance, stepped))
-        else:
-            self._put_frame(frame, group, stepped, advance.arrived)
-
-    async def _answer_frame_again(self, frame: Frame, group: Group, advance: Advance, stepped: SteppedMany) -> None:
-        try:
-            await self.service.changes.again(group.sessions, advance.x, None, stepped)
-            self._put_frame(frame, group, stepped, advance.arrived)
-        except Exception as error:
-            problem = as_problem(error, self.scope)
-            self.counts.answered(problem.status, perf_counter() - advance.arrived)
+    def _answer_frame(
+        self, frame: Frame, group: Group, pending: PendingBatch, outcome: BatchStepResult | Exception
+    ) -> None:
+        self.pending.discard(pending)
+        if isinstance(outcome, Exception):
+            problem = as_problem(outcome, self.scope)
+            self.counts.answered(problem.status, perf_counter() - pending.advance.arrived)
             self._put_json(_problem(self.scope, frame.ref, problem))
+        else:
+            self._put_frame(frame, group, outcome, pending.advance.arrived)
 
     def _is_alive(self, group: Group) -> bool:
         """Says whether all sessions of a group are alive; none of them need be asked where none has ended since."""
-        endings = self.service.sessions.endings
+        endings = self.service.sessions.table.endings
         if group.endings != endings and all(session.alive for session in group.sessions):
             group.endings = endings
         return group.endings == endings
@@ -277,7 +250,7 @@ class _Socket:
             self._put_json(_problem(self.scope, (frames if text else binary_frames).ref_of(body), problem))
 
     async def _text(self, body: bytes) -> dict[str, Any]:
-        table = self.service.sessions
+        store = self.service.sessions
         frame = decode(frames.decoder, body)
         answer: dict[str, Any] = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
         match frame:
@@ -290,31 +263,31 @@ class _Socket:
                 session = await self._found(frame.session)
                 x, single = session.model.reader.x(frame.x)
                 asked = frame.outputs, frame.position
-                stepped, every_output = await step_session(self.service.changes, session, x, single, *asked)
-                answer |= written(table, session, stepped.y, stepped.position, single, every_output)
+                stepped, every_output = await step_session(self.service.writer, session, x, single, *asked)
+                answer |= written(store, session, stepped.y, stepped.position, single, every_output)
                 return answer | ({"replayed": True} if stepped.replayed else {})
             case Open():
                 session, _ = await create(
                     self.service, self.owner, CreateRequest(frame.model, frame.states), frame.session
                 )
             case Attach():
-                session = await table.find(self.owner, frame.session)
-                _, position = await table.states(session)
-                return answer | {"handle": self._handle(session)} | told(table, session, position)
+                session = await store.find(self.owner, frame.session)
+                _, position = await store.read_state(session)
+                return answer | {"handle": self._handle(session)} | told(store, session, position)
             case Reset():
                 session = await self._found(frame.session)
                 once = None if frame.position is None else state_request(frame.position, None)
-                position, replayed = await self.service.changes.set_state(session, None, once)
-                return answer | told(table, session, position) | ({"replayed": True} if replayed else {})
+                position, replayed = await self.service.writer.set_state(session, None, once)
+                return answer | told(store, session, position) | ({"replayed": True} if replayed else {})
             case Fork():
                 session, _ = await fork(
                     self.service, await self._found(frame.session), ForkRequest(frame.to, frame.position)
                 )
             case Close():
                 session = await self._found(frame.session)
-                await table.delete(self.owner, session.id, frame.position)
+                await store.delete(self.owner, session.id, frame.position)
                 return answer | {"session": session.id}
-        return answer | {"handle": self._handle(session)} | told(table, session)
+        return answer | {"handle": self._handle(session)} | told(store, session)
 
     def _handle(self, session: Session) -> int:
         if session.id not in self.handles:
@@ -335,7 +308,7 @@ class _Socket:
         try:
             return self._session(name)
         except Problem:
-            if not self.service.sessions.shared or (isinstance(name, int) and name >= len(self.sessions)):
+            if isinstance(name, int) and name >= len(self.sessions):
                 raise
         if isinstance(name, str):
             return await self.service.sessions.find(self.owner, name)
@@ -349,15 +322,17 @@ class _Socket:
         requests = None
         if frame.positions is not None:
             requests = list(map(step_request, frame.positions.tolist(), x, repeat(True)))
-        if self.service.sessions.shared and not all(session.alive for session in group.sessions):
-            handles = [self.handles[session.id] for session in group.sessions]
-            found = [await self._found(handle) for handle in handles]
+        if not self._is_alive(group):
+            for session in group.sessions:
+                if not session.alive:
+                    with suppress(Problem):  # its row says so
+                        await self._found(self.handles[session.id])
             self.groups.clear()
-            group = Group.of(found)
-        step = self.service.changes.step_versions if group.mixed else self.service.changes.step_many
-        self._put_frame(frame, group, await step(group.sessions, group.slots, x, requests), begun)
+            group = self._group(frame.handles)
+        submit = self.service.writer.submit_versions if group.mixed else self.service.writer.submit_many
+        self._put_frame(frame, group, await submit(group.sessions, group.slots, x, requests), begun)
 
-    def _put_frame(self, frame: Frame, group: Group, stepped: SteppedMany, begun: float) -> None:
+    def _put_frame(self, frame: Frame, group: Group, stepped: BatchStepResult, begun: float) -> None:
         for row, problem in stepped.problems.items():
             about = _problem(self.scope, frame.ref, problem, session=group.sessions[row].id, row=row)
             self._put_json(about, last=False)

@@ -1,317 +1,408 @@
-"""The shared store: sessions in Redis or Valkey, so that any replica can serve any of them.
-
-A session is a hash; a write to it is one call of a script that compares position and revision with those that the
-writer has seen, and sets all of it or nothing. Beside it stands a key that outlives it and tells what has become of it.
-Both keys share a hash tag. A sorted set by deadline knows all sessions.
-"""
+"""Sessions in a shared Redis: the slots of the table are a cache of them, and every commit detects a stale one."""
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import logging
 import math
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import hiredis
-from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import (
-    ConnectionError,
-    NoScriptError,
-    RedisClusterException,
-    RedisError,
-    ResponseError,
-    TimeoutError,
-)
+import numpy as np
+from numpy.typing import NDArray
 
-from service.errors import StoreAway
-from service.sessions import StoreUnusable
-from service.stores.records import Fate, Stored, Write
+from service.arena import Arena
+from service.engine import Engine
+from service.errors import ModelVersionNotHere, Problem, ServerFull, SessionExists, SessionWentBack, Stale, StoreAway
+from service.exactly_once import Applied, Request, check
+from service.repository import VersionKey
+from service.session import Durable, Listed, Session, gone, key_of, unknown
+from service.settings import WhenFull
+from service.stores.memory import full, new_id
+from service.stores.protocol import Page, States
+from service.stores.records import Fate, Last, Mark, Stored, Write, new_revisions
+from service.stores.redis_client import RedisClient
+from service.table import SessionTable
+from service.ticks import Advance, Moved
 
-_CLUSTER = "redis+cluster://"
-_INDEX = "cellserve:sessions"
-_INDEX_SLACK = 1.1
+Array = NDArray[Any]
+LoadEngine = Callable[[VersionKey, str], Awaitable[Engine | None]]
 
-Command = tuple[Any, ...]  # its name and its arguments: bytes, strings and numbers
-
-# KEYS: the session, what became of it. ARGV: the mark that is expected, the new one, milliseconds until it expires and
-# until that is forgotten, what will have become of it, its states, and the last change where that is new.
-_WRITE = b"""
-local now = redis.call('HGET', KEYS[1], 'mark')
-if not now then return 'gone' end
-if now ~= ARGV[1] then return 'other' end
-if ARGV[7] then
-  redis.call('HSET', KEYS[1], 'mark', ARGV[2], 'states', ARGV[6], 'last', ARGV[7])
-else
-  redis.call('HSET', KEYS[1], 'mark', ARGV[2], 'states', ARGV[6])
-end
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-redis.call('SET', KEYS[2], ARGV[5], 'PX', ARGV[4])
-return 'written'
-"""
-# KEYS as above. ARGV: the two times, what will have become of it, then fields and values.
-_CREATE = b"""
-if redis.call('EXISTS', KEYS[1]) == 1 then return 'there' end
-if redis.call('EXISTS', KEYS[2]) == 1 then return 'gone' end
-local fields = {}
-for place = 4, #ARGV do fields[place - 3] = ARGV[place] end
-redis.call('HSET', KEYS[1], unpack(fields))
-redis.call('PEXPIRE', KEYS[1], ARGV[1])
-redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
-return 'written'
-"""
-# The same, whatever is or was there.
-_REPLACE = b"redis.call('DEL', KEYS[1], KEYS[2])\n" + _CREATE
-# KEYS as above. ARGV: the reason, milliseconds until that is forgotten, the position that is expected, or nothing.
-_END = b"""
-local mark = redis.call('HGET', KEYS[1], 'mark')
-if not mark then return 'gone' end
-local position = string.match(mark, '^%d+')
-if ARGV[3] ~= '' and ARGV[3] ~= position then return 'other' end
-redis.call('DEL', KEYS[1])
-redis.call('SET', KEYS[2], ARGV[1] .. ' ' .. position, 'PX', ARGV[2])
-return 'written'
-"""
-
-log = logging.getLogger("cellserve")
+_INDEX_SHARE = 0.1  # the deadline in Redis is refreshed only after this fraction of the idle time
 
 
 class RedisStore:
-    """Sessions in Redis or Valkey.
+    """The sessions of a shared Redis, those that are in use here in slots; a `SessionStore`.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`, as redis-py takes it; `redis+cluster://` for a cluster.
-        idle_seconds: A session not written or read for so long expires.
-        tombstone_seconds: For how long it is told of a session that it is gone.
-        timeout_seconds: For how long an answer is waited for.
-        replicas: Of the store's own, that must have a write before it is answered (`WAIT`).
-
-    Raises:
-        StoreUnusable: The address is none.
+        client: Speaks to Redis.
+        table: Their slots.
+        cached: Sessions of a model that have slots here, at most.
+        max_sessions: Live sessions, at most.
+        when_full: Refuse one session more, or evict the longest idle one.
+        load: Returns the engine of a version by its name and digest, loaded where it has to be.
     """
 
+    durable: Durable = "store"
+
     def __init__(
-        self, url: str, idle_seconds: float, tombstone_seconds: float, timeout_seconds: float, replicas: int
+        self,
+        client: RedisClient,
+        table: SessionTable,
+        cached: int,
+        max_sessions: int,
+        when_full: WhenFull = "refuse",
+        load: LoadEngine | None = None,
     ) -> None:
-        # Nothing is sent again by the client: whether a write that had no answer was applied must be looked up.
-        how: dict[str, Any] = {"socket_timeout": timeout_seconds, "socket_connect_timeout": timeout_seconds}
-        how["retry"] = Retry(NoBackoff(), 0)
-        self._cluster = url.startswith(_CLUSTER)
-        if self._cluster and replicas:
-            raise StoreUnusable(f"--store-replicas cannot be asked of a cluster: use {_CLUSTER} without it")
-        try:
-            if self._cluster:
-                self._redis: Any = RedisCluster.from_url(url.replace(_CLUSTER, "redis://", 1), **how)
-            else:
-                self._redis = Redis.from_url(url, **how)
-        except ValueError as error:
-            raise StoreUnusable(f"--store: {error}: send memory or redis://HOST:PORT/DB") from None
-        self._idle_ms = max(1, int(1000 * idle_seconds))
-        self._gone_ms = max(1, int(1000 * tombstone_seconds))
-        self._timeout = timeout_seconds
-        self._replicas = replicas
-        self._away = False
-        self.errors = 0  # how often it did not answer, so far
-        self._offset = 0.0  # of the store's clock against ours, seconds
-        self._scripts: dict[bytes, str] = {
-            script: hashlib.sha1(script).hexdigest() for script in (_WRITE, _CREATE, _REPLACE, _END)
-        }
+        self.table, self.max_sessions, self.when_full = table, max_sessions, when_full
+        self._client, self._most_cached, self._load = client, cached, load
+        self.created = 0
+        self.ended = dict.fromkeys(("deleted", "expired", "evicted"), 0)
+
+    @property
+    def errors(self) -> int:
+        """How often Redis did not answer, so far."""
+        return self._client.errors
 
     async def start(self) -> None:
-        """Looks the store over, and warns where it may lose what it has acknowledged; raises StoreAway."""
-        async with self._asking():
-            for script in self._scripts:
-                await self._redis.script_load(script)
-            told = await self._redis.time()
-            seconds, micros = next(iter(told.values())) if isinstance(told, dict) else told
-            self._offset = seconds + micros / 1e6 - time.time()
-        try:
-            told = await self._redis.config_get("maxmemory-policy", "appendonly")
-        except RedisError:
-            return  # a hosted store may not tell
-        if told.get("maxmemory-policy", "noeviction") != "noeviction":
-            log.warning("the store evicts sessions when its memory is full: set maxmemory-policy noeviction")
-        if told.get("appendonly") == "no":
-            log.warning("the store keeps no append-only file: a restart of it loses sessions; set appendonly yes")
+        """Looks Redis over; if it is away now, whatever needs it tries again."""
+        with suppress(StoreAway):
+            await self._client.start()
 
     async def close(self) -> None:
-        """Ends the connections."""
-        await self._redis.aclose()
+        """Closes the connections to Redis."""
+        await self._client.close()
 
-    async def load(self, key: str) -> Stored | Fate | None:
-        """Reads a session, and counts as using it; gives its fate where it is gone, None where none was ever there."""
-        async with self._asking():
-            pipeline = self._redis.pipeline(transaction=False)
-            session, fate = _names(key)
-            pipeline.hmget(session, Stored.FIELDS)
-            pipeline.get(fate)
-            pipeline.pexpire(session, self._idle_ms)
-            pipeline.pexpire(fate, self._idle_ms + self._gone_ms)
-            pipeline.zadd(_INDEX, {key: self._deadline()}, xx=True)
-            values, told, *_ = await pipeline.execute()
-        if values[0] is not None:
-            return Stored.read(values)
-        return None if told is None else Fate.read(told)
+    async def count(self) -> int:
+        """Counts the sessions in Redis; raises StoreAway."""
+        live, expired = await self._client.count()
+        self.ended["expired"] += expired
+        return live
 
-    async def create(self, key: str, session: Stored) -> str:
-        """Makes a session: `written`, `there` where it is already, `gone` where it was."""
-        return await self._create(_CREATE, key, session)
+    def get(self, owner: str, session_id: str) -> Session:
+        """Returns a session that has a slot here."""
+        session = self.table.live.get(key_of(owner, session_id))
+        if session is None:
+            raise self.missing(owner, session_id)
+        return session
 
-    async def replace(self, key: str, session: Stored) -> None:
-        """Makes a session in place of whatever is or was there."""
-        await self._create(_REPLACE, key, session)
+    async def find(self, owner: str, session_id: str) -> Session:
+        """Returns a session, from its slot or from Redis."""
+        key = key_of(owner, session_id)
+        session = self.table.live.get(key)
+        return session if session is not None else await self._cached(owner, session_id, await self._client.load(key))
 
-    async def _create(self, script: bytes, key: str, session: Stored) -> str:
-        times = self._idle_ms, self._idle_ms + self._gone_ms
-        call = self._call(script, key, *times, b"expired %d" % session.mark.position, *session.fields())
-        (outcome,) = await self._run(script, [call])
-        if outcome == "written":
-            await self.used([key])
-        return outcome
+    def missing(self, owner: str, session_id: str) -> Problem:
+        """Makes the error for a session that has no slot here any more: it may be in Redis."""
+        return Stale()
 
-    async def write(self, writes: Sequence[Write], used: Iterable[str] = ()) -> list[str]:
-        """Writes some sessions in one round trip, and moves deadlines in the set of all sessions.
+    async def _reload(self, session: Session) -> None:
+        """Reads a locked session again.
 
-        Returns:
-            For each write `written`, `other` where the session is another by now, or `gone`.
+        Raises:
+            SessionGone, UnknownSession: It is there no more.
+            StoreAway: The store does not answer.
         """
-        idle, gone = self._idle_ms, self._idle_ms + self._gone_ms
-        calls = []
-        for one in writes:
-            mark = one.mark
-            last = () if one.last is None else (bytes(one.last),)
-            fate = b"expired %d" % mark.position
-            told = bytes(one.seen), bytes(mark), idle, gone, fate, one.states, *last
-            calls.append(self._call(_WRITE, one.key, *told))
-        return await self._run(_WRITE, calls, used)
+        stored = await self._client.load(key_of(session.owner, session.id))
+        if not isinstance(stored, Stored) or stored.digest != session.model.digest:
+            self._forget(session)
+            raise self._fate(stored)
+        self._fill(session, stored)
 
-    async def end(self, key: str, reason: str, position: int | None = None) -> str:
-        """Ends a session: `written`, `other` where it is not at the position, or `gone`."""
-        call = self._call(_END, key, reason, self._gone_ms, "" if position is None else position)
-        (outcome,) = await self._run(_END, [call])
-        if outcome == "written":
-            async with self._asking():
-                await self._redis.zrem(_INDEX, key)
-        return outcome
+    def is_current(self, session: Session, key: Request | None) -> bool:
+        """Tells whether a change may start from what is in the slot; a commit detects what is stale all the same."""
+        return session.revision is not None and (key is None or key.position == session.position)
 
-    async def used(self, keys: Iterable[str]) -> None:
-        """Moves deadlines in the set of all sessions."""
-        async with self._asking():
-            await self._redis.execute_command(*self._deadlines(keys))
+    def all_current(self, sessions: Sequence[Session]) -> bool:
+        """Tells whether all slots hold what was last written or read."""
+        return all(session.revision is not None for session in sessions)
 
-    async def count(self) -> tuple[int, int]:
-        """Counts the sessions whose deadline has not come, and those whose has, which no later call counts again."""
-        async with self._asking():
-            pipeline = self._redis.pipeline(transaction=False)
-            pipeline.zremrangebyscore(_INDEX, "-inf", self._now())
-            pipeline.zcard(_INDEX)
-            expired, live = await pipeline.execute()
-            return int(live), int(expired)
+    async def refresh(self, session: Session, key: Request | None) -> None:
+        """Reads a locked session again, unless a change with this key may start from what is in its slot."""
+        if self.is_current(session, key):
+            return
+        known, seen = session.revision is not None, session.position
+        await self._reload(session)
+        if known and session.position < seen and key is None:
+            raise _went_back(session, seen)
 
-    async def longest_idle(self) -> str | None:
-        """Gives the key of the session whose deadline comes first."""
-        async with self._asking():
-            found = await self._redis.zrange(_INDEX, 0, 0)
-        return found[0].decode() if found else None
+    async def create(
+        self,
+        engine: Engine,
+        states: States | None,
+        owner: str,
+        session_id: str | None,
+        origin: bytes,
+        position: int = 0,
+    ) -> tuple[Session, bool]:
+        """Makes a session in Redis, and gives it a slot."""
+        name = session_id if session_id is not None else new_id()
+        key = key_of(owner, name)
+        found = None if session_id is None else await self._client.load(key)
+        outcome = "there"
+        if found is None:
+            await self._enforce_capacity()
+            new = _new(engine, states, origin, position)
+            outcome = await self._client.create(key, new)
+            self.created += outcome == "written"
+            found = new if outcome == "written" else await self._client.load(key)
+        session = await self._cached(owner, name, found)
+        if session.origin != origin:
+            raise SessionExists(
+                f"there is a session {name!r} already, which another request has made: choose another id",
+                position=session.position,
+            )
+        return session, outcome == "written"
 
-    async def page(self, prefix: str, cursor: int, limit: int) -> tuple[list[tuple[str, str, int, int]], int]:
-        """Gives about so many sessions whose keys begin so, as key, model, version and position; and where to go on."""
-        found: list[tuple[str, str, int, int]] = []
-        while True:
-            async with self._asking():
-                match = f"{prefix}*" if prefix else None
-                cursor, members = await self._redis.zscan(_INDEX, cursor, match=match, count=limit)
-                keys = [member.decode() for member, _ in members]
-                pipeline = self._redis.pipeline(transaction=False)
-                for key in keys:
-                    pipeline.hmget(_names(key)[0], "model", "version", "mark")
-                told = await pipeline.execute()
-            found += [
-                (key, values[0].decode(), int(values[1]), int(values[2].partition(b" ")[0]))
-                for key, values in zip(keys, told, strict=True)
-                if values[0] is not None
-            ]
-            if not cursor or len(found) >= limit:
-                return found, cursor
+    async def recreate(self, engine: Engine, owner: str, session_id: str, origin: bytes) -> Session:
+        """Makes a session from zeros in Redis, in place of whatever is or was there under its id."""
+        key = key_of(owner, session_id)
+        if not isinstance(await self._client.load(key), Stored):
+            await self._enforce_capacity()
+        new = _new(engine, None, origin)
+        await self._client.replace(key, new)
+        before = self.table.live.get(key)
+        if before is not None:
+            # What is under way in it is refused when it is written.
+            with suppress(Stale):
+                async with self._alone(before):
+                    self._forget(before)
+        return await self._cached(owner, session_id, new)
 
-    def _now(self) -> float:
-        return time.time() + self._offset
+    async def fork(
+        self, session: Session, new_id: str | None, origin: bytes, position: int | None = None
+    ) -> tuple[Session, bool]:
+        """Makes a session with the state and the position that another has in the store."""
+        async with self._alone(session):
+            await self._reload(session)
+            known = None if new_id is None else await self._client.load(key_of(session.owner, new_id))
+            if position is not None and known is None:
+                check(session.position, None, Request(position, b""))
+            states = session.engine.arena.read(session.slot)
+            return await self.create(session.engine, states, session.owner, new_id, origin, session.position)
 
-    def _deadline(self) -> float:
-        # A little late: whoever steps a session all the time moves it now and then only.
-        return self._now() + _INDEX_SLACK * self._idle_ms / 1000
+    async def delete(self, owner: str, session_id: str, position: int | None = None) -> None:
+        """Deletes a session; a repeated call changes nothing."""
+        key = key_of(owner, session_id)
+        outcome = await self._client.end(key, "deleted", position)
+        self.ended["deleted"] += outcome == "written"
+        session = self.table.live.get(key)
+        if outcome == "other":
+            found = await self._client.load(key)
+            if isinstance(found, Stored) and position is not None:
+                check(found.mark.position, None, Request(position, b""))
+            raise self._fate(found)
+        if session is not None:
+            with suppress(Stale):  # someone else has seen that it is gone
+                async with self._alone(session):
+                    self._forget(session)
+        if outcome == "gone":
+            fate = await self._client.load(key)
+            if not isinstance(fate, Fate) or fate.reason != "deleted":
+                raise self._fate(fate)
 
-    def _deadlines(self, keys: Iterable[str]) -> Command:
-        deadline = self._deadline()
-        return "ZADD", _INDEX, *(part for key in keys for part in (deadline, key))
+    async def page(self, owner: str, after: Page, limit: int) -> tuple[list[Listed], Page | None]:
+        """Returns about so many of an owner's sessions; those that live throughout are on one page at least."""
+        prefix = key_of(owner, "") if owner else ""
+        found, cursor = await self._client.page(prefix, after[1], limit)
+        listed = [Listed(key[len(prefix) :], model, version, position) for key, model, version, position in found]
+        return listed, (0, cursor) if cursor else None
 
-    def _call(self, script: bytes, key: str, *arguments: bytes | str | int) -> Command:
-        return "EVALSHA", self._scripts[script], 2, *_names(key), *arguments
+    async def read_state(self, session: Session) -> tuple[States, int]:
+        """Returns a session's states and position, as Redis has them."""
+        async with self._alone(session):
+            await self._reload(session)
+            return session.engine.arena.read(session.slot), session.position
 
-    async def _run(self, script: bytes, calls: Sequence[Command], used: Iterable[str] = ()) -> list[str]:
-        """Calls a script for some sessions, in one round trip."""
-        commands = [*calls, self._deadlines(used)] if used else calls
-        async with self._asking():
-            told = (await self._pipelined(commands))[: len(calls)]
-            missed = [place for place, one in enumerate(told) if isinstance(one, NoScriptError)]
-            if missed:  # the store was restarted, or its scripts flushed: of these calls nothing was applied
-                await self._redis.script_load(script)
-                for place, one in zip(missed, await self._pipelined([calls[p] for p in missed]), strict=False):
-                    told[place] = one
-            for one in told:
-                if isinstance(one, Exception):
-                    raise one
-            return [one.decode() for one in told]
+    async def write_state(
+        self, session: Session, states: States | None, key: Request | None, moves: int, before: States | None
+    ) -> None:
+        """Writes a locked session's states."""
+        position = session.position + moves
+        applied = last = None
+        if key is not None:
+            applied = Applied(key, position, None, before)
+            content = (Last.NOTHING,) if before is None else (Last.BEFORE, _packed(session.engine.arena, before))
+            last = Last(key.digest, key.position, position, *content)
+        write = self._write_of(session, Mark(position, *new_revisions(1)), _packed(session.engine.arena, states), last)
+        session.revision = None
+        (outcome,) = await self._client.write([write])
+        if outcome != "written":
+            raise Stale()
+        session.engine.arena.write(session.slot, states)
+        session.engine.arena.position[session.slot] = position
+        session.applied, session.revision = applied, write.mark.revision
 
-    async def _pipelined(self, commands: Sequence[Command]) -> list[Any]:
-        """Sends commands at once and gives what each was told: an answer, or the error."""
-        if self._cluster:
-            pipeline = self._redis.pipeline()
-            for command in commands:
-                pipeline.execute_command(*command)
-            return list(await pipeline.execute(raise_on_error=False))
-        if self._replicas:
-            commands = [*commands, ("WAIT", self._replicas, int(1000 * self._timeout))]
-        # What redis-py's pipeline does, in a third of its time (4 µs a write for 13): hiredis packs, and one timeout.
-        packed = b"".join([hiredis.pack_command(command) for command in commands])
-        pool, told = self._redis.connection_pool, []
-        connection = await pool.get_connection()
-        try:
-            async with asyncio.timeout(2 * self._timeout if self._replicas else self._timeout):
-                await connection.send_packed_command(packed, check_health=False)
-                for _ in commands:
-                    try:
-                        told.append(await connection.read_response(disable_decoding=True, timeout=math.inf))
-                    except ResponseError as error:
-                        told.append(error)
-        finally:
-            await pool.release(connection)
-        if self._replicas and not isinstance(told[-1], Exception) and told[-1] < self._replicas:
-            raise TimeoutError(f"fewer than {self._replicas} replicas of the store have the write")
-        return told
+    def sweep(self) -> None:
+        """Drops from the cache what has not been used here for long; Redis ends what nobody uses."""
+        for session in list(self.table.idle()):
+            self._forget(session)
 
     @asynccontextmanager
-    async def _asking(self) -> AsyncIterator[None]:
+    async def _alone(self, session: Session) -> AsyncIterator[Session]:
+        """Holds the lock of a session that has a slot; raises Stale where it has lost it."""
+        if not session.alive:
+            raise Stale()
+        async with self.table.locks[session.engine].locked(session):
+            if not session.alive:
+                raise Stale()
+            try:
+                yield session
+            finally:
+                if session.alive:
+                    self.table.touch(session)
+
+    async def _enforce_capacity(self) -> None:
+        """Sees to it that there are not too many sessions."""
+        if await self.count() < self.max_sessions:
+            return
+        longest = await self._client.longest_idle() if self.when_full == "evict" else None
+        if longest is None:
+            raise full(self.max_sessions, self.table.idle_seconds)
+        if await self._client.end(longest, "evicted") == "written":
+            self.ended["evicted"] += 1
+        session = self.table.live.get(longest)
+        if session is not None and not session.engine.arena.held[session.slot]:
+            self._forget(session)
+
+    async def _cached(self, owner: str, session_id: str, stored: Stored | Fate | None) -> Session:
+        if not isinstance(stored, Stored):
+            raise self._fate(stored)
+        engine = next((engine for engine in self.table.by_slot if engine.model.digest == stored.digest), None)
+        if engine is None and self._load is not None:
+            engine = await self._load(VersionKey(stored.model, stored.version), stored.digest)
+        if engine is None:
+            raise ModelVersionNotHere(
+                f"the session is of model {stored.model!r}, version {stored.version}, which this server has not "
+                f"(yet): try again in a few seconds, another one may have it"
+            )
+        known = self.table.live.get(key_of(owner, session_id))
+        if known is not None:
+            return known
+        slot = self._slot(engine)
+        session = self.table.add(Session(owner, session_id, engine, slot, np.array((slot,)), stored.origin))
+        self._fill(session, stored)
+        return session
+
+    def _slot(self, engine: Engine) -> int:
+        """Takes a slot; where all are in use, that of the session which was not used here for the longest time."""
+        arena = engine.arena
+        slot = arena.take() if len(self.table.by_slot[engine]) < self._most_cached else None
+        if slot is None:
+            oldest = self.table.longest_idle(engine)
+            if oldest is None:
+                raise ServerFull("work is under way in all sessions that this server has room for: try again")
+            self._forget(oldest)
+            slot = arena.take()
+        assert slot is not None
+        return slot
+
+    def _fill(self, session: Session, stored: Stored) -> None:
+        arena = session.engine.arena
+        arena.write(session.slot, _unpacked(arena, stored.states))
+        arena.position[session.slot], arena.used[session.slot] = stored.mark.position, self.table.clock()
+        session.applied, last = None, stored.last
+        if last is not None:
+            y = before = None
+            if last.kind == Last.ANSWER:
+                outputs = session.model.outputs
+                y = np.frombuffer(last.content, outputs.dtype).reshape(-1, *outputs.shape)
+            elif last.kind == Last.BEFORE:
+                before = _unpacked(arena, last.content)
+            session.applied = Applied(Request(last.position, last.digest), last.reached, y, before)
+        session.revision = stored.mark.revision
+
+    def _forget(self, session: Session) -> None:
+        """Frees a session's slot; the store has it still, or knows what became of it."""
+        session.revision = None
+        self.table.remove(session)
+
+    async def commit(self, engine: Engine, batch: Sequence[Moved]) -> None:
+        """Writes what a tick has come to, in one round trip; notes with each advance why rows were refused."""
+        places = [
+            (advance, row, y)
+            for advance, y in batch
+            for row in range(advance.rows)
+            if not advance.problems or row not in advance.problems
+        ]
+        arena, of_slot = engine.arena, self.table.by_slot[engine]
+        slots = np.array([advance.homes[row] for advance, row, _ in places], np.intp)
+        sessions = [of_slot[slot] for slot in slots.tolist()]
+        positions = (arena.position[slots] + [advance.x.shape[1] for advance, _, _ in places]).tolist()
+        marks = list(map(Mark, positions, new_revisions(len(places))))
+        lasts = [_last(arena, *place, mark) for place, mark in zip(places, marks, strict=True)]
+        writes = list(map(self._write_of, sessions, marks, arena.pack(slots), lasts))
+        late = self._late(sessions)
+        for session in sessions:
+            session.revision = None  # the slot holds what is not written yet: if it never is, it must be read again
+        outcomes: list[str] | list[StoreAway]
         try:
-            yield
-            if self._away:
-                self._away = False
-                log.info("the store answers again")
-        except (ConnectionError, TimeoutError, ResponseError, RedisClusterException, OSError) as error:
-            self.errors += 1
-            if not self._away:  # once, not for each request
-                self._away = True
-                log.error("the store does not answer: %s", error or type(error).__name__)
-            raise StoreAway(
-                "the store of sessions does not answer: send the request again in a second (with its position, so "
-                "that it is applied once)"
-            ) from None
+            outcomes = await self._client.write(writes, [key_of(one.owner, one.id) for one in late])
+        except StoreAway as away:
+            outcomes = [away] * len(writes)
+            for session in late:
+                session.indexed = -math.inf
+        for session, mark, (advance, row, _), outcome in zip(sessions, marks, places, outcomes, strict=True):
+            if outcome == "written":
+                session.revision = mark.revision
+            else:
+                problem = outcome if isinstance(outcome, Problem) else Stale()
+                advance.problems = (advance.problems or {}) | {row: problem}
+
+    def _write_of(self, session: Session, mark: Mark, states: bytes, last: Last | None) -> Write:
+        seen = Mark(session.position, session.revision or b"")
+        return Write(key_of(session.owner, session.id), seen, mark, states, last)
+
+    def _late(self, sessions: list[Session]) -> list[Session]:
+        """Gives the sessions whose deadline in the set of all is to be moved, and notes that it is."""
+        now = time.monotonic()
+        before = now - _INDEX_SHARE * self.table.idle_seconds
+        late = [session for session in sessions if session.indexed < before]
+        for session in late:
+            session.indexed = now
+        return late
+
+    def _fate(self, found: Stored | Fate | None) -> Problem:
+        if isinstance(found, Stored):
+            return Stale()  # another session of that id, or on another version
+        return unknown() if found is None else gone(found.reason, found.position)
 
 
-def _names(key: str) -> tuple[str, str]:
-    return f"cellserve:{{{key}}}:session", f"cellserve:{{{key}}}:fate"
+def _last(arena: Arena, advance: Advance, row: int, y: Array, mark: Mark) -> Last | None:
+    """Gives what a repetition of a row's step is to be told."""
+    if advance.keys is None:
+        return None
+    request = advance.keys[row]
+    told = request.digest, request.position, mark.position
+    if advance.before is not None:
+        return Last(*told, Last.BEFORE, _packed(arena, advance.before[row]))
+    return Last(*told, Last.ANSWER, y[row].tobytes())
+
+
+def _new(engine: Engine, states: States | None, origin: bytes, position: int = 0) -> Stored:
+    """Gives what the store is to hold of a session that begins."""
+    model, mark = engine.model, Mark(position, *new_revisions(1))
+    return Stored(model.name, model.version, model.digest, origin, mark, _packed(engine.arena, states))
+
+
+def _packed(arena: Arena, states: States | None) -> bytes:
+    """Writes one session's states one after the other; zeros where it has none."""
+    parts = (np.zeros(spec.shape, spec.dtype) if states is None else states[spec.name] for spec in arena.specs)
+    return b"".join(part.tobytes() for part in parts)
+
+
+def _unpacked(arena: Arena, content: bytes) -> States:
+    states, start = {}, 0
+    for spec in arena.specs:
+        size = int(np.prod(spec.shape))
+        states[spec.name] = np.frombuffer(content, spec.dtype, size, start).reshape(spec.shape)
+        start += states[spec.name].nbytes
+    return states
+
+
+def _went_back(session: Session, seen: int) -> SessionWentBack:
+    return SessionWentBack(
+        f"the session was at {seen} and is at {session.position} in its store, which has lost acknowledged changes (a "
+        f"failover, a restart without its file): send the steps from {session.position} on again",
+        position=session.position,
+    )

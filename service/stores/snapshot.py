@@ -27,7 +27,9 @@ from safetensors.numpy import load, save
 from service.engine import Engine
 from service.exactly_once import Applied, Request
 from service.repository import VersionKey
-from service.sessions import Session, SessionTable, Tombstone, key_of
+from service.session import Session, key_of
+from service.stores.memory import MemoryStore, Tombstone
+from service.table import SessionTable
 
 Array = NDArray[Any]
 
@@ -59,7 +61,7 @@ class Snapshots:
 
     Args:
         path: The file; beside it a lock keeps other processes from using it too.
-        table: The sessions.
+        store: The sessions.
         engines: Of the versions that are loaded.
         find: Gives the engine of a version by its name and digest, loaded where it has to be.
 
@@ -70,11 +72,12 @@ class Snapshots:
     def __init__(
         self,
         path: Path,
-        table: SessionTable,
+        store: MemoryStore,
         engines: Callable[[], list[Engine]],
         find: Callable[[VersionKey, str], Engine | None],
     ) -> None:
-        self._path, self._table, self._engines, self._find = path, table, engines, find
+        self._path, self._store, self._engines, self._find = path, store, engines, find
+        self._table = store.table
         self._kept: list[tuple[_Part, dict[str, Array]]] = []  # of versions that are not here
         self._lock = _locked(path)
         self._saving = threading.Lock()
@@ -98,7 +101,7 @@ class Snapshots:
                 kept = _Part({key: part[key] for key in ("model", "version", "digest")}, part["sessions"])
                 self._kept.append((kept, arrays))
                 waiting = f"{part['model']!r}, version {part['version']}"
-                table.elsewhere |= {key_of(owner, name): waiting for owner, name, *_ in part["sessions"]}
+                self._store.waiting |= {key_of(owner, name): waiting for owner, name, *_ in part["sessions"]}
                 log.error(
                     "%d sessions of model %s version %s wait in the snapshot: that version is not here",
                     len(part["sessions"]), part["model"], part["version"],
@@ -106,7 +109,7 @@ class Snapshots:
                 continue
             count += _fill(table, engine, part["sessions"], arrays, now)
         for key, reason, position, until in told["gone"]:
-            table.gone[key] = Tombstone(reason, position, until + now)
+            self._store.tombstones[key] = Tombstone(reason, position, until + now)
         return count
 
     async def resume(self, find: Callable[[VersionKey, str], Awaitable[Engine | None]]) -> None:
@@ -123,7 +126,7 @@ class Snapshots:
                 _fill(self._table, engine, part.sessions, arrays, self._table.clock() - time.time())
                 self._kept.remove(kept)
                 for owner, name, *_ in part.sessions:
-                    del self._table.elsewhere[key_of(owner, name)]
+                    del self._store.waiting[key_of(owner, name)]
                 log.info("%d sessions of model %s version %s are back", len(part.sessions), *key)
 
     async def write(self) -> None:
@@ -163,7 +166,7 @@ class Snapshots:
 
     def _gone(self) -> list[list[Any]]:
         to_wall = time.time() - self._table.clock()
-        return [[key, one.reason, one.position, one.until + to_wall] for key, one in self._table.gone.items()]
+        return [[key, one.reason, one.position, one.until + to_wall] for key, one in self._store.tombstones.items()]
 
     def _save(self, parts: list[_Part], gone: list[list[Any]]) -> None:
         with self._saving:  # one that was given up goes on in its thread

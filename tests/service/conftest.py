@@ -13,11 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from models.signature import Exactness, Signature, StateSpec, TensorSpec
-from service.changes import Changes
 from service.engine import Engine
 from service.layout import Layout
-from service.sessions import SessionTable
 from service.settings import Settings
+from service.stores.memory import MemoryStore
+from service.table import SessionTable
+from service.writer import SessionWriter
 
 BROKEN, INFINITE = 666.0, 777.0  # inputs at which the model raises, or gives infinity
 
@@ -80,17 +81,18 @@ def machinery(
     clock: Callable[[], float] = time.monotonic,
     max_sessions: int | None = None,
     **more: Any,
-) -> tuple[Engine, SessionTable, Changes]:
-    """Makes an engine over the model, the table of its sessions, and what changes them."""
+) -> tuple[Engine, MemoryStore, SessionWriter]:
+    """Makes an engine over the model, the store of its sessions, and what writer them."""
     model: Any = Model(exact)
     model.runtime.step_seconds = step_seconds
     engine = Engine(model, Settings(**more), ThreadPoolExecutor(1))
-    table = SessionTable(max_sessions or engine.arena.limit, 100, 86400, clock=clock)
-    table.serve(engine)
-    return engine, table, Changes(table)
+    table = SessionTable(100, clock)
+    table.register(engine)
+    store = MemoryStore(table, max_sessions or engine.arena.limit, 86400)
+    return engine, store, SessionWriter(store)
 
 
 @pytest.fixture
-def make() -> Callable[..., tuple[Engine, SessionTable, Changes]]:
+def make() -> Callable[..., tuple[Engine, MemoryStore, SessionWriter]]:
     """Gives what makes all of it."""
     return machinery

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.changes import Changes
 from service.engine import Engine
 from service.errors import ModelFailed, NotFinite, QueueFull, SessionGone
-from service.sessions import SessionTable
+from service.stores.memory import MemoryStore
+from service.writer import SessionWriter
 from tests.service.conftest import BROKEN, INFINITE, truth
 
-Make = Callable[..., tuple[Engine, SessionTable, Changes]]
+Make = Callable[..., tuple[Engine, MemoryStore, SessionWriter]]
 
 any_make = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -36,18 +36,18 @@ def drawn(steps: int, seed: int) -> np.ndarray:
 def test_any_chunks_in_any_company_give_the_bits_of_one_run(
     make: Make, sequences: list[list[int]], max_batch: int, quantum: int, costly: bool
 ) -> None:
-    engine, table, changes = make(max_batch=max_batch, quantum=quantum, step_seconds=1e-2 if costly else 1e-6)
+    engine, store, writer = make(max_batch=max_batch, quantum=quantum, step_seconds=1e-2 if costly else 1e-6)
 
     async def client(number: int, chunks: list[int]) -> None:
         x = drawn(sum(chunks), number)
-        session, done, ys = table.create(engine, None)[0], 0, []
+        session, done, ys = store.create_now(engine, None)[0], 0, []
         for chunk in chunks:
-            y, position = (await changes.step(session, x[done : done + chunk], True))[:2]
+            y, position = (await writer.submit(session, x[done : done + chunk], True))[:2]
             done += chunk
             assert position == done
             ys.append(y)
         assert np.concatenate(ys).tobytes() == truth(x).tobytes()
-        await table.delete("", session.id)
+        await store.delete("", session.id)
 
     async def everyone() -> None:
         await asyncio.gather(*(client(number, chunks) for number, chunks in enumerate(sequences)))
@@ -68,22 +68,22 @@ def test_any_chunks_in_any_company_give_the_bits_of_one_run(
 
 
 def test_what_waits_together_runs_together(make: Make) -> None:
-    engine, table, changes = make()
+    engine, store, writer = make()
 
     async def scenario() -> None:
-        sessions = [table.create(engine, None)[0] for _ in range(50)]
-        await asyncio.gather(*(changes.step(session, drawn(1, 0), True) for session in sessions))
+        sessions = [store.create_now(engine, None)[0] for _ in range(50)]
+        await asyncio.gather(*(writer.submit(session, drawn(1, 0), True) for session in sessions))
 
     asyncio.run(scenario())
     assert engine.model.runtime.runs == [(50, 1)]  # type: ignore[attr-defined]
 
 
 def test_a_model_that_is_not_exact_runs_one_row_and_one_step_at_a_time(make: Make) -> None:
-    engine, table, changes = make(exact=False)
+    engine, store, writer = make(exact=False)
 
     async def scenario() -> None:
-        sessions = [table.create(engine, None)[0] for _ in range(3)]
-        await asyncio.gather(*(changes.step(session, drawn(4, 0), True) for session in sessions))
+        sessions = [store.create_now(engine, None)[0] for _ in range(3)]
+        await asyncio.gather(*(writer.submit(session, drawn(4, 0), True) for session in sessions))
 
     asyncio.run(scenario())
     assert set(engine.model.runtime.runs) == {(1, 1)}  # type: ignore[attr-defined]
@@ -94,17 +94,19 @@ def test_a_model_that_is_not_exact_runs_one_row_and_one_step_at_a_time(make: Mak
 def test_a_poisoned_step_fails_alone_and_moves_nothing(
     make: Make, poison: float, problem: type[Exception], costly: bool
 ) -> None:
-    engine, table, changes = make(step_seconds=1e-2 if costly else 1e-6, quantum=4)
+    engine, store, writer = make(step_seconds=1e-2 if costly else 1e-6, quantum=4)
     x = drawn(10, 1)
     bad = x.copy()
     bad[7, 1] = poison
 
     async def scenario() -> None:
-        guilty = table.create(engine, None)[0]
-        others = [table.create(engine, None)[0] for _ in range(5)]
-        await changes.step(guilty, x[:3], True)
+        guilty = store.create_now(engine, None)[0]
+        others = [store.create_now(engine, None)[0] for _ in range(5)]
+        await writer.submit(guilty, x[:3], True)
         results = await asyncio.gather(
-            changes.step(guilty, bad, True), *(changes.step(other, x, True) for other in others), return_exceptions=True
+            writer.submit(guilty, bad, True),
+            *(writer.submit(other, x, True) for other in others),
+            return_exceptions=True,
         )
         assert isinstance(results[0], problem)
         if poison == INFINITE:
@@ -112,7 +114,7 @@ def test_a_poisoned_step_fails_alone_and_moves_nothing(
         for result in results[1:]:
             assert result[0].tobytes() == truth(x).tobytes()  # type: ignore[index]
         assert guilty.position == 3
-        y, position = (await changes.step(guilty, x[3:], True))[:2]
+        y, position = (await writer.submit(guilty, x[3:], True))[:2]
         assert y.tobytes() == truth(x)[3:].tobytes()
         assert position == 10
 
@@ -126,7 +128,7 @@ def test_a_poisoned_step_fails_alone_and_moves_nothing(
 def test_a_tick_that_cannot_be_made_fails_its_requests_and_the_engine_goes_on(
     make: Make, part: str, costly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, table, changes = make(step_seconds=1e-2 if costly else 1e-6, quantum=4)
+    engine, store, writer = make(step_seconds=1e-2 if costly else 1e-6, quantum=4)
     x, whole, left = drawn(10, 1), getattr(engine.arena, part), [1]
 
     def short_of_memory(*arguments: Any) -> Any:
@@ -136,17 +138,17 @@ def test_a_tick_that_cannot_be_made_fails_its_requests_and_the_engine_goes_on(
         return whole(*arguments)
 
     async def scenario() -> None:
-        sessions = [table.create(engine, None)[0] for _ in range(3)]
-        await asyncio.gather(*(changes.step(session, x[:2], True) for session in sessions))
+        sessions = [store.create_now(engine, None)[0] for _ in range(3)]
+        await asyncio.gather(*(writer.submit(session, x[:2], True) for session in sessions))
         monkeypatch.setattr(engine.arena, part, short_of_memory)
         failed = await asyncio.gather(
-            *(changes.step(session, x[2:4], True) for session in sessions), return_exceptions=True
+            *(writer.submit(session, x[2:4], True) for session in sessions), return_exceptions=True
         )
         assert any(isinstance(result, ModelFailed) for result in failed)
         for session, result in zip(sessions, failed, strict=True):
             position = 2 if isinstance(result, Exception) else 4
             assert session.position == position
-            y, _ = (await changes.step(session, x[position:], True))[:2]
+            y, _ = (await writer.submit(session, x[position:], True))[:2]
             assert y.tobytes() == truth(x)[position:].tobytes()
 
     asyncio.run(scenario())
@@ -154,15 +156,15 @@ def test_a_tick_that_cannot_be_made_fails_its_requests_and_the_engine_goes_on(
 
 
 def test_poison_in_a_block_fails_its_row_alone(make: Make) -> None:
-    engine, table, changes = make(max_batch=8)
+    engine, store, writer = make(max_batch=8)
     x = np.stack([drawn(3, row) for row in range(20)])
     x[5, 1, 0], x[13, 2, 0] = BROKEN, INFINITE
 
     async def scenario() -> tuple[Any, ...]:
-        sessions = [table.create(engine, None)[0] for _ in range(20)]
-        await table.delete("", sessions[2].id)
+        sessions = [store.create_now(engine, None)[0] for _ in range(20)]
+        await store.delete("", sessions[2].id)
         slots = np.array([session.slot for session in sessions])
-        return await changes.step_many(sessions, slots, x)
+        return await writer.submit_many(sessions, slots, x)
 
     y, positions, problems, _ = asyncio.run(scenario())
     assert {row: type(problem) for row, problem in problems.items()} == {
@@ -177,33 +179,33 @@ def test_poison_in_a_block_fails_its_row_alone(make: Make) -> None:
 
 
 def test_a_session_that_ended_after_it_was_looked_up_never_moves_its_slots_next_owner(make: Make) -> None:
-    engine, table, changes = make()
+    engine, store, writer = make()
 
     async def scenario() -> None:
-        ended = table.create(engine, None)[0]
-        await table.delete("", ended.id)
-        while (heir := table.create(engine, None)[0]).slot != ended.slot:
+        ended = store.create_now(engine, None)[0]
+        await store.delete("", ended.id)
+        while (heir := store.create_now(engine, None)[0]).slot != ended.slot:
             pass
         with pytest.raises(SessionGone):
-            await changes.step(ended, drawn(1, 0), True)
-        y, position = (await changes.step(heir, drawn(3, 1), True))[:2]
+            await writer.submit(ended, drawn(1, 0), True)
+        y, position = (await writer.submit(heir, drawn(3, 1), True))[:2]
         assert (y.tobytes(), position) == (truth(drawn(3, 1)).tobytes(), 3)
 
     asyncio.run(scenario())
 
 
 def test_a_cancelled_step_is_dropped_before_it_is_computed_and_moves_nothing(make: Make) -> None:
-    engine, table, changes = make(step_seconds=1e-2)
+    engine, store, writer = make(step_seconds=1e-2)
     runtime: Any = engine.model.runtime
 
     async def scenario() -> None:
-        busy, gone, after = (table.create(engine, None)[0] for _ in range(3))
+        busy, gone, after = (store.create_now(engine, None)[0] for _ in range(3))
         runtime.gate.clear()
-        first = asyncio.ensure_future(changes.step(busy, drawn(30, 1), True))
+        first = asyncio.ensure_future(writer.submit(busy, drawn(30, 1), True))
         await asyncio.sleep(0.05)
-        leaving = asyncio.ensure_future(changes.step(gone, drawn(17, 2), True))
-        behind = asyncio.ensure_future(changes.step(gone, drawn(5, 3), True))
-        staying = asyncio.ensure_future(changes.step(after, drawn(17, 4), True))
+        leaving = asyncio.ensure_future(writer.submit(gone, drawn(17, 2), True))
+        behind = asyncio.ensure_future(writer.submit(gone, drawn(5, 3), True))
+        staying = asyncio.ensure_future(writer.submit(after, drawn(17, 4), True))
         await asyncio.sleep(0.05)
         leaving.cancel()
         await asyncio.sleep(0)
@@ -221,17 +223,17 @@ def test_a_cancelled_step_is_dropped_before_it_is_computed_and_moves_nothing(mak
 
 
 def test_the_queue_is_bounded_and_what_was_accepted_is_answered(make: Make) -> None:
-    engine, table, changes = make(max_queued_steps=100, step_seconds=1e-2)
+    engine, store, writer = make(max_queued_steps=100, step_seconds=1e-2)
 
     async def scenario() -> list[Any]:
         engine.model.runtime.gate.clear()  # type: ignore[attr-defined]
-        sessions = [table.create(engine, None)[0] for _ in range(10)]
-        waiting = [asyncio.ensure_future(changes.step(session, drawn(30, 0), True)) for session in sessions]
+        sessions = [store.create_now(engine, None)[0] for _ in range(10)]
+        waiting = [asyncio.ensure_future(writer.submit(session, drawn(30, 0), True)) for session in sessions]
         await asyncio.sleep(0.05)
         engine.model.runtime.gate.set()  # type: ignore[attr-defined]
         results = await asyncio.gather(*waiting, return_exceptions=True)
         # Who was refused can go on.
-        await asyncio.gather(*(changes.step(session, drawn(1, 0), True) for session in sessions))
+        await asyncio.gather(*(writer.submit(session, drawn(1, 0), True) for session in sessions))
         return results
 
     results = asyncio.run(scenario())
@@ -243,18 +245,18 @@ def test_the_queue_is_bounded_and_what_was_accepted_is_answered(make: Make) -> N
 
 
 def test_a_long_sequence_on_the_thread_does_not_hold_up_single_steps(make: Make) -> None:
-    engine, table, changes = make(step_seconds=1e-4)
+    engine, store, writer = make(step_seconds=1e-4)
     runtime: Any = engine.model.runtime
 
     async def scenario() -> None:
-        long, short = table.create(engine, None)[0], table.create(engine, None)[0]
-        await changes.step(short, drawn(1, 0), True)  # runs in the event loop
+        long, short = store.create_now(engine, None)[0], store.create_now(engine, None)[0]
+        await writer.submit(short, drawn(1, 0), True)  # runs in the event loop
         free, runtime.gate = runtime.gate, type(runtime.gate)()
-        held = asyncio.ensure_future(changes.step(long, drawn(500, 0), True))
+        held = asyncio.ensure_future(writer.submit(long, drawn(500, 0), True))
         await asyncio.sleep(0.05)
         assert not held.done()
         stuck, runtime.gate = runtime.gate, free  # the thread is held up, those who come now are not
-        position = (await asyncio.wait_for(changes.step(short, drawn(1, 1), True), 5)).position
+        position = (await asyncio.wait_for(writer.submit(short, drawn(1, 1), True), 5)).position
         assert position == 2
         assert not held.done()
         stuck.set()
@@ -266,11 +268,11 @@ def test_a_long_sequence_on_the_thread_does_not_hold_up_single_steps(make: Make)
 @any_make
 @given(st.lists(st.tuples(st.sampled_from(["one", "many", "reset", "delete"]), st.integers(0, 3)), max_size=25))
 def test_changes_of_a_session_come_one_by_one_in_order_of_arrival(make: Make, acts: list[tuple[str, int]]) -> None:
-    engine, table, changes = make(max_batch=2)
+    engine, store, writer = make(max_batch=2)
     x = np.ones((1, 2), np.float32)
 
     async def scenario() -> None:
-        sessions = [table.create(engine, None)[0] for _ in range(4)]
+        sessions = [store.create_now(engine, None)[0] for _ in range(4)]
         expected: list[list[float]] = [[] for _ in sessions]  # the state after each step that is to come
         states = [0.0] * 4
         dead = [False] * 4
@@ -279,11 +281,11 @@ def test_changes_of_a_session_come_one_by_one_in_order_of_arrival(make: Make, ac
         async def act(kind: str, which: int) -> Any:
             session = sessions[which]
             if kind == "reset":
-                await changes.set_state(session, None)
+                await writer.set_state(session, None)
             elif kind == "delete":
-                await table.delete("", session.id)
+                await store.delete("", session.id)
             elif kind == "one":
-                return (await changes.step(session, x, True))[0][0, 0]
+                return (await writer.submit(session, x, True))[0][0, 0]
             return None
 
         waiting = []
@@ -295,7 +297,7 @@ def test_changes_of_a_session_come_one_by_one_in_order_of_arrival(make: Make, ac
                 chosen = [sessions[number] for number in live]
                 slots = np.array([session.slot for session in chosen])
                 waiting.append(
-                    asyncio.ensure_future(changes.step_many(chosen, slots, np.ones((len(live), 1, 2), np.float32)))
+                    asyncio.ensure_future(writer.submit_many(chosen, slots, np.ones((len(live), 1, 2), np.float32)))
                 )
                 answers.append((-1, live))
                 for number in live:
@@ -326,4 +328,4 @@ def test_changes_of_a_session_come_one_by_one_in_order_of_arrival(make: Make, ac
         assert got == [[float(np.float32(value)) for value in values] for values in expected]
 
     asyncio.run(scenario())
-    assert not table.turns[engine]._queues
+    assert not store.table.locks[engine]._queues

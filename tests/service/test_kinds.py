@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.changes import Changes
 from service.engine import Engine
 from service.exactness import draw
 from service.repository import Model
 from service.runtime import Runtime
-from service.sessions import SessionTable
 from service.settings import Settings
+from service.stores.memory import MemoryStore
+from service.table import SessionTable
+from service.writer import SessionWriter
 from tests import foreign
 from tests.kinds import KINDS
 
@@ -43,15 +44,15 @@ def test_any_chunks_among_other_traffic_are_one_run(
 
     async def traffic() -> None:
         engine = Engine(model, Settings(max_batch=8, quantum=quantum), ThreadPoolExecutor(1))
-        table = SessionTable(100, 100, 100)
-        table.serve(engine)
-        changes = Changes(table)
+        store = MemoryStore(SessionTable(100), 100, 100)
+        store.table.register(engine)
+        writer = SessionWriter(store)
 
         async def stream(row: int, places: list[int]) -> None:
-            session, _ = table.create(engine, None)
+            session, _ = store.create_now(engine, None)
             parts = []
             for start, stop in zip((0, *places), (*places, STEPS), strict=True):
-                parts.append((await changes.step(session, x[row, start:stop], True)).y)
+                parts.append((await writer.submit(session, x[row, start:stop], True)).y)
             assert np.concatenate(parts).tobytes() == alone[row][0][0].tobytes()
             for spec, state in zip(engine.arena.specs, alone[row][1], strict=True):
                 kept = engine.arena.read(session.slot)[spec.name]

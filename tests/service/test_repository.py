@@ -19,14 +19,15 @@ import pytest
 from onnx import helper
 
 from models.signature import MANIFEST_NAME, METADATA_KEY, MODEL_NAME
-from service.changes import Changes
 from service.engine import Engine
 from service.errors import Problem, RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
 from service.repository import BrokenModel, Repository, VersionKey
 from service.runtime import RuntimeOptions
-from service.sessions import SessionTable
 from service.settings import Settings
+from service.stores.memory import MemoryStore
+from service.table import SessionTable
 from service.versions import Versions, VersionState
+from service.writer import SessionWriter
 from tests.service.test_model_file import external
 from tests.versions import add_version, changed, copy_of, remove_version, scaled
 
@@ -45,13 +46,13 @@ class Served:
         self.now = 0.0
         self.thread = ThreadPoolExecutor(1)
         settings = Settings(max_batch=4, quantum=8, max_sessions=100)
-        self.table = SessionTable(100, 1e9, 1e9, clock=lambda: self.now)
-        self.changes = Changes(self.table)
+        self.store = MemoryStore(SessionTable(1e9, lambda: self.now), 100, 1e9)
+        self.writer = SessionWriter(self.store)
         ticks = ThreadPoolExecutor(1)
         self.versions = Versions(
             Repository(models, RuntimeOptions("cpu"), 4, max_bytes),
             lambda model: Engine(model, settings, ticks),
-            self.table,
+            self.store.table,
             most_old,
             self.thread,
             lambda: self.now,
@@ -212,18 +213,18 @@ def test_a_folder_that_is_away_changes_nothing(models: Path, caplog: pytest.LogC
 def test_a_new_version_serves_what_is_new_and_an_old_one_is_unloaded_with_its_last_session(models: Path) -> None:
     served = Served(models)
     old = served.versions.newest["rnn"]
-    session, _ = served.table.create(old, None)
+    session, _ = served.store.create_now(old, None)
     add_version(models, "rnn", 2)
     served.reload()
     assert served.serving() == {"rnn": 2}
     assert served.states() == {2: "serving", 1: "draining"}
     x = np.ones((3, 5), np.float32)
-    before = asyncio.run(served.changes.step(session, x, True)).y
-    new, _ = served.table.create(served.versions.named("rnn"), None)
-    assert not np.array_equal(before, asyncio.run(served.changes.step(new, x, True)).y)
+    before = asyncio.run(served.writer.submit(session, x, True)).y
+    new, _ = served.store.create_now(served.versions.named("rnn"), None)
+    assert not np.array_equal(before, asyncio.run(served.writer.submit(new, x, True)).y)
     served.sweep()
     assert served.states() == {2: "serving", 1: "draining"}
-    asyncio.run(served.table.delete("", session.id))
+    asyncio.run(served.store.delete("", session.id))
     served.sweep()
     assert served.states() == {2: "serving", 1: "available"}
 
@@ -251,14 +252,14 @@ def test_an_unloaded_version_is_freed_at_once_though_something_refers_to_it_stil
     try:
         engine = served.versions.newest["rnn"]
         runtime = weakref.ref(engine.model.runtime._session)
-        session, _ = served.table.create(engine, None)
-        asyncio.run(served.changes.step(session, np.ones((3, 5), np.float32), True))
+        session, _ = served.store.create_now(engine, None)
+        asyncio.run(served.writer.submit(session, np.ones((3, 5), np.float32), True))
         states = weakref.ref(engine.arena._arrays[0])
         freed = weakref.ref(engine)
         del engine
         add_version(models, "rnn", 2)
         served.reload()
-        asyncio.run(served.table.delete("", session.id))
+        asyncio.run(served.store.delete("", session.id))
         served.sweep()
         # A socket may hold its sessions for days after their end.
         assert (runtime(), states()) == (None, None)
@@ -292,15 +293,15 @@ def test_taking_the_newest_version_away_is_going_back_to_the_one_before_it(model
     add_version(models, "rnn", 2)
     served = Served(models)
     assert served.states() == {2: "serving", 1: "available"}
-    session, _ = served.table.create(served.versions.newest["rnn"], None)
+    session, _ = served.store.create_now(served.versions.newest["rnn"], None)
     remove_version(models, "rnn", 2)
     served.reload()
     assert served.serving() == {"rnn": 1}
     assert served.states() == {2: "draining", 1: "serving"}
-    asyncio.run(served.changes.step(session, np.ones((3, 5), np.float32), True))
+    asyncio.run(served.writer.submit(session, np.ones((3, 5), np.float32), True))
     with pytest.raises(UnknownModel):
         served.versions.named("rnn:2")
-    asyncio.run(served.table.delete("", session.id))
+    asyncio.run(served.store.delete("", session.id))
     served.sweep()
     assert served.states() == {1: "serving"}
 
@@ -318,7 +319,7 @@ def test_a_broken_version_never_takes_the_place_of_a_good_one(models: Path) -> N
 def test_a_model_whose_folder_is_taken_away_serves_its_sessions_only(repository: Path, tmp_path: Path) -> None:
     models = copy_of(repository, tmp_path, "rnn", "lstm")
     served = Served(models)
-    session, _ = served.table.create(served.versions.newest["lstm"], None)
+    session, _ = served.store.create_now(served.versions.newest["lstm"], None)
     shutil.rmtree(models / "lstm")
     served.reload()
     assert served.serving() == {"rnn": 1}
@@ -326,7 +327,7 @@ def test_a_model_whose_folder_is_taken_away_serves_its_sessions_only(repository:
     with pytest.raises(UnknownModel):
         served.versions.named("lstm")
     assert served.versions.named(None).model.name == "rnn"
-    asyncio.run(served.table.delete("", session.id))
+    asyncio.run(served.store.delete("", session.id))
     served.sweep()
     assert set(served.versions.states()) == {"rnn"}
 
@@ -336,7 +337,7 @@ def test_a_version_that_is_changed_while_it_is_loaded_stays_as_it_was(
 ) -> None:
     served = Served(models)
     digest = served.versions.newest["rnn"].model.digest
-    session, _ = served.table.create(served.versions.newest["rnn"], None)
+    session, _ = served.store.create_now(served.versions.newest["rnn"], None)
     other = scaled(models / "rnn/1" / MODEL_NAME, 2)
     kept = models.parent / "kept"
     shutil.copytree(models / "rnn/1", kept)
@@ -359,7 +360,7 @@ def test_a_version_that_is_changed_while_it_is_loaded_stays_as_it_was(
     new = add_version(models, "rnn", 1, other)
     add_version(models, "rnn", 2)
     served.reload()
-    asyncio.run(served.table.delete("", session.id))
+    asyncio.run(served.store.delete("", session.id))
     served.now = 100
     served.sweep()
     remove_version(models, "rnn", 2)
@@ -370,13 +371,13 @@ def test_a_version_that_is_changed_while_it_is_loaded_stays_as_it_was(
 def test_a_version_taken_back_does_not_serve_again_under_other_files(models: Path) -> None:
     add_version(models, "rnn", 2)
     served = Served(models)
-    session, _ = served.table.create(served.versions.newest["rnn"], None)
+    session, _ = served.store.create_now(served.versions.newest["rnn"], None)
     remove_version(models, "rnn", 2)
     served.reload()
     digest = add_version(models, "rnn", 2, scaled(models / "rnn/1" / MODEL_NAME, 3))
     served.reload()
     assert served.serving() == {"rnn": 1}
-    asyncio.run(served.table.delete("", session.id))
+    asyncio.run(served.store.delete("", session.id))
     served.sweep()
     served.reload()
     assert served.versions.newest["rnn"].model.digest == digest
@@ -437,23 +438,23 @@ def test_a_refused_version_is_looked_at_again_where_that_is_asked_for(models: Pa
 
 def test_pages_of_sessions_go_on_where_they_were_though_versions_come_and_go(models: Path) -> None:
     served = Served(models)
-    table = served.table
-    first = [table.create(served.versions.newest["rnn"], None)[0] for _ in range(3)]
+    store = served.store
+    first = [store.create_now(served.versions.newest["rnn"], None)[0] for _ in range(3)]
     add_version(models, "rnn", 2)
     served.reload()
-    second = [table.create(served.versions.newest["rnn"], None)[0] for _ in range(3)]
+    second = [store.create_now(served.versions.newest["rnn"], None)[0] for _ in range(3)]
 
     async def pages() -> list[str]:
-        told, after = await table.page("", (0, 0), 4)
+        told, after = await store.page("", (0, 0), 4)
         for session in first:
-            await table.delete("", session.id)
+            await store.delete("", session.id)
         served.sweep()
         add_version(models, "rnn", 3)
         await served.versions.reload()
-        third.append(table.create(served.versions.newest["rnn"], None)[0])
+        third.append(store.create_now(served.versions.newest["rnn"], None)[0])
         seen = [one.id for one in told]
         while after is not None:
-            told, after = await table.page("", after, 1)
+            told, after = await store.page("", after, 1)
             seen += [one.id for one in told]
         return seen
 
@@ -464,21 +465,21 @@ def test_pages_of_sessions_go_on_where_they_were_though_versions_come_and_go(mod
 
 def test_sessions_of_several_versions_are_stepped_together_and_each_on_its_own(models: Path) -> None:
     served = Served(models)
-    old = [served.table.create(served.versions.newest["rnn"], None)[0] for _ in range(2)]
+    old = [served.store.create_now(served.versions.newest["rnn"], None)[0] for _ in range(2)]
     add_version(models, "rnn", 2)
     served.reload()
-    new = [served.table.create(served.versions.newest["rnn"], None)[0] for _ in range(2)]
+    new = [served.store.create_now(served.versions.newest["rnn"], None)[0] for _ in range(2)]
     sessions = [old[0], new[0], new[1], old[1]]
     x = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
 
     async def stepped() -> None:
         whole = [
-            (await served.changes.step(served.table.create(session.engine, None)[0], rows, True)).y
+            (await served.writer.submit(served.store.create_now(session.engine, None)[0], rows, True)).y
             for session, rows in zip(sessions, x, strict=True)
         ]
-        await served.table.delete("", old[1].id)
+        await served.store.delete("", old[1].id)
         slots = np.array([session.slot for session in sessions])
-        together = await served.changes.step_versions(sessions, slots, x)
+        together = await served.writer.submit_versions(sessions, slots, x)
         assert {row: problem.status for row, problem in together.problems.items()} == {3: 410}
         assert together.positions.tolist()[:3] == [6, 6, 6]
         for row in range(3):
@@ -489,21 +490,21 @@ def test_sessions_of_several_versions_are_stepped_together_and_each_on_its_own(m
 
 def test_sessions_of_an_unloaded_version_are_told_that_they_are_gone(models: Path) -> None:
     served = Served(models)
-    session, _ = served.table.create(served.versions.newest["rnn"], None)
+    session, _ = served.store.create_now(served.versions.newest["rnn"], None)
     add_version(models, "rnn", 2)
     served.reload()
-    asyncio.run(served.table.delete("", session.id))
+    asyncio.run(served.store.delete("", session.id))
     served.sweep()
     x = np.ones((1, 1, 5), np.float32)
 
     async def asked() -> None:
         with pytest.raises(Problem) as step:
-            await served.changes.step(session, x[0], True)
+            await served.writer.submit(session, x[0], True)
         with pytest.raises(Problem) as reset:
-            await served.changes.set_state(session, None)
+            await served.writer.set_state(session, None)
         with pytest.raises(Problem) as fork:
-            await served.table.fork(session, None, b"")
-        many = await served.changes.step_many([session], session.slots, x)
+            await served.store.fork(session, None, b"")
+        many = await served.writer.submit_many([session], session.slots, x)
         assert [one.value.status for one in (step, reset, fork)] == [410] * 3
         assert many.problems[0].status == 410
 

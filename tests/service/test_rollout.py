@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.changes import Changes
 from service.engine import Engine
 from service.errors import NotFinite, PositionConflict, SessionGone
 from service.rollout import Rollout, Rollouts
-from service.sessions import Session, SessionTable
+from service.stores.memory import MemoryStore
+from service.writer import SessionWriter
 
-Make = Callable[..., tuple[Engine, SessionTable, Changes]]
+Make = Callable[..., tuple[Engine, MemoryStore, SessionWriter]]
 # The model's value grows by a half each time: 518 becomes 777, at which it gives infinity.
 FAILING = np.full((1, 2), 518, np.float32)
 
@@ -36,78 +36,78 @@ def asked(x: np.ndarray, steps: int, streamed: bool = False) -> Rollout:
     return Rollout(x, steps, None, streamed)
 
 
-def check_all_is_left(engine: Engine, table: SessionTable, session: Session) -> None:
+def check_all_is_left(engine: Engine, store: MemoryStore, writer: SessionWriter) -> None:
     assert not engine.arena.held.any()
-    assert not session.claimed
-    assert engine.arena.taken == len(table.live)
+    assert not writer.in_flight
+    assert engine.arena.taken == len(store.table.live)
     assert engine.queued == 0
 
 
 @pytest.mark.parametrize("position", [None, 0])
 @run
 async def test_a_rollout_that_fails_on_its_way_has_applied_nothing(make: Make, position: int | None) -> None:
-    engine, table, changes = make()
-    session, _ = table.create(engine, None)
+    engine, store, writer = make()
+    session, _ = store.create_now(engine, None)
     with pytest.raises(NotFinite):
-        await Rollouts(table, changes).run(session, asked(FAILING, 3), position)
+        await Rollouts(writer).run(session, asked(FAILING, 3), position)
     assert session.position == 0
     assert not engine.arena.read(session.slot)["s"].any()
-    check_all_is_left(engine, table, session)
+    check_all_is_left(engine, store, writer)
 
 
 @run
 async def test_a_stream_that_fails_keeps_what_it_has_given(make: Make) -> None:
-    engine, table, changes = make()
-    session, _ = table.create(engine, None)
+    engine, store, writer = make()
+    session, _ = store.create_now(engine, None)
     given: list[Any] = []
     with pytest.raises(NotFinite):
-        async for one in Rollouts(table, changes).stream(session, asked(FAILING, 3, True), 0, None):
+        async for one in Rollouts(writer).stream(session, asked(FAILING, 3, True), 0, None):
             given.append(one)
     assert [(one.position, one.x.tolist()) for one in given] == [(1, [518.0] * 2), (2, [777.0] * 2)]
     assert session.position == 2
-    check_all_is_left(engine, table, session)
+    check_all_is_left(engine, store, writer)
 
 
 @run
 async def test_a_rollout_that_nobody_waits_for_any_more_has_applied_nothing(make: Make) -> None:
-    engine, table, changes = make()
-    session, _ = table.create(engine, None)
-    work = asyncio.create_task(Rollouts(table, changes).run(session, asked(np.ones((1, 2), np.float32), 4000), 0))
+    engine, store, writer = make()
+    session, _ = store.create_now(engine, None)
+    work = asyncio.create_task(Rollouts(writer).run(session, asked(np.ones((1, 2), np.float32), 4000), 0))
     while len(engine.model.runtime.runs) < 20:  # type: ignore[attr-defined]
         await asyncio.sleep(0)
     work.cancel()
     with pytest.raises(asyncio.CancelledError):
         await work
-    await changes.step(session, np.ones((1, 2), np.float32), True)
+    await writer.submit(session, np.ones((1, 2), np.float32), True)
     assert session.position == 1
     assert engine.arena.read(session.slot)["s"].tolist() == [1, 1]
-    check_all_is_left(engine, table, session)
+    check_all_is_left(engine, store, writer)
 
 
 @run
 async def test_a_session_of_another_history_is_not_gone_on_with(make: Make) -> None:
-    engine, table, changes = make()
-    session, _ = table.create(engine, None)
+    engine, store, writer = make()
+    session, _ = store.create_now(engine, None)
     async with aclosing(
-        Rollouts(table, changes).stream(session, asked(np.ones((1, 2), np.float32), 5, True), 0, None)
+        Rollouts(writer).stream(session, asked(np.ones((1, 2), np.float32), 5, True), 0, None)
     ) as stream:
         await anext(stream)
-        session.applied = None  # as where a store has lost changes, and others have come to the same position
+        session.applied = None  # as where a store has lost writer, and others have come to the same position
         with pytest.raises(PositionConflict):
             await anext(stream)
     assert session.position == 1
-    check_all_is_left(engine, table, session)
+    check_all_is_left(engine, store, writer)
 
 
 @run
 async def test_a_session_may_be_deleted_between_two_events(make: Make) -> None:
-    engine, table, changes = make()
-    session, _ = table.create(engine, None)
+    engine, store, writer = make()
+    session, _ = store.create_now(engine, None)
     async with aclosing(
-        Rollouts(table, changes).stream(session, asked(np.ones((1, 2), np.float32), 5, True), None, None)
+        Rollouts(writer).stream(session, asked(np.ones((1, 2), np.float32), 5, True), None, None)
     ) as stream:
         await anext(stream)
-        await table.delete("", session.id)
+        await store.delete("", session.id)
         with pytest.raises(SessionGone):
             await anext(stream)
-    check_all_is_left(engine, table, session)
+    check_all_is_left(engine, store, writer)

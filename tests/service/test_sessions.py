@@ -21,19 +21,20 @@ from hypothesis.stateful import (
 )
 from redis import Redis
 
-from service.changes import Changes
 from service.engine import Engine
 from service.errors import Problem
 from service.exactly_once import Request, state_request, step_request
 from service.rollout import Rollout, Rollouts
-from service.sessions import SessionTable
+from service.stores.protocol import SessionStore
+from service.table import SessionTable
+from service.writer import SessionWriter
 from tests.redis_server import RedisServer
 from tests.service.conftest import machinery, truth
 
 X = [np.full((steps, 2), value, np.float32) for steps in (1, 2, 40) for value in (0.5, -3.0)]
 IDLE, LIMIT = 100.0, 5
 WHICH = st.integers(0, 1)  # of the replicas
-Replica = tuple[Engine, SessionTable, Changes]
+Replica = tuple[Engine, SessionStore, SessionWriter]
 
 
 class Expected:
@@ -63,8 +64,8 @@ class Sessions(RuleBasedStateMachine):
         return [machinery(clock=lambda: self.now, max_sessions=LIMIT, max_batch=4, quantum=8)]
 
     def teardown(self) -> None:
-        for _, table, _ in self.replicas:
-            self.loop.run_until_complete(table.close())
+        for _, store, _ in self.replicas:
+            self.loop.run_until_complete(store.close())
         self.loop.close()
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -76,8 +77,8 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(target=known, name=st.sampled_from("abcdef"), origin=st.sampled_from([b"1", b"2"]), which=WHICH)
     def create(self, name: str, origin: bytes, which: int) -> Any:
-        engine, table, _ = self.replicas[which % len(self.replicas)]
-        result = self.do(table.make(engine, None, "owner", name, origin))
+        engine, store, _ = self.replicas[which % len(self.replicas)]
+        result = self.do(store.create(engine, None, "owner", name, origin))
         if name in self.expected:
             same = self.origins[name] == origin
             assert (result[1] is False) if same else (result.status == 409)
@@ -98,8 +99,8 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(target=known, name=st.sampled_from("abcdef"), which=WHICH)
     def begin_anew(self, name: str, which: int) -> Any:
-        engine, table, _ = self.replicas[which % len(self.replicas)]
-        result = self.do(table.begin_anew(engine, "owner", name, b"1"))
+        engine, store, _ = self.replicas[which % len(self.replicas)]
+        result = self.do(store.recreate(engine, "owner", name, b"1"))
         if isinstance(result, Problem):
             assert (result.status, len(self.expected), name in self.expected) == (503, LIMIT, False)
             return multiple()
@@ -132,8 +133,8 @@ class Sessions(RuleBasedStateMachine):
             self.repeated(expected, request, result)
 
     async def stepped(self, which: int, name: str, x: np.ndarray, request: Request | None) -> Any:
-        _, table, changes = self.replicas[which % len(self.replicas)]
-        return await changes.step(await table.find("owner", name), x, True, request)
+        _, store, writer = self.replicas[which % len(self.replicas)]
+        return await writer.submit(await store.find("owner", name), x, True, request)
 
     @precondition(lambda self: any(one.last for one in self.expected.values()))
     @rule(data=st.data(), which=WHICH)
@@ -199,8 +200,8 @@ class Sessions(RuleBasedStateMachine):
             assert (result.status, result.extensions["position"]) == (409, expected.position)
 
     async def rolled(self, which: int, name: str, wanted: Rollout, position: int | None, most: int) -> Any:
-        _, table, changes = self.replicas[which % len(self.replicas)]
-        rollouts, session = Rollouts(table, changes), await table.find("owner", name)
+        _, store, writer = self.replicas[which % len(self.replicas)]
+        rollouts, session = Rollouts(writer), await store.find("owner", name)
         if not wanted.streamed:
             return await rollouts.run(session, wanted, position)
         given: list[Any] = []
@@ -240,8 +241,8 @@ class Sessions(RuleBasedStateMachine):
         request = None if offset is None else state_request(position, states)
 
         async def work() -> Any:
-            _, table, changes = self.replicas[which % len(self.replicas)]
-            return await changes.set_state(await table.find("owner", name), states, request)
+            _, store, writer = self.replicas[which % len(self.replicas)]
+            return await writer.set_state(await store.find("owner", name), states, request)
 
         result = self.do(work())
         if expected is None:
@@ -262,8 +263,8 @@ class Sessions(RuleBasedStateMachine):
     @rule(target=known, name=known, new=st.sampled_from("uvwxyz"), which=WHICH)
     def fork(self, name: str, new: str, which: int) -> Any:
         async def work() -> Any:
-            _, table, _ = self.replicas[which % len(self.replicas)]
-            return await table.fork(await table.find("owner", name), new, name.encode())
+            _, store, _ = self.replicas[which % len(self.replicas)]
+            return await store.fork(await store.find("owner", name), new, name.encode())
 
         result = self.do(work())
         expected = self.expected.get(name)
@@ -311,18 +312,18 @@ class Sessions(RuleBasedStateMachine):
     @rule(name=known, which=WHICH)
     def forget(self, name: str, which: int) -> None:
         """A replica drops a session from its slots, as it does when others need them."""
-        _, table, _ = self.replicas[which % len(self.replicas)]
-        session = table.live.get(f"owner/{name}")
+        _, store, _ = self.replicas[which % len(self.replicas)]
+        session = store.table.live.get(f"owner/{name}")
         if session is not None:
-            table.release(session)
+            store.table.remove(session)
 
     @rule(which=WHICH)
     def list_all(self, which: int) -> None:
         async def pages() -> list[Any]:
-            _, table, _ = self.replicas[which % len(self.replicas)]
+            _, store, _ = self.replicas[which % len(self.replicas)]
             found, after = [], (0, 0)
             while True:
-                page, following = await table.page("owner", after, 2)
+                page, following = await store.page("owner", after, 2)
                 found += page
                 if following is None:
                     return found
@@ -332,23 +333,23 @@ class Sessions(RuleBasedStateMachine):
         assert listed == {name: expected.position for name, expected in self.expected.items()}
         assert self.do(self.replicas[0][1].page("another", (0, 0), 9)) == ([], None)
 
-    async def read(self, table: SessionTable, name: str) -> Any:
-        return await table.states(await table.find("owner", name))
+    async def read(self, store: SessionStore, name: str) -> Any:
+        return await store.read_state(await store.find("owner", name))
 
     @invariant()
     def they_agree(self) -> None:
-        for engine, table, _ in self.replicas:
+        for engine, store, writer in self.replicas:
             for name, expected in self.expected.items():
-                states, position = self.do(self.read(table, name))
+                states, position = self.do(self.read(store, name))
                 expected.used = self.now
                 assert position == expected.position
                 assert states["s"].tobytes() == expected.state.tobytes()
             for name, (reason, position) in self.gone.items():
-                fate = self.do(self.read(table, name))
+                fate = self.do(self.read(store, name))
                 assert (fate.status, fate.extensions) == (410, {"reason": reason, "position": position})
             assert not engine.arena.held.any()
-            assert not any(session.claimed for session in table.live.values())
-            assert engine.arena.taken == len(table.live)
+            assert not writer.in_flight
+            assert engine.arena.taken == len(store.table.live)
             assert engine.queued == 0
 
 
@@ -359,7 +360,7 @@ class SharedSessions(Sessions):
 
     def begin(self) -> list[Replica]:
         from service.stores.redis import RedisStore
-        from service.stores.shared import SharedTable
+        from service.stores.redis_client import RedisClient
 
         redis = Redis.from_url(self.url)
         redis.flushall()
@@ -367,10 +368,11 @@ class SharedSessions(Sessions):
         replicas = []
         for _ in range(2):
             engine, _, _ = machinery(max_batch=4, quantum=8)
-            table = SharedTable(RedisStore(self.url, 3600, 3600, 5, 0), 3, LIMIT, 3600, 3600)
-            table.serve(engine)
-            self.loop.run_until_complete(table.start())
-            replicas.append((engine, table, Changes(table)))
+            table = SessionTable(3600)
+            table.register(engine)
+            store = RedisStore(RedisClient(self.url, 3600, 3600, 5, 0), table, 3, LIMIT)
+            self.loop.run_until_complete(store.start())
+            replicas.append((engine, store, SessionWriter(store)))
         return replicas
 
 

@@ -19,11 +19,11 @@ from tests.service.conftest import machinery
 file = Path(sys.argv[1])
 
 def restored():
-    engine, table, _ = machinery()
-    snapshots = Snapshots(file, table, lambda: [engine], lambda key, digest: engine)
+    engine, store, _ = machinery()
+    snapshots = Snapshots(file, store, lambda: [engine], lambda key, digest: engine)
     assert snapshots.restore() == 1
     snapshots.close()
-    session = table.get("", "one")
+    session = store.get("", "one")
     return session.position, engine.arena.read(session.slot)["s"].tolist()
 
 def write(attempt):
@@ -34,9 +34,9 @@ def write(attempt):
             calls += 1
             if calls == attempt:
                 os._exit(9)
-    engine, table, _ = machinery()
-    session, _ = table.create(engine, {"s": [attempt, attempt]}, session_id="one", position=attempt)
-    snapshots = Snapshots(file, table, lambda: [engine], lambda key, digest: engine)
+    engine, store, _ = machinery()
+    session, _ = store.create_now(engine, {"s": [attempt, attempt]}, session_id="one", position=attempt)
+    snapshots = Snapshots(file, store, lambda: [engine], lambda key, digest: engine)
     threading.setprofile(count)  # of the thread that the file is written on
     asyncio.run(snapshots.write())
     os._exit(0)

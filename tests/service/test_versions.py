@@ -13,11 +13,11 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from service.sessions import Session
 
 from models.signature import MODEL_NAME
 from service.errors import Problem, RepositoryUnusable
 from service.runtime import Runtime
-from service.sessions import Session
 from tests.service.test_repository import Served
 from tests.versions import add_version, copy_of, scaled
 
@@ -83,7 +83,7 @@ class Rollouts(RuleBasedStateMachine):
     @precondition(lambda self: len(self.sessions) < 8)
     @rule()
     def create(self) -> None:
-        session, _ = self.served.table.create(self.served.versions.named("rnn"), None)
+        session, _ = self.served.store.create_now(self.served.versions.named("rnn"), None)
         self.sessions.append((session, self.loaded[self.newest], 0))
 
     @precondition(lambda self: self.sessions)
@@ -93,7 +93,7 @@ class Rollouts(RuleBasedStateMachine):
         session, content, position = self.sessions[place]
         rows = slice(position, position + steps)
         if rows.stop <= len(X):
-            y = asyncio.run(self.served.changes.step(session, X[rows], True)).y
+            y = asyncio.run(self.served.writer.submit(session, X[rows], True)).y
             assert y.tobytes() == self.truths[content][rows].tobytes()
             self.sessions[place] = session, content, rows.stop
 
@@ -101,7 +101,7 @@ class Rollouts(RuleBasedStateMachine):
     @rule(data=st.data())
     def delete(self, data: st.DataObject) -> None:
         session, *_ = self.sessions.pop(data.draw(st.integers(0, len(self.sessions) - 1)))
-        asyncio.run(self.served.table.delete("", session.id))
+        asyncio.run(self.served.store.delete("", session.id))
 
     @rule(version=NUMBERS)
     def predict_on(self, version: int) -> None:

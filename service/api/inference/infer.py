@@ -35,7 +35,7 @@ from service.layout import Layout, parts
 from service.numbers import checked
 from service.repository import Model
 from service.service import Service
-from service.sessions import Session
+from service.session import Session
 
 Array = NDArray[Any]
 
@@ -193,15 +193,15 @@ class Inference:
             inputs: As that version takes them.
             again: The tensors, to be read anew where the session is on another version and may be.
         """
-        table, name = self.service.sessions, engine.model.name
+        store, name = self.service.sessions, engine.model.name
         session_id = _session_id(name, sequence)
         try:
             if not sequence.start:
-                session = await table.find(owner, session_id)
+                session = await store.find(owner, session_id)
             elif sequence.position is None:
-                session = await table.begin_anew(engine, owner, session_id, creation(name, None))
+                session = await store.recreate(engine, owner, session_id, creation(name, None))
             else:
-                session, _ = await table.make(engine, None, owner, session_id, creation(name, None))
+                session, _ = await store.create(engine, None, owner, session_id, creation(name, None))
         except SessionGone as gone:
             raise _over(name, sequence, gone) from None
         except UnknownSession:
@@ -218,10 +218,10 @@ class Inference:
         )
 
     async def _step(self, session: Session, sequence: Sequence, x: Array) -> tuple[Array, dict[str, Any]]:
-        table, name = self.service.sessions, session.model.name
+        store, name = self.service.sessions, session.model.name
         once = None if sequence.position is None else step_request(sequence.position, x, True)
         try:
-            stepped = await self.service.changes.step(session, x, True, once)
+            stepped = await self.service.writer.submit(session, x, True, once)
         except SessionGone as gone:
             raise _over(name, sequence, gone) from None
         except UnknownSession:
@@ -229,14 +229,14 @@ class Inference:
         if sequence.end:
             # Not where another request has moved it, ended it or begun it anew meanwhile.
             with suppress(Conflict, SessionGone, UnknownSession):
-                await table.delete(session.owner, session.id, stepped.position)
+                await store.delete(session.owner, session.id, stepped.position)
         told: dict[str, Any] = {
             "sequence_id": sequence.given,
             "sequence_start": sequence.start,
             "sequence_end": sequence.end,
             "session": session.id,
             "position": stepped.position,
-            "durable": table.durable,
+            "durable": store.durable,
         }
         if once is not None:
             told["replayed"] = stepped.replayed
