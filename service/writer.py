@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from service.engine import Engine
 from service.errors import Problem, Stale, StepInFlight
 from service.exactly_once import Applied, Request, check
 from service.locks import Lease
+from service.pending import BatchStepResult, Pending, PendingBatch, PendingStep, StepResult
 from service.session import Session
 from service.stores.protocol import SessionStore, States
 from service.ticks import Advance, Moved
@@ -33,151 +34,12 @@ _LARGE_ANSWER = 4096  # bytes: of a larger answer the states before it are kept,
 _is_alive = attrgetter("alive")
 
 
-class StepResult(NamedTuple):
-    """The result of a step."""
-
-    y: Array  # [time, *outputs], time is 1 where the last output was wanted
-    position: int  # after it
-    replayed: bool = False  # it had been applied before
-
-
-class BatchStepResult(NamedTuple):
-    """The result of a step of several sessions, by row."""
-
-    y: Array  # [sessions, time, *outputs]
-    positions: Array  # [sessions], after it
-    problems: dict[int, Problem]  # why a session has not moved
-    replayed: set[int]  # rows that had been applied before
-
-
 @dataclass(slots=True)
 class Turn:
     """A session's lock, held for one change."""
 
     lease: Lease
     applied: Applied | None  # of a change that has been applied before: its answer
-
-
-class _Pending:
-    """A step under way that nobody awaits; the engine completes it as it would a future."""
-
-    __slots__ = ("_state", "advance", "retry")
-
-    advance: Advance
-
-    def __init__(self) -> None:
-        self.retry: asyncio.Task[None] | None = None  # the step again, after its session was found changed elsewhere
-        self._state = 0  # 1 when done, 2 when cancelled
-
-    def done(self) -> bool:
-        """Tells whether it has ended."""
-        return self._state != 0
-
-    def cancelled(self) -> bool:
-        """Tells whether it was cancelled."""
-        return self._state == 2
-
-    def cancel(self) -> None:
-        """Drops what has not been computed; the callback is not called then."""
-        self._state = self._state or 2
-        if self.retry is not None:
-            self.retry.cancel()
-
-    def set_result(self, y: Array) -> None:
-        """Completes it; called by the engine."""
-        raise NotImplementedError
-
-    def set_exception(self, error: BaseException) -> None:
-        """Completes it with an error; called by the engine."""
-        raise NotImplementedError
-
-
-class PendingStep(_Pending):
-    """A step of one session under way.
-
-    Args:
-        writer: Whose it is.
-        session: The session.
-        on_done: Called with itself and the result or the error, within the tick; it must not raise.
-    """
-
-    __slots__ = ("_on_done", "_session", "_writer")
-
-    def __init__(
-        self, writer: SessionWriter, session: Session, on_done: Callable[[PendingStep, StepResult | Exception], None]
-    ) -> None:
-        super().__init__()
-        self._writer, self._session, self._on_done = writer, session, on_done
-
-    def set_result(self, y: Array) -> None:
-        """Completes it."""
-        self._state = 1
-        self._on_done(self, StepResult(y[0], self.advance.reached[0]))
-
-    def set_exception(self, error: BaseException) -> None:
-        """Completes it, or starts it again."""
-        self._state = 1
-        if isinstance(error, Stale):
-            self.retry = asyncio.get_running_loop().create_task(self._again())
-        elif isinstance(error, Exception):
-            self._on_done(self, error)
-
-    async def _again(self) -> None:
-        advance = self.advance
-        key = None if advance.keys is None else advance.keys[0]
-        outcome: StepResult | Exception
-        try:
-            outcome = await self._writer.submit(self._session, advance.x[0], advance.every_output, key)
-        except Exception as error:
-            outcome = error
-        self._on_done(self, outcome)
-
-
-class PendingBatch(_Pending):
-    """A step of several sessions under way.
-
-    Args:
-        writer: Whose it is.
-        sessions: The sessions.
-        on_done: Called with itself and the result or the error, within the tick; it must not raise.
-    """
-
-    __slots__ = ("_on_done", "_sessions", "_writer")
-
-    def __init__(
-        self,
-        writer: SessionWriter,
-        sessions: Sequence[Session],
-        on_done: Callable[[PendingBatch, BatchStepResult | Exception], None],
-    ) -> None:
-        super().__init__()
-        self._writer, self._sessions, self._on_done = writer, sessions, on_done
-
-    def set_result(self, y: Array) -> None:
-        """Completes it, or starts some of its sessions again."""
-        self._state = 1
-        result = BatchStepResult(y, np.array(self.advance.reached), self.advance.problems or {}, set())
-        if result.problems and any(isinstance(problem, Stale) for problem in result.problems.values()):
-            self.retry = asyncio.get_running_loop().create_task(self._again(result))
-        else:
-            self._on_done(self, result)
-
-    def set_exception(self, error: BaseException) -> None:
-        """Completes it: the problem of its only row."""
-        if isinstance(error, Problem):
-            model, x = self._sessions[0].model, self.advance.x
-            self.set_result(model.outputs.zeros(*x.shape[:2]))
-        elif isinstance(error, Exception):
-            self._state = 1
-            self._on_done(self, error)
-
-    async def _again(self, result: BatchStepResult) -> None:
-        try:
-            await self._writer.retry_stale(self._sessions, self.advance.x, None, result)
-        except Exception as error:
-            self._on_done(self, error)
-        else:
-            self._on_done(self, result)
 
 
 class SessionWriter:
@@ -493,7 +355,7 @@ class SessionWriter:
     # Parts of the above
 
     def _start(
-        self, session: Session, x: Array, every_output: bool, key: Request | None, done: _Pending | None = None
+        self, session: Session, x: Array, every_output: bool, key: Request | None, done: Pending | None = None
     ) -> Advance | None:
         """Locks a session and enqueues a step of it; returns None where it has to wait, or was applied before."""
         self._check_alive(session)
@@ -510,7 +372,7 @@ class SessionWriter:
         return self._enqueue_one(session, x, every_output, key, done)
 
     def _enqueue_one(
-        self, session: Session, x: Array, every_output: bool, key: Request | None, done: _Pending | None = None
+        self, session: Session, x: Array, every_output: bool, key: Request | None, done: Pending | None = None
     ) -> Advance:
         keys = None if key is None else [key]
         return self._enqueue(session.engine, (session,), keys, session.slots, x[None], every_output, done)
@@ -523,7 +385,7 @@ class SessionWriter:
         slots: Slots,
         x: Array,
         every_output: bool,
-        done: _Pending | None = None,
+        done: Pending | None = None,
         before: Sequence[States] | None = None,
     ) -> Advance:
         """Enqueues a step of locked sessions, which its end releases."""

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from service.arena import Slots
 from service.errors import InvalidInput
 from service.numbers import checked_together
+from service.pending import BatchStepResult
 from service.repository import Model
 from service.session import Session
-from service.writer import BatchStepResult
 
 Array = NDArray[Any]
 

@@ -30,12 +30,13 @@ from service.engine import Engine
 from service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
 from service.exactly_once import Request as Once
 from service.exactly_once import creation, state_request, step_request
+from service.pending import StepResult
 from service.repository import Model
 from service.service import Service
 from service.session import Session
 from service.stores.protocol import SessionStore
 from service.tensors import decode
-from service.writer import SessionWriter, StepResult
+from service.writer import SessionWriter
 
 Array = NDArray[Any]
 Position = Annotated[int, msgspec.Meta(ge=0)]

@@ -24,9 +24,9 @@ from service.api.messages import REPLAY, RESUMABLE, as_problem
 from service.api.observed import HEADER, Asked, asks_id, new_id, noted, told
 from service.api.sessions import plain_step, written
 from service.errors import Problem
+from service.pending import PendingStep, StepResult
 from service.service import Service
 from service.session import Session
-from service.writer import PendingStep, StepResult
 
 _BEGIN, _END = b"/sessions/", b"/step"
 _JSON = (b"content-type", b"application/json")

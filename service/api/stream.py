@@ -37,10 +37,10 @@ from service.api.sessions import (
 from service.api.short_way import EXTENSION, ShortFrames
 from service.errors import Forbidden, InvalidInput, Problem, Unauthorized, UnknownSession, UpgradeRequired
 from service.exactly_once import state_request, step_request
+from service.pending import BatchStepResult, PendingBatch, PendingStep, StepResult
 from service.service import Service
 from service.session import Session
 from service.tensors import decode
-from service.writer import BatchStepResult, PendingBatch, PendingStep, StepResult
 
 Array = NDArray[Any]
 
