@@ -13,18 +13,20 @@ from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route, WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import logs
 from service.api import openapi, operations, sessions
 from service.api.inference.http import HttpInference
 from service.api.inference.infer import Inference
-from service.api.messages import AnsweringProblems, Endpoint, Receive, Scope, Send, as_problem
-from service.api.observed import Observed, told
+from service.api.messages import AnsweringProblems, as_problem
+from service.api.observed import Observed
 from service.api.predict import Predict
 from service.api.rollout import RollOut
 from service.api.stream import Stream, over_http
 from service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
 from service.port import Port
+from service.request_context import told
 from service.service import Service
 from service.settings import Settings
 
@@ -118,7 +120,7 @@ class HotPaths:
     FastAPI's middleware and routing would cost more than the model's step.
     """
 
-    def __init__(self, app: FastAPI, predict: Endpoint, step: Endpoint, inference: Endpoint) -> None:
+    def __init__(self, app: FastAPI, predict: ASGIApp, step: ASGIApp, inference: ASGIApp) -> None:
         self.app, self.predict, self.step, self.inference = app, predict, step, inference
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:

@@ -16,23 +16,20 @@ from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.arena import Arena, Slots
-from service.counts import TickCounts
 from service.errors import ModelFailed, NotFinite, Problem, QueueFull
 from service.exactly_once import Request
 from service.layout import parts
 from service.repository import Model
 from service.settings import Settings
-from service.ticks import Advance, Completion, CompletionSink, Cost, Lane, Moved, Tick
+from service.stats import TickCounts
+from service.ticks import Advance, Completion, CompletionSink, Cost, Lane, Moved, Tick, Tracing
 from service.whole import WholeRuns
-
-if TYPE_CHECKING:
-    from service.tracing import Tracing
 
 Array = NDArray[Any]
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime
-from typing import Literal
 
 import orjson
 
-LogFormat = Literal["text", "json"]
+from service.settings import LogFormat
 
 
 def configure(form: LogFormat) -> None:

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -22,11 +22,12 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from service.counts import Distribution
+from service.counts import Counts
+from service.engine import Engine
 from service.errors import StoreAway
-
-if TYPE_CHECKING:
-    from service.service import Service
+from service.stats import Distribution
+from service.stores.protocol import SessionStore
+from service.writer import SessionWriter
 
 log = logging.getLogger("cellserve")
 
@@ -39,13 +40,24 @@ class Metrics:
     """What `/metrics` answers.
 
     Args:
-        service: Whose counts.
+        counts: Of the process.
+        engines: Returns those that are loaded.
+        sessions: Where they are kept.
+        writer: Changes them.
+        workers: Processes that answer together.
     """
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._own = _Own(service)
-        directory = os.environ.get(DIRECTORY) if service.settings.workers > 1 else None
+    def __init__(
+        self,
+        counts: Counts,
+        engines: Callable[[], Iterable[Engine]],
+        sessions: SessionStore,
+        writer: SessionWriter,
+        workers: int,
+    ) -> None:
+        self._sessions = sessions
+        self._own = _Own(counts, engines, sessions, writer)
+        directory = os.environ.get(DIRECTORY) if workers > 1 else None
         self._files = None if directory is None else _Files(Path(directory))
 
     def keep_up(self) -> None:
@@ -71,7 +83,7 @@ class Metrics:
         build = GaugeMetricFamily("cellserve_build_info", "What runs here.", labels=list(versions))
         build.add_metric(list(versions.values()), 1)
         try:
-            live = await self._service.sessions.count()
+            live = await self._sessions.count()
         except StoreAway:
             return [build]
         return [build, GaugeMetricFamily("cellserve_sessions", "Live sessions; of a shared store, all of its.", live)]
@@ -90,8 +102,10 @@ class _Given(Collector):
 class _Own(Collector):
     """What this process has counted."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(
+        self, counts: Counts, engines: Callable[[], Iterable[Engine]], sessions: SessionStore, writer: SessionWriter
+    ) -> None:
+        self._counts, self._engines, self._sessions, self._writer = counts, engines, sessions, writer
         self._process = ProcessCollector(registry=None)
 
     def collect(self) -> Iterator[Metric]:
@@ -101,7 +115,7 @@ class _Own(Collector):
         yield from self._of_sessions()
 
     def _of_surfaces(self) -> Iterator[Metric]:
-        counts = self._service.counts
+        counts = self._counts
         requests = CounterMetricFamily(
             "cellserve_requests", "Requests and frames that were answered.", labels=["surface", "status"]
         )
@@ -121,10 +135,7 @@ class _Own(Collector):
         yield GaugeMetricFamily("cellserve_sockets", "WebSockets that are open.", counts.sockets)
 
     def _of_engines(self) -> Iterator[Metric]:
-        engines = [
-            ([engine.model.name, str(engine.model.version)], engine)
-            for engine in self._service.versions.loaded.values()
-        ]
+        engines = [([engine.model.name, str(engine.model.version)], engine) for engine in self._engines()]
         labels = ["model", "version"]
         stages = HistogramMetricFamily(
             "cellserve_stage_duration_seconds",
@@ -136,7 +147,7 @@ class _Own(Collector):
             counts = engine.counts
             _add(stages, [*values, "queue"], counts.queue)
             _add(stages, [*values, "run"], counts.run)
-            if self._service.sessions.durable == "store":
+            if self._sessions.durable == "store":
                 _add(stages, [*values, "store"], counts.store)
             _add(rows, values, counts.rows)
         yield from (stages, rows)
@@ -159,18 +170,17 @@ class _Own(Collector):
             yield family
 
     def _of_sessions(self) -> Iterator[Metric]:
-        service = self._service
-        store, counts = service.sessions, service.counts
+        store, counts = self._sessions, self._counts
         yield CounterMetricFamily("cellserve_sessions_created", "Sessions made, forks too.", store.created)
         ended = CounterMetricFamily("cellserve_sessions_ended", "Sessions that are gone.", labels=["reason"])
         for reason, count in store.ended.items():
             ended.add_metric([reason], count)
         yield ended
         yield CounterMetricFamily(
-            "cellserve_replays", "Repeated changes that were told their answer again.", service.writer.replays
+            "cellserve_replays", "Repeated changes that were told their answer again.", self._writer.replays
         )
         yield CounterMetricFamily(
-            "cellserve_store_errors", "Calls that the store did not answer.", self._service.sessions.errors
+            "cellserve_store_errors", "Calls that the store did not answer.", self._sessions.errors
         )
         snapshots = HistogramMetricFamily("cellserve_snapshot_duration_seconds", "Of writing a snapshot.", labels=[])
         _add(snapshots, [], counts.snapshots)

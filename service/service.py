@@ -103,7 +103,9 @@ class Service:
         self.writer = SessionWriter(self.sessions)
         self.rollouts = Rollouts(self.writer)
         self.counts = Counts()
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(
+            self.counts, lambda: self.versions.loaded.values(), self.sessions, self.writer, settings.workers
+        )
         self.watched = settings.access_log or settings.tracing  # each request is looked at, the short way is not taken
         self.keys = None if settings.api_keys_file is None else Keys(settings.api_keys_file)
         self.snapshots: Snapshots | None = None

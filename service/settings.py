@@ -8,9 +8,9 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.logs import LogFormat
 from service.runtime import Optimization, Provider
 
+LogFormat = Literal["text", "json"]
 WhenFull = Literal["refuse", "evict"]
 
 ENV_PREFIX = "CELLSERVE_"

@@ -69,6 +69,19 @@ class Advance:
         return self.done
 
 
+class Tracing(Protocol):
+    """Records the spans of requests, as far as the engine knows of them."""
+
+    def here(self) -> Any:
+        """Returns the span under way, below which others are to stand."""
+
+    def ran(self, advances: Sequence[Advance], start: float, took: float) -> None:
+        """Records a tick's run: seconds of `time.perf_counter`, and seconds."""
+
+    def stored(self, advances: Sequence[Advance], start: float, took: float) -> None:
+        """Records the write of what a tick has come to."""
+
+
 Moved = tuple[Advance, Array]  # an advance that has taken all of its time steps, and its y
 
 

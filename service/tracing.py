@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.api.observed import asked_of, route
+from service.request_context import asked_of, route
 from service.ticks import Advance
 
 _propagator = TraceContextTextMapPropagator()

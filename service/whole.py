@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.counts import TickCounts
 from service.errors import BodyTooLarge, InvalidInput, ModelFailed, NotFinite, Problem, QueueFull
 from service.layout import parts
 from service.repository import Model
+from service.stats import TickCounts
 
 Array = NDArray[Any]
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
+from collections.abc import Coroutine, Iterable, MutableMapping
 from typing import Any, TypeVar
 
 import orjson
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.compression import decompressed
-from service.api.observed import asked_of, told
 from service.errors import BodyTooLarge, Problem, UnsupportedMediaType
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Endpoint = Callable[[Scope, Receive, Send], Awaitable[None]]
+from service.request_context import asked_of, told
 
 T = TypeVar("T")
 
@@ -169,7 +165,7 @@ async def send_body(send: Send, status: int, headers: list[tuple[bytes, bytes]],
 class AnsweringProblems:
     """Wraps a plain ASGI endpoint so that what it raises is answered as a problem document."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: ASGIApp) -> None:
         self.endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from service.api.messages import Send
+from starlette.types import Send
+
 from service.api.short_way import ShortFrames
 
 

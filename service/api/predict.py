@@ -8,21 +8,11 @@ from typing import Any, Generic, Literal, TypeVar
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from starlette.types import Receive, Scope, Send
 
 from models.signature import ModelDocument
 from service.api import binary
-from service.api.messages import (
-    OneATurn,
-    Receive,
-    Scope,
-    Send,
-    check_json,
-    content_type,
-    read_body,
-    send_body,
-    send_json,
-    unless_gone,
-)
+from service.api.messages import OneATurn, check_json, content_type, read_body, send_body, send_json, unless_gone
 from service.engine import Engine
 from service.errors import BodyTooLarge, InvalidInput, NotFinite, VersionLoading
 from service.layout import parts

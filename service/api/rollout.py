@@ -9,22 +9,13 @@ import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+from starlette.types import Receive, Scope, Send
 
-from service.api.messages import (
-    REPLAY,
-    RESUMABLE,
-    Receive,
-    Scope,
-    Send,
-    as_problem,
-    read_json_body,
-    send_json,
-    unless_gone,
-)
-from service.api.observed import told
+from service.api.messages import REPLAY, RESUMABLE, as_problem, read_json_body, send_json, unless_gone
 from service.api.sessions import Position
 from service.errors import CannotRollOut, InvalidInput, Stopping
 from service.repository import Model
+from service.request_context import told
 from service.rollout import Given, Rollout
 from service.sampling import Sampling
 from service.service import Service

@@ -9,14 +9,12 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 from numpy.typing import NDArray
+from starlette.types import Receive, Scope, Send
 
 from service.api import binary
 from service.api.messages import (
     REPLAY,
     ClientGone,
-    Receive,
-    Scope,
-    Send,
     as_problem,
     content_type,
     read_body,

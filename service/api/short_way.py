@@ -21,10 +21,10 @@ from websockets.exceptions import InvalidState
 from websockets.http11 import Request
 
 from service.api.messages import REPLAY, RESUMABLE, as_problem
-from service.api.observed import HEADER, Asked, asks_id, new_id, noted, told
 from service.api.sessions import plain_step, written
 from service.errors import Problem
 from service.pending import PendingStep, StepResult
+from service.request_context import HEADER, Asked, asks_id, new_id, noted, told
 from service.service import Service
 from service.session import Session
 

@@ -17,13 +17,12 @@ import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+from starlette.types import Receive, Scope, Send
 
 from service.api import binary_frames, frames
 from service.api.binary_frames import STEP, Frame, Group
 from service.api.frames import Attach, Auth, Close, Fork, Open, Reset, Step
-from service.api.messages import Receive, Scope, Send, as_problem
-from service.api.observed import asked_of
-from service.api.observed import told as told_of
+from service.api.messages import as_problem
 from service.api.outbox import Outbox
 from service.api.sessions import (
     CreateRequest,
@@ -38,6 +37,8 @@ from service.api.short_way import EXTENSION, ShortFrames
 from service.errors import Forbidden, InvalidInput, Problem, Unauthorized, UnknownSession, UpgradeRequired
 from service.exactly_once import state_request, step_request
 from service.pending import BatchStepResult, PendingBatch, PendingStep, StepResult
+from service.request_context import asked_of
+from service.request_context import told as told_of
 from service.service import Service
 from service.session import Session
 from service.tensors import decode

@@ -8,9 +8,10 @@ import logging
 import pytest
 
 from service.api.messages import as_problem
-from service.api.observed import Asked, noted, told
 from service.counts import SurfaceCounts
-from service.logs import LogFormat, formatter
+from service.logs import formatter
+from service.request_context import Asked, noted, told
+from service.settings import LogFormat
 
 
 def line(form: LogFormat, caplog: pytest.LogCaptureFixture) -> str:

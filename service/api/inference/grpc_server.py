@@ -28,9 +28,9 @@ from service.api.inference.grpc_stream import Stream
 from service.api.inference.infer import Inference
 from service.api.inference.statistics import Timing
 from service.api.messages import as_problem
-from service.api.observed import HEADER, Asked, new_id, noted
 from service.errors import Problem, UnknownModel
 from service.port import check_free
+from service.request_context import HEADER, Asked, new_id, noted
 
 Method = Callable[[Any, Message, Message], Awaitable[Message]]
 

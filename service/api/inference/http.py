@@ -5,25 +5,15 @@ from __future__ import annotations
 from itertools import chain
 
 import orjson
+from starlette.types import Receive, Scope, Send
 
 from service.api import compression
 from service.api.inference import body, describe, errors
 from service.api.inference.infer import Inference
 from service.api.inference.statistics import Timing
-from service.api.messages import (
-    ClientGone,
-    OneATurn,
-    Receive,
-    Scope,
-    Send,
-    as_problem,
-    read_body,
-    read_rest,
-    send_body,
-    unless_gone,
-)
-from service.api.observed import asked_of
+from service.api.messages import ClientGone, OneATurn, as_problem, read_body, read_rest, send_body, unless_gone
 from service.errors import MethodNotAllowed, NotFound
+from service.request_context import asked_of
 
 _LARGE_BODY = 16 * 1024  # bytes: reading more takes longer than a step
 _PATHS = ("health", "models", "repository")
