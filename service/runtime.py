@@ -245,7 +245,9 @@ def _open(model: Path | bytes, options: RuntimeOptions) -> ort.InferenceSession:
     except Exception as error:
         raise RuntimeUnavailable(f"ONNX Runtime cannot open the model: {str(error).splitlines()[0]}") from None
     if options.provider == "cuda" and session.get_providers()[0] != CUDA:
-        raise RuntimeUnavailable("ONNX Runtime cannot open the model on the CUDA execution provider, use --provider cpu")
+        raise RuntimeUnavailable(
+            "ONNX Runtime cannot open the model on the CUDA execution provider, use --provider cpu"
+        )
     return session
 
 
