@@ -19,8 +19,9 @@
 // https://github.com/giltene/wrk2). A closed loop cannot see that; its latencies are those of the requests sent.
 //
 // stdout: a line "from" when the measured time begins, a line "to" at its end (so that the caller can read other clocks
-// then), and the object. "busy" is the CPU time of this process over the measured time: near 1 it is the generator that
-// is measured. It takes the CPU affinity of its caller.
+// then), and the object. "busy" is the CPU time of this process over the measured time, "delayed" the time in which it
+// could have run while its core was another's: where they come near 1 together, it is the generator that is measured. It
+// takes the CPU affinity of its caller.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -81,6 +82,14 @@ static int64_t clock_ns(clockid_t id) {
   return t.tv_sec * SECOND + t.tv_nsec;
 }
 static int64_t now(void) { return clock_ns(CLOCK_MONOTONIC); }
+
+static int64_t run_delay(void) {  // the second number there, where the kernel keeps it; nanoseconds
+  long long run, delay = 0;
+  FILE *f = fopen("/proc/self/schedstat", "r");
+  if (f && fscanf(f, "%lld %lld", &run, &delay) != 2) delay = 0;
+  if (f) fclose(f);
+  return delay;
+}
 
 static void die(const char *what) {
   fprintf(stderr, "load: %s%s%s\n", what, errno ? ": " : "", errno ? strerror(errno) : "");
@@ -318,7 +327,7 @@ int main(int argc, char **argv) {
     struct epoll_event e = {.events = EPOLLIN, .data.ptr = 0};
     if (timer < 0 || epoll_ctl(events, EPOLL_CTL_ADD, timer, &e)) die("timerfd");
   }
-  int64_t begun = now(), cpu = 0, waiting = 0;
+  int64_t begun = now(), cpu = 0, delay = 0, waiting = 0;
   connect_all();
   if (ready == count) start();
   else for (uint32_t i = 0; i < count; i++) push(&connections[i]);
@@ -343,12 +352,13 @@ int main(int argc, char **argv) {
     if (!measuring && !over && t >= from) {
       // A closed loop's window begins and ends where the loop comes by; an open loop's is that of its schedule.
       if (!rate) from = t, to = t + seconds;
-      measuring = true, cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+      measuring = true, cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID), delay = run_delay();
       puts("from"), fflush(stdout);
     }
     if (measuring && t >= to) {
       if (!rate) to = t;
-      measuring = false, over = true, cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID) - cpu;
+      measuring = false, over = true;
+      cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID) - cpu, delay = run_delay() - delay;
       puts("to"), fflush(stdout);
     }
     if (over && (!rate || !owing() || t - to > PATIENCE)) break;
@@ -362,9 +372,10 @@ int main(int argc, char **argv) {
 #define QUANTILE(q) (answers ? latencies[(size_t)((answers - 1) * (q) + 0.5)] / 1e3 : -1.0)
   double time = over ? (to - from) / 1e9 : 0;
   printf("{\"answers\":%zu,\"seconds\":%.6f,\"per_s\":%.2f,\"steps_per_s\":%.2f,\"p50_ms\":%.3f,\"p90_ms\":%.3f,"
-         "\"p99_ms\":%.3f,\"max_ms\":%.3f,\"waiting_ms\":%.3f,\"bad\":%llu,\"closed\":%llu,\"busy\":%.4f}\n",
+         "\"p99_ms\":%.3f,\"max_ms\":%.3f,\"waiting_ms\":%.3f,\"bad\":%llu,\"closed\":%llu,\"busy\":%.4f,"
+         "\"delayed\":%.4f}\n",
          answers, time, over ? answers / time : 0, over ? steps / time : 0, QUANTILE(.5), QUANTILE(.9), QUANTILE(.99),
          QUANTILE(1), waiting / 1e6, (unsigned long long)bad, (unsigned long long)closed,
-         over ? cpu / (double)(to - from) : 0);
+         over ? cpu / (double)(to - from) : 0, over ? delay / (double)(to - from) : 0);
   return 0;
 }

@@ -18,7 +18,7 @@ from typing import NamedTuple
 SOURCE = Path(__file__).with_name("load.c")
 FLAGS = ("-O2", "-Wall", "-Wextra")
 INSTALL = "the load generator is compiled, and there is no C compiler `cc`: apt-get install gcc libc6-dev"
-BUSY = 0.7  # above this share of its core a generator may be what is measured
+BUSY = 0.7  # a generator that takes, or waits for, more of its core than this may be what is measured
 
 
 class LoadFailed(RuntimeError):
@@ -60,6 +60,7 @@ class Load:
     bad: int
     closed: int
     busy: float  # the generator's CPU time over the time measured
+    delayed: float  # the share of the time in which it could have run while others had its core
     cpu: dict[str, float] = field(default_factory=dict)  # CPU seconds of the processes asked for, within the time
 
 

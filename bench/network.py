@@ -1,10 +1,10 @@
-"""Makes the network that is measured, an LSTM of 128 units over 16 features with 4 outputs, for each server in its form.
+"""Makes the network that is measured, an LSTM of 128 units over 16 features with 4 outputs, in each server's form.
 
 usage: python -m bench.network FOLDER
 
 All have the same weights: `cells.keras`, with our own cell, and `artifacts/bench/1`, which our export makes of it; for
-the peers `bench.keras`, with Keras's LSTM; `step.onnx`, one step with all gates in one Gemm; and `fused.onnx`, the `LSTM`
-operator over padded sequences.
+the peers `bench.keras`, with Keras's LSTM; `step.onnx`, one step with all gates in one Gemm; and `fused.onnx`, the
+`LSTM` operator over padded sequences.
 """
 
 from __future__ import annotations

@@ -18,13 +18,12 @@ class Figure:
 
     value: float
     cpu_us: float | None = None  # of the server's processes, microseconds a request
-    core: float | None = None  # the share of the load's core that was in use
     load: Load | None = None
 
     @property
     def doubtful(self) -> bool:
         """Whether the generator may be what was measured."""
-        return self.core is not None and self.core > BUSY
+        return self.load is not None and self.load.busy + self.load.delayed > BUSY
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What is asked of the servers: who sends which requests. A workload runs as often as it is asked to, for one figure."""
+"""What is asked of the servers: who sends which requests. A workload is run as often as one likes, a figure a time."""
 
 from __future__ import annotations
 
@@ -66,8 +66,7 @@ class Workload:
         """Runs it in a closed loop; gives time steps a second."""
         load = self.load(seconds)
         cpu = sum(load.cpu.values()) / load.answers
-        core = load.busy + load.cpu.get("beside", 0.0) / load.seconds
-        return Figure(load.steps_per_s, 1e6 * cpu, core, load)
+        return Figure(load.steps_per_s, 1e6 * cpu, load)
 
     def load(self, seconds: float, rate: float | None = None) -> Load:
         """Runs it; gives all that came of it."""
@@ -146,13 +145,13 @@ def transfers(server: Server) -> dict[str, Workload]:
 def latency(workload: Workload, seconds: float) -> Figure:
     """Gives the 99th percentile of a step at a constant rate, milliseconds from when it was due."""
     load = workload.load(seconds, rate=STEP_RATE)
-    return Figure(load.p99_ms, None, load.busy, load)
+    return Figure(load.p99_ms, None, load)
 
 
 def latency_under(saturating: Workload, workload: Workload, seconds: float) -> Figure:
     """Gives the same while another load saturates the server."""
     # Niced: the client whose latency is measured goes first on the core that both share.
-    other = Generator(saturating.server.port, saturating.clients, seconds + 1, warm=0.5, nice=10)
+    other = Generator(saturating.server.port, saturating.clients, 1.2 * seconds + 1, warm=0.5, nice=10)
     try:
         other.wait_for_begin()
         figure = latency(workload, seconds)

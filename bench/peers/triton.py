@@ -2,8 +2,8 @@
 
 usage: python -m bench.peers.triton PORT FOLDER
 
-FOLDER holds the networks. Triton comes with nvidia-pytriton from PyPI, in an environment of its own, `.venv-triton`: its
-Python backend is built against NumPy 1. The backend runs a model in a process of its own, a stub that is linked to the
+FOLDER holds the networks. Triton comes with nvidia-pytriton from PyPI, in an environment of its own, `.venv-triton`:
+its Python backend is built for NumPy 1. The backend runs a model in a process of its own, a stub that is linked to the
 library of one version of Python; there is one stub for each of Python 3.8 to 3.13.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 PEERS = Path(__file__).parent
 ENVIRONMENT = PEERS.parent.parent / ".venv-triton"
-HAND_OVER = "import sys, sysconfig; print(sys.version_info[1], sysconfig.get_path('purelib'), sys.base_prefix, sep='\\n')"
+WHERE = "import sys, sysconfig as s; print(sys.version_info[1], s.get_path('purelib'), sys.base_prefix, sep='\\n')"
 
 STEP = """\
 name: "step"
@@ -52,7 +52,7 @@ def main() -> None:
     python = ENVIRONMENT / "bin/python"
     if not python.exists():
         sys.exit(f"{ENVIRONMENT.name} is missing: `make bench` makes it")
-    told = subprocess.run([python, "-c", HAND_OVER], check=True, capture_output=True, text=True).stdout.split("\n")
+    told = subprocess.run([python, "-c", WHERE], check=True, capture_output=True, text=True).stdout.split("\n")
     minor, packages, base = told[0], Path(told[1]), told[2]
     triton = packages / "pytriton/tritonserver"
     stub = triton / f"python_backend_stubs/3.{minor}/triton_python_backend_stub"
