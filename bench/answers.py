@@ -54,8 +54,7 @@ def compare(ours: Server, others: Iterable[Server]) -> None:
             socket.send(struct.pack(f"<5I{FEATURES}f", 1, 0, 1, 1, handles[1], *one))
             answer_frame = socket.recv()
             assert isinstance(answer_frame, bytes)
-            y = np.frombuffer(answer_frame, "<f4", OUTPUTS, 16 + 12)
-            _check("cellserve, binary frames", y, want)
+            _check("cellserve, binary frames", np.frombuffer(answer_frame, "<f4", OUTPUTS, 16 + 12), want)
 
 
 def _open(socket: ClientConnection) -> int:

@@ -19,7 +19,8 @@
 // https://github.com/giltene/wrk2). A closed loop cannot see that; its latencies are those of the requests sent.
 //
 // stdout: a line "from" when the measured time begins, a line "to" at its end (so that the caller can read other clocks
-// then), and the object. "busy" is the CPU time of this process over the measured time, "delayed" the time in which it
+// then), and the object. It ends when all that was sent is answered, so that a server has nothing left to do that would
+// slow whoever is measured next. "busy" is the CPU time of this process over the measured time, "delayed" the time in which it
 // could have run while its core was another's: where they come near 1 together, it is the generator that is measured. It
 // takes the CPU affinity of its caller.
 #define _GNU_SOURCE
@@ -39,7 +40,7 @@
 #include <unistd.h>
 
 #define SECOND 1000000000LL
-#define PATIENCE (30 * SECOND)  // for the leading requests, and for what is still owed at the end of an open loop
+#define PATIENCE (30 * SECOND)  // for the leading requests, and for what is still owed at the end
 
 typedef struct {
   uint32_t steps, length;
@@ -72,6 +73,7 @@ static struct sockaddr_in server;
 static double rate;
 static int64_t started, from, to, warm, seconds;  // `to` is 0 until the leads are answered
 static bool measuring, over;
+static int64_t waiting;  // the longest wait for an answer that came after the measured time of a closed loop
 static uint32_t *latencies;  // microseconds
 static size_t answers, latency_room;
 static uint64_t steps, bad, closed;
@@ -160,6 +162,7 @@ static void take(Connection *c, bool good, const char *data, size_t length) {
     return;
   }
   int64_t t = now();
+  if (over && !rate && t - f.since > waiting) waiting = t - f.since;
   bool counts = rate ? f.since >= from && f.since < to : measuring;
   if (!counts || !good) return;
   if (answers == latency_room)
@@ -304,10 +307,11 @@ static void read_plan(const char *path) {
   }
 }
 
-static bool owing(void) {  // whether an open loop still waits for answers
+static uint64_t owing(void) {  // how many requests are sent or due and not answered
+  uint64_t n = 0;
   for (Connection *c = connections; c < connections + count; c++)
-    if (c->fd >= 0 && (c->flying || c->taken < c->due)) return true;
-  return false;
+    if (c->fd >= 0) n += c->flying + c->due - c->taken;
+  return n;
 }
 
 static int order(const void *a, const void *b) {
@@ -327,7 +331,7 @@ int main(int argc, char **argv) {
     struct epoll_event e = {.events = EPOLLIN, .data.ptr = 0};
     if (timer < 0 || epoll_ctl(events, EPOLL_CTL_ADD, timer, &e)) die("timerfd");
   }
-  int64_t begun = now(), cpu = 0, delay = 0, waiting = 0;
+  int64_t begun = now(), cpu = 0, delay = 0;
   connect_all();
   if (ready == count) start();
   else for (uint32_t i = 0; i < count; i++) push(&connections[i]);
@@ -361,21 +365,18 @@ int main(int argc, char **argv) {
       cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID) - cpu, delay = run_delay() - delay;
       puts("to"), fflush(stdout);
     }
-    if (over && (!rate || !owing() || t - to > PATIENCE)) break;
+    if (over && (!owing() || t - to > PATIENCE)) break;
   }
-  // Who still waits has been kept waiting at least so long: a stall at the end would show nowhere else.
-  for (Connection *c = connections; c < connections + count; c++) {
-    int64_t since = c->flying ? now() - c->flights[c->first].since : 0;
-    if (since > waiting) waiting = since;
-  }
+  if (!over) puts(measuring ? "to" : "from\nto");  // the server has closed all connections
+  uint64_t unanswered = owing();
   qsort(latencies, answers, sizeof *latencies, order);
 #define QUANTILE(q) (answers ? latencies[(size_t)((answers - 1) * (q) + 0.5)] / 1e3 : -1.0)
   double time = over ? (to - from) / 1e9 : 0;
   printf("{\"answers\":%zu,\"seconds\":%.6f,\"per_s\":%.2f,\"steps_per_s\":%.2f,\"p50_ms\":%.3f,\"p90_ms\":%.3f,"
-         "\"p99_ms\":%.3f,\"max_ms\":%.3f,\"waiting_ms\":%.3f,\"bad\":%llu,\"closed\":%llu,\"busy\":%.4f,"
+         "\"p99_ms\":%.3f,\"max_ms\":%.3f,\"waiting_ms\":%.3f,\"unanswered\":%llu,\"bad\":%llu,\"closed\":%llu,\"busy\":%.4f,"
          "\"delayed\":%.4f}\n",
          answers, time, over ? answers / time : 0, over ? steps / time : 0, QUANTILE(.5), QUANTILE(.9), QUANTILE(.99),
-         QUANTILE(1), waiting / 1e6, (unsigned long long)bad, (unsigned long long)closed,
+         QUANTILE(1), waiting / 1e6, (unsigned long long)unanswered, (unsigned long long)bad, (unsigned long long)closed,
          over ? cpu / (double)(to - from) : 0, over ? delay / (double)(to - from) : 0);
   return 0;
 }

@@ -142,8 +142,8 @@ def notes(bench: Bench) -> Iterator[str]:
         busy, delayed = [load.busy for load in loads], [load.delayed for load in loads]
         yield (
             f"The load generator took {min(busy):.0%} to {max(busy):.0%} of its core and waited for it, while others "
-            f"had it, up to {max(delayed):.0%} of the time; `*` marks a figure where both came to more than {BUSY:.0%}: "
-            "it may be the generator's own."
+            f"had it, up to {max(delayed):.0%} of the time; `*` marks a figure where both came to more than "
+            f"{BUSY:.0%}: it may be the generator's own."
         )
     if bench.mosec:
         settings = ", ".join(f"`/{route}` {batch} and {wait} ms" for route, (batch, wait) in bench.mosec.items())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pytest
+import websockets.asyncio.server
 from websockets.asyncio.server import ServerConnection, serve
 
 from bench import load
@@ -16,29 +19,35 @@ from bench.workloads import UPGRADE, frame
 
 GET = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
-CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n10\r\n\r\n0\r\n\r\n        }\r\n0\r\nA: b\r\n\r\n"
+# The second chunk, of 16 bytes, holds what the end of the last one looks like; a trailer follows.
+CHUNKED = (
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n10\r\n\r\n0\r\n\r\n        }\r\n0\r\nA: b\r\n\r\n"
+)
 
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, None, None]]
+Server = asyncio.Server | websockets.asyncio.server.Server
 
 
 @contextmanager
-def in_a_thread(start: Callable[[], Coroutine[None, None, int]]) -> Iterator[int]:
-    """Runs a server in a loop of its own; `start` gives its port."""
+def running(start: Callable[[], Coroutine[None, None, Server]]) -> Iterator[int]:
+    """Runs a server in a thread of its own; gives its port."""
+    started: Future[int] = Future()
+    stop = asyncio.Event()
+
+    async def run() -> None:
+        server = await start()
+        started.set_result(next(iter(server.sockets)).getsockname()[1])
+        try:
+            await stop.wait()
+        finally:
+            server.close()
+
     loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
+    thread = threading.Thread(target=lambda: asyncio.Runner(loop_factory=lambda: loop).run(run()))
     thread.start()
     try:
-        yield asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+        yield started.result(10)
     finally:
-
-        async def end() -> None:
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-
-        asyncio.run_coroutine_threadsafe(end(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(stop.set)
         thread.join()
         loop.close()
 
@@ -46,45 +55,38 @@ def in_a_thread(start: Callable[[], Coroutine[None, None, int]]) -> Iterator[int
 @contextmanager
 def http_server(answer: Callable[[int], Coroutine[None, None, bytes]]) -> Iterator[int]:
     """Answers each request with the bytes that `answer` gives for its number; none closes the connection."""
-    number = 0
+    numbers = itertools.count(1)
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal number
         try:
             while True:
                 await reader.readuntil(b"\r\n\r\n")
-                number += 1
-                data = await answer(number)
-                if not data:
+                if not (data := await answer(next(numbers))):
                     break
-                for begin in range(0, len(data), 7):  # in pieces, as a network may cut them
-                    writer.write(data[begin : begin + 7])
+                for begin in range(0, len(data), 40):  # in pieces, as a network may cut them
+                    writer.write(data[begin : begin + 40])
                     await asyncio.sleep(0)
-                await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             writer.close()
 
-    async def start() -> int:
-        server = await asyncio.start_server(handle, "127.0.0.1", 0)
-        return int(server.sockets[0].getsockname()[1])
-
-    with in_a_thread(start) as port:
+    with running(lambda: asyncio.start_server(handle, "127.0.0.1", 0)) as port:
         yield port
 
 
 @contextmanager
-def websocket_server(echo: Callable[[str | bytes], str | bytes]) -> Iterator[int]:
+def websocket_server(answer: Callable[[str | bytes], str | bytes]) -> Iterator[int]:
+    """Answers each message."""
+
     async def handle(connection: ServerConnection) -> None:
         async for message in connection:
-            await connection.send(echo(message))
+            await connection.send(answer(message))
 
-    async def start() -> int:
-        server = await serve(handle, "127.0.0.1", 0, compression=None)
-        return int(next(iter(server.sockets)).getsockname()[1])
+    async def start() -> Server:
+        return await serve(handle, "127.0.0.1", 0, compression=None)
 
-    with in_a_thread(start) as port:
+    with running(start) as port:
         yield port
 
 
@@ -110,7 +112,7 @@ def test_a_closed_loop_counts_answers_and_their_time_steps_without_the_leads() -
 @pytest.mark.parametrize("size", [5, 300, 70_000])  # a frame's length takes 7, 16 and 64 bits
 def test_websocket_frames_of_every_size_come_back(size: int) -> None:
     with websocket_server(lambda message: message) as port:
-        found = drive(port, clients(2, frame(b"x" * size, 1), frame(b"y" * size, 2), leads=(UPGRADE,), depth=1), 0.3)
+        found = drive(port, clients(2, frame(b"x" * size, 1), frame(b"y" * size, 2), leads=(UPGRADE,)), 0.3)
         deep = drive(port, clients(1, frame(b"x" * size, 2), leads=(UPGRADE, frame(b"lead", 1)), depth=3), 0.3)
     assert found.answers > 0
     assert deep.answers > 0

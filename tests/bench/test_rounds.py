@@ -34,7 +34,7 @@ def test_a_row_says_whether_its_goal_is_reached() -> None:
 
 def test_a_figure_is_marked_where_the_generator_may_be_what_was_measured() -> None:
     def figure(busy: float, delayed: float) -> Figure:
-        return Figure(1000.0, 1.0, Load(1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0, 0, busy, delayed))
+        return Figure(1000.0, 1.0, Load(1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0, 0, 0, busy, delayed))
 
     row = str(Row("m", "b", Comparison([figure(0.5, 0.1)], [figure(0.5, 0.3)])))
     assert "1,000 steps/s | b: 1,000* steps/s" in row
