@@ -2,7 +2,8 @@
 //
 // usage: load PORT WARM SECONDS PLAN [RATE]
 //
-//   WARM     seconds that go by unmeasured before SECONDS are measured
+//   WARM     seconds that go by unmeasured before SECONDS are measured (a closed loop measures longer where in them not
+//            even one answer a connection has come)
 //   PLAN     a file: who sends what (below)
 //   RATE     requests a second of all connections together: an open loop. Without it the loop is closed: a connection
 //            sends its next request when an answer comes.
@@ -359,7 +360,8 @@ int main(int argc, char **argv) {
       measuring = true, cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID), delay = run_delay();
       puts("from"), fflush(stdout);
     }
-    if (measuring && t >= to) {
+    // A closed loop goes on until there have been as many answers as connections: of slower ones no rate can be told.
+    if (measuring && t >= to && (rate || answers >= count || t - to > PATIENCE)) {
       if (!rate) to = t;
       measuring = false, over = true;
       cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID) - cpu, delay = run_delay() - delay;

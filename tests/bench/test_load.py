@@ -40,6 +40,7 @@ def running(start: Callable[[], Coroutine[None, None, Server]]) -> Iterator[int]
             await stop.wait()
         finally:
             server.close()
+            await server.wait_closed()
 
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=lambda: asyncio.Runner(loop_factory=lambda: loop).run(run()))
