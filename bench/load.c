@@ -361,7 +361,7 @@ int main(int argc, char **argv) {
       puts("from"), fflush(stdout);
     }
     // A closed loop goes on until there have been as many answers as connections: of slower ones no rate can be told.
-    if (measuring && t >= to && (rate || answers >= count || t - to > PATIENCE)) {
+    if (measuring && t >= to && (rate || answers >= count || bad || closed || t - to > PATIENCE)) {
       if (!rate) to = t;
       measuring = false, over = true;
       cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID) - cpu, delay = run_delay() - delay;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import socket
@@ -10,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -89,8 +89,9 @@ def is_ready(port: int, path: str | None) -> bool:
             socket.create_connection(("127.0.0.1", port), 0.2).close()
             return True
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.request("GET", path)
-        return connection.getresponse().status == 200
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False
 
@@ -121,7 +122,7 @@ def tree(process: int) -> list[int]:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def redis(folder: Path) -> Iterator[tuple[str, int]]:
     """Runs a Redis that appends to its file each second, on the load's core; gives its address and its process."""
     port = free_port()
