@@ -7,11 +7,12 @@ import itertools
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import websockets.asyncio.server
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
 
 from bench import load
 from bench.load import Client, LoadFailed, Request, drive
@@ -81,8 +82,9 @@ def websocket_server(answer: Callable[[str | bytes], str | bytes]) -> Iterator[i
     """Answers each message."""
 
     async def handle(connection: ServerConnection) -> None:
-        async for message in connection:
-            await connection.send(answer(message))
+        with suppress(ConnectionClosed):  # the generator goes without a closing handshake
+            async for message in connection:
+                await connection.send(answer(message))
 
     async def start() -> Server:
         return await serve(handle, "127.0.0.1", 0, compression=None)
