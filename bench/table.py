@@ -145,6 +145,8 @@ def notes(bench: Bench) -> Iterator[str]:
             f"had it, up to {max(delayed):.0%} of the time; `*` marks a figure where both came to more than "
             f"{BUSY:.0%}: it may be the generator's own."
         )
+    for name, why in bench.missing.items():
+        yield f"{NAMES[name]}, is not to be had here, and so is not among the others: {why}."
     if bench.mosec:
         settings = ", ".join(f"`/{route}` {batch} and {wait} ms" for route, (batch, wait) in bench.mosec.items())
         yield f"Mosec at its best batch and wait of those tried: {settings}."
