@@ -23,10 +23,14 @@ test-long: $(BIN)/.dev $(BIN)/.silero setup servers
 	@if $(DOCKER) info >/dev/null 2>&1; then $(MAKE) container-test; \
 	else echo "no container was built: '$(DOCKER) info' finds no engine here, give another with DOCKER=..."; fi
 
-# The tests run a real Redis and a real load balancer, and watch what a server asks of the system.
+# The tests run a real Redis and a real load balancer, watch what a server asks of the system, and build the bench's
+# load generator.
 servers:
-	@command -v redis-server >/dev/null && command -v strace >/dev/null && { command -v nginx || test -x /usr/sbin/nginx; } >/dev/null \
-	|| { apt-get update -q && apt-get install -qy --no-install-recommends redis-server nginx-light strace; }
+	@for program in redis-server strace nginx cc; do \
+		PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || missing=yes; \
+	done; \
+	test -z "$$missing" || { apt-get update -q \
+	&& apt-get install -qy --no-install-recommends redis-server nginx-light strace gcc libc6-dev; }
 
 check: $(BIN)/.dev
 	$(BIN)/ruff check
@@ -40,8 +44,13 @@ lock: $(BIN)/.dev
 	UV=$(BIN)/uv sh requirements/lock.sh $(UPGRADE:%=--upgrade)
 
 # Measures Cellserve beside what else there is and prints the table, within ten minutes.
-bench: $(BIN)/.dev servers
+bench: $(BIN)/.dev .venv-triton/.done servers
 	$(BIN)/python -m bench --json bench.json
+
+# Triton is a peer of the bench alone; where it cannot be had, its rows say so.
+.venv-triton/.done: requirements/triton.txt | $(BIN)/python
+	-$(BIN)/uv venv -q --clear .venv-triton --python $(BIN)/python \
+	&& $(BIN)/uv pip install -q --no-deps --python .venv-triton/bin/python -r $< && touch $@
 
 # Builds the image and sees it serve, as another user, on a read-only file system.
 container-test:
