@@ -89,10 +89,8 @@ def opened(folder: Path) -> Open:
     @cache
     def opened(name: str, on: Provider, threads: int = 1) -> Runtime:
         files = model_folder(folder, name)
-        step = files / STEP_NAME
-        return Runtime(
-            files / MODEL_NAME, RuntimeOptions(provider=on, threads=threads), step if step.exists() else None
-        )
+        step = files / STEP_NAME if (files / STEP_NAME).exists() else None
+        return Runtime(files / MODEL_NAME, RuntimeOptions(provider=on, threads=threads), step)
 
     return opened
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-_QUERY = ("name", "driver_version", "compute_cap", "memory.total")
+_QUERY = {"": "name", "driver ": "driver_version", "compute capability ": "compute_cap", "memory ": "memory.total"}
 
 
 def describe() -> dict[str, str]:
@@ -29,18 +29,13 @@ def describe() -> dict[str, str]:
 
 
 def _gpu() -> str:
-    command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY.values())}", "--format=csv,noheader"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return "unknown: nvidia-smi does not answer"
-    gpus = [
-        ", ".join(
-            f"{what} {value}".removeprefix("name ") for what, value in zip(_QUERY, line.split(", "), strict=False)
-        )
-        for line in told.strip().splitlines()
-    ]
-    return "; ".join(gpus)
+    gpus = [zip(_QUERY, line.split(", "), strict=False) for line in told.strip().splitlines()]
+    return "; ".join(", ".join(what + value for what, value in gpu) for gpu in gpus)
 
 
 def _cuda_runtime() -> str:
