@@ -51,18 +51,18 @@ def main() -> int:
     networks = {path.stem: path for path in sorted(told.trained.glob("*.keras"))}
     if not networks or not all((told.artifacts / name / "1").is_dir() for name in networks):
         return _refused(f"the example models are not in {told.trained} and {told.artifacts}: run `make setup`")
+    unfinished = told.folder.with_name(f"{told.folder.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)
     for name, network in networks.items():
-        kept = model_folder(told.folder, name)
-        shutil.copytree(told.artifacts / name / "1", kept, ignore=shutil.ignore_patterns("*.html"))
-        source = Runtime(kept / MODEL_NAME).document.provenance["source_sha256"]
+        copied = model_folder(unfinished, name)
+        shutil.copytree(told.artifacts / name / "1", copied, ignore=shutil.ignore_patterns("*.html"))
+        source = Runtime(copied / MODEL_NAME).document.provenance["source_sha256"]
         if source != hashlib.sha256(network.read_bytes()).hexdigest():
-            return _refused(
-                f"{told.artifacts / name} was not exported from {network}: remove both and run `make setup`"
-            )
-    for name, network in networks.items():
-        keep_reference(told.folder, name, keras_run(StatefulNetwork(load(network))))
-    write_large(told.folder, told.units)
-    write_unproved(told.folder, "sunspots")
+            return _refused(f"{told.artifacts / name} was not exported from {network}: remove it and run `make setup`")
+        keep_reference(unfinished, name, keras_run(StatefulNetwork(load(network))))
+    write_large(unfinished, told.units)
+    write_unproved(unfinished, "sunspots")
+    unfinished.rename(told.folder)
     size = sum(path.stat().st_size for path in told.folder.rglob("*") if path.is_file())
     print(f"{told.folder}: {size / 2**20:.1f} MiB")
     return 0
