@@ -31,7 +31,7 @@ class Reference:
         named = {"x": self.x, "y": self.y, "exact_y": self.exact_y}
         for kind, tensors in (("state", self.states), ("final", self.final), ("exact_final", self.exact_final)):
             named |= {f"{kind}.{place}": tensor for place, tensor in enumerate(tensors)}
-        np.savez_compressed(path, **named)
+        np.savez_compressed(path, **named)  # type: ignore[arg-type]  # the stub takes them for `allow_pickle`
 
     @classmethod
     def read(cls, path: Path) -> Reference:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from service.runtime import Provider, Runtime
+from tests.conftest import ROOT
 from tests.gpu.conftest import Open
 from tests.gpu.references import ROWS, STEPS, Array, Reference, worst
 from tests.gpu.report import Report
@@ -62,21 +62,17 @@ def advanced(runtime: Runtime, reference: Reference, ends: Sequence[int]) -> tup
 # two switches: ONNX Runtime's option acts on its own products, NVIDIA's variable on all of NVIDIA's libraries, cuDNN's
 # LSTM included, which ONNX Runtime leaves at cuDNN's default. Each stands in a process of its own.
 TF32 = {
-    "as ONNX Runtime comes": (True, {}),
-    "use_tf32=0": (False, {}),
-    "NVIDIA_TF32_OVERRIDE=0": (True, {"NVIDIA_TF32_OVERRIDE": "0"}),
-    "both": (False, {"NVIDIA_TF32_OVERRIDE": "0"}),
+    "as ONNX Runtime comes": ("--option", "1", "--variable", "unset"),
+    "use_tf32=0": ("--option", "0", "--variable", "unset"),
+    "NVIDIA_TF32_OVERRIDE=0": ("--option", "1", "--variable", "0"),
+    "both": ("--option", "0", "--variable", "0"),
 }
 
 
 @pytest.mark.parametrize("setting", TF32)
 def test_what_tf32_costs_is_measured(setting: str, provider: Provider, folder: Path, report: Report) -> None:
-    use, variables = TF32[setting]
-    environment = {name: value for name, value in os.environ.items() if name != "NVIDIA_TF32_OVERRIDE"} | variables
-    command = [sys.executable, "-m", "tests.gpu.tf32", str(folder), "--provider", provider]
-    ran = subprocess.run(
-        command if use else [*command, "--off"], env=environment, capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, "-m", "tests.gpu.tf32", str(folder.resolve()), "--provider", provider, *TF32[setting]]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr
     errors = json.loads(ran.stdout.splitlines()[-1])
     shown = {model: f"{error:.1e}" for model, error in errors.items()}

@@ -49,6 +49,7 @@ def test_sessions_stepped_in_chunks_among_others_give_the_bits_of_one_run(
             sessions = list(pool.map(stepped, range(SESSIONS)))
             together = client.predict(name, [*x], outputs="all", states=begun, return_states=True)
         exact = client.model(name)["exact"]
+    assert whole.states is not None and together.states is not None
     same(sessions[0], (whole.y, whole.states))
     for row, session in enumerate(sessions):
         same(session, (together.y[row], together.states[row]))
