@@ -6,7 +6,7 @@ EXAMPLES := vowels sunspots sunspots-jordan characters
 # What builds and runs images; another engine with the same verbs will do.
 DOCKER ?= docker
 
-.PHONY: setup serve test test-long check servers lock bench container-test
+.PHONY: setup serve test test-long check servers lock bench gpu-references gpu-test container-test
 .DELETE_ON_ERROR:
 
 serve: setup
@@ -52,6 +52,23 @@ bench: $(BIN)/.dev .venv-triton/.done servers
 	-$(BIN)/uv venv -q --clear .venv-triton --python $(BIN)/python \
 	&& $(BIN)/uv pip install -q --no-deps --python .venv-triton/bin/python -r $< && touch $@
 
+# What the tests for a GPU compare with: made where TensorFlow is, carried to where a GPU is.
+gpu-references: setup
+	rm -rf $@
+	$(BIN)/python -m tests.gpu.prepare $@
+
+# The tests for a GPU, in an environment of their own or with GPU_PYTHON=python3 in what is there: docs/gpu.md.
+GPU_PYTHON ?= .venv-gpu/bin/python
+gpu-test: $(if $(filter .venv-gpu/%,$(GPU_PYTHON)),.venv-gpu/.done)
+	$(GPU_PYTHON) -m pytest tests/gpu $(GPU_FLAGS)
+
+.venv-gpu/.done: requirements/gpu.txt pyproject.toml | $(BIN)/python
+	test -x .venv-gpu/bin/python || $(BIN)/python -m venv .venv-gpu
+	$(call install_to,.venv-gpu,-r $<)
+	$(call install_to,.venv-gpu,-c requirements/dev.txt pytest)
+	$(call install_to,.venv-gpu,--no-deps -e .)
+	touch $@
+
 # Builds the image and sees it serve, as another user, on a read-only file system.
 container-test:
 	DOCKER="$(DOCKER)" sh tests/container.sh
@@ -69,8 +86,9 @@ $(BIN)/python:
 	|| { rm -rf .venv; apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv .venv; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check 'uv>=0.9,<1' || echo "uv is not to be had: pip installs"
 
-install = if test -x $(BIN)/uv; then $(BIN)/uv pip install -q --python $(BIN)/python $(1); \
-	else $(BIN)/python -m pip install -q --disable-pip-version-check $(1); fi
+install_to = if test -x $(BIN)/uv; then $(BIN)/uv pip install -q --python $(1)/bin/python $(2); \
+	else $(1)/bin/python -m pip install -q --disable-pip-version-check $(2); fi
+install = $(call install_to,.venv,$(1))
 
 # $(BIN)/.all and $(BIN)/.dev note that what stands in requirements/ under that name is installed.
 $(BIN)/.%: requirements/%.txt pyproject.toml | $(BIN)/python
