@@ -6,7 +6,7 @@ EXAMPLES := vowels sunspots sunspots-jordan characters
 # What builds and runs images; another engine with the same verbs will do.
 DOCKER ?= docker
 
-.PHONY: setup serve test test-long check servers lock bench container-test
+.PHONY: setup serve test test-long check servers lock bench gpu-references gpu-test container-test
 .DELETE_ON_ERROR:
 
 serve: setup
@@ -23,10 +23,14 @@ test-long: $(BIN)/.dev $(BIN)/.silero setup servers
 	@if $(DOCKER) info >/dev/null 2>&1; then $(MAKE) container-test; \
 	else echo "no container was built: '$(DOCKER) info' finds no engine here, give another with DOCKER=..."; fi
 
-# The tests run a real Redis and a real load balancer, and watch what a server asks of the system.
+# The tests run a real Redis and a real load balancer, watch what a server asks of the system, and build the bench's
+# load generator.
 servers:
-	@command -v redis-server >/dev/null && command -v strace >/dev/null && { command -v nginx || test -x /usr/sbin/nginx; } >/dev/null \
-	|| { apt-get update -q && apt-get install -qy --no-install-recommends redis-server nginx-light strace; }
+	@for program in redis-server strace nginx cc; do \
+		PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || missing=yes; \
+	done; \
+	test -z "$$missing" || { apt-get update -q \
+	&& apt-get install -qy --no-install-recommends redis-server nginx-light strace gcc libc6-dev; }
 
 check: $(BIN)/.dev
 	$(BIN)/ruff check
@@ -40,8 +44,30 @@ lock: $(BIN)/.dev
 	UV=$(BIN)/uv sh requirements/lock.sh $(UPGRADE:%=--upgrade)
 
 # Measures Cellserve beside what else there is and prints the table, within ten minutes.
-bench: $(BIN)/.dev servers
+bench: $(BIN)/.dev .venv-triton/.done servers
 	$(BIN)/python -m bench --json bench.json
+
+# Triton is a peer of the bench alone; where it cannot be had, its rows say so.
+.venv-triton/.done: requirements/triton.txt | $(BIN)/python
+	-$(BIN)/uv venv -q --clear .venv-triton --python $(BIN)/python \
+	&& $(BIN)/uv pip install -q --no-deps --python .venv-triton/bin/python -r $< && touch $@
+
+# What the tests for a GPU compare with: made where TensorFlow is, carried to where a GPU is.
+gpu-references: setup
+	rm -rf $@
+	$(BIN)/python -m tests.gpu.prepare $@
+
+# The tests for a GPU, in an environment of their own or with GPU_PYTHON=python3 in what is there: docs/gpu.md.
+GPU_PYTHON ?= .venv-gpu/bin/python
+gpu-test: $(if $(filter .venv-gpu/%,$(GPU_PYTHON)),.venv-gpu/.done)
+	$(GPU_PYTHON) -m pytest tests/gpu $(GPU_FLAGS)
+
+.venv-gpu/.done: requirements/gpu.txt pyproject.toml | $(BIN)/python
+	test -x .venv-gpu/bin/python || $(BIN)/python -m venv .venv-gpu
+	$(call install_to,.venv-gpu,-r $<)
+	$(call install_to,.venv-gpu,-c requirements/dev.txt pytest)
+	$(call install_to,.venv-gpu,--no-deps -e .)
+	touch $@
 
 # Builds the image and sees it serve, as another user, on a read-only file system.
 container-test:
@@ -60,8 +86,9 @@ $(BIN)/python:
 	|| { rm -rf .venv; apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv .venv; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check 'uv>=0.9,<1' || echo "uv is not to be had: pip installs"
 
-install = if test -x $(BIN)/uv; then $(BIN)/uv pip install -q --python $(BIN)/python $(1); \
-	else $(BIN)/python -m pip install -q --disable-pip-version-check $(1); fi
+install_to = if test -x $(BIN)/uv; then $(BIN)/uv pip install -q --python $(1)/bin/python $(2); \
+	else $(1)/bin/python -m pip install -q --disable-pip-version-check $(2); fi
+install = $(call install_to,.venv,$(1))
 
 # $(BIN)/.all and $(BIN)/.dev note that what stands in requirements/ under that name is installed.
 $(BIN)/.%: requirements/%.txt pyproject.toml | $(BIN)/python

@@ -1,174 +1,196 @@
-"""The load generator: plain non-blocking sockets, one request under way on each, in one thread.
-
-It does as little as can be done between an answer and the next request, so that it is not what is measured.
-"""
+"""The load generator from here: builds `load.c`, writes its plan, runs it, and reads what came of it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import selectors
-import socket
+import os
+import platform
+import shutil
 import struct
-import time
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
-_END = b"\r\n\r\n"
+SOURCE = Path(__file__).with_name("load.c")
+FLAGS = ("-O2", "-Wall", "-Wextra")
+INSTALL = "the load generator is compiled, and there is no C compiler `cc`: apt-get install gcc libc6-dev"
+BUSY = 0.7  # a generator that takes, or waits for, more of its core than this may be what is measured
 
 
-@dataclass
+class LoadFailed(RuntimeError):
+    """The generator could not be built or run, or not everything was answered as it should be."""
+
+
+class Request(NamedTuple):
+    """One request."""
+
+    data: bytes
+    steps: int = 1  # time steps in it
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """One connection and what goes over it: the leads once, the requests round and round."""
+
+    requests: Sequence[Request]
+    leads: Sequence[bytes] = ()
+    depth: int = 1  # requests under way at once
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
-    """What came of a load: how many answers in how many seconds, and the latencies where they were asked for."""
+    """What came of a load. Milliseconds; in an open loop from when a request was due, in a closed one from its sending.
+
+    The order is that of the generator's answer.
+    """
 
     answers: int
     seconds: float
-    latencies: list[float] = field(default_factory=list)  # seconds
-
-    @property
-    def rate(self) -> float:
-        """Answers a second."""
-        return self.answers / self.seconds
-
-
-def request(path: str, body: bytes, content_type: str = "application/json") -> bytes:
-    """Writes a POST request."""
-    head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-def http_size(data: bytes | bytearray) -> int | None:
-    """Gives the size of the answer that begins here, or None where its head is not whole yet."""
-    head = data.find(_END)
-    if head < 0:
-        return None
-    if data[9:10] != b"2":
-        raise RuntimeError(bytes(data[:500]).decode(errors="replace"))
-    place = data.lower().find(b"content-length:", 0, head)
-    return head + 4 + int(data[place + 15 : data.find(b"\r", place)])
+    per_s: float
+    steps_per_s: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    max_ms: float
+    waiting_ms: float  # closed loop: the longest wait of those who still waited at the end of the time
+    unanswered: int
+    bad: int
+    closed: int
+    busy: float  # the generator's CPU time over the time measured
+    delayed: float  # the share of the time in which it could have run while others had its core
+    cpu: dict[str, float] = field(default_factory=dict)  # CPU seconds of the processes asked for, within the time
 
 
-def frame_size(data: bytes | bytearray) -> int | None:
-    """Gives the size of the WebSocket frame (RFC 6455, section 5.2) that begins here, or None."""
-    if len(data) < 4:
-        return None
-    length = data[1] & 127
-    if length < 126:
-        return 2 + length
-    if length == 126:
-        return 4 + int(struct.unpack_from(">H", data, 2)[0])
-    return 10 + int(struct.unpack_from(">Q", data, 2)[0]) if len(data) >= 10 else None
+def build() -> Path:
+    """Compiles the generator where its source has changed; gives the program.
+
+    Raises:
+        LoadFailed: There is no compiler, or it fails.
+    """
+    text = f"{platform.machine()} {FLAGS}".encode() + SOURCE.read_bytes()
+    program = SOURCE.parent / ".build" / f"load-{hashlib.sha256(text).hexdigest()[:16]}"
+    if program.exists():
+        return program
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise LoadFailed(INSTALL)
+    program.parent.mkdir(exist_ok=True)
+    made = program.with_suffix(f".{os.getpid()}")
+    done = subprocess.run([compiler, *FLAGS, "-o", made, SOURCE], capture_output=True, text=True)
+    if done.returncode:
+        raise LoadFailed(f"{SOURCE.name} does not compile: {done.stderr[-2000:]}")
+    made.replace(program)
+    return program
 
 
-def frame(payload: bytes, opcode: int) -> bytes:
-    """Writes a client's WebSocket frame; its mask is zero, so that it costs nothing here."""
-    length = len(payload)
-    if length < 126:
-        head = bytes((0x80 | opcode, 0x80 | length))
-    elif length < 1 << 16:
-        head = bytes((0x80 | opcode, 0x80 | 126)) + struct.pack(">H", length)
-    else:
-        head = bytes((0x80 | opcode, 0x80 | 127)) + struct.pack(">Q", length)
-    return head + bytes(4) + payload
+def plan(clients: Sequence[Client]) -> bytes:
+    """Writes the plan, as the head of `load.c` describes it."""
+    parts = [struct.pack("<I", len(clients))]
+    for client in clients:
+        requests = [*(Request(lead, 0) for lead in client.leads), *client.requests]
+        parts.append(struct.pack("<3I", client.depth, len(client.leads), len(requests)))
+        for data, steps in requests:
+            parts += [struct.pack("<2I", steps, len(data)), data]
+    return b"".join(parts)
 
 
-class Connection:
-    """One blocking connection, for setting up; `drive` then takes over its socket."""
+class Generator:
+    """A load that runs, on the core of this process.
 
-    def __init__(self, port: int, size: Callable[[bytes | bytearray], int | None] = http_size) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port))
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.size = size
+    Args:
+        port: Where the server listens, on this machine.
+        clients: The connections.
+        seconds: How long is measured.
+        warm: Seconds before that; a tenth of them, and at least 0.1, where nothing is said.
+        rate: Requests a second, for an open loop.
+        nice: How far it stands back behind other processes on its core.
+    """
 
-    def upgrade(self, path: str) -> None:
-        """Makes it a WebSocket."""
-        self.socket.sendall(
-            f"GET {path} HTTP/1.1\r\nHost: bench\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+    def __init__(
+        self,
+        port: int,
+        clients: Sequence[Client],
+        seconds: float,
+        *,
+        warm: float | None = None,
+        rate: float | None = None,
+        nice: int = 0,
+    ) -> None:
+        program = build()
+        with tempfile.NamedTemporaryFile(prefix="cellserve-load-", delete=False) as file:
+            file.write(plan(clients))
+        self._plan = Path(file.name)
+        self._begun = False
+        warm = max(0.1, 0.1 * seconds) if warm is None else warm
+        arguments = [port, warm, seconds, self._plan, *([] if rate is None else [rate])]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        self._process = subprocess.Popen(
+            ["nice", "-n", str(nice), program, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
         )
-        data = b""
-        while _END not in data:
-            data += self.socket.recv(4096)
-        self.size = frame_size
 
-    def ask(self, data: bytes) -> bytes:
-        """Sends a request and gives the answer whole."""
-        self.socket.sendall(data)
-        return self.answer()
+    def wait_for_begin(self) -> None:
+        """Waits until the measured time begins."""
+        if not self._begun:
+            self._line()
+        self._begun = True
 
-    def answer(self) -> bytes:
-        """Waits for an answer."""
-        data = b""
-        while (size := self.size(data)) is None or len(data) < size:
-            data += _received(self.socket)
-        return data
+    def result(self, clocks: dict[str, Callable[[], float]] | None = None) -> Load:
+        """Waits for the end.
 
-    def ask_json(self, path: str, body: object) -> dict:
-        """Posts a document and gives the one that is answered."""
-        return json.loads(self.ask(request(path, json.dumps(body).encode())).partition(_END)[2])
+        Args:
+            clocks: CPU clocks to read when the measured time begins and when it ends, seconds.
+
+        Raises:
+            LoadFailed: An answer was bad or missing, or a connection was closed.
+        """
+        clocks = clocks or {}
+        self.wait_for_begin()
+        before = {name: clock() for name, clock in clocks.items()}
+        self._line()
+        cpu = {name: clock() - before[name] for name, clock in clocks.items()}
+        out = self._line()
+        status = self._process.wait()
+        self._errors.seek(0)
+        errors = self._errors.read().strip()[:1000]
+        self.stop()
+        if status:
+            raise LoadFailed(errors)
+        load = Load(**json.loads(out), cpu=cpu)
+        if load.bad or load.closed or load.unanswered or not load.answers:
+            raise LoadFailed(
+                f"{load.answers} good answers, {load.bad} bad ones, {load.unanswered} missing, "
+                f"{load.closed} connections closed. {errors}".strip()
+            )
+        return load
+
+    def stop(self) -> None:
+        """Ends it, if it has not ended."""
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+        self._plan.unlink(missing_ok=True)
+        assert self._process.stdout
+        self._process.stdout.close()
+
+    def _line(self) -> str:
+        assert self._process.stdout
+        return self._process.stdout.readline().strip()
 
 
 def drive(
-    connections: Sequence[Connection],
-    requests: Sequence[Sequence[bytes]],
+    port: int,
+    clients: Sequence[Client],
     seconds: float,
-    pause: float = 0.0,
-    deep: int = 1,
+    *,
+    rate: float | None = None,
+    clocks: dict[str, Callable[[], float]] | None = None,
 ) -> Load:
-    """Keeps each connection busy with its requests, over and over, for so many seconds, and closes it.
-
-    Args:
-        connections: The connections.
-        requests: For each its requests, in order.
-        seconds: For how long, after a tenth of it has gone by unmeasured.
-        pause: Between an answer and the next request, seconds; the latencies are kept then.
-        deep: Requests under way on each connection.
-    """
-    selector = selectors.EpollSelector() if hasattr(selectors, "EpollSelector") else selectors.DefaultSelector()
-    state = []
-    for connection, own in zip(connections, requests, strict=True):
-        connection.socket.setblocking(False)
-        state.append([connection.socket, own, deep % len(own), bytearray(), connection.size, time.perf_counter()])
-        selector.register(connection.socket, selectors.EVENT_READ, state[-1])
-        for place in range(deep):
-            _send(connection.socket, own[place % len(own)])
-    begin = time.perf_counter()
-    start, end = begin + 0.1 * seconds, begin + 1.1 * seconds
-    answers, measured, latencies = 0, 0.0, []
-    now = begin
-    while now < end:
-        for key, _ in selector.select(0.1):
-            held = key.data
-            sock, own, place, data, size, sent = held
-            data += _received(sock)
-            while (whole := size(data)) is not None and len(data) >= whole:
-                del data[:whole]
-                if now >= start:
-                    answers += 1
-                if pause:
-                    if now >= start:
-                        latencies.append(time.perf_counter() - sent)
-                    time.sleep(pause)
-                    held[5] = time.perf_counter()
-                _send(sock, own[place])
-                place = held[2] = (place + 1) % len(own)
-        now = time.perf_counter()
-        measured = now - start
-    selector.close()
-    for connection in connections:
-        connection.socket.close()
-    return Load(answers, measured, latencies)
-
-
-def _received(sock: socket.socket) -> bytes:
-    part = sock.recv(1 << 20)
-    if not part:
-        raise RuntimeError("the server closed the connection")
-    return part
-
-
-def _send(sock: socket.socket, data: bytes) -> None:
-    sent = sock.send(data)
-    if sent < len(data):
-        sock.setblocking(True)
-        sock.sendall(data[sent:])
-        sock.setblocking(False)
+    """Runs a load and waits for what comes of it; the arguments are those of `Generator`."""
+    return Generator(port, clients, seconds, rate=rate).result(clocks)

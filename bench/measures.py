@@ -1,199 +1,220 @@
-"""The measures: each gives figures of one round; `bench.__main__` repeats them and takes medians and ratios."""
+"""The order of a run: what is started, compared and measured, and beside what."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save
+from websockets.sync.client import connect
 
-from bench.load import Connection, drive, frame, request
-from bench.servers import LOAD_CORE, ROOT, SERVER_CORE, Server, pin
+from bench import answers, workloads
+from bench.network import UNITS
+from bench.rounds import Figure, Rounds
+from bench.servers import ROOT, SERVER_CORE, NotToBeHad, Server, redis
+from bench.workloads import FRAME
 
-FEATURES, UNITS = 16, 128
-SESSIONS, CLIENTS, FRAME = 64, 32, 256
-CONTENT = "application/x-safetensors"
-
-rng = np.random.default_rng(0)
-
-
-def numbers(*shape: int) -> list:
-    """Draws numbers as a client would send them: float32, written short."""
-    return np.round(rng.normal(size=shape), 4).tolist()
-
-
-def lengths(count: int) -> list[int]:
-    """Draws lengths of sequences: log-normal, median 30, from 7 to 200."""
-    return np.clip(np.exp(rng.normal(np.log(30), 0.7, count)), 7, 200).astype(int).tolist()
+SECTIONS = ("http", "websocket", "predict", "latency", "transfers", "memory", "export", "start")
+OTHERS = ("usual", "usual_keras", "mosec", "triton")
+PREDICTORS = ("usual", "mosec", "triton")  # Keras cannot be the best: whole sequences take it many times longer
+STARTS = 3
+MANY = 100_000  # sessions, for their memory
+MOSEC = [(batch, wait) for batch in (16, 32) for wait in (0, 1)]  # batch, milliseconds; the best of them is taken
+Run = Callable[[float], Figure]
 
 
-class Steps:
-    """64 clients, a session each, one JSON step after the other over HTTP."""
+class Bench:
+    """One run.
 
-    def __init__(self, server: Server) -> None:
-        self.port, self.requests = server.port, []
-        connection = Connection(server.port)
-        for _ in range(SESSIONS):
-            if server.name == "mosec":
-                session = connection.ask_json("/step", {})["session"]
-                bodies = [json.dumps({"session": session, "x": numbers(FEATURES)}).encode() for _ in range(8)]
-                path = "/step"
-            else:
-                session = "0" * 32
-                if server.name != "floor":
-                    session = connection.ask_json("/sessions", {})["session"]
-                bodies = [json.dumps({"x": numbers(FEATURES)}).encode() for _ in range(8)]
-                path = f"/sessions/{session}/step"
-            self.requests.append([request(path, body) for body in bodies])
+    Args:
+        folder: Where to put what is made on the way.
+        rounds: How often everything is measured.
+        seconds: For how long at a time.
+        tell: Called with what is being done.
+    """
 
-    def run(self, seconds: float) -> float:
-        """Gives steps a second."""
-        return drive([Connection(self.port) for _ in self.requests], self.requests, seconds).rate
+    def __init__(self, folder: Path, rounds: int, seconds: float, tell: Callable[[str], None]) -> None:
+        self.folder, self.rounds, self.seconds, self.tell = folder, rounds, seconds, tell
+        self.figures = Rounds()
+        self.missing: dict[str, str] = {}  # servers that are not to be had here, and why
+        self.mosec: dict[str, tuple[int, int]] = {}  # its best batch and wait, by route
+        self._servers: dict[str, Server] = {}
+
+    def run(self, sections: tuple[str, ...]) -> None:
+        """Measures some sections.
+
+        Raises:
+            DifferentAnswers: The servers do not do the same.
+            LoadFailed: A server did not answer as it should.
+        """
+        self.tell("making and exporting the network")
+        made = subprocess.run(
+            [sys.executable, "-m", "bench.network", str(self.folder)], cwd=ROOT, capture_output=True, text=True
+        )
+        if made.returncode:
+            raise RuntimeError(f"the network cannot be made: {made.stderr[-2000:]}")
+        if "export" in sections:
+            timings = json.loads(made.stdout.splitlines()[-1])["1x50"]
+            for name in ("ours", "tf2onnx", "keras"):
+                self.figures.add("export", name, Figure(timings[name]))
+        if {"start", "memory"} & {*sections}:
+            self._starts()
+        with ExitStack() as stack:
+            groups = self._groups(stack, sections)
+            self.tell("comparing answers")
+            answers.compare(
+                self._servers["cellserve"],
+                [server for name, server in self._servers.items() if name not in ("cellserve", "floor")],
+            )
+            for turn in range(self.rounds):
+                for group, runs in groups.items():
+                    # Every second round the other way round, so that neither side always comes second.
+                    for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
+                        self.tell(f"round {turn + 1} of {self.rounds}: {group}, {name}")
+                        self.figures.add(group, name, run(self.seconds))
+        if "memory" in sections:
+            self._memory()
+
+    def _command(self, name: str, *more: str) -> tuple[str, ...]:
+        serve = "-m", "cellserve.cli", "serve", "--models", f"{self.folder}/artifacts", "--port", "{port}"
+        peer = "-m", f"bench.peers.{name}", "{port}"
+        if name in ("cellserve", "redis"):
+            return *serve, "--max-sessions", "200000", *more
+        return (*peer, *more) if name == "floor" else (*peer, str(self.folder), *more)
+
+    def _start(self, stack: ExitStack, name: str, *more: str) -> Server:
+        self.tell(f"starting {name}")
+        ready = {"cellserve": "/readyz", "redis": "/readyz", "triton": "/v2/health/ready"}.get(name)
+        server = Server(name, *self._command(name, *more), ready=ready)
+        stack.callback(server.stop)
+        self._servers[name] = server
+        return server
+
+    def _groups(self, stack: ExitStack, sections: tuple[str, ...]) -> dict[str, dict[str, Run]]:
+        """Starts what is needed; gives what is to be taken back to back."""
+        ours = self._start(stack, "cellserve")
+        others: list[Server] = []
+        if {"http", "predict"} & {*sections}:
+            others = self._others(stack)
+        floor = self._start(stack, "floor") if {"http", "websocket"} & {*sections} else None
+        groups: dict[str, dict[str, Run]] = {}
+        self.tell("opening sessions")
+        if "http" in sections:
+            assert floor
+            own = workloads.steps(ours)
+            for server in (floor, *others):
+                groups[f"http {server.name}"] = {"cellserve": own, server.name: workloads.steps(server)}
+            url, process = stack.enter_context(redis(self.folder))
+            stored = workloads.steps(self._start(stack, "redis", "--store", url), beside=process)
+            groups["http redis"] = {"redis": stored, "cellserve": own}
+        if "websocket" in sections:
+            assert floor
+            groups["websocket"] = {"cellserve": workloads.sockets(ours), "floor": workloads.sockets(floor)}
+            groups["frames"] = {"cellserve": workloads.binary_frames(ours), "bare": self._bare("steps", FRAME)}
+        if "predict" in sections:
+            one, sixteen, binary, binary16 = (
+                workloads.predictions(ours, count, binary) for binary in (False, True) for count in (1, 16)
+            )
+            for server in others:
+                if server.name not in PREDICTORS:
+                    continue
+                theirs, theirs16 = (workloads.predictions(server, count) for count in (1, 16))
+                groups[f"predict {server.name}"] = {"json": one, "other": theirs, "binary": binary}
+                groups[f"predict16 {server.name}"] = {"json": sixteen, "other": theirs16}
+            for name, run in {"1 json": one, "16 json": sixteen, "1 binary": binary, "16 binary": binary16}.items():
+                steps = sum(request.steps for client in run.clients for request in client.requests)
+                requests = sum(len(client.requests) for client in run.clients)
+                groups[f"bare {name}"] = {"cellserve": run, "bare": self._bare("sequences", steps / requests)}
+        if "latency" in sections:
+            few = workloads.steps(ours, sessions=8)
+            saturating = workloads.predictions(ours)
+            groups["latency"] = {
+                "idle": lambda seconds: workloads.latency(few, 3 * seconds),
+                "busy": lambda seconds: workloads.latency_under(saturating, few, 3 * seconds),
+            }
+        if "transfers" in sections:
+            groups["transfers"] = {
+                name: lambda seconds, run=run: microseconds(run(seconds / 4))  # type: ignore[misc]
+                for name, run in workloads.transfers(ours).items()
+            }
+        return groups
+
+    def _others(self, stack: ExitStack) -> list[Server]:
+        found = []
+        for name in OTHERS:
+            try:
+                more = self._best_mosec() if name == "mosec" else ()
+                found.append(self._start(stack, name, *more))
+            except NotToBeHad as error:
+                self.missing[name] = str(error).splitlines()[-1]
+        return found
+
+    def _best_mosec(self) -> tuple[str, ...]:
+        """Gives Mosec's flags with what suits each of its routes best on this machine."""
+        rates: dict[str, dict[tuple[int, int], float]] = {"step": {}, "predict": {}}
+        for setting in MOSEC:
+            with ExitStack() as stack:
+                server = self._start(stack, "mosec", *map(str, setting * 2))
+                self.tell(f"trying Mosec with batches of {setting[0]} and {setting[1]} ms")
+                for route, run in (("step", workloads.steps(server)), ("predict", workloads.predictions(server))):
+                    run(0.2)
+                    rates[route][setting] = run(min(1.0, self.seconds)).value
+            del self._servers["mosec"]
+        self.mosec = {route: max(own, key=own.__getitem__) for route, own in rates.items()}
+        return tuple(map(str, (*self.mosec["step"], *self.mosec["predict"])))
+
+    def _bare(self, what: str, steps_a_request: float) -> Run:
+        """ONNX Runtime alone on the servers' core, with our model or the peers', whichever is faster."""
+        theirs = {"steps": "step.onnx", "sequences": "fused.onnx"}[what]
+        models = [self.folder / theirs, *sorted((self.folder / "artifacts/bench/1").glob("*.onnx"))]
+
+        def run(seconds: float) -> Figure:
+            done = subprocess.run(
+                [sys.executable, "-m", "bench.peers.bare", what, str(seconds), *map(str, models)],
+                cwd=ROOT, check=True, capture_output=True, text=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
+            )  # fmt: skip
+            told = json.loads(done.stdout)
+            return Figure(told["steps_per_s"], 1e6 * told["cpu_s"] * steps_a_request)
+
+        return run
+
+    def _starts(self) -> None:
+        for _ in range(STARTS):
+            with ExitStack() as stack:
+                server = self._start(stack, "cellserve")
+            self.figures.add("start", "cellserve", Figure(server.seconds_to_start))
+            self.figures.add("start", "wanted", Figure(2.0))
+
+    def _memory(self) -> None:
+        """Opens many sessions; starts a server once more from their snapshot."""
+        snapshot = "--snapshot", f"{self.folder}/sessions", "--snapshot-seconds", "3600"
+        with ExitStack() as stack:
+            server = self._start(stack, "cellserve", *snapshot)
+            self.tell(f"opening {MANY:,} sessions")
+            before = server.resident_bytes
+            with connect(f"ws://127.0.0.1:{server.port}/stream", compression=None) as socket:
+                for _ in range(MANY // 100):
+                    for _ in range(100):
+                        socket.send('{"op":"open"}')
+                    for _ in range(100):
+                        socket.recv()
+            time.sleep(0.5)
+            self.figures.add("memory", "cellserve", Figure((server.resident_bytes - before) / MANY))
+            self.figures.add("memory", "states", Figure(2 * UNITS * 4))
+            self.tell("writing the snapshot")
+        with ExitStack() as stack:
+            server = self._start(stack, "cellserve", *snapshot)
+        self.figures.add("restore", "restored", Figure(server.seconds_to_start))
+        started = self.figures.compare("start", "cellserve", "wanted").shown[0]  # the median one
+        self.figures.add("restore", "empty", started)
 
 
-class Sockets:
-    """64 WebSockets, a session each, one JSON step after the other; beside it a server that echoes the same frames."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        bodies = [json.dumps({"op": "step", "session": 0, "x": numbers(FEATURES)}).encode() for _ in range(8)]
-        self.requests = [[frame(body, 1) for body in bodies]] * SESSIONS
-
-    def run(self, seconds: float) -> float:
-        """Gives steps a second."""
-        connections = [Connection(self.server.port) for _ in range(SESSIONS)]
-        for connection in connections:
-            connection.upgrade("/stream")
-            if self.server.name != "floor":
-                connection.ask(frame(b'{"op":"open"}', 1))
-        return drive(connections, self.requests, seconds).rate
-
-
-class BinaryFrames:
-    """One WebSocket, two frames under way on it, each of 256 sessions of its own."""
-
-    def __init__(self, server: Server) -> None:
-        self.port = server.port
-        self.requests = []
-        for place in range(8):
-            handles = np.arange(FRAME, dtype="<u4") + FRAME * (place % 2)
-            x = rng.normal(size=(FRAME, 1, FEATURES)).astype("<f4")
-            self.requests.append(frame(struct.pack("<4I", 1, place, FRAME, 1) + handles.tobytes() + x.tobytes(), 2))
-
-    def run(self, seconds: float) -> float:
-        """Gives steps a second."""
-        connection = Connection(self.port)
-        connection.upgrade("/stream")
-        for _ in range(2 * FRAME):
-            connection.ask(frame(b'{"op":"open"}', 1))
-        return FRAME * drive([connection], [self.requests], seconds, deep=2).rate
-
-
-class Predictions:
-    """32 clients that send sequences of 7 to 200 time steps, so many in a request, in JSON or in safetensors."""
-
-    def __init__(self, server: Server, sequences: int = 1, binary: bool = False) -> None:
-        self.port = server.port
-        self.requests, steps, count = [], 0, 0
-        for _ in range(CLIENTS):
-            own = []
-            for _ in range(max(2, 16 // sequences)):
-                times = lengths(sequences)
-                steps, count = steps + sum(times), count + 1
-                if binary:
-                    x = rng.normal(size=(sum(times), FEATURES)).astype(np.float32)
-                    body = save({"x": x, "lengths": np.array(times, np.int32)})
-                    own.append(request("/predict?outputs=last", body, CONTENT))
-                else:
-                    body = json.dumps({"sequences": [numbers(time, FEATURES) for time in times]}).encode()
-                    own.append(request("/predict", body))
-            self.requests.append(own)
-        self.steps_a_request = steps / count
-
-    def run(self, seconds: float) -> float:
-        """Gives time steps a second."""
-        connections = [Connection(self.port) for _ in self.requests]
-        return self.steps_a_request * drive(connections, self.requests, seconds).rate
-
-
-def transfers(server: Server, seconds: float) -> dict[str, float]:
-    """Gives the seconds of a fork, a state's download and upload, and a step, one after the other by one client."""
-    connection = Connection(server.port)
-    session = connection.ask_json("/sessions", {})["session"]
-    path = f"/sessions/{session}"
-    download = f"GET {path}/state HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
-    state = connection.ask(download).partition(b"\r\n\r\n")[2]
-    asked = {
-        "alone step": request(f"{path}/step", json.dumps({"x": numbers(FEATURES)}).encode()),
-        "alone fork": request(f"{path}/fork", b"{}"),
-        "alone read": download,
-        "alone write": request(f"{path}/state", state, CONTENT).replace(b"POST", b"PUT", 1),
-    }
-    return {name: 1 / drive([Connection(server.port)], [[data]], seconds).rate for name, data in asked.items()}
-
-
-def step_latency(server: Server, seconds: float) -> float:
-    """Gives the 99th percentile of one client's steps, one each few milliseconds, in seconds."""
-    connection = Connection(server.port)
-    session = connection.ask_json("/sessions", {})["session"]
-    body = request(f"/sessions/{session}/step", json.dumps({"x": numbers(FEATURES)}).encode())
-    load = drive([connection], [[body]], seconds, pause=0.003)
-    return float(np.percentile(load.latencies, 99))
-
-
-def step_latency_under_load(server: Server, seconds: float) -> float:
-    """Gives the same while the clients of `Predictions` saturate the server from a process of their own."""
-    process = multiprocessing.get_context("spawn").Process(target=_saturate, args=(server.port, seconds + 2))
-    process.start()
-    time.sleep(1.5)
-    p99 = step_latency(server, seconds)
-    process.kill()
-    process.join()
-    return p99
-
-
-class _Port:
-    def __init__(self, port: int) -> None:
-        self.name, self.port = "cellserve", port
-
-
-def _saturate(port: int, seconds: float) -> None:
-    pin(LOAD_CORE)
-    os.nice(10)  # the client whose latency is measured goes first
-    Predictions(_Port(port)).run(seconds)  # type: ignore[arg-type]
-
-
-def session_bytes(server: Server, sessions: int) -> float:
-    """Gives the memory that live sessions take, over the bytes of their states."""
-    before = server.resident_bytes
-    connection = Connection(server.port)
-    connection.upgrade("/stream")
-    opened = frame(b'{"op":"open"}', 1)
-    for _ in range(sessions // 100):
-        connection.socket.sendall(opened * 100)
-        data, left = bytearray(), 100
-        while left:
-            data += connection.socket.recv(1 << 20)
-            while left and (size := connection.size(data)) is not None and len(data) >= size:
-                del data[:size]
-                left -= 1
-    connection.socket.close()
-    time.sleep(0.5)
-    return (server.resident_bytes - before) / (sessions * 2 * UNITS * 4)
-
-
-def bare(model: Path, seconds: float) -> dict[str, float]:
-    """Gives ONNX Runtime's own steps a second, on the servers' core."""
-    command = [sys.executable, "-m", "bench.peers.bare", str(model), str(seconds)]
-    done = subprocess.run(
-        command, cwd=ROOT, check=True, capture_output=True, text=True,
-        preexec_fn=lambda: pin(SERVER_CORE),
-    )  # fmt: skip
-    return dict(json.loads(done.stdout))
+def microseconds(figure: Figure) -> Figure:
+    """Turns a rate of one client into the time that one request takes."""
+    return Figure(1e6 / figure.value, figure.cpu_us, figure.load)

@@ -1,7 +1,9 @@
-"""Starts the servers that are measured, each a process of its own on the first core."""
+"""Starts the servers that are measured, each with all its processes on the first core. Linux only: it reads /proc."""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
 import socket
 import subprocess
@@ -9,28 +11,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SERVER_CORE, LOAD_CORE = 0, 1
 
 
-def pin(core: int) -> None:
-    """Keeps this process on one core, where the machine has several and allows it."""
-    if hasattr(os, "sched_setaffinity") and core in os.sched_getaffinity(0):
-        os.sched_setaffinity(0, {core})
+class NotToBeHad(RuntimeError):
+    """A server does not start here; the message says why."""
+
+
+def pin(core: int, process: int = 0) -> None:
+    """Keeps a process (0: this one) on one core, where the machine has several and allows it."""
+    if core in os.sched_getaffinity(0) | os.sched_getaffinity(process):
+        os.sched_setaffinity(process, {core})
 
 
 class Server:
-    """A server process.
+    """A server process, and those that it starts.
 
     Args:
-        name: For messages.
+        name: Who it is.
         command: What to run after the Python interpreter; `{port}` is replaced.
+        ready: The path that is answered 200 once it takes requests; where there is none, it does so once it listens.
     """
 
-    def __init__(self, name: str, *command: str) -> None:
+    def __init__(self, name: str, *command: str, ready: str | None = None) -> None:
         self.name = name
         self.port = free_port()
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
@@ -38,27 +44,28 @@ class Server:
         self.process = subprocess.Popen(
             [sys.executable, *(part.format(port=self.port) for part in command)],
             cwd=ROOT,
-            stdout=subprocess.DEVNULL,
+            stdout=self._log,
             stderr=self._log,
             # The parent's core is inherited, and a thread pool sized before a later pinning would not fit.
-            preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}) if hasattr(os, "sched_setaffinity") else None,
+            preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
         )
-        while True:
+        while not is_ready(self.port, ready):
             if self.process.poll() is not None:
                 self._log.seek(0)
-                raise RuntimeError(f"{name} did not start: {self._log.read()[-1000:]}")
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 0.2).close()
-                break
-            except OSError:
-                time.sleep(0.01)
+                raise NotToBeHad(f"{name} does not start: {self._log.read().strip()[-1000:]}")
             if time.perf_counter() - start > 120:
-                raise RuntimeError(f"{name} does not listen")
+                self.stop()
+                raise NotToBeHad(f"{name} is not ready after two minutes")
+            time.sleep(0.005)
         self.seconds_to_start = time.perf_counter() - start
+
+    def cpu_seconds(self) -> float:
+        """Gives the CPU time that it has taken so far, with all processes that it has started and that still run."""
+        return sum(cpu_seconds(process) for process in tree(self.process.pid))
 
     @property
     def resident_bytes(self) -> int:
-        """Gives the memory that the process has in use."""
+        """Gives the memory that the first process has in use."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
@@ -71,37 +78,61 @@ class Server:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
+        self._log.close()
 
 
-@contextmanager
-def running(*servers: tuple[str, ...]) -> Iterator[dict[str, Server]]:
-    """Runs some servers, each given by its name and command."""
-    started: dict[str, Server] = {}
+def is_ready(port: int, path: str | None) -> bool:
+    """Tells whether a server listens, and, of a path, whether it answers 200."""
     try:
-        for name, *command in servers:
-            started[name] = Server(name, *command)
-        yield started
-    finally:
-        for server in started.values():
-            server.stop()
+        if path is None:
+            socket.create_connection(("127.0.0.1", port), 0.2).close()
+            return True
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
 
 
-@contextmanager
-def redis(folder: Path) -> Iterator[str]:
-    """Runs a Redis that appends to its file each second, on the load's core; gives its address."""
+def cpu_seconds(process: int) -> float:
+    """Gives the CPU time of a process, of all its threads, those that have ended too, to the nanosecond."""
+    # What clock_getcpuclockid(3) gives for a process; Python has no name for it. /proc tells it in ticks of 10 ms only.
+    try:
+        return time.clock_gettime((~process << 3) | 2)
+    except OSError:
+        return 0.0  # it has just ended
+
+
+def tree(process: int) -> list[int]:
+    """Gives a process and all that descend from it."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                # pid (name) state ppid ...; the name may hold anything
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found = [process]
+    for one in found:
+        found += children.get(one, [])
+    return found
+
+
+@contextlib.contextmanager
+def redis(folder: Path) -> Iterator[tuple[str, int]]:
+    """Runs a Redis that appends to its file each second, on the load's core; gives its address and its process."""
     port = free_port()
     flags = "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", "--appendonly", "yes"
     process = subprocess.Popen(["redis-server", *flags, "--loglevel", "warning"], stdout=subprocess.DEVNULL)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(process.pid, {LOAD_CORE} & os.sched_getaffinity(0) or os.sched_getaffinity(0))
+    pin(LOAD_CORE, process.pid)
     try:
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.01)
-        yield f"redis://127.0.0.1:{port}/0"
+        while not is_ready(port, None):
+            time.sleep(0.01)
+        yield f"redis://127.0.0.1:{port}/0", process.pid
     finally:
         process.terminate()
         process.wait(10)

@@ -100,6 +100,9 @@ def _rebuilt(model: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 
     copy = type(model).from_config(changed(model.get_config()))
     copy.set_weights(model.get_weights())
+    for layer in copy._flatten_layers():
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # it computes with copies of its weights, which only it brings up to date
     return copy
 
 

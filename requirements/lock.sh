@@ -31,6 +31,7 @@ for flavour in cpu gpu; do
 done
 lock all pyproject.toml --extra all -c "$folder/dev.txt"
 lock silero requirements/silero.in --no-deps
+lock triton requirements/triton.in --no-deps
 
 [ "$folder" = requirements ] && exit
 for file in requirements/*.txt; do

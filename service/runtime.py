@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -96,6 +97,7 @@ def _missing_for_cuda() -> str | None:
 
     ONNX Runtime falls back to the CPU without an error, but with several lines of its own for every model.
     """
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # cuDNN's recurrences use TF32 otherwise, see `_open`
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it has not found
         ort.preload_dlls()  # the wheels of NVIDIA's libraries, where the gpu extra has installed them
     ort.set_default_logger_severity(_FATAL)
@@ -240,8 +242,10 @@ def _open(model: Path | bytes, options: RuntimeOptions) -> ort.InferenceSession:
     settings.graph_optimization_level = _LEVELS[options.optimization]
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
     source = model if isinstance(model, bytes) else str(model)
+    # TF32 has 10 bits of mantissa: parity with Keras would be lost where it is used, from Ampere on.
+    of_providers = [{"use_tf32": "0"} if provider == CUDA else {} for provider in asked]
     try:
-        session = ort.InferenceSession(source, settings, providers=asked)
+        session = ort.InferenceSession(source, settings, providers=asked, provider_options=of_providers)
     except Exception as error:
         raise RuntimeUnavailable(f"ONNX Runtime cannot open the model: {str(error).splitlines()[0]}") from None
     if options.provider == "cuda" and session.get_providers()[0] != CUDA:

@@ -1,4 +1,7 @@
-"""Bare ONNX Runtime in a loop: prints the steps a second at batch 256, and those of sequences at the best batch."""
+"""Bare ONNX Runtime in a loop: prints its steps a second and CPU seconds a step, at the best of some models and shapes.
+
+usage: python -m bench.peers.bare steps|sequences SECONDS MODEL.onnx...
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,38 @@ import time
 import numpy as np
 import onnxruntime as ort
 
-BATCHES = (1, 4, 8, 16, 32, 64)
-TIME = 30
+from bench.peers.lstm import FEATURES, UNITS, load
+
+SHAPES = {"steps": [(256, 1)], "sequences": [(batch, 30) for batch in (1, 4, 8, 16, 32, 64)]}  # batch, time
+PROBE = 0.05  # seconds
 
 
-def rate(model: ort.InferenceSession, batch: int, steps: int, seconds: float) -> float:
-    feed = {
-        "x": np.random.default_rng(0).normal(size=(batch, steps, 16)).astype(np.float32),
-        "lengths": np.full(batch, steps, np.int32),
-        **{i.name: np.zeros((batch, 128), np.float32) for i in model.get_inputs() if i.name not in ("x", "lengths")},
-    }
-    model.run(None, feed)
-    runs, start = 0, time.perf_counter()
+def feed(model: ort.InferenceSession, batch: int, time: int) -> dict[str, np.ndarray]:
+    made = {}
+    for tensor in model.get_inputs():
+        if tensor.name == "x":
+            shape = (batch, time, FEATURES) if len(tensor.shape) == 3 else (batch, FEATURES)
+            made["x"] = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        elif tensor.type == "tensor(int32)":
+            made[tensor.name] = np.full(batch, time, np.int32)
+        else:
+            made[tensor.name] = np.zeros((batch, UNITS), np.float32)
+    return made
+
+
+def measured(model: ort.InferenceSession, batch: int, steps: int, seconds: float) -> tuple[float, float]:
+    inputs = feed(model, batch, steps)
+    model.run(None, inputs)
+    runs, cpu, start = 0, time.process_time(), time.perf_counter()
     while (taken := time.perf_counter() - start) < seconds:
-        model.run(None, feed)
+        model.run(None, inputs)
         runs += 1
-    return runs * batch * steps / taken
+    return runs * batch * steps / taken, (time.process_time() - cpu) / (runs * batch * steps)
 
 
 if __name__ == "__main__":
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    model = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-    seconds = float(sys.argv[2])
-    sequences = {batch: rate(model, batch, TIME, seconds / len(BATCHES)) for batch in BATCHES}
-    print(json.dumps({"steps": rate(model, 256, 1, seconds), "sequences": max(sequences.values())}))
+    what, seconds, *paths = sys.argv[1:]
+    candidates = [(model, *shape) for model in map(load, paths) for shape in SHAPES[what]]
+    best = max(candidates, key=lambda candidate: measured(*candidate, PROBE)[0])
+    per_s, cpu_s = measured(*best, float(seconds))
+    print(json.dumps({"steps_per_s": per_s, "cpu_s": cpu_s}))

@@ -1,27 +1,19 @@
-"""The usual service: FastAPI, pydantic, ONNX Runtime, and a dict of states.
-
-It runs the model that Cellserve exports, so that the serving alone is compared.
-"""
+"""The usual service: FastAPI, pydantic, ONNX Runtime, and a dict of states."""
 
 from __future__ import annotations
 
 import sys
 import uuid
 
-import numpy as np
-import onnxruntime as ort
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel
 
-options = ort.SessionOptions()
-options.intra_op_num_threads = 1
-model = ort.InferenceSession(sys.argv[2], options, providers=["CPUExecutionProvider"])
-STATES = [i.name for i in model.get_inputs() if i.name not in ("x", "lengths")]
-UNITS = 128
+from bench.peers.lstm import Predictor, Stepper, zero
 
+port, folder = sys.argv[1:]
+stepper, predictor = Stepper(f"{folder}/step.onnx"), Predictor(f"{folder}/fused.onnx")
 app = FastAPI()
-sessions: dict[str, tuple[int, list[np.ndarray]]] = {}
 
 
 class StepIn(BaseModel):
@@ -30,7 +22,6 @@ class StepIn(BaseModel):
 
 class StepOut(BaseModel):
     session: str
-    position: int
     y: list[float]
 
 
@@ -39,39 +30,27 @@ class PredictIn(BaseModel):
 
 
 class PredictOut(BaseModel):
-    outputs: list[list[float]]
-
-
-def run(x: np.ndarray, lengths: np.ndarray, states: list[np.ndarray]) -> list[np.ndarray]:
-    return model.run(None, {"x": x, "lengths": lengths, **dict(zip(STATES, states, strict=True))})
+    outputs: list[list[list[float]]]
 
 
 @app.post("/sessions", status_code=201)
 async def create() -> dict[str, str]:
     session = uuid.uuid4().hex
-    sessions[session] = (0, [np.zeros((1, UNITS), np.float32) for _ in STATES])
+    stepper.states[session] = zero(), zero()
     return {"session": session}
 
 
 @app.post("/sessions/{session}/step")
 async def step(session: str, body: StepIn) -> StepOut:
-    if session not in sessions:
+    if session not in stepper.states:
         raise HTTPException(404)
-    position, states = sessions[session]
-    y, *states = run(np.array([[body.x]], np.float32), np.ones(1, np.int32), states)
-    sessions[session] = (position + 1, states)
-    return StepOut(session=session, position=position + 1, y=y[0, 0].tolist())
+    return StepOut(session=session, y=stepper.one(session, body.x).tolist())
 
 
 @app.post("/predict")
 async def predict(body: PredictIn) -> PredictOut:
-    lengths = np.array([len(sequence) for sequence in body.sequences], np.int32)
-    x = np.zeros((len(lengths), lengths.max(), 16), np.float32)
-    for row, sequence in enumerate(body.sequences):
-        x[row, : lengths[row]] = sequence
-    y = run(x, lengths, [np.zeros((len(x), UNITS), np.float32) for _ in STATES])[0]
-    return PredictOut(outputs=[y[row, length - 1].tolist() for row, length in enumerate(lengths)])
+    return PredictOut(outputs=[y.tolist() for y in predictor.many(body.sequences)])
 
 
 if __name__ == "__main__":
-    uvicorn.run(app, port=int(sys.argv[1]), access_log=False, log_level="warning")
+    uvicorn.run(app, port=int(port), access_log=False, log_level="warning")

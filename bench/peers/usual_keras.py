@@ -15,14 +15,13 @@ import uvicorn  # noqa: E402
 from fastapi import FastAPI, HTTPException  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 
-from models import cells  # noqa: E402, F401  registers the cells
-
-network = keras.saving.load_model(sys.argv[2], compile=False)
+port, folder = sys.argv[1:]
+network = keras.saving.load_model(f"{folder}/bench.keras", compile=False)
 recurrent, head = network.layers[-2:]
 UNITS = 128
 
 app = FastAPI()
-sessions: dict[str, tuple[int, list]] = {}
+sessions: dict[str, list] = {}
 
 
 class StepIn(BaseModel):
@@ -31,7 +30,6 @@ class StepIn(BaseModel):
 
 class StepOut(BaseModel):
     session: str
-    position: int
     y: list[float]
 
 
@@ -40,7 +38,7 @@ class PredictIn(BaseModel):
 
 
 class PredictOut(BaseModel):
-    outputs: list[list[float]]
+    outputs: list[list[list[float]]]
 
 
 @tf.function(reduce_retracing=True)
@@ -57,7 +55,7 @@ def whole(x, mask):
 @app.post("/sessions", status_code=201)
 async def create() -> dict[str, str]:
     session = uuid.uuid4().hex
-    sessions[session] = (0, [tf.zeros((1, UNITS)), tf.zeros((1, UNITS))])
+    sessions[session] = [tf.zeros((1, UNITS)), tf.zeros((1, UNITS))]
     return {"session": session}
 
 
@@ -65,10 +63,8 @@ async def create() -> dict[str, str]:
 async def step(session: str, body: StepIn) -> StepOut:
     if session not in sessions:
         raise HTTPException(404)
-    position, states = sessions[session]
-    y, states = one(tf.constant([body.x]), states)
-    sessions[session] = (position + 1, states)
-    return StepOut(session=session, position=position + 1, y=y[0].numpy().tolist())
+    y, sessions[session] = one(tf.constant([body.x]), sessions[session])
+    return StepOut(session=session, y=y[0].numpy().tolist())
 
 
 @app.post("/predict")
@@ -78,8 +74,8 @@ async def predict(body: PredictIn) -> PredictOut:
     for row, sequence in enumerate(body.sequences):
         x[row, : lengths[row]] = sequence
     y = whole(tf.constant(x), tf.constant(np.arange(x.shape[1]) < lengths[:, None])).numpy()
-    return PredictOut(outputs=[y[row, length - 1].tolist() for row, length in enumerate(lengths)])
+    return PredictOut(outputs=[y[row, :length].tolist() for row, length in enumerate(lengths)])
 
 
 if __name__ == "__main__":
-    uvicorn.run(app, port=int(sys.argv[1]), access_log=False, log_level="warning")
+    uvicorn.run(app, port=int(port), access_log=False, log_level="warning")

@@ -1,4 +1,4 @@
-"""Networks that guard against what is not finite: a select gives the branch that is taken, whatever the other one is."""
+"""Networks that guard against what is not finite: a select gives the branch taken, whatever the other one is."""
 
 from __future__ import annotations
 

@@ -1,0 +1,69 @@
+"""Compares what the servers answer before anything is timed: a server that is fast at something else proves nothing."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+
+import numpy as np
+from safetensors.numpy import load, save
+from websockets.sync.client import ClientConnection, connect
+
+from bench.dialects import DIALECTS, FEATURES, OUTPUTS, Array, ask, request
+from bench.servers import Server
+from bench.workloads import SAFETENSORS, numbers
+
+TOLERANCE = 1e-4
+LENGTHS = [30, 7, 1, 64, 12, 200, 33, 30, 9, 18, 77, 25, 40, 30, 11, 50]
+
+
+class DifferentAnswers(RuntimeError):
+    """Two servers answer the same question differently."""
+
+
+def compare(ours: Server, others: Iterable[Server]) -> None:
+    """Asks all for the same sequences, one by one and sixteen in a request, and for the steps of one.
+
+    Raises:
+        DifferentAnswers: One answers otherwise than ours to its JSON `/predict`.
+    """
+    sequences = [numbers(length, FEATURES) for length in LENGTHS]
+    lengths = LENGTHS
+    wanted = DIALECTS[ours.name].outputs(ask(ours.port, DIALECTS[ours.name].predict(sequences)), lengths)
+    for server in (ours, *others):
+        dialect = DIALECTS[server.name]
+        got = dialect.outputs(ask(server.port, dialect.predict(sequences)), lengths)
+        for sequence, given, want in zip(sequences, got, wanted, strict=True):
+            _check(f"{server.name}, 16 sequences a request", given, want)
+            (alone,) = dialect.outputs(ask(server.port, dialect.predict([sequence])), [len(sequence)])
+            _check(f"{server.name}, one sequence a request", alone, want)
+        session = dialect.session(server.port)
+        y = [dialect.y(ask(server.port, dialect.step(session, x, k == 0))) for k, x in enumerate(sequences[0])]
+        _check(f"{server.name}, steps", np.stack(y), wanted[0])
+
+    flat = np.concatenate([np.array(sequence, np.float32) for sequence in sequences])
+    body = save({"x": flat, "lengths": np.array(lengths, np.int32)})
+    answer = load(ask(ours.port, request("/predict?outputs=all", body, SAFETENSORS)))
+    _check("cellserve, safetensors", np.asarray(answer["y"], np.float32), np.concatenate(wanted))
+    with connect(f"ws://127.0.0.1:{ours.port}/stream") as socket:
+        handles = [_open(socket) for _ in range(2)]
+        for one, want in zip(sequences[0], wanted[0], strict=True):
+            socket.send(json.dumps({"op": "step", "session": handles[0], "x": one}))
+            _check("cellserve, WebSocket", np.array(json.loads(socket.recv())["y"], np.float32), want)
+            socket.send(struct.pack(f"<5I{FEATURES}f", 1, 0, 1, 1, handles[1], *one))
+            answer_frame = socket.recv()
+            assert isinstance(answer_frame, bytes)
+            _check("cellserve, binary frames", np.frombuffer(answer_frame, "<f4", OUTPUTS, 16 + 12), want)
+
+
+def _open(socket: ClientConnection) -> int:
+    socket.send('{"op":"open"}')
+    return int(json.loads(socket.recv())["handle"])
+
+
+def _check(who: str, given: Array, wanted: Array) -> None:
+    if given.shape != wanted.shape:
+        raise DifferentAnswers(f"{who}: the answer has the shape {given.shape}, that of Cellserve {wanted.shape}")
+    if not np.allclose(given, wanted, rtol=0, atol=TOLERANCE):
+        raise DifferentAnswers(f"{who}: differs from Cellserve by {np.abs(given - wanted).max():.2g}")

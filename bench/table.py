@@ -1,0 +1,152 @@
+"""The table: which figures stand beside which, what is wanted of them, and how a row reads."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bench.load import BUSY
+from bench.measures import PREDICTORS, Bench
+from bench.rounds import Comparison, Figure
+from bench.workloads import CLIENTS, SESSIONS
+
+NAMES = {
+    "floor": "the floor: uvicorn, empty endpoint",
+    "mosec": "Mosec",
+    "triton": "Triton, Python backend",
+    "usual": "FastAPI + pydantic + ONNX Runtime",
+    "usual_keras": "the same with Keras",
+}
+HEAD = """\
+| measure | Cellserve | beside | ratio (all rounds) | CPU µs a request: ours / theirs | goal | |
+| --- | --- | --- | --- | --- | --- | --- |"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    measure: str
+    beside: str
+    comparison: Comparison | None = None  # none where the other is not to be had here
+    unit: str = "steps/s"
+    wanted: float | None = None  # nothing where it is only told
+    at_most: bool = False  # whether the ratio is to stay below
+    digits: int = 0  # decimals of the figures
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is reached, where there is one."""
+        if self.wanted is None or self.comparison is None:
+            return None
+        ratio = self.comparison.ratio
+        return ratio <= self.wanted if self.at_most else ratio >= self.wanted
+
+    def __str__(self) -> str:
+        goal = "" if self.wanted is None else f"{'≤' if self.at_most else '≥'} {self.wanted:g}"
+        met = {None: "", True: "✓", False: "✗"}[self.met]
+        if self.comparison is None:
+            return f"| {self.measure} | | {self.beside} | | | {goal} | |"
+        ours, theirs = self.comparison.shown
+        ratios = self.comparison.ratios
+        spread = f" ({ratio(min(ratios))} to {ratio(max(ratios))})" if len(ratios) > 1 else ""
+        cpu = "" if ours.cpu_us is None or theirs.cpu_us is None else f"{short(ours.cpu_us)} / {short(theirs.cpu_us)}"
+        cells = [self.measure, self._figure(ours), f"{self.beside}: {self._figure(theirs)}",
+                 f"{ratio(self.comparison.ratio)}{spread}", cpu, goal, met]  # fmt: skip
+        return f"| {' | '.join(cells)} |"
+
+    def _figure(self, figure: Figure) -> str:
+        return f"{figure.value:,.{self.digits}f}{'*' if figure.doubtful else ''} {self.unit}"
+
+
+def ratio(value: float) -> str:
+    """Writes a ratio."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def short(value: float) -> str:
+    """Writes microseconds."""
+    return f"{value:,.1f}" if value < 10 else f"{value:,.0f}"
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    """Gives the rows of what was measured."""
+    figures = bench.figures
+    http, predict = f"HTTP JSON, {SESSIONS} sessions", f"`/predict`, {CLIENTS} clients"
+    one, sixteen = f"{predict}, a sequence a request", f"{predict}, 16 sequences a request"
+    for name, goal in (("floor", 0.8), ("mosec", 1.7), ("triton", None), ("usual", 5), ("usual_keras", 5)):
+        if f"http {name}" in figures:
+            yield Row(http, NAMES[name], figures.compare(f"http {name}", "cellserve", name), wanted=goal)
+        elif name in bench.missing:
+            yield Row(http, f"{NAMES[name]}: not to be had here: {bench.missing[name]}")
+    if "http redis" in figures:
+        in_redis = figures.compare("http redis", "redis", "cellserve")
+        yield Row(f"{http}, sessions in Redis", "sessions in memory", in_redis, wanted=0.5)
+    if "websocket" in figures:
+        echo = figures.compare("websocket", "cellserve", "floor")
+        yield Row(f"WebSocket JSON, {SESSIONS} sockets", "echo on uvicorn", echo, wanted=0.85)
+        bare = figures.compare("frames", "cellserve", "bare")
+        yield Row("one WebSocket, binary frames of 256 sessions", "bare ONNX Runtime, batch 256", bare, wanted=0.75)
+    if best := best_other(bench, "predict"):
+        compared = figures.compare(f"predict {best}", "json", "other")
+        yield Row(f"{one}, JSON", f"the best other, {NAMES[best]}", compared, wanted=1.6)
+        compared = figures.compare(f"predict {best}", "binary", "other")
+        yield Row(f"{one}, safetensors", f"the best other's JSON, {NAMES[best]}", compared, wanted=1.9)
+    if best := best_other(bench, "predict16"):
+        compared = figures.compare(f"predict16 {best}", "json", "other")
+        yield Row(f"{sixteen}, JSON", f"the best other, {NAMES[best]}", compared, wanted=2.0)
+    for name, measure in (("1 json", f"{one}, JSON"), ("1 binary", f"{one}, safetensors"),
+                          ("16 json", f"{sixteen}, JSON"), ("16 binary", f"{sixteen}, safetensors")):  # fmt: skip
+        if f"bare {name}" in figures:
+            compared = figures.compare(f"bare {name}", "cellserve", "bare")
+            yield Row(measure, "bare ONNX Runtime, best batch", compared)
+    if "latency" in figures:
+        yield Row("a step's p99 while `/predict` saturates the server", "idle",
+                  figures.compare("latency", "busy", "idle"), "ms", 2.5, at_most=True, digits=3)  # fmt: skip
+    if "memory" in figures:
+        yield Row("memory of 100,000 sessions", "their states", figures.compare("memory", "cellserve", "states"),
+                  "bytes a session", 2, at_most=True)  # fmt: skip
+    if "transfers" in figures:
+        for measure, name in (("fork of a session", "fork"), ("download of a state", "download"),
+                              ("upload of a state", "upload")):  # fmt: skip
+            yield Row(measure, "a step, one client", figures.compare("transfers", name, "step"), "µs", digits=1)
+    if "restore" in figures:
+        yield Row("restore of 100,000 sessions from a snapshot, to ready", "without",
+                  figures.compare("restore", "restored", "empty"), "s", digits=3)  # fmt: skip
+    if "export" in figures:
+        for name, beside, goal in (("tf2onnx", "tf2onnx's `Loop`", 3), ("keras", "Keras", 18)):
+            compared = figures.compare("export", "ours", name, inverse=True)
+            yield Row("the export, batch 1, 50 time steps", beside, compared, "µs", goal, digits=1)
+    if "start" in figures:
+        yield Row("start of `cellserve serve` to ready", "wanted", figures.compare("start", "cellserve", "wanted"),
+                  "s", 1, at_most=True, digits=3)  # fmt: skip
+
+
+def best_other(bench: Bench, group: str) -> str | None:
+    """Names the other server with the highest median rate."""
+    own = {name: bench.figures.figures.get(f"{group} {name}") for name in PREDICTORS}
+    medians = {name: statistics.median(f.value for f in group["other"]) for name, group in own.items() if group}
+    return max(medians, key=medians.__getitem__, default=None)
+
+
+def notes(bench: Bench) -> Iterator[str]:
+    """Says how to read the table."""
+    every = [figure for group in bench.figures.figures.values() for own in group.values() for figure in own]
+    loads = [figure.load for figure in every if figure.load]
+    yield (
+        f"Each row shows the round with the median ratio, of {bench.rounds}, in which both were taken one after the "
+        "other; in brackets the lowest and the highest of all."
+    )
+    if loads:
+        busy, delayed = [load.busy for load in loads], [load.delayed for load in loads]
+        yield (
+            f"The load generator took {min(busy):.0%} to {max(busy):.0%} of its core and waited for it, while others "
+            f"had it, up to {max(delayed):.0%} of the time; `*` marks a figure where both came to more than "
+            f"{BUSY:.0%}: it may be the generator's own."
+        )
+    for name, why in bench.missing.items():
+        yield f"{NAMES[name]}, is not to be had here, and so is not among the others: {why}."
+    if bench.mosec:
+        settings = ", ".join(f"`/{route}` {batch} and {wait} ms" for route, (batch, wait) in bench.mosec.items())
+        yield f"Mosec at its best batch and wait of those tried: {settings}."

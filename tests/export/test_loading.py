@@ -1,0 +1,35 @@
+"""What is loaded is changed to be served, and computes what was saved."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from models.quiet import import_tensorflow
+
+import_tensorflow()
+
+import keras  # noqa: E402
+from keras import layers  # noqa: E402
+
+from export.loading import opened, with_dtype  # noqa: E402
+
+X = np.random.default_rng(0).normal(5, 3, (2, 6, 4)).astype(np.float32)
+
+
+def normalised(batch: int | None = None) -> keras.Model:
+    """A network whose normalisation has seen data; its layer keeps copies of what it has learned beside its weights."""
+    normalise = layers.Normalization()
+    normalise.adapt(np.random.default_rng(1).normal(5, 3, (100, 4)).astype(np.float32))
+    inner = keras.Sequential([keras.Input((None, 4)), normalise])
+    return keras.Sequential([keras.Input((None, 4), batch_size=batch), inner, layers.LSTM(8, return_sequences=True)])
+
+
+def test_a_copy_in_float64_normalises_as_the_network_does() -> None:
+    model = normalised()
+    copy = with_dtype(model, "float64")
+    np.testing.assert_allclose(np.asarray(copy(X.astype(np.float64))), np.asarray(model(X)), atol=1e-5)
+
+
+def test_a_network_of_one_batch_size_normalises_the_same_once_it_takes_any() -> None:
+    model = normalised(batch=len(X))
+    np.testing.assert_allclose(np.asarray(opened(model)(X)), np.asarray(model(X)), atol=1e-6)
