@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests import budgets  # noqa: F401  before pytest loads the profile that it is told
 from tests.redis_server import RedisServer
 
 ROOT = Path(__file__).parent.parent

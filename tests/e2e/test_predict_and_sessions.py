@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.budgets import examples
 from tests.conftest import Server
 from tests.e2e.helpers import is_busy, until
 from tests.networks import FEATURES, OUTPUTS
@@ -78,7 +79,7 @@ def test_a_session_stepped_in_any_chunks_among_other_traffic_gives_the_bits_of_o
     try:
         with server.client() as client:
 
-            @settings(max_examples=15, deadline=None)
+            @settings(max_examples=examples(15, 100))
             @given(st.integers(0, 1000), st.lists(st.integers(1, 40), min_size=1, max_size=8))
             def any_chunks(seed: int, chunks: list[int]) -> None:
                 x = frames(sum(chunks), seed)

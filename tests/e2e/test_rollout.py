@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from cellserve import AsyncClient, Client
 from service.sampling import Sampling, draw
+from tests.budgets import examples
 from tests.conftest import Server, start_server
 from tests.e2e.helpers import until
 from tests.e2e.test_exactly_once import kind
@@ -96,7 +97,7 @@ def test_a_rollout_is_stepping_by_hand(client: httpx.Client, sampling: Sampling)
     assert all(states[0][name].tobytes() == states[1][name].tobytes() for name in states[0])
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15, 100), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     parts=st.lists(st.tuples(st.integers(1, 40), st.sampled_from(["one", "events", "steps"])), max_size=6),
     data=st.data(),

@@ -15,11 +15,12 @@ from service.changes import Changes
 from service.engine import Engine
 from service.errors import ModelFailed, NotFinite, QueueFull, SessionGone
 from service.sessions import SessionTable
+from tests.budgets import examples
 from tests.service.conftest import BROKEN, INFINITE, truth
 
 Make = Callable[..., tuple[Engine, SessionTable, Changes]]
 
-any_make = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+any_make = settings(max_examples=examples(40, 400), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def drawn(steps: int, seed: int) -> np.ndarray:
