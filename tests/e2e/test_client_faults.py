@@ -122,7 +122,7 @@ def test_a_stream_for_asyncio_does_so_too_with_many_frames_under_way(server: Ser
 
 def test_who_gives_up_raises_one_exception_and_knows_where_the_session_is(server: Server, proxy: FaultyProxy) -> None:
     x = steps(4)
-    with Client(proxy.url, timeout=SHORT, retry=Retry(attempts=3, first=0.01)) as client:
+    with Client(proxy.url, retry=Retry(attempts=3, first=0.01)) as client:
         session = client.session("lstm")
         ys = [session.step(x[0])]
         proxy.faults.extend(["lose"] * 3)
