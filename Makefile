@@ -15,7 +15,7 @@ serve: setup
 setup: $(BIN)/.all $(EXAMPLES:%=artifacts/%/1/model.onnx)
 
 test: $(BIN)/.dev $(BIN)/.silero setup check servers
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 # The campaigns: minutes of kills, of fuzzing, and the container where there is an engine to run it.
 test-long: $(BIN)/.dev $(BIN)/.silero setup servers

@@ -16,6 +16,9 @@ from pydantic import ValidationError
 from service import logs
 from service.settings import ENV_PREFIX, Settings
 
+# A worker that has not said for so long that it lives is killed and started again: on a busy machine, or with a small
+# share of one, its imports alone may take the 5 seconds that uvicorn would give it.
+_WORKER_SECONDS = 30
 _MEMORY = "/dev/shm"  # what workers tell each other for /metrics need not reach a disk
 
 EXAMPLE = """\
@@ -132,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         with folder:
             os.environ[DIRECTORY] = folder.name
+            how["timeout_worker_healthcheck"] = _WORKER_SECONDS
             uvicorn.run("service.app:from_environment", factory=True, workers=settings.workers, **how)
         return 0
 

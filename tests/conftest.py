@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests import budgets  # noqa: F401  before pytest loads the profile that it is told
+from tests.e2e.helpers import LIMITS
 from tests.redis_server import RedisServer
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +34,7 @@ class Server:
     log: list[str] = field(default_factory=list)
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        return httpx.Client(base_url=self.url, timeout=60, limits=LIMITS, **options)
 
     @property
     def grpc(self) -> str:
@@ -72,11 +76,28 @@ def start_server(*flags: str, environment: dict[str, str] | None = None) -> Serv
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[Path], Path]], Path]:
+    """Makes what is costly once for all workers of a run: `once(name, make)` gives what `make(folder)` gave."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def once(name: str, make: Callable[[Path], Path]) -> Path:
+        made = shared / f"{name}.made"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here until it is made
+            if not made.exists():
+                made.write_text(str(make(Path(tempfile.mkdtemp(prefix=name, dir=shared)))))
+        return Path(made.read_text())
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def repository(once: Callable[[str, Callable[[Path], Path]], Path]) -> Path:
     """A model repository of small networks: lstm and rnn (5 features, 3 outputs), decaying (a cell of a user's own)."""
     from tests.networks import export_small_networks
 
-    return export_small_networks(tmp_path_factory.mktemp("repository"))
+    return once("repository", export_small_networks)
 
 
 @pytest.fixture(scope="session")

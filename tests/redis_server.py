@@ -6,14 +6,9 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+from tests.e2e.helpers import free_port, until
 
 
 class RedisServer:
@@ -30,21 +25,11 @@ class RedisServer:
         flags = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""]
         flags += ["--appendonly", "yes", "--appendfsync", "always", "--loglevel", "warning", *self.flags]
         self.process = subprocess.Popen([program, *flags], stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
-                    connection.sendall(b"PING\r\n")
-                    if connection.recv(64).startswith(b"+PONG"):
-                        return
-            except OSError:
-                pass
-            assert time.monotonic() < deadline, "redis-server does not answer"
-            time.sleep(0.02)
+        until(lambda: self.ask("PING").startswith("+PONG"))
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=60)
 
     def ask(self, command: str) -> str:
         with socket.create_connection(("127.0.0.1", self.port), 5) as connection:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from cellserve import AsyncClient, Client, Retry, Timeout
 from cellserve.errors import ConnectionLost, GaveUp, PositionConflict, ServerProblem, SessionWentBack, UnknownSession
 from cellserve.numbers import Array
 from tests.conftest import Server
+from tests.e2e.helpers import free_port
 from tests.e2e.test_client import steps, whole
 from tests.faulty_proxy import DELAY_SECONDS, FaultyProxy
 from tests.networks import OUTPUTS
@@ -122,7 +122,7 @@ def test_a_stream_for_asyncio_does_so_too_with_many_frames_under_way(server: Ser
 
 def test_who_gives_up_raises_one_exception_and_knows_where_the_session_is(server: Server, proxy: FaultyProxy) -> None:
     x = steps(4)
-    with Client(proxy.url, timeout=SHORT, retry=Retry(attempts=3, first=0.01)) as client:
+    with Client(proxy.url, retry=Retry(attempts=3, first=0.01)) as client:
         session = client.session("lstm")
         ys = [session.step(x[0])]
         proxy.faults.extend(["lose"] * 3)
@@ -183,8 +183,7 @@ def killed_again_and_again(
     repository: Path, serve: Serve, redis: RedisServer
 ) -> Iterator[tuple[str, Callable[[], bool]]]:
     """A server that is killed and started again on the same port, twice; gives its URL and whether that is over."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
 
     def start() -> Server:
         return serve("--models", str(repository), "--store", redis.url, "--port", port)
@@ -266,14 +265,15 @@ def test_tasks_go_on_when_their_server_is_killed(repository: Path, serve: Serve,
 
 
 def test_a_server_that_has_forgotten_a_session_is_found_out(repository: Path, serve: Serve, tmp_path: Path) -> None:
-    server = serve("--models", str(repository))
+    port = ("--port", str(free_port()))
+    server = serve("--models", str(repository), *port)
     x = steps(3)
     with Client(server.url, retry=QUICK) as client, client.stream() as stream:
         session, streamed = client.session("lstm", keep=True), stream.open("lstm", keep=True)
         session.step(x)
         streamed.step(x)
         server.stop(signal.SIGKILL)
-        serve("--models", str(repository), "--port", server.url.rpartition(":")[2])
+        serve("--models", str(repository), *port)
         for one in (session, streamed):
             with pytest.raises(UnknownSession):
                 one.step(x)
@@ -281,12 +281,12 @@ def test_a_server_that_has_forgotten_a_session_is_found_out(repository: Path, se
 
 def test_a_store_that_has_gone_back_is_found_out(repository: Path, serve: Serve, tmp_path: Path) -> None:
     snapshot = ("--snapshot", str(tmp_path / "snapshot"), "--snapshot-seconds", "1000")
-    server = serve("--models", str(repository), *snapshot)
+    port = ("--port", str(free_port()))
+    server = serve("--models", str(repository), *snapshot, *port)
     x = steps(6)
     with Client(server.url, retry=QUICK) as client, client.session("lstm") as session:
         session.step(x[:2])
         assert server.stop() == 0  # it writes a snapshot
-        port = ("--port", server.url.rpartition(":")[2])
         server = serve("--models", str(repository), *snapshot, *port)
         ys = [session.step(x[2:4], outputs="all")]
         server.stop(signal.SIGKILL)  # and none now

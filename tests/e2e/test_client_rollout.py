@@ -97,7 +97,7 @@ def test_lost_answers_are_asked_for_again_and_who_gave_up_may_go_on(server: Serv
             return "".join([one.label or "" async for one in session.rollout_stream("Alice was", 60, **ASKED)])
 
     assert asyncio.run(other_form()) == text
-    with Client(proxy.url, timeout=SHORT) as mine, mine.session("characters", keep=True) as session:
+    with Client(proxy.url) as mine, mine.session("characters", keep=True) as session:
         mine.retry = session._retry = type(QUICK)(attempts=2, first=0.01)
         proxy.faults.extend(["lose"] * 2)
         letters = session.rollout_stream("Alice was", 60, **ASKED)

@@ -19,6 +19,7 @@ from websockets.asyncio.client import connect
 
 from service.runtime import Runtime
 from tests.conftest import Server
+from tests.e2e.helpers import LIMITS
 from tests.networks import FEATURES, OUTPUTS
 
 SESSIONS, STEPS = 200, 60
@@ -58,7 +59,7 @@ async def traffic(server: Server) -> AsyncIterator[None]:
 
     async def predict(seed: int) -> None:
         random_ = random.Random(seed)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=LIMITS) as client:
             while not stop.is_set():
                 model = random_.choice(MODELS)
                 sequences = [sequence(seed, random_.randint(1, 150)).tolist() for _ in range(random_.randint(1, 6))]
@@ -74,7 +75,7 @@ async def traffic(server: Server) -> AsyncIterator[None]:
             await asyncio.sleep(0.02)
 
     async def poison(seed: int) -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=LIMITS) as client:
             session = (await client.post("/sessions", json={"model": "rnn"})).json()["session"]
             while not stop.is_set():
                 bad = await client.post(f"/sessions/{session}/step", content=b'{"x": [1, 2, NaN, 4, 5]}',
@@ -112,7 +113,7 @@ def test_200_sessions_over_http(server: Server, repository: Path) -> None:
         results[number] = np.array(ys, np.float32)
 
     async def everyone() -> None:
-        limits = httpx.Limits(max_connections=64)
+        limits = httpx.Limits(max_connections=64, keepalive_expiry=1)
         async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client, traffic(server):
             await asyncio.gather(*(session(client, number) for number in range(SESSIONS)))
 
@@ -205,7 +206,7 @@ def test_a_full_queue_answers_503_at_once_and_the_rest_is_answered(
     server = serve("--models", str(repository), "--max-queued-steps", "20000")
 
     async def everyone() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=LIMITS) as client:
             body = {"model": "decaying", "sequences": [sequence(0, 9000).tolist()] * 2}
             return list(await asyncio.gather(*(client.post("/predict", json=body) for _ in range(12))))
 

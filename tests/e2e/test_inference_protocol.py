@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -27,8 +26,8 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.conftest import ROOT, Server, start_server
+from tests.e2e.helpers import LIMITS, free_port, is_busy, until
 from tests.e2e.test_keys import bearer, new_key
-from tests.e2e.test_replicas import free_port, until
 from tests.networks import FEATURES, OUTPUTS
 from tests.redis_server import RedisServer
 from tests.triton import CLIENTS, GRPC, HTTP, noise, predicted, triton
@@ -416,15 +415,19 @@ def test_a_sequence_goes_on_after_a_restart(
 def test_an_expired_sequence_is_told_to_have_expired_and_may_begin_anew(
     repository: Path, serve: Serve, redis: RedisServer, store: str
 ) -> None:
+    redis.flush()
     where = ("--store", redis.url) if store == "redis" else ()
     server = serve("--models", str(repository), "--grpc-port", "0", "--session-idle-seconds", "1", *where)
     x = noise(1, 3, FEATURES)
+
+    def has_ended() -> bool:
+        return httpx.get(f"{server.url}/sessions").json()["sessions"] == []
 
     async def ask() -> None:
         async with triton("http", server) as http, triton("grpc", server) as over_grpc:
             for client, statuses in ((http, "410"), (over_grpc, "StatusCode.FAILED_PRECONDITION")):
                 await client.infer("rnn", x[:, :2], sequence_id=61, sequence_start=True)
-                time.sleep(2.5)
+                await asyncio.to_thread(until, has_ended)
                 with pytest.raises(InferenceServerException, match="expired at position 2") as error:
                     await client.infer("rnn", x[:, 2], sequence_id=61)
                 assert error.value.status() == statuses
@@ -474,7 +477,7 @@ def test_whatever_races_in_one_sequence_is_answered_and_nothing_is_left_behind(
         return answer.status_code
 
     async def ask() -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=30, limits=LIMITS) as client:
             statuses = await asyncio.gather(*(one(client) for _ in range(200)))
             assert {200, 409} <= set(statuses)
             async with triton("http", server) as last:
@@ -538,11 +541,13 @@ def test_a_stopping_server_answers_what_it_has_and_ends_idle_streams(repository:
             client.plain.start_stream(lambda result, error: answers.append((result, error)))
             watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
             assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
-            stopping = threading.Timer(0.1, server.process.send_signal, [signal.SIGTERM])
             client.plain.async_stream_infer("decaying", [client.input(x)])
-            time.sleep(0.05)
-            stopping.start()
-            server.process.wait(timeout=30)  # although the stream is open, and the health is watched
+            with server.client() as http:
+                await asyncio.to_thread(until, lambda: answers or is_busy(http))
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(
+                server.process.wait, timeout=60
+            )  # although the stream is open, and the health is watched
             client.plain.stop_stream()
             channel.close()
 

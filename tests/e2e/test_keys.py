@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from tests.conftest import Server
+from tests.e2e.helpers import until
 from tests.networks import FEATURES
 
 STEP = {"x": [0.125] * FEATURES}
@@ -68,10 +68,7 @@ def test_keys_open_ones_own_sessions_only(
         other = new_key("alice", file)
         lines = file.read_text().splitlines()
         file.write_text("# rotated\n" + "\n".join(lines[1:]) + "\n")
-        deadline = time.monotonic() + 20
-        while client.get(f"/sessions/{mine}", headers=bearer(other)).status_code != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until(lambda: client.get(f"/sessions/{mine}", headers=bearer(other)).status_code == 200)
         assert client.get(f"/sessions/{mine}", headers=bearer(alice)).status_code == 401
     server.stop()
     log = "".join(server.log)

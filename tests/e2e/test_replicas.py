@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,30 +23,13 @@ import pytest
 
 from service.runtime import Runtime
 from tests.conftest import ROOT
+from tests.e2e.helpers import free_port, until
 from tests.networks import FEATURES
 from tests.redis_server import RedisServer
 
 SESSIONS, REPLICAS = 200, 3
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
 MODELS = ("lstm", "rnn")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def until(condition: Any, seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if condition():
-                return
-        except (httpx.HTTPError, OSError):
-            pass
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 class Replica:
@@ -178,6 +160,7 @@ class Client:
             await asyncio.sleep(self.random.random() * 0.3)
 
 
+@pytest.mark.long
 def test_no_step_is_lost_or_doubled_while_replicas_are_killed_and_the_store_restarts(
     cluster: Cluster, repository: Path
 ) -> None:
@@ -203,7 +186,7 @@ def test_no_step_is_lost_or_doubled_while_replicas_are_killed_and_the_store_rest
 
     async def everyone() -> tuple[list[Client], int]:
         end = time.monotonic() + SECONDS
-        limits = httpx.Limits(max_connections=100)
+        limits = httpx.Limits(max_connections=100, keepalive_expiry=1)
         async with httpx.AsyncClient(base_url=cluster.url, timeout=10, limits=limits) as http:
             clients = [Client(number, seed, http) for number in range(SESSIONS)]
             kills, *_ = await asyncio.gather(chaos(end), *(client.run(end) for client in clients))

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -15,8 +15,9 @@ import pytest
 import safetensors.numpy
 
 from tests.conftest import Server
+from tests.e2e.helpers import free_port, until
 from tests.e2e.test_predict_and_sessions import create, frames
-from tests.redis_server import RedisServer, free_port
+from tests.redis_server import RedisServer
 
 Serve = Callable[..., Server]
 
@@ -26,6 +27,13 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     redis = RedisServer(tmp_path)
     yield redis
     redis.stop()
+
+
+def stepped(client: httpx.Client, session: str, x: list[float], position: int) -> httpx.Response:
+    """Sends a step until the store is there; gives the answer."""
+    body = {"x": x, "position": position}
+    send = partial(client.post, f"/sessions/{session}/step", json=body)
+    return until(send, lambda answer: answer.status_code != 503)
 
 
 def test_two_servers_serve_one_session_in_turn(repository: Path, serve: Serve, own_redis: RedisServer) -> None:
@@ -49,7 +57,7 @@ def test_two_servers_serve_one_session_in_turn(repository: Path, serve: Serve, o
 
 
 def test_a_store_that_is_away_is_told_of_and_comes_back(repository: Path, serve: Serve, own_redis: RedisServer) -> None:
-    server = serve("--models", str(repository), "--store", own_redis.url, "--store-timeout-seconds", "0.5")
+    server = serve("--models", str(repository), "--store", own_redis.url, "--store-timeout-seconds", "2")
     x = frames(3)
     with server.client() as client:
         session = create(client, "rnn")
@@ -62,17 +70,13 @@ def test_a_store_that_is_away_is_told_of_and_comes_back(repository: Path, serve:
         whole = client.post("/predict", json=body).json()["outputs"][0]  # needs no store
         os.kill(own_redis.process.pid, signal.SIGCONT)
         # The write that had no answer was applied all the same: the repetition finds that out.
-        time.sleep(0.5)
-        again = client.post(f"/sessions/{session}/step", json={"x": x[1], "position": 1})
+        again = stepped(client, session, x[1], 1)
         assert (again.status_code, again.json()["position"]) == (200, 2)
         own_redis.stop(signal.SIGKILL)
         assert client.post(f"/sessions/{session}/step", json={"x": x[2], "position": 2}).status_code == 503
         assert client.get("/healthz").status_code == 200
         own_redis.start()
-        deadline = time.monotonic() + 20
-        while (last := client.post(f"/sessions/{session}/step", json={"x": x[2], "position": 2})).status_code == 503:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        last = stepped(client, session, x[2], 2)
         assert [first["y"], again.json()["y"], last.json()["y"]] == whole
 
 
@@ -90,8 +94,7 @@ def test_a_store_that_has_gone_back_is_found_out(repository: Path, serve: Serve,
         own_redis.stop(signal.SIGKILL)
         os.truncate(file, size)  # as a failover to a replica that had not heard of the last writes
         own_redis.start()
-        while (answer := client.post(f"/sessions/{session}/step", json={"x": x[4], "position": 4})).status_code == 503:
-            time.sleep(0.1)
+        answer = stepped(client, session, x[4], 4)
         assert answer.status_code == 409
         assert answer.json()["type"].endswith("session-went-back")
         assert answer.json()["position"] == 2
@@ -103,14 +106,6 @@ def test_a_store_that_has_gone_back_is_found_out(repository: Path, serve: Serve,
         assert ys == client.post("/predict", json=body).json()["outputs"][0][2:]
 
 
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(400):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it never came to that")
-
-
 def test_a_step_is_answered_when_so_many_replicas_of_the_store_have_it(
     repository: Path, serve: Serve, own_redis: RedisServer, tmp_path: Path
 ) -> None:
@@ -118,7 +113,7 @@ def test_a_step_is_answered_when_so_many_replicas_of_the_store_have_it(
     replica = RedisServer(tmp_path / "replica", "--replicaof", "127.0.0.1", str(own_redis.port))
     try:
         until(lambda: "master_link_status:up" in replica.ask("INFO replication"))
-        wanted = "--store-replicas", "1", "--store-timeout-seconds", "1"
+        wanted = "--store-replicas", "1", "--store-timeout-seconds", "3"
         server = serve("--models", str(repository), "--store", own_redis.url, *wanted)
         x = frames(3)
         with server.client() as client:
@@ -145,7 +140,7 @@ def cluster(tmp_path: Path) -> Iterator[list[RedisServer]]:
     nodes = []
     for number in range(3):
         (tmp_path / f"node{number}").mkdir()
-        flags = "--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--cluster-node-timeout", "2000"
+        flags = "--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--cluster-node-timeout", "15000"
         nodes.append(RedisServer(tmp_path / f"node{number}", *flags))
     addresses = [f"127.0.0.1:{node.port}" for node in nodes]
     subprocess.run(
@@ -207,27 +202,18 @@ def test_more_sessions_than_slots_live_in_the_store_and_a_full_store_refuses_or_
 def test_idle_sessions_expire_in_the_store_and_leave_word(
     repository: Path, serve: Serve, own_redis: RedisServer
 ) -> None:
-    server = serve("--models", str(repository), "--store", own_redis.url, "--session-idle-seconds", "1")
+    server = serve("--models", str(repository), "--store", own_redis.url, "--session-idle-seconds", "3")
     with server.client() as client:
         session = create(client, "lstm")
         client.post(f"/sessions/{session}/step", json={"x": frames(3)})
-        time.sleep(2.5)
+        until(lambda: client.get("/sessions").json()["sessions"] == [])
         gone = client.post(f"/sessions/{session}/step", json={"x": frames(1)})
         assert (gone.status_code, gone.json()["reason"], gone.json()["position"]) == (410, "expired", 3)
-        assert client.get("/sessions").json()["sessions"] == []
 
 
 def test_workers_share_the_store_and_stop_with_status_0(repository: Path, serve: Serve, own_redis: RedisServer) -> None:
     server = serve("--models", str(repository), "--store", own_redis.url, "--workers", "2")
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            with server.client() as client:
-                if client.get("/readyz").status_code == 200:
-                    break
-        except httpx.ConnectError:  # the processes have not begun to listen
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
     x = frames(30)
     session, ys = None, []
     for position, row in enumerate(x):

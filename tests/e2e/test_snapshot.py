@@ -136,7 +136,10 @@ def test_two_servers_do_not_share_a_snapshot(repository: Path, serve: Serve, tmp
     assert (done.returncode, "in use by another process" in done.stderr) == (1, True)
 
 
-def test_a_kill_at_any_point_leaves_a_whole_snapshot(repository: Path, serve: Serve, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.long)])
+def test_a_kill_at_any_point_leaves_a_whole_snapshot(
+    repository: Path, serve: Serve, tmp_path: Path, kills: int
+) -> None:
     """Steps go on while snapshots are written; after each kill every session is at a place that it was at."""
     seed = int(os.environ.get("SEED", random.randrange(10**6)))
     print("SEED", seed)
@@ -148,7 +151,7 @@ def test_a_kill_at_any_point_leaves_a_whole_snapshot(repository: Path, serve: Se
         sessions = [create(client, "decaying") for _ in range(300)]
     assert server.stop() == 0
     least = 0
-    for _ in range(6):
+    for _ in range(kills):
         server = serve(*flags)
 
         def steps(url: str = server.url) -> None:

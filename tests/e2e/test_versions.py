@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import time
 from collections.abc import Callable
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from websockets.sync.client import connect
 from models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
 from service.runtime import Runtime
 from tests.conftest import Server
+from tests.e2e.helpers import LIMITS, free_port, until
 from tests.e2e.test_keys import bearer, new_key
 from tests.e2e.test_predict_and_sessions import create, frames
-from tests.e2e.test_replicas import free_port
 from tests.e2e.test_stream import answered, ask, binary
 from tests.networks import FEATURES
 from tests.redis_server import RedisServer
@@ -53,17 +54,15 @@ def versions(client: httpx.Client, name: str = "lstm") -> dict[int, dict[str, An
     return {one["version"]: one for one in told["versions"]}
 
 
-def until(client: httpx.Client, name: str, expected: dict[int, str]) -> None:
-    deadline = time.monotonic() + 30
-    while (now := {number: one["state"] for number, one in versions(client, name).items()}) != expected:
-        assert time.monotonic() < deadline, now
-        time.sleep(0.05)
+def until_states(client: httpx.Client, name: str, expected: dict[int, str]) -> None:
+    """Asks until the versions of a model stand so."""
+    ask = partial(versions, client, name)
+    until(ask, lambda told: {number: one["state"] for number, one in told.items()} == expected)
 
 
-async def stepping(url: str, session: str, x: list[list[float]], done: asyncio.Event) -> list[list[float]]:
-    """Steps a session until it is told to stop, and once more."""
-    ys: list[list[float]] = []
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+async def stepping(url: str, session: str, x: list[list[float]], done: asyncio.Event, ys: list[list[float]]) -> None:
+    """Steps a session until it is told to stop, and once more; adds the outputs to `ys`."""
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=LIMITS) as client:
         while len(ys) < len(x) - 1 and not done.is_set():
             body = {"x": x[len(ys)], "position": len(ys)}
             ys.append((await client.post(f"/sessions/{session}/step", json=body)).raise_for_status().json()["y"])
@@ -71,7 +70,13 @@ async def stepping(url: str, session: str, x: list[list[float]], done: asyncio.E
         await done.wait()
         answer = await client.post(f"/sessions/{session}/step", json={"x": x[len(ys)], "position": len(ys)})
         ys.append(answer.raise_for_status().json()["y"])
-    return ys
+
+
+async def until_stepped(ys: list[list[list[float]]]) -> None:
+    """Waits until every session has taken some steps."""
+    async with asyncio.timeout(120):
+        while min(map(len, ys)) < 10:
+            await asyncio.sleep(0.02)
 
 
 def test_a_new_version_comes_under_load_and_every_session_stays_on_the_one_it_began_with(
@@ -82,23 +87,24 @@ def test_a_new_version_comes_under_load_and_every_session_stays_on_the_one_it_be
 
     async def scenario(client: httpx.Client) -> list[list[list[float]]]:
         done = asyncio.Event()
+        ys: list[list[list[float]]] = [[] for _ in sequences]
         sessions = [create(client, "lstm") for _ in range(50)]
         under_way = [
-            asyncio.create_task(stepping(server.url, session, x, done))
-            for session, x in zip(sessions, sequences, strict=False)
+            asyncio.create_task(stepping(server.url, *each))
+            for each in zip(sessions, sequences[:50], repeat(done), ys[:50], strict=False)
         ]
-        await asyncio.sleep(0.5)
+        await until_stepped(ys[:50])
         add_version(models, "lstm", 2)
-        await asyncio.to_thread(until, client, "lstm", {2: "serving", 1: "draining"})
+        await asyncio.to_thread(until_states, client, "lstm", {2: "serving", 1: "draining"})
         new = await asyncio.to_thread(lambda: [create(client, "lstm") for _ in range(10)])
         sessions += new
         under_way += [
-            asyncio.create_task(stepping(server.url, session, x, done))
-            for session, x in zip(new, sequences[50:], strict=True)
+            asyncio.create_task(stepping(server.url, *each))
+            for each in zip(new, sequences[50:], repeat(done), ys[50:], strict=False)
         ]
-        await asyncio.sleep(0.5)
+        await until_stepped(ys)
         done.set()
-        ys = await asyncio.gather(*under_way)
+        await asyncio.gather(*under_way)
         told = versions(client)
         assert {number: (one["state"], one["sessions"]) for number, one in told.items()} == {
             2: ("serving", 10),
@@ -108,7 +114,7 @@ def test_a_new_version_comes_under_load_and_every_session_stays_on_the_one_it_be
         assert client.get(f"/sessions/{sessions[50]}").json()["version"] == 2
         for session in sessions[:49]:
             client.delete(f"/sessions/{session}")
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1)  # ten looks at the repository
         assert versions(client)[1]["state"] == "draining"
         client.delete(f"/sessions/{sessions[49]}")
         return ys
@@ -118,7 +124,7 @@ def test_a_new_version_comes_under_load_and_every_session_stays_on_the_one_it_be
             version = "1" if number < 50 else "2"
             assert len(ys) > 1
             assert ys == truth(models / "lstm" / version, sequences[number])[: len(ys)], number
-        until(client, "lstm", {2: "serving", 1: "available"})
+        until_states(client, "lstm", {2: "serving", 1: "available"})
     assert server.stop() == 0
     log = server.log[-1]
     assert "lstm version 2 serves from now on, in place of 1" in log
@@ -178,23 +184,23 @@ def test_what_is_broken_is_told_in_models_and_once_in_the_log_and_going_back_is_
     shutil.copy(models / "lstm/1" / MODEL_NAME, models / "lstm/2")  # half of a copy
     add_version(models, "lstm", 3, b"no model")
     with server.client() as client:
-        until(client, "lstm", {3: "refused", 2: "refused", 1: "serving"})
+        until_states(client, "lstm", {3: "refused", 2: "refused", 1: "serving"})
         assert MANIFEST_NAME in versions(client)[2]["reason"]
         assert "no ONNX file" in versions(client)[3]["reason"]
         assert client.post("/predict", json=body).json()["version"] == 1
         answer = client.get("/models/lstm:3")
         assert (answer.status_code, "no ONNX file" in answer.json()["detail"]) == (404, True)
         add_version(models, "lstm", 4)
-        until(client, "lstm", {4: "serving", 3: "refused", 2: "refused", 1: "available"})
+        until_states(client, "lstm", {4: "serving", 3: "refused", 2: "refused", 1: "available"})
         assert client.post("/predict", json=body).json()["outputs"][0] == truth(models / "lstm/4", x)
         session = create(client, "lstm")
         (models / "lstm/4").rename(models.parent / "4")
-        until(client, "lstm", {4: "draining", 3: "refused", 2: "refused", 1: "serving"})
+        until_states(client, "lstm", {4: "draining", 3: "refused", 2: "refused", 1: "serving"})
         assert client.post("/predict", json=body).json()["outputs"][0] == truth(models / "lstm/1", x)
         step = client.post(f"/sessions/{session}/step", json={"x": x, "outputs": "all"})
         assert step.json()["y"] == truth(models.parent / "4", x)
         shutil.copy(models / "lstm/1" / MANIFEST_NAME, models / "lstm/2")  # the rest of the copy
-        until(client, "lstm", {4: "draining", 3: "refused", 2: "serving", 1: "available"})
+        until_states(client, "lstm", {4: "draining", 3: "refused", 2: "serving", 1: "available"})
     assert server.stop() == 0
     assert server.log[-1].count("lstm/3 is refused") == 1
     assert server.log[-1].count("lstm/2 is refused") == 1
@@ -243,13 +249,13 @@ def test_sessions_of_older_versions_come_back_onto_them_and_wait_for_those_that_
     (models / "rnn/1").rename(tmp_path / "rnn-1")
     server = serve(*flags)
     with server.client() as client:
-        until(client, "lstm", {2: "serving", 1: "draining"})
+        until_states(client, "lstm", {2: "serving", 1: "draining"})
         on = client.post(f"/sessions/{sessions['lstm']}/step", json={"x": x[8:], "outputs": "all"}).json()
         assert on["y"] == truth(models / "lstm/1", x)[8:]
         waiting = client.post(f"/sessions/{sessions['rnn']}/step", json={"x": x[8:]})
         assert (waiting.status_code, "model-version-not-here" in waiting.json()["type"]) == (503, True)
         (tmp_path / "rnn-1").rename(models / "rnn/1")
-        until(client, "rnn", {2: "serving", 1: "draining"})
+        until_states(client, "rnn", {2: "serving", 1: "draining"})
         on = client.post(f"/sessions/{sessions['rnn']}/step", json={"x": x[8:12], "outputs": "all"}).json()
         assert on["y"] == truth(models / "rnn/1", x)[8:12]
     assert server.stop() == 0
@@ -259,8 +265,8 @@ def test_sessions_of_older_versions_come_back_onto_them_and_wait_for_those_that_
         assert client.get(f"/sessions/{sessions['rnn']}").json()["position"] == 12
         for session in sessions.values():
             client.delete(f"/sessions/{session}")
-        until(client, "lstm", {2: "serving", 1: "available"})
-        until(client, "rnn", {2: "serving", 1: "available"})
+        until_states(client, "lstm", {2: "serving", 1: "available"})
+        until_states(client, "rnn", {2: "serving", 1: "available"})
 
 
 def test_two_replicas_change_versions_one_after_the_other(
@@ -339,7 +345,7 @@ def test_a_sequence_of_the_inference_protocol_stays_on_its_version_whatever_is_n
     with server.client() as client:
         told = [step(client, x[0], sequence_start=True)]
         add_version(models, "lstm", 2)
-        until(client, "lstm", {2: "serving", 1: "draining"})
+        until_states(client, "lstm", {2: "serving", 1: "draining"})
         told += [step(client, row) for row in x[1:-1]]
         told.append(step(client, x[-1], "lstm/versions/1", sequence_end=True))
         assert {one["model_version"] for one in told} == {"1"}

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from tests.budgets import examples
 from tests.networks import DecayingCell, network
 
 import keras  # isort: skip  after TensorFlow has been imported quietly
@@ -62,7 +63,7 @@ def example(kind: str, units: int, features: int) -> tuple[StatefulNetwork, Runt
 
 
 @pytest.mark.parametrize("kind", CELLS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(8, 50))
 @given(data=st.data())
 def test_any_batch_lengths_chunks_and_padding_give_the_bits_of_single_steps_and_keras_numbers(
     kind: str, data: st.DataObject
@@ -194,6 +195,7 @@ def test_the_manifest_names_every_file_by_its_digest(tmp_path: Path) -> None:
     [(layers.RNN(DecayingCell(3)), "tf2onnx's Loop"), (layers.LSTM(3), "tf2onnx's LSTM")],
     ids=["a cell of one's own", "Keras's LSTM"],
 )
+@pytest.mark.usefixtures("measuring")
 def test_what_tf2onnx_makes_of_the_network_is_called_what_it_is(
     layer: Any, operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,7 +91,8 @@ def test_all_but_those_that_onnx_runtime_scales_by_the_batch_are_exact_and_near(
                 runtime = forms.open_model(narrow, steps, document)
                 y, _ = runtime.run(data.inputs[0], data.lengths, runtime.zeros(SEQUENCES))
                 off = np.abs(y - true).max()
-                assert 0 < off < 0.1 * np.abs(true).max(), scheme.name
+                # Without VNNI, 8-bit products of an AVX2 processor saturate: 0.13 there.
+                assert 0 < off < 0.2 * np.abs(true).max(), scheme.name
                 exact.setdefault(scheme.name, set()).add(prove([runtime], SHORT).proved)
     if precision == "int8":
         assert exact.pop("DynamicQuantizeLSTM") == {False}

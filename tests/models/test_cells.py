@@ -100,23 +100,28 @@ def test_every_matrix_begins_with_numbers_of_its_own(kind: str) -> None:
     assert len(set(arrays)) == len(arrays)
 
 
-@every_cell
-def test_a_saved_network_gives_the_same_numbers_in_a_new_process(kind: str, tmp_path: Path) -> None:
-    network = keras.Sequential([keras.Input((None, FEATURES)), layers.RNN(CELLS[kind](), return_sequences=True)])
+def test_saved_networks_give_the_same_numbers_in_a_new_process(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(BATCH, STEPS, FEATURES)).astype("float32")
-    network.save(tmp_path / "network.keras")
+    networks = {
+        kind: keras.Sequential([keras.Input((None, FEATURES)), layers.RNN(cell(), return_sequences=True)])
+        for kind, cell in CELLS.items()
+    }
+    for kind, network in networks.items():
+        network.save(tmp_path / f"{kind}.keras")
     np.save(tmp_path / "x.npy", x)
     script = (
         "import sys, numpy as np\n"
         "from models.quiet import import_tensorflow\n"
         "import_tensorflow()\n"
         "import keras, models.cells\n"
-        "folder = sys.argv[1]\n"
-        "network = keras.saving.load_model(folder + '/network.keras')\n"
-        "np.save(folder + '/y.npy', network(np.load(folder + '/x.npy')))\n"
+        "folder, *kinds = sys.argv[1:]\n"
+        "for kind in kinds:\n"
+        "    network = keras.saving.load_model(folder + f'/{kind}.keras')\n"
+        "    np.save(folder + f'/{kind}.npy', network(np.load(folder + '/x.npy')))\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
-    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), network(x))
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), *networks], check=True)
+    for kind, network in networks.items():
+        np.testing.assert_array_equal(np.load(tmp_path / f"{kind}.npy"), network(x))
 
 
 @every_cell

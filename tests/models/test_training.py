@@ -11,6 +11,17 @@ import pytest
 from models import training_cli
 
 
+@pytest.fixture(params=["quick", pytest.param("whole", marks=pytest.mark.long)])
+def epochs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few epochs in the quick run: enough to be the same again, and better than what the promise compares with."""
+    if request.param == "quick":
+        from models import training
+
+        fit = training._fit
+        monkeypatch.setattr(training, "_fit", lambda *told, **more: fit(*told, **{**more, "epochs": 4}))
+
+
+@pytest.mark.usefixtures("epochs")
 def test_training_again_gives_the_same_weights_and_keeps_the_promised_error(tmp_path: Path) -> None:
     assert training_cli.main(["sunspots", "--folder", str(tmp_path)]) == 0
     assert training_cli.main(["sunspots", "--folder", str(tmp_path / "again")]) == 0

@@ -15,15 +15,22 @@ from service.engine import Engine
 from service.errors import ModelFailed, NotFinite, QueueFull, SessionGone
 from service.stores.memory import MemoryStore
 from service.writer import SessionWriter
+from tests.budgets import examples
 from tests.service.conftest import BROKEN, INFINITE, truth
 
 Make = Callable[..., tuple[Engine, MemoryStore, SessionWriter]]
 
-any_make = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+any_make = settings(max_examples=examples(40, 400), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def drawn(steps: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(steps, 2)).astype(np.float32)
+
+
+async def turns() -> None:
+    """Lets the event loop turn so often that whatever can begin has begun."""
+    for _ in range(50):
+        await asyncio.sleep(0)
 
 
 @any_make
@@ -202,11 +209,11 @@ def test_a_cancelled_step_is_dropped_before_it_is_computed_and_moves_nothing(mak
         busy, gone, after = (store.create_now(engine, None)[0] for _ in range(3))
         runtime.gate.clear()
         first = asyncio.ensure_future(writer.submit(busy, drawn(30, 1), True))
-        await asyncio.sleep(0.05)
+        await turns()
         leaving = asyncio.ensure_future(writer.submit(gone, drawn(17, 2), True))
         behind = asyncio.ensure_future(writer.submit(gone, drawn(5, 3), True))
         staying = asyncio.ensure_future(writer.submit(after, drawn(17, 4), True))
-        await asyncio.sleep(0.05)
+        await turns()
         leaving.cancel()
         await asyncio.sleep(0)
         runtime.gate.set()
@@ -229,7 +236,7 @@ def test_the_queue_is_bounded_and_what_was_accepted_is_answered(make: Make) -> N
         engine.model.runtime.gate.clear()  # type: ignore[attr-defined]
         sessions = [store.create_now(engine, None)[0] for _ in range(10)]
         waiting = [asyncio.ensure_future(writer.submit(session, drawn(30, 0), True)) for session in sessions]
-        await asyncio.sleep(0.05)
+        await turns()
         engine.model.runtime.gate.set()  # type: ignore[attr-defined]
         results = await asyncio.gather(*waiting, return_exceptions=True)
         # Who was refused can go on.
@@ -253,10 +260,10 @@ def test_a_long_sequence_on_the_thread_does_not_hold_up_single_steps(make: Make)
         await writer.submit(short, drawn(1, 0), True)  # runs in the event loop
         free, runtime.gate = runtime.gate, type(runtime.gate)()
         held = asyncio.ensure_future(writer.submit(long, drawn(500, 0), True))
-        await asyncio.sleep(0.05)
+        await turns()
         assert not held.done()
         stuck, runtime.gate = runtime.gate, free  # the thread is held up, those who come now are not
-        position = (await asyncio.wait_for(writer.submit(short, drawn(1, 1), True), 5)).position
+        position = (await asyncio.wait_for(writer.submit(short, drawn(1, 1), True), 60)).position
         assert position == 2
         assert not held.done()
         stuck.set()
@@ -316,7 +323,7 @@ def test_changes_of_a_session_come_one_by_one_in_order_of_arrival(make: Make, ac
             else:
                 dead[which] = True
             await asyncio.sleep(0)
-        results = await asyncio.wait_for(asyncio.gather(*waiting), 20)
+        results = await asyncio.wait_for(asyncio.gather(*waiting), 60)
         got: list[list[float]] = [[] for _ in sessions]
         for (which, what), result in zip(answers, results, strict=True):
             if which == -1:

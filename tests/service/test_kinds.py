@@ -19,6 +19,7 @@ from service.stores.memory import MemoryStore
 from service.table import SessionTable
 from service.writer import SessionWriter
 from tests import foreign
+from tests.budgets import examples
 from tests.kinds import KINDS
 
 STEPS = 11
@@ -31,7 +32,7 @@ def models() -> dict[str, Model]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(8, 80))
 @given(chunks=st.lists(cuts, min_size=1, max_size=6), quantum=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
 def test_any_chunks_among_other_traffic_are_one_run(
     models: dict[str, Model], kind: str, chunks: list[list[int]], quantum: int, seed: int

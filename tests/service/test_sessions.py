@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -28,6 +29,7 @@ from service.rollout import Rollout, Rollouts
 from service.stores.protocol import SessionStore
 from service.table import SessionTable
 from service.writer import SessionWriter
+from tests.budgets import examples
 from tests.redis_server import RedisServer
 from tests.service.conftest import machinery, truth
 
@@ -376,11 +378,12 @@ class SharedSessions(Sessions):
         return replicas
 
 
-Sessions.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-SharedSessions.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+Sessions.TestCase.settings = settings(max_examples=examples(30, 300), stateful_step_count=40)
+SharedSessions.TestCase.settings = settings(max_examples=examples(8, 80), stateful_step_count=30)
 TestSessions = Sessions.TestCase
 
 
+@pytest.mark.hypothesis
 def test_shared_sessions_are_what_they_promise(redis: RedisServer) -> None:
     SharedSessions.url = redis.url
     run_state_machine_as_test(SharedSessions, settings=SharedSessions.TestCase.settings)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -18,6 +19,7 @@ from service.sessions import Session
 from models.signature import MODEL_NAME
 from service.errors import Problem, RepositoryUnusable
 from service.runtime import Runtime
+from tests.budgets import examples
 from tests.service.test_repository import Served
 from tests.versions import add_version, copy_of, scaled
 
@@ -135,6 +137,7 @@ class Rollouts(RuleBasedStateMachine):
             assert versions.loaded[("rnn", version)].model.digest == self.digests[content]  # type: ignore[index]
 
 
+@pytest.mark.hypothesis
 def test_versions_come_and_go_in_any_order(repository: Path, tmp_path: Path) -> None:
     models = copy_of(repository, tmp_path, "rnn")
     first = models / "rnn/1" / MODEL_NAME
@@ -144,4 +147,4 @@ def test_versions_come_and_go_in_any_order(repository: Path, tmp_path: Path) -> 
     for name in "abc":
         runtime = Runtime(Rollouts.contents[name])
         Rollouts.truths[name] = runtime.run(X[None], np.array([len(X)], np.int32), runtime.zeros(1))[0][0]
-    run_state_machine_as_test(Rollouts, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(Rollouts, settings=settings(max_examples=examples(20, 200), stateful_step_count=30))
