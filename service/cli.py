@@ -113,6 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "port": settings.port,
         "access_log": False,
         "timeout_graceful_shutdown": settings.shutdown_seconds,
+        # Longer than clients and nginx (60 seconds) keep an idle connection: whoever sends over one in the moment in
+        # which the server ends it has no answer.
+        "timeout_keep_alive": 75,
         "server_header": False,
         "proxy_headers": False,  # nothing here asks who the client is
         "interface": "asgi3",

@@ -18,7 +18,6 @@ import httpx
 import pytest
 
 from tests import budgets  # noqa: F401  before pytest loads the profile that it is told
-from tests.e2e.helpers import LIMITS
 from tests.redis_server import RedisServer
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +33,7 @@ class Server:
     log: list[str] = field(default_factory=list)
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, limits=LIMITS, **options)
+        return httpx.Client(base_url=self.url, timeout=60, **options)
 
     @property
     def grpc(self) -> str:

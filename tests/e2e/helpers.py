@@ -14,9 +14,6 @@ import httpx
 
 Told = TypeVar("Told")
 
-# Whoever sends over a connection in the moment in which the server ends it, idle for 5 seconds, has no answer.
-LIMITS = httpx.Limits(keepalive_expiry=1)
-
 # Below those that the kernel gives to whoever asks for any, so that nobody is given a port while the server that has
 # it is being started again. Each worker of pytest-xdist draws from ports of its own.
 _WORKER = int(re.sub(r"\D", "", os.environ.get("PYTEST_XDIST_WORKER", "")) or 0)

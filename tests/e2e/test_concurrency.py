@@ -19,7 +19,6 @@ from websockets.asyncio.client import connect
 
 from service.runtime import Runtime
 from tests.conftest import Server
-from tests.e2e.helpers import LIMITS
 from tests.networks import FEATURES, OUTPUTS
 
 SESSIONS, STEPS = 200, 60
@@ -59,7 +58,7 @@ async def traffic(server: Server) -> AsyncIterator[None]:
 
     async def predict(seed: int) -> None:
         random_ = random.Random(seed)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=LIMITS) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             while not stop.is_set():
                 model = random_.choice(MODELS)
                 sequences = [sequence(seed, random_.randint(1, 150)).tolist() for _ in range(random_.randint(1, 6))]
@@ -68,14 +67,16 @@ async def traffic(server: Server) -> AsyncIterator[None]:
 
     async def leave(seed: int) -> None:
         random_ = random.Random(seed)
+        body = json.dumps({"model": "lstm", "sequences": [sequence(1, 3000).tolist()] * 3}).encode()
+        headers = {"content-type": "application/json"}
         while not stop.is_set():
             async with httpx.AsyncClient(base_url=server.url, timeout=random_.choice((0.001, 0.01, 0.05))) as client:
                 with contextlib.suppress(httpx.TimeoutException):
-                    await client.post("/predict", json={"model": "lstm", "sequences": [sequence(1, 3000).tolist()] * 3})
+                    await client.post("/predict", content=body, headers=headers)
             await asyncio.sleep(0.02)
 
     async def poison(seed: int) -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=LIMITS) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             session = (await client.post("/sessions", json={"model": "rnn"})).json()["session"]
             while not stop.is_set():
                 bad = await client.post(f"/sessions/{session}/step", content=b'{"x": [1, 2, NaN, 4, 5]}',
@@ -113,7 +114,7 @@ def test_200_sessions_over_http(server: Server, repository: Path) -> None:
         results[number] = np.array(ys, np.float32)
 
     async def everyone() -> None:
-        limits = httpx.Limits(max_connections=64, keepalive_expiry=1)
+        limits = httpx.Limits(max_connections=64)
         async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client, traffic(server):
             await asyncio.gather(*(session(client, number) for number in range(SESSIONS)))
 
@@ -206,7 +207,7 @@ def test_a_full_queue_answers_503_at_once_and_the_rest_is_answered(
     server = serve("--models", str(repository), "--max-queued-steps", "20000")
 
     async def everyone() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=LIMITS) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
             body = {"model": "decaying", "sequences": [sequence(0, 9000).tolist()] * 2}
             return list(await asyncio.gather(*(client.post("/predict", json=body) for _ in range(12))))
 

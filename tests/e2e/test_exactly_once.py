@@ -17,7 +17,7 @@ import safetensors.numpy
 from websockets.sync.client import connect
 
 from tests.conftest import Server
-from tests.e2e.helpers import LIMITS, start_server
+from tests.e2e.helpers import start_server
 from tests.e2e.test_predict_and_sessions import create, frames
 from tests.networks import FEATURES, OUTPUTS
 
@@ -256,7 +256,7 @@ def test_steps_sent_twice_late_and_out_of_order_by_many_clients_are_applied_once
 
     async def everyone() -> dict[int, list[float]]:
         answers: dict[int, list[float]] = {}
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=LIMITS) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
             await asyncio.gather(*(sender(seed, http, answers) for seed in range(8)))
         return answers
 
@@ -271,7 +271,7 @@ def test_a_step_while_one_with_a_position_is_under_way_is_told_to_wait(server: S
     session, x = create(client, "decaying"), frames(1)[0]
 
     async def race() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=LIMITS) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
             long = {"x": [x] * 20000, "outputs": "last", "position": 0}
             first = asyncio.ensure_future(http.post(f"/sessions/{session}/step", json=long))
             answers = []

@@ -26,7 +26,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.conftest import ROOT, Server, start_server
-from tests.e2e.helpers import LIMITS, free_port, is_busy, until
+from tests.e2e.helpers import free_port, is_busy, until
 from tests.e2e.test_keys import bearer, new_key
 from tests.networks import FEATURES, OUTPUTS
 from tests.redis_server import RedisServer
@@ -477,7 +477,7 @@ def test_whatever_races_in_one_sequence_is_answered_and_nothing_is_left_behind(
         return answer.status_code
 
     async def ask() -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=30, limits=LIMITS) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
             statuses = await asyncio.gather(*(one(client) for _ in range(200)))
             assert {200, 409} <= set(statuses)
             async with triton("http", server) as last:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.budgets import examples
 from tests.conftest import Server
-from tests.e2e.helpers import LIMITS, is_busy, until
+from tests.e2e.helpers import is_busy, until
 from tests.networks import FEATURES, OUTPUTS
 
 MODELS = ("lstm", "rnn", "decaying")
@@ -104,7 +104,7 @@ def test_steps_sent_at_once_to_one_session_are_all_applied_one_after_the_other(s
     x = frames(30)
 
     async def all_at_once() -> list[dict[str, Any]]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=LIMITS) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             session = (await client.post("/sessions", json={"model": "rnn"})).json()["session"]
             send = [client.post(f"/sessions/{session}/step", json={"x": x[0]}) for _ in x]
             return [answer.json() for answer in await asyncio.gather(*send)]

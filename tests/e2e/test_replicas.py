@@ -186,7 +186,7 @@ def test_no_step_is_lost_or_doubled_while_replicas_are_killed_and_the_store_rest
 
     async def everyone() -> tuple[list[Client], int]:
         end = time.monotonic() + SECONDS
-        limits = httpx.Limits(max_connections=100, keepalive_expiry=1)
+        limits = httpx.Limits(max_connections=100)
         async with httpx.AsyncClient(base_url=cluster.url, timeout=10, limits=limits) as http:
             clients = [Client(number, seed, http) for number in range(SESSIONS)]
             kills, *_ = await asyncio.gather(chaos(end), *(client.run(end) for client in clients))

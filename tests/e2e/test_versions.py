@@ -20,7 +20,7 @@ from websockets.sync.client import connect
 from models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
 from service.runtime import Runtime
 from tests.conftest import Server
-from tests.e2e.helpers import LIMITS, free_port, until
+from tests.e2e.helpers import free_port, until
 from tests.e2e.test_keys import bearer, new_key
 from tests.e2e.test_predict_and_sessions import create, frames
 from tests.e2e.test_stream import answered, ask, binary
@@ -62,7 +62,7 @@ def until_states(client: httpx.Client, name: str, expected: dict[int, str]) -> N
 
 async def stepping(url: str, session: str, x: list[list[float]], done: asyncio.Event, ys: list[list[float]]) -> None:
     """Steps a session until it is told to stop, and once more; adds the outputs to `ys`."""
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=LIMITS) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         while len(ys) < len(x) - 1 and not done.is_set():
             body = {"x": x[len(ys)], "position": len(ys)}
             ys.append((await client.post(f"/sessions/{session}/step", json=body)).raise_for_status().json()["y"])
