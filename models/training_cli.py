@@ -1,4 +1,4 @@
-"""The command `cellserve train`: trains the example networks, and with `--export` makes models of them."""
+"""The command `cellserve train`: trains the example networks and saves them for `cellserve export`."""
 
 from __future__ import annotations
 

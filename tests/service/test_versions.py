@@ -14,11 +14,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from service.sessions import Session
 
 from models.signature import MODEL_NAME
 from service.errors import Problem, RepositoryUnusable
 from service.runtime import Runtime
+from service.session import Session
 from tests.budgets import examples
 from tests.service.test_repository import Served
 from tests.versions import add_version, copy_of, scaled
