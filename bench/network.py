@@ -129,7 +129,7 @@ def make(folder: Path) -> dict[str, Any]:
 
     import_tensorflow()
     from export.exporter import Request, export
-    from service.runtime import Runtime
+    from service.runtime.onnx_model import Runtime
 
     own = weights()
     save_onnx(folder, own)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from export.arguments import add_shared
+from export.cli.options import add_shared
 from export.errors import ExportError
 
 EXAMPLE = """\

@@ -14,17 +14,28 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from export import artifacts, forms, html_report, next_version, report
-from export.arguments import checked_labels
+from export.candidates import candidates
+from export.candidates.quantization import Narrowed, narrowed
 from export.errors import ExportError, Unsteppable
-from export.loading import load
-from export.precision import Narrowed, narrowed
-from export.stateful import StatefulNetwork
-from export.test_data import TestData
-from export.timing import side_by_side
-from export.whole import WholeNetwork
+from export.keras_model.load import load
+from export.keras_model.step_network import StatefulNetwork
+from export.onnx_graph.sequence_network import WholeNetwork
+from export.publish import compatibility, repository_writer
+from export.report import html
+from export.report.console import Results, show
+from export.verify.benchmark import side_by_side
+from export.verify.evaluation import TestData
 from models import cells  # noqa: F401  registers the cells for loading
-from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument, Precision, Rollout, rollout_misfit
+from models.signature import (
+    MODEL_NAME,
+    STEP_NAME,
+    Exactness,
+    ModelDocument,
+    Precision,
+    Rollout,
+    checked_labels,
+    rollout_misfit,
+)
 
 REPORT_NAME = "report.html"  # beside the model, for people; the service does not read it
 LIBRARIES = ("keras", "onnx", "onnxruntime", "tensorflow", "tf2onnx")
@@ -54,7 +65,7 @@ def export(request: Request, console: Console) -> Path:
     Raises:
         ExportError: It cannot be exported, or the proof failed; nothing has been written.
     """
-    artifacts.check(request.artifacts, request.name, request.version)
+    repository_writer.check(request.artifacts, request.name, request.version)
     for path in request.imports:
         _import(path)
     card = _card(request.network)
@@ -72,16 +83,15 @@ def export(request: Request, console: Console) -> Path:
                 f"{request.precision}: what it costs is measured on test data, of a network that can be stepped: "
                 f"give it with --data FILE.npz (x [n, time, *features], lengths [n], y)"
             )
-        tried = forms.all_forms(network, document, report=status.update)
-        form = forms.best(tried)
+        tried = candidates.all_forms(network, document, report=status.update)
+        form = candidates.best(tried)
         narrow: Narrowed | None = None
         if data and request.precision != "float32":
             narrow = narrowed(tried, request.precision, document, data, request.tolerance, status.update)
             form, tried = narrow.form, narrow.tried
         status.update("measuring beside tf2onnx and Keras")
-        opened = [
-            forms.open_model(each.model, each.step, document) for each in (form, *([narrow.float32] if narrow else []))
-        ]
+        measured = (form, *([narrow.float32] if narrow else []))
+        opened = [candidates.open_model(each.model, each.step, document) for each in measured]
         timings, tf2onnx = side_by_side(network, *opened)
         parity = form.parity.figures()
         if narrow:
@@ -100,21 +110,21 @@ def export(request: Request, console: Console) -> Path:
         metrics: dict[str, tuple[float, float]] = {}
         if data:
             status.update("evaluating on the test data")
-            runtime = forms.open_model(form.model, form.step, document)
+            runtime = candidates.open_model(form.model, form.step, document)
             keras_scores = data.score_keras(runtime)
             metrics = {name: (ours, keras_scores[name]) for name, ours in data.score(runtime).items()}
         document = document.model_copy(
             update={"metrics": {**card.get("metrics", {}), **{name: ours for name, (ours, _) in metrics.items()}}}
         )
-        files = {MODEL_NAME: forms.with_document(form.model, document)}
+        files = {MODEL_NAME: candidates.with_document(form.model, document)}
         if form.step:
-            files[STEP_NAME] = forms.with_document(form.step, document)
-        warning = next_version.warning(request.artifacts, request.name, document.signature)
+            files[STEP_NAME] = candidates.with_document(form.step, document)
+        warning = compatibility.warning(request.artifacts, request.name, document.signature)
         size = sum(map(len, files.values()))
-        results = report.Results(document, form, tried, size, timings, tf2onnx, metrics, narrow, warning)
-        files[REPORT_NAME] = html_report.render(results, network).encode()
-        folder = artifacts.write(request.artifacts, request.name, request.version, files)
-    report.show(console, str(folder), results)
+        results = Results(document, form, tried, size, timings, tf2onnx, metrics, narrow, warning)
+        files[REPORT_NAME] = html.render(results, network).encode()
+        folder = repository_writer.write(request.artifacts, request.name, request.version, files)
+    show(console, str(folder), results)
     return folder
 
 

@@ -7,6 +7,7 @@ ONNX is needed to do either.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -18,6 +19,17 @@ MODEL_NAME, STEP_NAME, MANIFEST_NAME = "model.onnx", "step.onnx", "manifest.json
 Precision = Literal["float32", "float16", "int8"]
 Rollout = Literal["probabilities", "logits", "value"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+def checked_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Gives labels back, or raises ValueError: each is the name of one entry of the output."""
+    given = tuple(labels)
+    for place, label in enumerate(given, 1):
+        if not label:
+            raise ValueError(f"label {place} of {len(given)} is empty: each entry of the output wants a name")
+        if label in given[: place - 1]:
+            raise ValueError(f"the label {label!r} is there twice: each entry of the output wants a name of its own")
+    return given
 
 
 def checked_name(name: str) -> str:

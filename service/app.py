@@ -15,19 +15,19 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import logs
 from service.api import openapi, operations, sessions
+from service.api.asgi import AnsweringProblems, as_problem
 from service.api.inference.http import HttpInference
-from service.api.inference.infer import Inference
-from service.api.messages import AnsweringProblems, as_problem
-from service.api.observed import Observed
+from service.api.inference.service import Inference
+from service.api.middleware import Observed
+from service.api.operations_listener import Port
 from service.api.predict import Predict
 from service.api.rollout import RollOut
-from service.api.stream import Stream, over_http
+from service.api.websocket.endpoint import Stream, over_http
+from service.context import Service
 from service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
-from service.port import Port
-from service.request_context import told
-from service.service import Service
+from service.observability import logging
+from service.observability.request_context import told
 from service.settings import Settings
 
 _YOUNG_OBJECTS = 50_000
@@ -102,7 +102,7 @@ def create_app(settings: Settings) -> Observed:
 def from_environment() -> Observed:
     """Builds everything from the environment's settings, in a process that is one of several."""
     settings = Settings()
-    logs.configure(settings.log_format)
+    logging.configure(settings.log_format)
     return create_app(settings)
 
 

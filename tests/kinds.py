@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from export import artifacts
+from export.publish import repository_writer
 from models.signature import MODEL_NAME, Signature, StateSpec, TensorSpec
 from tests import foreign
 
@@ -74,5 +74,5 @@ def write_repository(folder: Path) -> Path:
         "both-ways": foreign.described(foreign.both_ways(), BOTH_WAYS),
     }
     for name, content in ({name: foreign.described(*kind) for name, kind in KINDS.items()} | more).items():
-        artifacts.write(folder, name, None, {MODEL_NAME: content})
+        repository_writer.write(folder, name, None, {MODEL_NAME: content})
     return folder

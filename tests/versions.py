@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from export import artifacts
+from export.publish import repository_writer
 from models.signature import MODEL_NAME
 
 
@@ -55,7 +55,7 @@ def add_version(models: Path, name: str, version: int, content: bytes | None = N
     """Writes a version at once, of other weights than the first where nothing is given; gives its digest."""
     if content is None:
         content = scaled(models / name / "1" / MODEL_NAME, 1 + version / 16)
-    artifacts.write(models, name, version, {MODEL_NAME: content})
+    repository_writer.write(models, name, version, {MODEL_NAME: content})
     return hashlib.sha256(content).hexdigest()
 
 

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from models.signature import ModelDocument
-from service.api import binary
-from service.api.messages import OneATurn, check_json, content_type, read_body, send_body, send_json, unless_gone
-from service.engine import Engine
+from service.api import safetensors
+from service.api.asgi import OneATurn, check_json, content_type, read_body, send_body, send_json, unless_gone
+from service.context import Service
+from service.engine.engine import Engine
 from service.errors import BodyTooLarge, InvalidInput, NotFinite, VersionLoading
-from service.layout import parts
-from service.service import Service
-from service.tensors import PART_BYTES, decode
+from service.runtime.tensor_layout import parts
+from service.validation.json_input import PART_BYTES, decode
 
 Array = NDArray[Any]
 
@@ -53,7 +53,7 @@ class Predict:
         """Answers one request, in JSON or in safetensors as it was asked."""
         self.service.owner(scope["headers"])
         kind = content_type(scope)
-        if kind in binary.MEDIA_TYPES:
+        if kind in safetensors.MEDIA_TYPES:
             await self._binary(scope, receive, send)
             return
         check_json(kind)
@@ -114,14 +114,14 @@ class Predict:
         return request, engine, sequences
 
     async def _binary(self, scope: Scope, receive: Receive, send: Send) -> None:
-        options = binary.read_options(scope["query_string"])
+        options = safetensors.read_options(scope["query_string"])
         body = await read_body(scope, receive, self.service.settings.max_body_bytes)
         await self._one_a_turn()
         engine = await self.service.engine_when_loaded(options.model)
-        sequences, states = binary.read(body, engine.model)
+        sequences, states = safetensors.read(body, engine.model)
         outputs, every_output, final = await self._advance(engine, receive, sequences, states, options)
-        answer = binary.write(engine.model, outputs, every_output, final if options.return_states else None)
-        await send_body(send, 200, [(b"content-type", binary.MEDIA_TYPES[0])], answer)
+        answer = safetensors.write(engine.model, outputs, every_output, final if options.return_states else None)
+        await send_body(send, 200, [(b"content-type", safetensors.MEDIA_TYPES[0])], answer)
 
     async def _advance(
         self,
@@ -129,7 +129,7 @@ class Predict:
         receive: Receive,
         sequences: list[Array],
         states: list[dict[str, Array] | None] | None,
-        options: PredictRequest[Any] | binary.Options,
+        options: PredictRequest[Any] | safetensors.Options,
     ) -> tuple[list[Array], bool, list[dict[str, Array]]]:
         """Gives the outputs, whether they are those of all time steps, and the last states."""
         limit = self.service.settings.max_sequences

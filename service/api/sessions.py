@@ -11,8 +11,8 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from service.api import binary
-from service.api.messages import (
+from service.api import safetensors
+from service.api.asgi import (
     REPLAY,
     ClientGone,
     as_problem,
@@ -24,17 +24,17 @@ from service.api.messages import (
     unless_gone,
 )
 from service.api.predict import labelled
-from service.engine import Engine
+from service.context import Service
+from service.engine.engine import Engine
 from service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
-from service.exactly_once import Request as Once
-from service.exactly_once import creation, state_request, step_request
-from service.pending import StepResult
-from service.repository import Model
-from service.service import Service
-from service.session import Session
-from service.stores.protocol import SessionStore
-from service.tensors import decode
-from service.writer import SessionWriter
+from service.idempotency import Request as Once
+from service.idempotency import creation, state_request, step_request
+from service.model_repository.repository import Model
+from service.sessions.pending import StepResult
+from service.sessions.session import Session
+from service.sessions.stores.protocol import SessionStore
+from service.sessions.writer import SessionWriter
+from service.validation.json_input import decode
 
 Array = NDArray[Any]
 Position = Annotated[int, msgspec.Meta(ge=0)]
@@ -280,8 +280,8 @@ def router(service: Service) -> APIRouter:
         session = await store.find(owner(request), session_id)
         states, position = await store.read_state(session)
         told = {"position": str(position), "digest": session.model.digest}
-        content = binary.write_states(session.model, states, told)
-        return Response(content, media_type=binary.MEDIA_TYPES[0].decode())
+        content = safetensors.write_states(session.model, states, told)
+        return Response(content, media_type=safetensors.MEDIA_TYPES[0].decode())
 
     @routes.put("/sessions/{session_id}/state", summary="Upload a session's state")
     async def set_state(
@@ -289,8 +289,8 @@ def router(service: Service) -> APIRouter:
     ) -> dict[str, Any]:
         session = await store.find(owner(request), session_id)
         kind = content_type(request.scope)
-        if kind not in binary.MEDIA_TYPES:
-            wanted = binary.MEDIA_TYPES[0].decode()
+        if kind not in safetensors.MEDIA_TYPES:
+            wanted = safetensors.MEDIA_TYPES[0].decode()
             raise UnsupportedMediaType(f"the body has the content type {kind.decode('latin-1')[:100]!r}: send {wanted}")
         body = await read_body(request.scope, request.receive, limit)
         states = _uploaded(session.engine, body)
@@ -310,7 +310,7 @@ def _check_query(request: Request) -> None:
 
 
 def _uploaded(engine: Engine, body: bytes) -> dict[str, Array]:
-    states, told = binary.read_states(body, engine.model)
+    states, told = safetensors.read_states(body, engine.model)
     if told.get("digest", engine.model.digest) != engine.model.digest:
         raise StateOfAnotherModel(
             f"the state is of model {str(told.get('model'))[:80]!r} (digest {str(told['digest'])[:64]}), "

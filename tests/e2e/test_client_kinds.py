@@ -12,9 +12,9 @@ import pytest
 
 from cellserve import AsyncClient, Client, Retry
 from cellserve.errors import CannotBeStepped, InvalidInput, SessionExists, StepsFailed, UnknownModel
-from export import artifacts
+from export.publish import repository_writer
 from models.signature import MODEL_NAME
-from service.exactness import draw
+from service.runtime.batch_invariance import draw
 from tests import foreign
 from tests.conftest import Server, start_server
 from tests.faulty_proxy import FaultyProxy
@@ -301,7 +301,7 @@ def test_all_sessions_are_listed_page_after_page(client: Client, monkeypatch: py
 
 def test_a_session_stays_on_its_version_and_a_new_one_may_take_other_tensors(tmp_path: Path) -> None:
     models = tmp_path / "models"
-    artifacts.write(models, "letters", None, {MODEL_NAME: foreign.described(foreign.letters(), LETTERS)})
+    repository_writer.write(models, "letters", None, {MODEL_NAME: foreign.described(foreign.letters(), LETTERS)})
     server = start_server("--models", str(models))
     try:
         ids, x = np.array([1, 2, 3]), np.arange(6).reshape(2, 3)
@@ -310,7 +310,7 @@ def test_a_session_stays_on_its_version_and_a_new_one_may_take_other_tensors(tmp
             old, streamed = client.session("letters", session_id="old"), stream.open("letters")
             same(old.step(ids[:1], outputs="all"), first.y[:1])
             same(streamed.step(ids[:1]), first.y[:1])
-            artifacts.write(models, "letters", None, {MODEL_NAME: foreign.described(foreign.frames(), FRAMES)})
+            repository_writer.write(models, "letters", None, {MODEL_NAME: foreign.described(foreign.frames(), FRAMES)})
             client._http.post("/models/reload").raise_for_status()
             same(old.step(ids[1:], outputs="all"), first.y[1:])
             same(streamed.step(ids[1:]), first.y[1:])

@@ -6,15 +6,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from export.candidates.candidates import build, candidates, open_model
 from export.exporter import network_of
-from export.forms import build, candidates, open_model
-from export.loading import load
-from export.parity import Parity, Reference, WholeReference
-from export.stateful import StatefulNetwork
-from export.whole import WholeNetwork
+from export.keras_model.load import load
+from export.keras_model.step_network import StatefulNetwork
+from export.onnx_graph.sequence_network import WholeNetwork
+from export.verify.parity import Parity, Reference, WholeReference
 from models.signature import Exactness, ModelDocument
-from service.exactness import SHORT, prove
-from service.runtime import Runtime
+from service.runtime.batch_invariance import SHORT, prove
+from service.runtime.onnx_model import Runtime
 
 
 class Proof:

@@ -19,10 +19,10 @@ import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers, ops  # isort: skip
 
 from export.exporter import Request, export
-from export.lowering import lowering_of, lowers
+from export.onnx_graph.operators import lowering_of, lowers
 from models.cells import LSTMCell, RNNCell
 from models.signature import MODEL_NAME
-from service.runtime import Runtime
+from service.runtime.onnx_model import Runtime
 
 LSTM = {"bias_initializer": "random_normal"}
 

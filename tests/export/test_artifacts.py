@@ -6,24 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from export import adopting_cli, artifacts
+from export.cli import adopt
 from export.errors import ExportError
+from export.publish import repository_writer
 
 
 def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:
-    artifacts.check(tmp_path / "new/artifacts", "mine", None)
+    repository_writer.check(tmp_path / "new/artifacts", "mine", None)
     assert not list(tmp_path.iterdir())
-    folder = artifacts.write(tmp_path, "mine", None, {"model.onnx": b"model"})
+    folder = repository_writer.write(tmp_path, "mine", None, {"model.onnx": b"model"})
     before = sorted(tmp_path.rglob("*"))
-    artifacts.check(tmp_path, "mine", None)
+    repository_writer.check(tmp_path, "mine", None)
     assert folder in before
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_version_that_is_there_already_is_refused_before_the_work(tmp_path: Path) -> None:
-    artifacts.write(tmp_path, "mine", 2, {"model.onnx": b"model"})
+    repository_writer.write(tmp_path, "mine", 2, {"model.onnx": b"model"})
     with pytest.raises(ExportError, match="is there already: give another --version"):
-        artifacts.check(tmp_path, "mine", 2)
+        repository_writer.check(tmp_path, "mine", 2)
 
 
 @pytest.mark.parametrize("command", ["export", "adopt"])
@@ -33,7 +34,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_in_one_line_before_anything_
 ) -> None:
     from export import __main__ as export_cli
 
-    main = {"export": export_cli.main, "adopt": adopting_cli.main}[command]
+    main = {"export": export_cli.main, "adopt": adopt.main}[command]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
     assert main(["missing", "--name", "mine", "--artifacts", folder]) == 1
@@ -46,4 +47,4 @@ def test_a_folder_that_cannot_be_written_to_is_told_in_one_line_before_anything_
 def test_a_folder_that_cannot_be_written_to_any_more_is_told_too(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ExportError, match="cannot be written to"):
-        artifacts.write(tmp_path / "file", "mine", None, {"model.onnx": b"model"})
+        repository_writer.write(tmp_path / "file", "mine", None, {"model.onnx": b"model"})

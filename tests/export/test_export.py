@@ -25,15 +25,17 @@ from keras import layers  # isort: skip
 
 import itertools
 
-from export import adopting_cli, forms, lowering
 from export.__main__ import main
+from export.candidates import candidates
+from export.cli import adopt
 from export.errors import ExportError
 from export.exporter import REPORT_NAME, Request, export
-from export.stateful import StatefulNetwork
+from export.keras_model.step_network import StatefulNetwork
+from export.onnx_graph import operators
 from models.cells import LSTMCell, RNNCell
 from models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
-from service.exactness import SHORT
-from service.runtime import Runtime
+from service.runtime.batch_invariance import SHORT
+from service.runtime.onnx_model import Runtime
 
 CELLS = {
     "lstm": lambda units: LSTMCell(units, bias_initializer="random_normal"),
@@ -145,9 +147,9 @@ def test_a_wrong_lowering_is_caught_and_writes_nothing(
             W_i, b_i, W_f, b_f = cell.W_f, cell.b_f, cell.W_i, cell.b_i  # two gates in each other's place
             W_o, b_o, W_c, b_c = cell.W_o, cell.b_o, cell.W_c, cell.b_c
 
-        return lowering.lstm(graph, Swapped, *rest)
+        return operators.lstm(graph, Swapped, *rest)
 
-    monkeypatch.setitem(lowering.LOWERINGS, LSTMCell, lowering.LOWERINGS[LSTMCell]._replace(lowering=swapped))
+    monkeypatch.setitem(operators.LOWERINGS, LSTMCell, operators.LOWERINGS[LSTMCell]._replace(lowering=swapped))
     network(LSTMCell(6)).save(tmp_path / "mine.keras")
     status = main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path / "artifacts")])
     told = capsys.readouterr().err
@@ -170,7 +172,7 @@ def test_versions_count_on_and_are_never_written_over(tmp_path: Path) -> None:
 def test_a_next_version_with_another_signature_warns_and_one_with_the_same_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(forms, "WHOLE", SHORT)
+    monkeypatch.setattr(candidates, "WHOLE", SHORT)
     told = []
     for units in (3, 3, 4):  # a layer named by Keras: `rnn`, `rnn_1`...
         sequential(layers.RNN(RNNCell(units)), layers.Dense(2)).save(tmp_path / "mine.keras")
@@ -199,7 +201,7 @@ def test_the_manifest_names_every_file_by_its_digest(tmp_path: Path) -> None:
 def test_what_tf2onnx_makes_of_the_network_is_called_what_it_is(
     layer: Any, operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(forms, "WHOLE", SHORT)
+    monkeypatch.setattr(candidates, "WHOLE", SHORT)
     sequential(layer).save(tmp_path / "mine.keras")
     assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path)]) == 0
     assert operator in " ".join(capsys.readouterr().out.split())
@@ -379,7 +381,7 @@ def test_a_rollout_that_does_not_fit_the_output_is_refused_and_one_that_does_is_
 
 
 @pytest.mark.parametrize("labels", ["yes,", "yes,no,yes", ""])
-@pytest.mark.parametrize("command", [main, adopting_cli.main])
+@pytest.mark.parametrize("command", [main, adopt.main])
 def test_labels_that_name_nothing_or_two_entries_are_refused(
     command: Any, labels: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,7 +397,7 @@ def test_labels_of_a_card_are_checked_too(tmp_path: Path) -> None:
 
 
 def test_what_is_said_of_a_model_wins_over_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "WHOLE", SHORT)
+    monkeypatch.setattr(candidates, "WHOLE", SHORT)
     sequential(layers.RNN(RNNCell(3), return_sequences=True)).save(tmp_path / "mine.keras")
     (tmp_path / "mine.card.json").write_text(json.dumps({"description": "of the card", "default_output": "all"}))
     command = [str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path)]

@@ -17,13 +17,13 @@ from tests.networks import FEATURES, network
 import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers  # isort: skip
 
-from export import forms
-from export.drawing import draw
+from export.candidates import candidates
 from export.exporter import REPORT_NAME, Request, export, network_of
+from export.report.network_svg import draw
 from models.cells import LSTMCell
 from models.signature import MODEL_NAME
-from service.exactness import SHORT
-from service.runtime import Runtime
+from service.runtime.batch_invariance import SHORT
+from service.runtime.onnx_model import Runtime
 
 HOSTILE = "<img src=x onerror=\"alert(1)\"> & 'more'"
 VOID = {"meta"}
@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     y = np.asarray(model(x))[:, -1].argmax(axis=-1)
     np.savez(home / "test.npz", x=x, lengths=np.full(20, 6, np.int32), y=y)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forms, "WHOLE", SHORT)
+        patch.setattr(candidates, "WHOLE", SHORT)
         yield export(Request(path, "mine", home / "artifacts", data=home / "test.npz"), Console(quiet=True))
 
 

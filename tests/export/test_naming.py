@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from export.exporter import network_of
-from export.loading import load
+from export.keras_model.load import load
 from models.cells import LSTMCell, RNNCell
 from models.signature import Signature
 

@@ -15,18 +15,18 @@ from tests.networks import FEATURES, DecayingCell, network
 import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers  # isort: skip
 
-from export import forms
 from export.__main__ import main
+from export.candidates import candidates
+from export.candidates.quantization import calibrated_ranges
+from export.candidates.quantization_schemes import SCHEMES
 from export.errors import ExportError
 from export.exporter import REPORT_NAME, network_of
-from export.precision import calibrated_ranges
-from export.rewriting import SCHEMES
-from export.stateful import StatefulNetwork
-from export.test_data import TestData
+from export.keras_model.step_network import StatefulNetwork
+from export.verify.evaluation import TestData
 from models.cells import LSTMCell
 from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument
-from service.exactness import SHORT, prove
-from service.runtime import Runtime
+from service.runtime.batch_invariance import SHORT, prove
+from service.runtime.onnx_model import Runtime
 
 UNITS, CLASSES, STEPS, SEQUENCES = 24, 3, 20, 200
 
@@ -34,7 +34,7 @@ UNITS, CLASSES, STEPS, SEQUENCES = 24, 3, 20, 200
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves with the service's effort: the whole one takes its seconds for each of many forms."""
-    monkeypatch.setattr(forms, "WHOLE", SHORT)
+    monkeypatch.setattr(candidates, "WHOLE", SHORT)
 
 
 def saved(folder: Path, model: Any) -> tuple[Path, Path]:
@@ -75,12 +75,12 @@ def test_all_but_those_that_onnx_runtime_scales_by_the_batch_are_exact_and_near(
     document = ModelDocument(name="m", signature=stateful.signature, exactness=Exactness(proved=False, why=""))
     data = TestData(stateful, data_path)
     exact: dict[str, set[bool]] = {}
-    every = [operators for _, operators in forms.candidates(stateful)]
+    every = [operators for _, operators in candidates.candidates(stateful)]
     for operators in (every[0], every[-1]):  # all operators, none
-        model, step = forms.build(stateful, document.signature, operators)
+        model, step = candidates.build(stateful, document.signature, operators)
         assert step is not None
         ranges = calibrated_ranges(step, document, data)
-        whole = forms.open_model(model, None, document)
+        whole = candidates.open_model(model, None, document)
         true, _ = whole.run(data.inputs[0], data.lengths, whole.zeros(SEQUENCES))
         for scheme in SCHEMES[precision]:
             narrow, narrow_step = scheme.rewrite(model, ranges), scheme.rewrite(step, ranges)
@@ -88,7 +88,7 @@ def test_all_but_those_that_onnx_runtime_scales_by_the_batch_are_exact_and_near(
                 assert scheme.name == "DynamicQuantizeLSTM"
                 continue
             for steps in (None, narrow_step):
-                runtime = forms.open_model(narrow, steps, document)
+                runtime = candidates.open_model(narrow, steps, document)
                 y, _ = runtime.run(data.inputs[0], data.lengths, runtime.zeros(SEQUENCES))
                 off = np.abs(y - true).max()
                 # Without VNNI, 8-bit products of an AVX2 processor saturate: 0.13 there.
@@ -163,7 +163,7 @@ def test_a_row_of_zeros_and_numbers_beyond_the_calibration_are_taken(tmp_path: P
     stateful = network_of(keras.saving.load_model(path))
     assert isinstance(stateful, StatefulNetwork)
     document = ModelDocument(name="m", signature=stateful.signature, exactness=Exactness(proved=False, why=""))
-    model, step = forms.build(stateful, document.signature, ())
+    model, step = candidates.build(stateful, document.signature, ())
     assert step is not None
     data = TestData(stateful, data_path)
     ranges = calibrated_ranges(step, document, data)
@@ -174,7 +174,7 @@ def test_a_row_of_zeros_and_numbers_beyond_the_calibration_are_taken(tmp_path: P
     for scheme in SCHEMES["int8"][1:3]:
         narrow = scheme.rewrite(model, ranges)
         assert narrow is not None
-        runtime = forms.open_model(narrow, None, document)
+        runtime = candidates.open_model(narrow, None, document)
         y, states = runtime.run(x, np.full(2, 4, np.int32), runtime.zeros(2))
         assert np.isfinite(y).all()
         assert all(np.isfinite(state).all() for state in states)
@@ -192,9 +192,9 @@ def test_several_inputs_and_outputs_are_scored_by_their_names_and_calibrated(tmp
     np.savez(tmp_path / "test.npz", numbers=numbers, ids=ids, lengths=rng.integers(1, 7, 9), each=each)
     data = TestData(stateful, tmp_path / "test.npz")
     document = ModelDocument(name="m", signature=stateful.signature, exactness=Exactness(proved=False, why=""))
-    model, step = forms.build(stateful, document.signature, ())
+    model, step = candidates.build(stateful, document.signature, ())
     assert step is not None
-    runtime = forms.open_model(model, None, document)
+    runtime = candidates.open_model(model, None, document)
     scores = data.score(runtime)
     assert scores.keys() == {"each rmse"}
     assert scores == pytest.approx(data.score_keras(runtime), rel=1e-5)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from export import exporter, forms, timing
+from export import exporter
+from export.candidates import candidates
+from export.verify import benchmark
 
 
 @contextmanager
@@ -25,11 +27,11 @@ def unmeasured(without_step: Collection[str] = ()) -> Iterator[None]:
 
     def side_by_side(network: Any, *runtimes: Any) -> tuple[dict[str, dict[str, float | None]], str]:
         names = ("tf2onnx", "ours", "float32", "keras") if len(runtimes) > 1 else ("tf2onnx", "ours", "keras")
-        shapes = timing.shapes(runtimes[0].signature)
+        shapes = benchmark.shapes(runtimes[0].signature)
         return {f"{batch}x{steps}": dict.fromkeys(names, 1.0) for batch, steps in shapes}, "Loop"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "microseconds", microseconds)
+        patch.setattr(benchmark, "microseconds", microseconds)
         patch.setattr(exporter, "side_by_side", side_by_side)
-        patch.setattr(forms, "_step_is_faster", lambda model, step, document: document.name not in without_step)
+        patch.setattr(candidates, "_step_is_faster", lambda model, step, document: document.name not in without_step)
         yield

@@ -27,12 +27,12 @@ import onnx  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from export import artifacts  # noqa: E402
-from export.forms import build, candidates, open_model, with_document  # noqa: E402
-from export.loading import load, with_dtype  # noqa: E402
-from export.stateful import StatefulNetwork  # noqa: E402
+from export.candidates.candidates import build, candidates, open_model, with_document  # noqa: E402
+from export.keras_model.load import load, with_dtype  # noqa: E402
+from export.keras_model.step_network import StatefulNetwork  # noqa: E402
 from models.cells import LSTMCell  # noqa: E402
-from service.exactness import SHORT, draw, prove  # noqa: E402
-from service.runtime import Runtime  # noqa: E402
+from service.runtime.batch_invariance import SHORT, draw, prove  # noqa: E402
+from service.runtime.onnx_model import Runtime  # noqa: E402
 
 FEATURES, OUTPUTS, SEED = 16, 4, 1024
 NOT_PROVED = Exactness(proved=False, why="it was not proved")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cellserve import Client
-from service.exactness import SHORT, WHOLE, draw, prove
-from service.runtime import Provider, Runtime
+from service.runtime.batch_invariance import SHORT, WHOLE, draw, prove
+from service.runtime.onnx_model import Provider, Runtime
 from service.settings import Settings
 from tests.conftest import Server
 from tests.gpu.conftest import Open

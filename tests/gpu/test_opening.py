@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from models.signature import MODEL_NAME, STEP_NAME
-from service.runtime import Provider, providers
+from service.runtime.onnx_model import Provider, providers
 from tests.gpu.conftest import Open
 from tests.gpu.references import Array, Reference, model_folder
 from tests.gpu.report import Report

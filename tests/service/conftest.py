@@ -13,12 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from models.signature import Exactness, Signature, StateSpec, TensorSpec
-from service.engine import Engine
-from service.layout import Layout
+from service.engine.engine import Engine
+from service.runtime.tensor_layout import Layout
+from service.sessions.stores.memory import MemoryStore
+from service.sessions.table import SessionTable
+from service.sessions.writer import SessionWriter
 from service.settings import Settings
-from service.stores.memory import MemoryStore
-from service.table import SessionTable
-from service.writer import SessionWriter
 
 BROKEN, INFINITE = 666.0, 777.0  # inputs at which the model raises, or gives infinity
 

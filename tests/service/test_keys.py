@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from service.auth import BadKeysFile, Keys
 from service.errors import Unauthorized
-from service.keys import BadKeysFile, Keys
 
 
 def line(owner: str, key: str) -> str:

@@ -7,10 +7,10 @@ import logging
 
 import pytest
 
-from service.api.messages import as_problem
-from service.counts import SurfaceCounts
-from service.logs import formatter
-from service.request_context import Asked, noted, told
+from service.api.asgi import as_problem
+from service.observability.counters import SurfaceCounts
+from service.observability.logging import formatter
+from service.observability.request_context import Asked, noted, told
 from service.settings import LogFormat
 
 

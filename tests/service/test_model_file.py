@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from models.signature import METADATA_KEY
-from service import model_file
-from service.model_file import BadModelFile, check, read
+from service.runtime import onnx_file
+from service.runtime.onnx_file import BadModelFile, check, read
 
 
 def model(nodes: list[onnx.NodeProto], **more: object) -> onnx.ModelProto:
@@ -40,14 +40,14 @@ def external(location: str, place: str = "initializer") -> bytes:
 
 
 def test_field_numbers_are_those_of_onnx() -> None:
-    for kind, inside in model_file._INSIDE.items():
+    for kind, inside in onnx_file._INSIDE.items():
         fields = {field.number: field for field in getattr(onnx, kind).DESCRIPTOR.fields}
         assert {number: fields[number].message_type.name for number in inside} == inside
-        texts = model_file._TEXTS.get(kind, {})
+        texts = onnx_file._TEXTS.get(kind, {})
         assert {number: fields[number].name for number in texts} == texts
     # And no way to a tensor or a node is left out but those of training, which is never run.
-    kinds = set(model_file._INSIDE)
-    for kind, inside in model_file._INSIDE.items():
+    kinds = set(onnx_file._INSIDE)
+    for kind, inside in onnx_file._INSIDE.items():
         there = {
             f.number for f in getattr(onnx, kind).DESCRIPTOR.fields if f.message_type and f.message_type.name in kinds
         }

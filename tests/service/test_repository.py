@@ -19,15 +19,15 @@ import pytest
 from onnx import helper
 
 from models.signature import MANIFEST_NAME, METADATA_KEY, MODEL_NAME
-from service.engine import Engine
+from service.engine.engine import Engine
 from service.errors import Problem, RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
-from service.repository import BrokenModel, Repository, VersionKey
-from service.runtime import RuntimeOptions
+from service.model_manager import Versions, VersionState
+from service.model_repository.repository import BrokenModel, Repository, VersionKey
+from service.runtime.onnx_model import RuntimeOptions
+from service.sessions.stores.memory import MemoryStore
+from service.sessions.table import SessionTable
+from service.sessions.writer import SessionWriter
 from service.settings import Settings
-from service.stores.memory import MemoryStore
-from service.table import SessionTable
-from service.versions import Versions, VersionState
-from service.writer import SessionWriter
 from tests.service.test_model_file import external
 from tests.versions import add_version, changed, copy_of, remove_version, scaled
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine import Engine
+from service.engine.engine import Engine
 from service.errors import NotFinite, PositionConflict, SessionGone
-from service.rollout import Rollout, Rollouts
-from service.stores.memory import MemoryStore
-from service.writer import SessionWriter
+from service.sessions.rollout import Rollout, Rollouts
+from service.sessions.stores.memory import MemoryStore
+from service.sessions.writer import SessionWriter
 
 Make = Callable[..., tuple[Engine, MemoryStore, SessionWriter]]
 # The model's value grows by a half each time: 518 becomes 777, at which it gives infinity.

@@ -9,9 +9,9 @@ import onnxruntime as ort
 import pytest
 
 from models.signature import Signature
-from service.exactness import Effort, draw, prove
-from service.layout import Layout, parts
-from service.runtime import Runtime
+from service.runtime.batch_invariance import Effort, draw, prove
+from service.runtime.onnx_model import Runtime
+from service.runtime.tensor_layout import Layout, parts
 from tests import foreign
 from tests.kinds import BOTH_WAYS, DEEP, KINDS, LSTM, ONE, SYMBOLS
 

@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from models.signature import MODEL_NAME
 from service.errors import Problem, RepositoryUnusable
-from service.runtime import Runtime
-from service.session import Session
+from service.runtime.onnx_model import Runtime
+from service.sessions.session import Session
 from tests.budgets import examples
 from tests.service.test_repository import Served
 from tests.versions import add_version, copy_of, scaled

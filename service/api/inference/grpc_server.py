@@ -20,17 +20,17 @@ from grpc_reflection.v1alpha import reflection
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from service.api.inference import describe
-from service.api.inference.body import check_output
+from service.api.asgi import as_problem
+from service.api.inference import metadata
+from service.api.inference.codec import check_output
 from service.api.inference.errors import NotByProtocol, grpc_code, http_status
 from service.api.inference.grpc_messages import Message, plain, read_tensors, write_answer
 from service.api.inference.grpc_stream import Stream
-from service.api.inference.infer import Inference
+from service.api.inference.service import Inference
 from service.api.inference.statistics import Timing
-from service.api.messages import as_problem
+from service.api.operations_listener import check_free
 from service.errors import Problem, UnknownModel
-from service.port import check_free
-from service.request_context import HEADER, Asked, new_id, noted
+from service.observability.request_context import HEADER, Asked, new_id, noted
 
 Method = Callable[[Any, Message, Message], Awaitable[Message]]
 
@@ -159,13 +159,13 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
     @_answering
     async def ServerMetadata(self, request: Message, context: Message) -> Message:
         self._owner(context)
-        return ParseDict(describe.server(), pb.ServerMetadataResponse())
+        return ParseDict(metadata.server(), pb.ServerMetadataResponse())
 
     @_answering
     async def ModelMetadata(self, request: Message, context: Message) -> Message:
         self._owner(context)
         model = (await self._inference.engine(request.name, request.version)).model
-        return ParseDict(describe.metadata(model, self._inference.versions(model.name)), pb.ModelMetadataResponse())
+        return ParseDict(metadata.metadata(model, self._inference.versions(model.name)), pb.ModelMetadataResponse())
 
     @_answering
     async def ModelConfig(self, request: Message, context: Message) -> Message:
@@ -182,12 +182,12 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
     @_answering
     async def RepositoryIndex(self, request: Message, context: Message) -> Message:
         self._owner(context)
-        models = describe.index(chain.from_iterable(self._service.versions.states().values()))
+        models = metadata.index(chain.from_iterable(self._service.versions.states().values()))
         return ParseDict({"models": models}, pb.RepositoryIndexResponse())
 
     @_answering
     async def RepositoryModelLoad(self, request: Message, context: Message) -> Message:
-        raise describe.no_loading()
+        raise metadata.no_loading()
 
     RepositoryModelUnload = RepositoryModelLoad
 

@@ -8,12 +8,12 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from service.api import compression
-from service.api.inference import body, describe, errors
-from service.api.inference.infer import Inference
+from service.api.asgi import ClientGone, OneATurn, as_problem, read_body, read_rest, send_body, unless_gone
+from service.api.inference import codec, errors, metadata
+from service.api.inference.service import Inference
 from service.api.inference.statistics import Timing
-from service.api.messages import ClientGone, OneATurn, as_problem, read_body, read_rest, send_body, unless_gone
 from service.errors import MethodNotAllowed, NotFound
-from service.request_context import asked_of
+from service.observability.request_context import asked_of
 
 _LARGE_BODY = 16 * 1024  # bytes: reading more takes longer than a step
 _PATHS = ("health", "models", "repository")
@@ -69,12 +69,12 @@ class HttpInference:
                 content = await compression.decompressed(content, encoding, limit)
             if len(content) > _LARGE_BODY:
                 await self._one_a_turn()
-            asked = body.read(content, headers.get(body.HEADER_LENGTH), engine.model)
+            asked = codec.read(content, headers.get(codec.HEADER_LENGTH), engine.model)
             timing.decode_ended()
             work = self._inference.infer(owner, engine, asked.tensors, asked.parameters, not version)
             inferred = await (unless_gone(work, receive) if engine.is_behind else work)
             timing.run_ended(inferred.batch)
-            told, content = body.write(asked, inferred)
+            told, content = codec.write(asked, inferred)
             wanted = compression.accepted(headers.get(b"accept-encoding", b""))
             smaller = None if wanted is None else await compression.compressed(content, wanted)
             if wanted is not None and smaller is not None:
@@ -93,12 +93,12 @@ class HttpInference:
         service.owner(scope["headers"])
         match path:
             case []:
-                return orjson.dumps(describe.server())
+                return orjson.dumps(metadata.server())
             case ["repository", "index"]:
                 await read_body(scope, receive, service.settings.max_body_bytes)
-                return orjson.dumps(describe.index(chain.from_iterable(service.versions.states().values())))
+                return orjson.dumps(metadata.index(chain.from_iterable(service.versions.states().values())))
             case ["repository", "models", _, "load" | "unload"]:
-                raise describe.no_loading()
+                raise metadata.no_loading()
             case ["models", "stats"]:
                 return orjson.dumps(await inference.told_statistics())
             case ["models", name, "versions", version, *rest]:
@@ -112,7 +112,7 @@ class HttpInference:
         engine = await inference.engine(name, version)
         match what:
             case []:
-                return orjson.dumps(describe.metadata(engine.model, inference.versions(name)))
+                return orjson.dumps(metadata.metadata(engine.model, inference.versions(name)))
             case ["ready"]:
                 inference.check_ready()
                 return b""

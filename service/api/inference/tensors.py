@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from models.signature import TensorSpec
 from service.errors import InvalidInput
-from service.tensors import decode
+from service.validation.json_input import decode
 
 Array = NDArray[Any]
 

@@ -1,0 +1,1 @@
+"""Stateful ONNX models made elsewhere."""

@@ -1,0 +1,175 @@
+"""Adopts a stateful ONNX model that was made elsewhere: finds its states, proves it, writes it, says what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from export.adopt import reference_loop
+from export.adopt.console import show
+from export.adopt.graph_editor import ForeignGraph
+from export.adopt.serving_graph import ServableGraph
+from export.adopt.state_matching import find_pairs
+from export.adopt.tensor_roles import InputFlag, StateFlag, find_roles
+from export.errors import ExportError
+from export.publish import compatibility, repository_writer
+from models.signature import MODEL_NAME, Exactness, ModelDocument, Rollout, Signature, rollout_misfit
+from service.runtime.batch_invariance import SHORT, WHOLE, Differs, Effort, compare
+from service.runtime.onnx_model import Runtime
+
+LIBRARIES = ("onnx", "onnxruntime")
+TOLERANCE = 1e-5  # of parity: |ours - theirs| <= TOLERANCE * max(1, |theirs|)
+_ROUNDING = 1e-3  # chunks that differ by more do not differ by rounding: the model looks at other time steps
+_PATIENCE = 120.0  # seconds that the whole proof may take; else a short one is made
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to adopt, and what the user says of it."""
+
+    model: Path
+    name: str
+    artifacts: Path = Path("artifacts")
+    version: int | None = None
+    states: tuple[StateFlag, ...] = ()
+    inputs: tuple[InputFlag, ...] = ()
+    constants: Mapping[str, str] = field(default_factory=dict)
+    dims: Mapping[str, int] = field(default_factory=dict)
+    contexts: Mapping[str, int] = field(default_factory=dict)
+    labels: tuple[str, ...] | None = None
+    description: str = ""
+    default_output: Literal["last", "all"] = "all"
+    rollout: Rollout | None = None
+
+
+def adopt(request: Request, console: Console) -> Path:
+    """Adopts one model; gives the folder that it was written to.
+
+    Raises:
+        ExportError: It cannot be served, or something must be said about it first; nothing has been written.
+    """
+    try:
+        return _adopt(request, console)
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise ExportError(f"it does not run row by row and step by step: {reference_loop.first_line(error)}") from None
+
+
+def _adopt(request: Request, console: Console) -> Path:
+    repository_writer.check(request.artifacts, request.name, request.version)
+    with console.status("reading") as status:
+        graph = ForeignGraph(request.model)
+        constants = {name: graph.bake(name, text) for name, text in request.constants.items()}
+        told = {flag.name for flag in request.states} | {flag.name for flag in request.inputs}
+        for name in find_pairs(graph.defaults, graph.outputs).keys() | told & {port.name for port in graph.defaults}:
+            graph.free(name)
+        graph.fix(request.dims)
+        roles = find_roles(graph.inputs, graph.outputs, request.inputs, request.states, request.contexts)
+        model = ServableGraph(graph, roles, request.contexts)
+        status.update("running it beside the graph as it was")
+        difference = reference_loop.difference(graph.original, roles, model, constants, request.contexts)
+        if not difference <= TOLERANCE:
+            raise ExportError(
+                f"what comes of it is off by {difference:.1e} from the graph as it was in a plain loop: is each "
+                f":batch_axis right? Otherwise it is a mistake of ours, please report it with the model"
+            )
+        status.update("proving that neither batch nor chunks change a bit")
+        signature, exactness = _proved(model)
+        runtime = model.open(signature)
+        status.update("measuring")
+        shapes = [(1, 1), (64, 1), (1, 50)] if signature.time_axis else [(1, 1), (64, 1)]
+        if signature.predict_only is not None:
+            shapes = [(1, 50), (8, 50)]
+        timings = {f"{rows}x{steps}": {"ours": runtime.seconds(rows, steps) * 1e6} for rows, steps in shapes}
+        labels = request.labels
+        if labels and signature.outputs[0].shape[-1:] != (len(labels),):
+            raise ExportError(f"{len(labels)} labels for an output of shape {list(signature.outputs[0].shape)}")
+        misfit = request.rollout and rollout_misfit(signature, request.rollout)
+        if misfit:
+            raise ExportError(f"--rollout {request.rollout}: {misfit}")
+        document = ModelDocument(
+            name=request.name,
+            signature=signature.model_copy(update={"default_output": request.default_output}),
+            description=request.description,
+            labels=labels,
+            rollout=request.rollout,
+            form="ONNX made elsewhere",
+            operators=graph.operators,
+            parity={"original": difference, "time_steps": reference_loop.STEPS},
+            exactness=exactness,
+            timings={"unit": "microseconds a run, 1 thread, by batch x time", **timings},
+            provenance=_provenance(request, graph),
+        )
+        content = model.content(document)
+        warning = compatibility.warning(request.artifacts, request.name, document.signature)
+        folder = repository_writer.write(request.artifacts, request.name, request.version, {MODEL_NAME: content})
+    show(console, str(folder), document, roles, constants, request.contexts, len(content), warning)
+    return folder
+
+
+def _proved(model: ServableGraph) -> tuple[Signature, Exactness]:
+    """Finds how the model can be served so that its bits are always the same, and says what was proved."""
+    told = model.signature
+    effort = _effort(model.open(told))
+    alone = told.model_copy(update={"batch": told.batch or 1})
+    differed: Differs | None = None
+    for signature in (told, alone):
+        try:
+            why = compare([model.open(signature)], effort)
+            if signature is not told:
+                why += f"; each row in a run of its own, since together {differed}"
+            return signature, Exactness(proved=True, why=why)
+        except Differs as differs:
+            differed = differs
+    assert differed is not None
+    if differed.difference <= _ROUNDING:
+        return told, Exactness(proved=False, why=f"{differed}: it is run one row and one time step at a time")
+    if not told.time_axis:
+        raise ExportError(f"its numbers are not its rows' own, are some random? {differed}: it cannot be served")
+    return _whole_only(model, alone, effort, differed)
+
+
+def _whole_only(
+    model: ServableGraph, alone: Signature, effort: Effort, differed: Differs
+) -> tuple[Signature, Exactness]:
+    why = f"run in chunks it gives other numbers than in one run (by {differed.difference:.1e}): it looks beyond a step"
+    for batch in (model.signature.batch, alone.batch):
+        signature = alone.model_copy(update={"batch": batch, "predict_only": why})
+        try:
+            return signature, Exactness(proved=True, why=compare([model.open(signature)], effort))
+        except Differs as differs:
+            differed = differs
+    return signature, Exactness(proved=False, why=str(differed))
+
+
+def _effort(runtime: Runtime) -> Effort:
+    rows = 64 if runtime.signature.batch is None else 1
+    each = runtime.seconds(rows, 1) / rows
+    steps = WHOLE.time * (sum(WHOLE.batches) + max(WHOLE.batches)) + 4 * WHOLE.long * 5
+    return WHOLE if each * steps < _PATIENCE else SHORT
+
+
+def _provenance(request: Request, graph: ForeignGraph) -> dict[str, str]:
+    told = graph.model
+    flags = {
+        "constants": ", ".join(f"{name}={text}" for name, text in request.constants.items()),
+        "dims": ", ".join(f"{name}={size}" for name, size in request.dims.items()),
+        "context": ", ".join(f"{name}={size}" for name, size in request.contexts.items()),
+        "producer": f"{told.producer_name} {told.producer_version}".strip(),
+    }
+    return {
+        "source": request.model.name,
+        "source_sha256": hashlib.sha256(request.model.read_bytes()).hexdigest(),
+        "adopted": datetime.now(UTC).isoformat(timespec="seconds"),
+        "opset": str(graph.opset),
+        **{name: text for name, text in flags.items() if text},
+        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+    }

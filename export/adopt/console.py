@@ -1,0 +1,74 @@
+"""What a person sees of an adopted model: one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from export.adopt.tensor_roles import Roles
+from models.signature import ModelDocument, TensorSpec
+
+Array = NDArray[Any]
+
+
+def show(
+    console: Console,
+    path: str,
+    document: ModelDocument,
+    roles: Roles,
+    constants: Mapping[str, Array],
+    contexts: Mapping[str, int],
+    size: int,
+    warning: str,
+) -> None:
+    """Prints what was found, what was proved, and what the service will do."""
+    told = document.signature
+    table = Table(title=f"adopted {path}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("a time step takes", _specs(told.inputs))
+    table.add_row("gives", _specs(told.outputs))
+    for state in roles.states:
+        how = "found by its name" if state.found else "as told"
+        table.add_row(
+            "state",
+            f"{state.port.name} → {state.following} {list(state.shape)}, batch at axis {state.batch_axis}, {how}",
+        )
+    for name, entries in contexts.items():
+        table.add_row("context", f"the last {entries} entries of {name} stand before those of the next step")
+    for name, value in constants.items():
+        table.add_row("constant", f"{name} = {value.tolist()}")
+    table.add_row(
+        "rows of a run", "any number" if told.batch is None else f"{told.batch}: more are run one after another"
+    )
+    table.add_row("time axis", "yes" if told.time_axis else "none: a run is one time step")
+    table.add_row("the graph as it was", f"the same to {document.parity['original']:.1e} in a plain loop")
+    table.add_row("bit identity", ("yes: " if document.exactness.proved else "NO: ") + document.exactness.why)
+    times = ", ".join(f"{shape} {row['ours']:.0f}" for shape, row in document.timings.items() if shape != "unit")
+    table.add_row("microseconds a run", f"{times} (batch x time)")
+    table.add_row("size", f"{size / 1024:.1f} KiB")
+    table.add_row("the service will", _promise(document))
+    if warning:
+        table.add_row("[bold]warning[/bold]", f"[bold]{escape(warning)}[/bold]")
+    console.print(table)
+
+
+def _promise(document: ModelDocument) -> str:
+    told = document.signature
+    if told.predict_only is not None:
+        return f"answer POST /predict alone, and sessions with 422: {told.predict_only}"
+    if not document.exactness.proved:
+        return "step it in sessions, one row and one time step a run: no run ever mixes sessions"
+    if told.batch is not None:
+        return "step it in sessions, each with the bits of a run of its own"
+    return "step it in sessions, many to a run, each with the bits of a run of its own"
+
+
+def _specs(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(
+        f"{spec.name} {list(spec.shape)} {spec.dtype}" + (f" {spec.bounds[0]}..{spec.bounds[1]}" if spec.bounds else "")
+        for spec in specs
+    )

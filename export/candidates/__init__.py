@@ -1,0 +1,1 @@
+"""Which forms of a model there are, and which one is taken."""

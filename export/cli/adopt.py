@@ -1,0 +1,127 @@
+"""The command `cellserve adopt`; imports no TensorFlow."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from export.cli.options import add_shared, positive
+from export.errors import ExportError
+
+EXAMPLE = """\
+example:
+  cellserve adopt lstm.onnx --name mine
+  cellserve adopt model.onnx --name mine --state h0=hn:batch_axis=1 --state c0=cn:batch_axis=1 --input x
+  cellserve adopt silero_vad.onnx --name vad --constant sr=16000 --dim input.1=576 --context input=64
+
+States are found where names and shapes tell: h and hn, state and stateN, past_x and present_x, x_in and x_out. Nothing
+is written unless the model was run beside the graph as it was, and it is known how its bits stay the same.
+docs/adopt.md tells of all of this.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Makes the parser of the command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="cellserve adopt",
+        description="Takes a stateful ONNX model that was made elsewhere (PyTorch, say) into the repository.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL.onnx", type=Path, help="the file, its external data (if any) beside it")
+    add_shared(parser)
+    add("--state", dest="states", type=_state, action="append", default=[], metavar="IN=OUT[:batch_axis=N]",
+        help="an input and the output that is its next state; more than once for several")  # fmt: skip
+    add("--input", dest="inputs", type=_input, action="append", default=[], metavar="NAME[:batch_axis=N]...",
+        help="an input of a time step; :batch_axis=none, :time_axis=N, :bounds=0..255 say more of it")  # fmt: skip
+    add("--constant", dest="constants", type=_pair, action="append", default=[], metavar="NAME=VALUE",
+        help="an input that is always the same; JSON, lists for tensors")  # fmt: skip
+    add("--dim", dest="dims", type=_sized, action="append", default=[], metavar="NAME=SIZE",
+        help="the size of a dynamic dimension; one without a name is INPUT.AXIS")  # fmt: skip
+    add("--context", dest="contexts", type=_sized, action="append", default=[], metavar="NAME=ENTRIES",
+        help="put the last entries of an input before those of its next step, as a state of their own")  # fmt: skip
+    add("--description", default="", help="what GET /models says of it")
+    add("--default-output", choices=("last", "all"), default="all",
+        help="the outputs that requests of many time steps get (default: all)")  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; gives the exit status: 0, 1 where nothing was written, 2 for arguments that do not fit."""
+    arguments = vars(parser().parse_args(argv))
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    for name in ("constants", "dims", "contexts"):
+        arguments[name] = dict(arguments[name])
+    for name in ("states", "inputs"):
+        arguments[name] = tuple(arguments[name])
+    try:
+        # Here and not above, so that --help and a mistyped argument answer at once.
+        from export.adopt.adopt import Request, adopt
+
+        adopt(Request(**arguments), Console())
+    except ModuleNotFoundError as error:
+        errors.print(f"cellserve adopt: {error.name} is not installed: pip install 'cellserve[adopt]'", markup=False)
+        return 1
+    except (ExportError, OSError) as error:
+        errors.print(f"cellserve adopt: {error}", markup=False)
+        return 1
+    return 0
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals or not value:
+        raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE is wanted")
+    return name, value
+
+
+def _sized(text: str) -> tuple[str, int]:
+    name, size = _pair(text)
+    return name, positive(size)
+
+
+def _state(text: str) -> object:
+    from export.adopt.tensor_roles import StateFlag
+
+    names, told = _told(text, ("batch_axis",))
+    name, following = _pair(names)
+    return StateFlag(name, following, _axis(told, "batch_axis"))
+
+
+def _input(text: str) -> object:
+    from export.adopt.tensor_roles import InputFlag
+
+    name, told = _told(text, ("batch_axis", "time_axis", "bounds"))
+    batch_axis = -1 if told.get("batch_axis") == "none" else _axis(told, "batch_axis")
+    bounds = None
+    if "bounds" in told:
+        found = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", told["bounds"])
+        if not found or int(found[1]) > int(found[2]):
+            raise argparse.ArgumentTypeError(f"bounds={told['bounds']}: FIRST..LAST is wanted, as 0..255")
+        bounds = int(found[1]), int(found[2])
+    return InputFlag(name, batch_axis, _axis(told, "time_axis"), bounds)
+
+
+def _told(text: str, keys: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Splits what follows a name, which may have colons itself: `x:0:batch_axis=1`."""
+    told = {}
+    while (found := re.fullmatch(rf"(.+):({'|'.join(keys)})=([^:]+)", text)) is not None:
+        text, told[found[2]] = found[1], found[3]
+    return text, told
+
+
+def _axis(told: dict[str, str], key: str) -> int | None:
+    text = told.get(key)
+    if text is not None and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{key}={text}: a number from 0 is wanted")
+    return None if text is None else int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

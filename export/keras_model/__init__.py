@@ -1,0 +1,1 @@
+"""A Keras file becomes one explicit step."""

@@ -1,0 +1,110 @@
+"""Loads a saved Keras model and makes it fit to be served: any batch, any number of time steps, float32, no memory.
+
+What a layer's config says about training or about one shape (`stateful`, `unroll`, a fixed batch or time axis, mixed
+precision) is rewritten; weights are the same. The proof compares with the model as it was saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from export.errors import ExportError, first_line
+from export.keras_model.graph_walk import has_graph
+from export.keras_model.load_errors import why
+
+# Of recurrent layers and cells; a dropout draws random numbers that nobody reads even where it does nothing.
+_TRAINING_OR_ONE_SHAPE = ("stateful", "unroll", "dropout", "recurrent_dropout")
+
+
+def load(path: Path) -> Any:
+    """Loads a saved model; one of mixed precision in float32, the precision of its weights.
+
+    Raises:
+        ExportError: There is no such file, or Keras cannot load it.
+    """
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file: save the network with model.save({str(path)!r}) and give its path")
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except Exception as error:
+        raise ExportError(f"{path} cannot be loaded: {why(path, error)}") from None
+    mixed = any(layer.dtype_policy.compute_dtype != "float32" for layer in model._flatten_layers())
+    return with_dtype(model, "float32") if mixed and has_graph(model) else model
+
+
+def with_dtype(model: Any, dtype: str) -> Any:
+    """Makes a copy of a Keras model that stores and computes in `dtype`, with the same weights."""
+
+    def change(config: dict[str, Any]) -> dict[str, Any]:
+        if config.get("class_name") == "DTypePolicy":
+            return {**config, "config": {**config["config"], "name": dtype}}
+        return {key: dtype if key == "dtype" and _is_float(value) else value for key, value in config.items()}
+
+    return _rebuilt(model, change)
+
+
+def opened(model: Any) -> Any:
+    """Makes a copy of a model that takes any batch and any number of time steps and keeps nothing between calls.
+
+    Raises:
+        ExportError: The model hides its layers, or works for one number of time steps only.
+    """
+    if not isinstance(model, keras.Model) or not has_graph(model) or not model.inputs:
+        raise ExportError(
+            "only Sequential and functional models can be exported, a subclassed model hides its layers: "
+            "build it as keras.Sequential([...]) or keras.Model(inputs, outputs)"
+        )
+    times = {tensor.shape[1] for tensor in model.inputs if len(tensor.shape) > 1}
+    fixed = any(tensor.shape[0] is not None for tensor in model.inputs) or times != {None}
+    bound = any(getattr(layer, key, False) for layer in model._flatten_layers() for key in _TRAINING_OR_ONE_SHAPE)
+    if not fixed and not bound:
+        return model
+    time = times.pop() if len(times) == 1 else None
+    ranks = {len(tensor.shape) for tensor in model.inputs}
+
+    def change(config: dict[str, Any]) -> dict[str, Any]:
+        off = _TRAINING_OR_ONE_SHAPE if "recurrent_dropout" in config or "stateful" in config else ()
+        config = {key: type(value)(0) if key in off else value for key, value in config.items()}
+        shape = config.get("batch_shape")
+        if shape:
+            open_time = len(shape) in ranks and len(shape) > 1 and shape[1] == time
+            config["batch_shape"] = [None, None if open_time else shape[1], *shape[2:]] if len(shape) > 1 else [None]
+        return config
+
+    try:
+        return _rebuilt(model, change)
+    except Exception as error:
+        reason = first_line(error)
+        if time is None:
+            raise ExportError(
+                f"the network cannot be made again from its config ({reason}): a layer of your own needs a get_config "
+                f"that gives its constructor's arguments"
+            ) from None
+        raise ExportError(
+            f"the network takes {time} time steps and no other number ({reason}): declare its input as "
+            f"keras.Input((None, features)) and leave out what needs the number, such as Flatten"
+        ) from None
+
+
+def _rebuilt(model: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Makes a copy of a model with every object of its config changed, and the same weights."""
+
+    def changed(config: Any) -> Any:
+        if isinstance(config, dict):
+            return change({key: changed(value) for key, value in config.items()})
+        return [changed(value) for value in config] if isinstance(config, list | tuple) else config
+
+    copy = type(model).from_config(changed(model.get_config()))
+    copy.set_weights(model.get_weights())
+    for layer in copy._flatten_layers():
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # it computes with copies of its weights, which only it brings up to date
+    return copy
+
+
+def _is_float(dtype: Any) -> bool:
+    return isinstance(dtype, str) and "float" in dtype

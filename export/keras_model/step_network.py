@@ -1,0 +1,256 @@
+"""Makes a Keras network's state explicit: one step as a function of input and states, and Keras's own run to compare.
+
+The network is walked along Keras's own graph. Each recurrent layer (`keras.layers.RNN` over a cell, or over stacked
+cells) is replaced: in `step` by one call of its cell, in `run` by Keras's loop over the same cell from given states.
+All other layers are called as they are, with a time axis of one where they had a time axis. Masks travel as in Keras.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import keras
+import numpy as np
+from keras import ops, tree
+from keras.src.backend import set_keras_mask
+
+from export.errors import ExportError, Unsteppable
+from export.keras_model.graph_walk import Call, is_timed, walk
+from export.keras_model.load import opened
+from export.keras_model.naming import Names
+from export.keras_model.recurrences import Recurrence, State, cells_of, recurrences_of
+from export.keras_model.tensor_specs import input_specs, output_specs
+from models.signature import Signature, StateSpec, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step gives: outputs `[batch, *shape]`, next states, and what goes into the cells left out."""
+
+    outputs: list[Any]
+    states: list[Any]
+    into_left_out: list[list[Any]]  # for each the input, and the mask where the recurrence is masked
+
+
+class StatefulNetwork:
+    """A Keras network of recurrent layers with its states laid open.
+
+    Args:
+        model: A Sequential or functional Keras model; every input is `[batch, time, *features]`.
+
+    Raises:
+        Unsteppable: The whole network works, but not step by step; the message names the layer and the reason.
+        ExportError: The network cannot be exported.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.original = model
+        self.model = opened(model)
+        self.inputs: tuple[TensorSpec, ...] = input_specs(self.model)
+        self.recurrences: list[Recurrence] = []
+        self.timed = [is_timed(tensor) for tensor in self.model.outputs]  # which outputs Keras gives at every step
+        self.outputs: tuple[TensorSpec, ...] = self._discover()
+
+    @property
+    def states(self) -> list[State]:
+        """All states, in the order in which `step` and `run` take and give them."""
+        return [state for recurrence in self.recurrences for state in recurrence.states]
+
+    @property
+    def signature(self) -> Signature:
+        """What the model will take, give and carry; a network that gives its last output only defaults to the last."""
+        ends = (*self.inputs, *self.outputs)
+        return Signature(
+            inputs=self.inputs,
+            outputs=self.outputs,
+            lengths="lengths_of_rows" if any(spec.name == "lengths" for spec in ends) else "lengths",
+            states=tuple(
+                StateSpec(name=state.name, next_name=f"{state.name}.next", dtype=state.dtype, shape=state.shape)
+                for state in self.states
+            ),
+            default_output="all" if any(self.timed) else "last",
+        )
+
+    def step(
+        self, inputs: Sequence[Any], states: Sequence[Any], leave_out: Callable[[Any], bool] = lambda cell: False
+    ) -> Step:
+        """Advances by one time step.
+
+        Args:
+            inputs: Each `[batch, *features]`.
+            states: One tensor a state, `[batch, *shape]`; for a cell left out, its output stands in their place.
+            leave_out: Says of a cell whether to leave it out: its input is then given instead of its next states.
+        """
+        given, following, into_left_out = list(states), [], []
+        places = iter(self.recurrences)
+
+        def call(call: Call) -> Any:
+            layer, mask = call.operation, call.mask
+            if not isinstance(layer, keras.layers.RNN):
+                return _one_step(call)
+            y = ops.squeeze(call.args[0], axis=1)
+            mask = None if mask is None else ops.squeeze(mask, axis=1)
+            for _ in cells_of(layer):
+                recurrence = next(places)
+                if leave_out(recurrence.cell):
+                    into_left_out.append([y] if mask is None else [y, mask])
+                    y = given.pop(0)
+                else:
+                    y, new = recurrence.call(y, [given.pop(0) for _ in recurrence.states], mask)
+                    following.extend(new)
+            return _masked_on(call, ops.expand_dims(y, 1)) if layer.return_sequences else y
+
+        outputs = walk(self.model, [ops.expand_dims(x, 1) for x in inputs], call)
+        outputs = [ops.squeeze(y, axis=1) if timed else y for y, timed in zip(outputs, self.timed, strict=True)]
+        return Step(outputs, following, into_left_out)
+
+    def run(self, inputs: Sequence[Any], states: Sequence[Any], mask: Any = None) -> tuple[list[Any], list[Any]]:
+        """Runs Keras's own loop over whole sequences: what an export is compared with.
+
+        Args:
+            inputs: Each `[batch, time, *features]`.
+            states: One tensor a state, `[batch, *shape]`.
+            mask: `[batch, time]` bool, false where a row is padded.
+
+        Returns:
+            The outputs at every time step `[batch, time, *shape]` (layers behind a recurrence that gives only its last
+            output are applied to each of its outputs), and the states after each row's last step that is not padded.
+        """
+        batch, time = ops.shape(inputs[0])[0], ops.shape(inputs[0])[1]
+        given, following = list(states), []
+        places = iter(self.recurrences)
+
+        def call(call: Call) -> Any:
+            layer, y = call.operation, call.args[0]
+            if not isinstance(layer, keras.layers.RNN):
+                return call()
+            masks = [each for each in (mask, call.mask) if each is not None]
+            both = ops.logical_and(*masks) if len(masks) == 2 else masks[0] if masks else None
+            for _ in cells_of(layer):
+                recurrence = next(places)
+                y, new = recurrence.run(y, [given.pop(0) for _ in recurrence.states], both)
+                following.extend(new)
+            return _masked_on(call, y) if layer.return_sequences else ops.reshape(y, (-1, *y.shape[2:]))
+
+        outputs = walk(self.model, inputs, call)
+        outputs = [
+            y if timed else ops.reshape(y, (batch, time, *y.shape[1:]))
+            for y, timed in zip(outputs, self.timed, strict=True)
+        ]
+        return outputs, following
+
+    def _discover(self) -> tuple[TensorSpec, ...]:
+        """Finds the recurrences and refuses what cannot be stepped; gives the outputs of one step."""
+        names = Names(layer for layer in self.model._flatten_layers() if isinstance(layer, keras.layers.RNN))
+
+        def call(call: Call) -> Any:
+            layer, mask = call.operation, call.mask
+            if not isinstance(layer, keras.layers.RNN):
+                _refuse_mixing(call)
+                return _one_step(call)
+            _refuse_unsteppable(call)
+            y = ops.squeeze(call.args[0], axis=1)
+            mask = None if mask is None else ops.squeeze(mask, axis=1)
+            for recurrence, output in recurrences_of(layer, names.of(layer), y, mask):
+                self.recurrences.append(recurrence)
+                y = output
+            return _masked_on(call, ops.expand_dims(y, 1)) if layer.return_sequences else y
+
+        x = [ops.zeros((2, 1, *spec.shape), spec.dtype) for spec in self.inputs]
+        outputs = walk(self.model, x, call)
+        if not self.recurrences:
+            raise ExportError("the network has no recurrent layer (keras.layers.RNN over a cell): it carries no state")
+        return output_specs(
+            self.model, [y[:, 0] if timed else y for y, timed in zip(outputs, self.timed, strict=True)], self.inputs
+        )
+
+
+def _masked_on(call: Call, y: Any) -> Any:
+    """Gives a recurrent layer's outputs with the mask that it hands on."""
+    if call.mask is not None:
+        set_keras_mask(y, call.mask)
+    return y
+
+
+def _one_step(call: Call) -> Any:
+    """Calls a layer that is not recurrent on a time axis of one.
+
+    `Dense` is called without that axis: on three axes Keras makes it a tensordot, which converts to a tangle of shapes.
+    """
+    layer = call.operation
+    inner = layer.layer if type(layer) is keras.layers.TimeDistributed else layer
+    plain = type(layer) is keras.layers.Dense or (inner is not layer and not inner._call_has_mask_arg)
+    if not plain or not call.takes_time:
+        return call()
+    return call.with_mask(ops.expand_dims(inner(ops.squeeze(call.args[0], axis=1)), 1))
+
+
+def _refuse_mixing(call: Call) -> None:
+    """Tries a layer on several time steps at once: what differs from one by one mixes time steps."""
+    if isinstance(call.operation, keras.layers.Bidirectional):
+        raise Unsteppable(f"{call} reads the sequence backwards too")
+    arguments: Any = call.args, call.kwargs
+    times = tree.map_structure(is_timed, call.symbolic)
+    if not any(tree.flatten(times)):
+        return
+    rng = np.random.default_rng(0)
+
+    def longer(value: Any, timed: bool) -> Any:
+        if not timed:
+            return value
+        dtype = keras.backend.standardize_dtype(value.dtype)
+        shape = (value.shape[0], 3, *value.shape[2:])
+        values = rng.normal(size=shape) if "float" in dtype else rng.integers(0, 2, shape)
+        return ops.convert_to_tensor(values, dtype=dtype)
+
+    probe = tree.map_structure(longer, arguments, times)
+    try:
+        whole = _arrays(call.operation, probe)
+        for t in range(3):
+            one = tree.map_structure(lambda v, timed, t=t: v[:, t : t + 1] if timed else v, probe, times)
+            for y, alone in zip(whole, _arrays(call.operation, one), strict=True):
+                part = y[:, t : t + 1]
+                if y.shape[1:2] != (3,) or alone.shape != part.shape:
+                    _mixes(call)
+                if not np.allclose(alone, part, 1e-4, 1e-4, equal_nan=True):  # a logarithm meets negative numbers here
+                    _mixes(call)
+    except Unsteppable:
+        raise
+    except Exception:  # TensorFlow's, NumPy's or the layer's own: on three time steps, or on one
+        _mixes(call)
+
+
+def _arrays(operation: Any, arguments: Any) -> list[Any]:
+    args, kwargs = arguments
+    return [np.asarray(value) for value in tree.flatten(operation(*args, **kwargs))]
+
+
+def _mixes(call: Call) -> NoReturn:
+    raise Unsteppable(f"{call} mixes time steps; only layers that act on each time step by itself can be stepped")
+
+
+def _refuse_unsteppable(call: Call) -> None:
+    layer, sequence = call.operation, call.args[0]
+    if layer.go_backwards:
+        raise Unsteppable(f"{call} reads the sequence backwards (go_backwards)")
+    if not call.takes_time or sequence.ndim < 3:
+        raise Unsteppable(f"{call} does not run over the input's time axis")
+    refuse_foreign_states(call)
+
+
+def refuse_foreign_states(call: Call) -> None:
+    """Refuses a recurrent layer that takes more than a sequence or gives more than its outputs."""
+    args, kwargs = call.symbolic
+    others = tree.flatten((args[1:], {key: value for key, value in kwargs.items() if key != "mask"}))
+    others += tree.flatten(args[0])[1:]
+    if call.operation.return_state:
+        raise ExportError(
+            f"{call} gives its states as outputs (return_state): leave it out, sessions give their states by themselves"
+        )
+    if any(isinstance(value, keras.KerasTensor) for value in others):
+        raise ExportError(
+            f"{call} takes more than a sequence (initial_state or constants): leave it out, and send states with a "
+            f"request and constants with every step"
+        )

@@ -1,0 +1,1 @@
+"""A step becomes ONNX graphs over time."""

@@ -1,0 +1,301 @@
+"""Networks that read whole sequences only: backwards, or with layers that mix time steps.
+
+Such a network cannot be stepped, but each of its recurrent layers could: each becomes a small network of its own, built
+by the same means as any other, and stands as a graph without a loop in the graph of the rest, which tf2onnx converts.
+A layer that reads backwards gets its input turned around.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import onnx
+import tensorflow as tf
+from keras import ops
+from keras.src.backend import set_keras_mask
+from onnx import compose, helper, numpy_helper
+
+from export.errors import ExportError
+from export.keras_model.graph_walk import Call, is_timed, walk
+from export.keras_model.load import opened
+from export.keras_model.recurrences import Recurrence
+from export.keras_model.step_network import StatefulNetwork, refuse_foreign_states
+from export.keras_model.tensor_specs import input_specs, output_specs
+from export.onnx_graph.tf_trace import BATCH, convert
+from models.signature import Signature, TensorSpec
+
+_TIMES = (16, 128, 1024)  # time steps to try
+Recur = Callable[[Any, Any, Any], Any]  # (recurrent layer, its sequence, its mask) -> y [batch, time, *shape]
+Build = Callable[[StatefulNetwork, Signature], onnx.ModelProto]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A recurrent layer as a network of its own: x, and a mask as 0 and 1 where it is masked."""
+
+    network: StatefulNetwork
+    masked: bool
+
+
+class WholeNetwork:
+    """A Keras network that is run over whole sequences, from zeros.
+
+    Args:
+        model: A Sequential or functional Keras model; every input is `[batch, time, *features]`.
+        reason: Why it cannot be stepped.
+
+    Raises:
+        ExportError: The network cannot be exported.
+    """
+
+    def __init__(self, model: Any, reason: str) -> None:
+        self.original, self.model, self.reason = model, opened(model), reason
+        self.inputs: tuple[TensorSpec, ...] = input_specs(self.model)
+        self.timed = [is_timed(tensor) for tensor in self.model.outputs]  # which outputs have the time axis
+        self.parts: list[_Part] = []
+        self._at = ""  # the layer that was called last
+        self.outputs: tuple[TensorSpec, ...] = self._discover()
+        self.min_steps = self._shortest()
+
+    @property
+    def recurrences(self) -> list[Recurrence]:
+        """The cells of all recurrent layers."""
+        return [recurrence for part in self.parts for recurrence in part.network.recurrences]
+
+    @property
+    def signature(self) -> Signature:
+        """What the model will take and give; sequences of one run are of one length."""
+        return Signature(
+            inputs=self.inputs,
+            outputs=self.outputs,
+            states=(),
+            lengths=None,
+            predict_only=self.reason,
+            min_steps=self.min_steps,
+            default_output="all" if any(self.timed) else "last",
+        )
+
+    def run(self, inputs: Sequence[Any], states: Sequence[Any] = ()) -> tuple[list[Any], list[Any]]:
+        """Runs Keras over whole sequences `[batch, time, *features]`; gives outputs, and no states."""
+        return walk(self.model, inputs, lambda call: call()), []
+
+    def assemble(self, build: Build) -> onnx.ModelProto:
+        """Makes the ONNX model.
+
+        Args:
+            build: Makes the model of whole sequences of one recurrent layer's network.
+        """
+        specs = [tf.TensorSpec([None, None, *spec.shape], spec.dtype) for spec in self.inputs]
+        specs += [tf.TensorSpec([None, None, *part.network.outputs[0].shape], "float32") for part in self.parts]
+        count = len(self.inputs)
+
+        def rest(*tensors: Any) -> list[Any]:
+            given, into = iter(tensors[count:]), []
+
+            def recur(layer: Any, sequence: Any, mask: Any) -> Any:
+                into.extend([sequence] if mask is None else [sequence, ops.cast(mask, "int32")])
+                return next(given)
+
+            outputs = self._walk(tensors[:count], recur)
+            if any(self.timed):  # several outputs go together, and so all have the time axis where one has it
+                outputs = [
+                    y if timed else _over(y, ops.shape(tensors[0])[1])
+                    for y, timed in zip(outputs, self.timed, strict=True)
+                ]
+            return [tf.identity(tensor) for tensor in (*outputs, *into)]
+
+        return self._joined(convert(rest, specs, self.model), build)
+
+    def _discover(self) -> tuple[TensorSpec, ...]:
+        def recur(layer: Any, sequence: Any, mask: Any) -> Any:
+            part = _Part(_alone(layer, tuple(sequence.shape[2:]), mask is not None), mask is not None)
+            self.parts.append(part)
+            given = [sequence] if mask is None else [sequence, ops.cast(mask, "int32")]
+            states = [ops.zeros((sequence.shape[0], *state.shape), state.dtype) for state in part.network.states]
+            return part.network.run(given, states)[0][0]
+
+        for time in _TIMES:
+            self.parts = []
+            try:
+                outputs = self._walk([ops.zeros((2, time, *spec.shape), spec.dtype) for spec in self.inputs], recur)
+                break
+            except (ValueError, tf.errors.OpError):  # too short for a convolution
+                continue
+        else:
+            raise ExportError(
+                f"the network cannot be stepped ({self.reason}), nor run over {', '.join(map(str, _TIMES))} time steps "
+                f"({self._at} fails): leave out what wants a certain number, such as Flatten"
+            )
+        if not self.parts:
+            raise ExportError("the network has no recurrent layer (keras.layers.RNN over a cell): it carries no state")
+        if len(outputs) > 1 and any(timed and y.shape[1] != time for y, timed in zip(outputs, self.timed, strict=True)):
+            raise ExportError("several outputs must have as many time steps as the inputs: export a model of one each")
+        return output_specs(
+            self.model, [y[:, 0] if timed else y for y, timed in zip(outputs, self.timed, strict=True)], self.inputs
+        )
+
+    def _shortest(self) -> int:
+        """Finds the smallest number of time steps that Keras runs the network over, by halves."""
+        if self._runs_over(1):
+            return 1
+        fails, runs = 1, next(time for time in _TIMES if self._runs_over(time))
+        while runs - fails > 1:
+            middle = (runs + fails) // 2
+            if self._runs_over(middle):
+                runs = middle
+            else:
+                fails = middle
+        return runs
+
+    def _runs_over(self, time: int) -> bool:
+        try:
+            outputs, _ = self.run([ops.zeros((1, time, *spec.shape), spec.dtype) for spec in self.inputs])
+        except (ValueError, tf.errors.OpError):
+            return False
+        return all(0 not in y.shape for y in outputs)
+
+    def _walk(self, inputs: Sequence[Any], recur: Recur) -> list[Any]:
+        def one_way(layer: Any, sequence: Any, mask: Any) -> Any:
+            if layer.go_backwards:
+                sequence, mask = ops.flip(sequence, 1), None if mask is None else ops.flip(mask, 1)
+            y = recur(layer, sequence, mask)
+            return y if layer.return_sequences else y[:, -1]
+
+        def call(call: Call) -> Any:
+            self._at, layer = str(call), call.operation
+            if isinstance(layer, keras.layers.RNN):
+                refuse_foreign_states(call)
+                y = one_way(layer, call.args[0], call.mask)
+            elif type(layer) is keras.layers.Bidirectional:
+                refuse_foreign_states(call)
+                forward, backward = layer.forward_layer, layer.backward_layer
+                y = _merged(layer, *(one_way(way, call.args[0], call.mask) for way in (forward, backward)))
+            else:
+                return call()
+            if call.mask is not None and layer.return_sequences:
+                for each in y if isinstance(y, list) else [y]:
+                    set_keras_mask(each, call.mask)
+            return y
+
+        return walk(self.model, inputs, call)
+
+    def _joined(self, rest: onnx.ModelProto, build: Build) -> onnx.ModelProto:
+        """Puts the graphs of the recurrent layers into the graph of the rest."""
+        taken = [value.name for value in rest.graph.input]
+        given = [value.name for value in rest.graph.output]
+        nodes, constants = list(rest.graph.node), list(rest.graph.initializer)
+
+        def same(source: str, name: str) -> None:
+            nodes.append(helper.make_node("Identity", [source], [name]))
+
+        into = iter(given[len(self.outputs) :])
+        for place, part in enumerate(self.parts):
+            signature = part.network.signature.model_copy(update={"lengths": None})
+            model = compose.add_prefix(build(part.network, signature), f"recurrent{place}/")
+            nodes += model.graph.node
+            constants += model.graph.initializer
+            sequence = next(into)
+            ends = [value.name for value in model.graph.input]
+            same(sequence, ends[0])
+            if part.masked:
+                same(next(into), ends[1])
+            for state, name in zip(part.network.states, ends[1 + part.masked :], strict=True):
+                made = _zeros(f"{name}/zeros", sequence, state.shape, np.dtype(state.dtype))
+                constants += made[1]
+                nodes += made[0]
+                same(f"{name}/zeros", name)
+            same(model.graph.output[0].name, taken[len(self.inputs) + place])
+        for spec, name in zip(self.inputs, taken, strict=False):
+            same(spec.name, name)
+        for spec, name in zip(self.outputs, given, strict=False):
+            same(name, spec.name)
+        nodes = _sorted(nodes, [spec.name for spec in self.outputs])
+        used = {name for node in nodes for name in _sources(node)}
+        steps = ["steps"] if any(self.timed) else []
+        graph = helper.make_graph(
+            nodes,
+            "cellserve",
+            [_info(spec, (BATCH, "time", *spec.shape)) for spec in self.inputs],
+            [_info(spec, (BATCH, *steps, *spec.shape)) for spec in self.outputs],
+            [constant for constant in constants if constant.name in used],
+        )
+        model = helper.make_model(graph, opset_imports=rest.opset_import, ir_version=10, producer_name="cellserve")
+        onnx.checker.check_model(model)
+        return model
+
+
+def _alone(layer: Any, features: tuple[int, ...], masked: bool) -> StatefulNetwork:
+    """Makes a network of one recurrent layer, forwards, that gives its output at every step."""
+    x = keras.Input((None, *features), name="x")
+    mask = keras.Input((None,), dtype="int32", name="mask")
+    loop = keras.layers.RNN(
+        layer.cell, return_sequences=True, zero_output_for_mask=layer.zero_output_for_mask, name=layer.name
+    )
+    if not masked:
+        return StatefulNetwork(keras.Model(x, loop(x)))
+    return StatefulNetwork(keras.Model([x, mask], loop(x, mask=ops.cast(mask, "bool"))))
+
+
+def _merged(layer: Any, y: Any, reverse: Any) -> Any:
+    """Merges what `Bidirectional` has from its two directions."""
+    if layer.return_sequences:
+        reverse = ops.flip(reverse, axis=1)
+    merges: dict[str | None, Callable[[], Any]] = {
+        "concat": lambda: ops.concatenate([y, reverse], axis=-1),
+        "sum": lambda: y + reverse,
+        "ave": lambda: (y + reverse) / 2,
+        "mul": lambda: y * reverse,
+        None: lambda: [y, reverse],
+    }
+    return merges[layer.merge_mode]()
+
+
+def _over(y: Any, time: Any) -> Any:
+    """Repeats `[batch, *shape]` at every time step."""
+    return ops.broadcast_to(ops.expand_dims(y, 1), (ops.shape(y)[0], time, *y.shape[1:]))
+
+
+def _zeros(
+    name: str, like: str, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Gives the nodes and constants that make zeros `[batch, *shape]` for the batch of another tensor."""
+    sizes = numpy_helper.from_array(np.array(shape, np.int64), f"{name}/sizes")
+    value = numpy_helper.from_array(np.zeros(1, dtype))
+    nodes = [
+        helper.make_node("Shape", [like], [f"{name}/batch"], start=0, end=1),
+        helper.make_node("Concat", [f"{name}/batch", sizes.name], [f"{name}/shape"], axis=0),
+        helper.make_node("ConstantOfShape", [f"{name}/shape"], [name], value=value),
+    ]
+    return nodes, [sizes]
+
+
+def _sorted(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodeProto]:
+    """Gives the nodes that the outputs need, each behind those that it needs."""
+    producers = {name: node for node in nodes for name in node.output if name}
+    ordered: dict[int, onnx.NodeProto] = {}
+    waiting = [producers[name] for name in reversed(outputs)]
+    while waiting:
+        node = waiting[-1]
+        missing = [
+            producers[name] for name in _sources(node) if name in producers and id(producers[name]) not in ordered
+        ]
+        if missing:
+            waiting += missing
+        else:
+            ordered.setdefault(id(node), node)
+            waiting.pop()
+    return list(ordered.values())
+
+
+def _sources(node: onnx.NodeProto) -> set[str]:
+    """Gives what a node reads, the graphs within it too."""
+    inner = [each for attribute in node.attribute if attribute.HasField("g") for each in attribute.g.node]
+    return set(node.input).union(*map(_sources, inner))
+
+
+def _info(spec: TensorSpec, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(spec.name, helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype)), shape)

@@ -1,0 +1,67 @@
+"""Assembles the graph of single steps, which may stand beside that over whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from export.keras_model.step_network import StatefulNetwork
+from export.onnx_graph import masking
+from export.onnx_graph.operators import Lowering
+from export.onnx_graph.scan_model import Assembly, LeftOut
+from export.onnx_graph.tf_trace import StepGraph
+from models.signature import Signature
+
+
+class OneStep(Assembly):
+    """The model of single steps in the making: no loop, no lengths, every tensor `[batch, ...]`.
+
+    Args:
+        network: As for `Assembly`, and so are the others.
+        step: Of the network.
+        lowerings: Of its recurrences.
+        signature: Of the model.
+    """
+
+    def __init__(
+        self,
+        network: StatefulNetwork,
+        step: StepGraph,
+        lowerings: Sequence[Lowering | None],
+        signature: Signature,
+    ) -> None:
+        super().__init__(network, step, lowerings, signature)
+        self.loops = {}
+        self.lengths = ""
+        self.flat.update(self.state_names)
+
+    def model(self) -> onnx.ModelProto:
+        """Makes the model."""
+        column = self.main.constant(np.array([1]))
+        for spec, tensor in zip(self.signature.inputs, self.step.inputs, strict=True):
+            self.flat[tensor] = self.main.node("Squeeze", spec.name, column)
+        return self._finished()
+
+    def _emit_outputs(self) -> None:
+        column = self.main.constant(np.array([1]))
+        for spec, tensor in zip(self.signature.outputs, self.step.outputs, strict=True):
+            self.main.nodes.append(helper.make_node("Unsqueeze", [self._flat(tensor), column], [spec.name]))
+
+    def _emit_masked(self, left: LeftOut, run: masking.Run, x: str, mask: str) -> tuple[str, list[str]]:
+        return masking.one_step(self.main, left.recurrence, run, x, mask, left.states)
+
+    def _at_lengths(self, tensor: str) -> str:
+        return self._flat(tensor)
+
+    def _timed(self, tensor: str) -> str:
+        if tensor in self.left_out:
+            return super()._timed(tensor)
+        return str(self.main.node("Unsqueeze", self._flat(tensor), self.main.constant(np.array([0]))))
+
+    def _flat(self, tensor: str) -> str:
+        if tensor in self.left_out and tensor not in self.flat:
+            self.flat[tensor] = self.main.node("Squeeze", self._timed(tensor), self.main.constant(np.array([0])))
+        return super()._flat(tensor)

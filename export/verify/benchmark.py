@@ -1,0 +1,131 @@
+"""Times runs of models: ours, what tf2onnx makes of Keras's loop, Keras; several of them in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import tensorflow as tf
+
+from export.keras_model.step_network import StatefulNetwork
+from export.onnx_graph.builder import graphs
+from export.onnx_graph.sequence_network import WholeNetwork
+from export.onnx_graph.tf_trace import convert
+from models.signature import Signature
+from service.runtime.batch_invariance import draw
+from service.runtime.onnx_model import Runtime
+from service.runtime.tensor_layout import parts
+
+_RECURRENT = ("Loop", "Scan", "LSTM", "GRU", "RNN")  # what a recurrence may become
+SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
+
+
+def shapes(signature: Signature) -> tuple[tuple[int, int], ...]:
+    """Gives batch x time of the runs to time: of whole sequences where the model cannot be stepped."""
+    if signature.predict_only is None:
+        return SHAPES
+    steps = max(50, signature.min_steps)
+    return (1, steps), (8, steps)
+
+
+def side_by_side(
+    network: StatefulNetwork | WholeNetwork, ours: Runtime, float32: Runtime | None = None
+) -> tuple[dict[str, dict[str, float | None]], str]:
+    """Measures tf2onnx's own conversion, our form and Keras, run in turn.
+
+    Args:
+        network: The network.
+        ours: Our form.
+        float32: The float32 form beside one of less precision, measured too.
+
+    Returns:
+        Microseconds a run by shape and form; the operators that tf2onnx makes of the recurrences, or "".
+    """
+    signature = ours.signature
+    theirs, operators = _tf2onnx(network)
+    keras_run = tf.function(network.run, autograph=False)
+    rng = np.random.default_rng(2)
+    table: dict[str, dict[str, float | None]] = {}
+    for batch, steps in shapes(signature):
+        x, states = draw(signature, batch, steps, rng)
+        inputs = [tf.constant(array) for array in parts(x)]
+        runs: dict[str, Callable[[], Any] | None] = {
+            "tf2onnx": _tf2onnx_run(theirs, x, states),
+            "ours": _ours(ours, x, states),
+            **({"float32": _ours(float32, x, states)} if float32 else {}),
+            "keras": partial(keras_run, inputs, list(map(tf.constant, states))),
+        }
+        table[f"{batch}x{steps}"] = in_turn(runs)
+    return table, operators
+
+
+def in_turn(runs: Mapping[str, Callable[[], Any] | None], rounds: int = 5) -> dict[str, float | None]:
+    """Times several things round by round, so that a slow moment of the machine meets all of them."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            if run:
+                taken[name].append(microseconds(run, seconds=0.02))
+    return {name: float(np.median(times)) if times else None for name, times in taken.items()}
+
+
+def _tf2onnx(network: StatefulNetwork | WholeNetwork) -> tuple[ort.InferenceSession | None, str]:
+    """Gives tf2onnx's own conversion of Keras's loop, or None where it cannot be made, and its recurrent operators."""
+
+    def run(*tensors: Any) -> list[Any]:
+        count = len(network.inputs)
+        outputs, following = network.run(tensors[:count], tensors[count:])
+        return [tf.identity(tensor) for tensor in (*outputs, *following)]
+
+    specs = [tf.TensorSpec([None, None, *spec.shape], spec.dtype) for spec in network.inputs]
+    specs += [tf.TensorSpec([None, *state.shape], state.dtype) for state in network.signature.states]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        model = convert(run, specs, network.model)
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception:
+        return None, ""
+    operators = {node.op_type for graph in graphs(model.graph) for node in graph.node}
+    return session, ", ".join(operator for operator in _RECURRENT if operator in operators)
+
+
+def _tf2onnx_run(session: ort.InferenceSession | None, x: Any, states: list[Any]) -> Callable[[], Any] | None:
+    """Gives a run of tf2onnx's conversion to time, or None where it cannot do it."""
+    if session is None:
+        return None
+    feed = dict(zip((tensor.name for tensor in session.get_inputs()), (*parts(x), *states), strict=True))
+    try:
+        session.run(None, feed)
+    except Exception:
+        return None
+    return lambda: session.run(None, feed)
+
+
+def _ours(runtime: Runtime, x: Any, states: list[Any]) -> Callable[[], Any]:
+    lengths = np.full(len(x), x.shape[1], np.int32)
+    return lambda: runtime.run(x, lengths, states)
+
+
+def runs(runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
+    """Gives runs of a model to time, by batch x time."""
+    rng = np.random.default_rng(2)
+    return {f"{b}x{t}": _ours(runtime, *draw(runtime.signature, b, t, rng)) for b, t in shapes}
+
+
+def microseconds(run: Callable[[], Any], seconds: float = 0.1) -> float:
+    """Gives the median time of a run after a warm-up, over about `seconds`."""
+    for _ in range(3):
+        run()
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(taken) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken)) * 1e6

@@ -1,0 +1,89 @@
+"""Test data, `NAME.npz`: read, checked against a network, and what a model and Keras score on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from export.errors import ExportError
+from export.keras_model.step_network import StatefulNetwork
+from models.metrics import evaluate
+from service.runtime.batch_invariance import Array
+from service.runtime.onnx_model import Runtime
+from service.runtime.tensor_layout import Layout, parts
+
+
+class TestData:
+    """Sequences and what is wanted of them.
+
+    Args:
+        network: Which they are for.
+        path: An .npz with lengths `[n]`, each input `[n, time, *features]` and what is wanted of the outputs (of
+            several at least one) by their names in the signature: `x` and `y` where there is one of each.
+
+    Raises:
+        ExportError: There is no such file, or it does not fit the network.
+    """
+
+    __test__ = False  # it is no test of pytest's
+
+    def __init__(self, network: StatefulNetwork, path: Path) -> None:
+        if not path.is_file():
+            raise ExportError(f"--data {path}: no such file")
+        self.network, self.path = network, path
+        inputs, outputs = network.signature.inputs, network.signature.outputs
+        try:
+            with np.load(path) as file:
+                self.arrays: dict[str, Array] = dict(file)
+            self.lengths = self.arrays["lengths"].astype(np.int32)
+            self.inputs = [np.ascontiguousarray(self.arrays[spec.name].astype(spec.dtype)) for spec in inputs]
+        except (OSError, ValueError, KeyError) as error:
+            raise self._unfit(error) from None
+        for spec, x in zip(inputs, self.inputs, strict=True):
+            if x.ndim != 2 + len(spec.shape) or x.shape[2:] != spec.shape or x.shape[:1] != self.lengths.shape:
+                raise ExportError(
+                    f"{path}: {spec.name} has shape {list(x.shape)} and lengths {list(self.lengths.shape)}, "
+                    f"[{', '.join(['n', 'time', *map(str, spec.shape)])}] and [n] are wanted"
+                )
+        times = {x.shape[1] for x in self.inputs}
+        if len(times) > 1 or not len(self.lengths) or not 1 <= self.lengths.min() <= self.lengths.max() <= max(times):
+            raise ExportError(f"{path}: lengths are wanted from 1 to the time steps that every input has")
+        if not any(spec.name in self.arrays for spec in outputs):
+            raise self._unfit(KeyError(outputs[0].name))
+
+    def score(self, runtime: Runtime) -> dict[str, float]:
+        """Scores a model."""
+        y, _ = runtime.run(Layout(runtime.signature.inputs).join(self.inputs), self.lengths, self._zeros(runtime))
+        return self._score(parts(y))
+
+    def score_keras(self, runtime: Runtime) -> dict[str, float]:
+        """Scores Keras, from the zeros that a model begins with."""
+        mask = np.arange(self.inputs[0].shape[1]) < self.lengths[:, None]
+        outputs, _ = self.network.run(self.inputs, self._zeros(runtime), mask)
+        return self._score(list(map(np.asarray, outputs)))
+
+    def _zeros(self, runtime: Runtime) -> list[Array]:
+        return runtime.zeros(len(self.lengths))
+
+    def _score(self, outputs: Sequence[Array]) -> dict[str, float]:
+        """Scores each output that something is wanted of; of several, by its name."""
+        scores: dict[str, float] = {}
+        for spec, y in zip(self.network.signature.outputs, outputs, strict=True):
+            if spec.name in self.arrays:
+                try:
+                    scored = evaluate(y, {**self.arrays, "y": self.arrays[spec.name]})
+                except (ValueError, KeyError) as error:
+                    raise self._unfit(error) from None
+                scores.update(
+                    {metric if len(outputs) == 1 else f"{spec.name} {metric}": scored[metric] for metric in scored}
+                )
+        return scores
+
+    def _unfit(self, error: Exception) -> ExportError:
+        names = [spec.name for spec in (*self.network.signature.inputs, *self.network.signature.outputs)]
+        return ExportError(
+            f"{self.path}: not test data ({error}): an .npz with lengths, {', '.join(names[:-1])} and {names[-1]} "
+            f"is wanted"
+        )

@@ -1,0 +1,294 @@
+"""Compares a converted model with Keras: over long runs, in chunks, with padding, and step by step.
+
+The tolerance is `|ours - Keras| <= 1e-5 * max(1, |Keras|)`. Where float32 Keras strays further than that from its own
+float64 run (a network that amplifies rounding), ours may be off by at most four times Keras's own error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from keras import tree
+
+from export.keras_model.graph_walk import graph_of
+from export.keras_model.load import with_dtype
+from export.keras_model.step_network import StatefulNetwork
+from export.onnx_graph.sequence_network import WholeNetwork
+from service.runtime.batch_invariance import Array, draw
+from service.runtime.onnx_model import Runtime
+from service.runtime.tensor_layout import Layout, parts
+
+TOLERANCE = 1e-5
+STRAYING = 4.0
+ROWS, STEPS = 16, 208
+MORE = (0, 1, 2, 13, 119)  # steps beyond the fewest, of the sequences that a network of whole sequences is proved on
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far one tensor is from Keras's, at the worst place."""
+
+    tensor: str
+    layer: str
+    run: str  # how it was run: steps, whole, chunks, model
+    value: float  # |ours - Keras| / max(1, |Keras|), at the worst place
+    share: float  # of what is allowed there; above 1 the proof has failed
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """All differences from Keras, in the order of the network."""
+
+    differences: tuple[Difference, ...]
+    strays: float  # float32 Keras's own error against float64 where the tolerance needed it, else 0
+    rows: int
+    time_steps: int
+    by_step: tuple[tuple[int, float], ...]  # time step (or length): the outputs' largest difference there, in one run
+
+    @property
+    def failed(self) -> list[Difference]:
+        """What is further off than allowed; the first names the layer to look at."""
+        return [difference for difference in self.differences if not difference.share <= 1]
+
+    def figures(self) -> dict[str, Any]:
+        """Gives the figures that go into the model file."""
+        worst: dict[str, float] = {}
+        for difference in self.differences:
+            worst[difference.run] = max(worst.get(difference.run, 0.0), difference.value)
+        figures = {"tolerance": TOLERANCE, "time_steps": self.time_steps, "rows": self.rows, **worst}
+        return {**figures, "keras_float32_error": self.strays}
+
+
+class Reference:
+    """Keras's results for random states, inputs and lengths, kept to compare several forms with.
+
+    Args:
+        network: The Keras network.
+        seed: Of the random numbers.
+    """
+
+    def __init__(self, network: StatefulNetwork, seed: int = 1) -> None:
+        rng = np.random.default_rng(seed)
+        self.network, self.signature = network, network.signature
+        self.outputs = Layout(self.signature.outputs)
+        self.x, self.initial = draw(self.signature, ROWS, STEPS, rng)
+        self.lengths = rng.integers(1, STEPS + 1, ROWS).astype(np.int32)
+        self.lengths[0] = STEPS
+        self.cuts = [0, *np.sort(rng.choice(np.arange(1, STEPS), 12, replace=False)), STEPS]
+        self.valid = np.arange(STEPS) < self.lengths[:, None]
+        self.y, self.final = self._keras(network, self.x, self.initial)
+        self.step_y, self.step_states = self._keras_steps()
+        self.model_x, self.model_y = self._keras_model()
+        self._double: tuple[list[Array], list[Array]] | None = None
+        self.strays = 0.0
+        self.judged = True
+
+    def compare(self, runtime: Runtime, judged: bool = True) -> Parity:
+        """Runs a form whole, in chunks and in single steps from Keras's states, and measures every tensor.
+
+        Args:
+            runtime: The form.
+            judged: Whether float32 Keras's own error is of interest: it is not where the form is of less precision.
+        """
+        self.strays, self.judged = 0.0, judged
+        y, final = runtime.run(self.x, self.lengths, self.initial)
+        by_step = self._by_step(y)
+        whole = list(self._differences("whole", y, final))
+        y, final = self._in_chunks(runtime)
+        chunks = list(self._differences("chunks", y, final))
+        steps = list(self._step_differences(runtime))
+        model = list(self._model_differences(runtime))
+        return Parity((*steps, *whole, *chunks, *model), self.strays, ROWS, STEPS, by_step)
+
+    def _by_step(self, y: Array) -> tuple[tuple[int, float], ...]:
+        worst = np.zeros(STEPS)
+        for ours, true in zip(parts(y), parts(self.y), strict=True):
+            wide = true.astype(np.float64)
+            off = (np.abs(ours - wide) / np.maximum(1, np.abs(wide))).reshape(*self.valid.shape, -1).max(axis=2)
+            worst = np.maximum(worst, np.where(self.valid, off, 0).max(axis=0))
+        return tuple(enumerate(worst.tolist(), 1))
+
+    def _keras(self, network: StatefulNetwork, x: Array, states: list[Array]) -> tuple[Array, list[Array]]:
+        run = tf.function(network.run, autograph=False)
+        outputs, final = run(_tensors(parts(x)), _tensors(states), self.valid)
+        return self.outputs.join(list(map(np.asarray, outputs))), [np.asarray(state) for state in final]
+
+    def _keras_steps(self) -> tuple[Array, list[Array]]:
+        """Steps Keras from the initial states: outputs `[rows, steps, ...]`, states before each step and at the end."""
+        outputs, history = _stepped(self.network, parts(self.x), self.initial)
+        return self.outputs.join(outputs), history
+
+    def _keras_model(self) -> tuple[Array, list[Array]]:
+        """Runs the model as it was saved, by Keras, from zeros, over as many rows and steps as it takes.
+
+        Were the network taken apart wrongly, this would tell. Gives what went in and what came out.
+        """
+        model = self.network.original
+        rows, steps = model.inputs[0].shape[:2]
+        x = self.x[np.arange(rows or ROWS) % ROWS, : steps or STEPS]
+        return x, whole_run(model, parts(x))
+
+    def _in_chunks(self, runtime: Runtime) -> tuple[Array, list[Array]]:
+        """Runs ours chunk by chunk, each row until its length is reached."""
+        y = np.zeros_like(self.y)
+        states = [state.copy() for state in self.initial]
+        for start, stop in zip(self.cuts, self.cuts[1:], strict=False):
+            rows = np.flatnonzero(self.lengths > start)
+            lengths = np.minimum(self.lengths[rows], stop).astype(np.int32) - np.int32(start)
+            x = np.ascontiguousarray(self.x[rows, start:stop])
+            y[rows, start:stop], after = runtime.run(x, lengths, [state[rows] for state in states])
+            for state, new in zip(states, after, strict=True):
+                state[rows] = new
+        return y, states
+
+    def _differences(self, run: str, y: Array, final: list[Array]) -> Iterator[Difference]:
+        ends = self.lengths - 1
+        for place, state in enumerate(final):
+            yield self._difference(run, place, state, self.final[place], ends)
+        steps = np.broadcast_to(np.arange(STEPS), self.valid.shape)
+        yield from self._output_differences(run, y[self.valid], self.y[self.valid], steps[self.valid])
+
+    def _step_differences(self, runtime: Runtime) -> Iterator[Difference]:
+        """Single steps from Keras's states: no error adds up, so the layer that is off shows itself."""
+        before = [state[:, :-1].reshape(-1, *state.shape[2:]) for state in self.step_states]
+        x = np.ascontiguousarray(self.x.reshape(-1, 1, *self.x.shape[2:]))
+        y, after = runtime.run(x, np.ones(len(x), np.int32), before)
+        steps = np.tile(np.arange(STEPS), ROWS)
+        for place, state in enumerate(after):
+            true = self.step_states[place][:, 1:].reshape(state.shape)
+            yield self._difference("steps", place, state, true, steps)
+        yield from self._output_differences("steps", y, self.step_y.reshape(y.shape), steps)
+
+    def _model_differences(self, runtime: Runtime) -> Iterator[Difference]:
+        rows, time = self.model_x.shape[:2]
+        y, _ = runtime.run(np.ascontiguousarray(self.model_x), np.full(rows, time, np.int32), runtime.zeros(rows))
+        for place, (ours, true) in enumerate(zip(parts(y), self.model_y, strict=True)):
+            steps = np.tile(np.arange(time), rows)
+            if not self.network.timed[place]:
+                ours, steps = ours[:, -1], steps[time - 1 :: time]
+            shape = (len(steps), *self.signature.outputs[place].shape)
+            yield self._difference("model", ~place, ours.reshape(shape), true.reshape(shape), steps)
+
+    def _output_differences(self, run: str, ours: Array, true: Array, steps: Array) -> Iterator[Difference]:
+        for place, (one, other) in enumerate(zip(parts(ours), parts(true), strict=True)):
+            yield self._difference(run, ~place, one, other, steps)
+
+    def _difference(self, run: str, place: int, ours: Array, true: Array, steps: Array) -> Difference:
+        """Measures `ours` against Keras's `[n, ...]`; `steps [n]` is when each row was.
+
+        `place` is of a state, or the complement of that of an output.
+        """
+        ours, true = ours.astype(np.float64), true.astype(np.float64)
+        scale = np.maximum(1, np.abs(true))
+        off = np.abs(ours - true) / scale
+        off = np.where(np.isfinite(ours), off, np.inf).reshape(len(off), -1).max(axis=1)
+        allowed = np.full(len(off), TOLERANCE)
+        if self.judged and (off > TOLERANCE).any() and run != "steps":
+            allowed = np.maximum(allowed, STRAYING * self._own_error(place)[steps])
+        worst = int(np.argmax(off / allowed))
+        states = [
+            (state.name, recurrence.layer) for recurrence in self.network.recurrences for state in recurrence.states
+        ]
+        names = [spec.name for spec in self.signature.outputs]
+        layers = [tensor._keras_history.operation.name for tensor in self.network.model.outputs]
+        tensor, layer = states[place] if place >= 0 else (names[~place], layers[~place])
+        return Difference(
+            tensor, layer, run, float(off.max()), float(off[worst] / allowed[worst]), f"time step {steps[worst]}"
+        )
+
+    def _own_error(self, place: int) -> Array:
+        """Gives float32 Keras's largest error so far at each time step, `[steps]`, against a float64 run."""
+        if self._double is None:
+            network = StatefulNetwork(with_dtype(self.network.model, "float64"))
+            inputs = [_double(part) for part in parts(self.x)]
+            self._double = _stepped(network, inputs, [_double(state) for state in self.initial])
+        exact = self._double[0][~place] if place < 0 else self._double[1][place][:, 1:]
+        single = parts(self.step_y)[~place] if place < 0 else self.step_states[place][:, 1:]
+        off = np.abs(single - exact) / np.maximum(1, np.abs(exact))
+        by_step = off.max(axis=(0, *range(2, off.ndim)))
+        self.strays = max(self.strays, float(by_step.max()))
+        return np.asarray(np.maximum.accumulate(by_step))
+
+
+def _stepped(
+    network: StatefulNetwork, inputs: Sequence[Array], initial: Sequence[Array]
+) -> tuple[list[Array], list[Array]]:
+    """Steps Keras: each output `[rows, steps, ...]`, each state before every step and at the end."""
+    run = tf.function(network.run, autograph=False)
+    states, ys, history = _tensors(initial), [], [list(initial)]
+    for t in range(inputs[0].shape[1]):
+        y, states = run(_tensors([x[:, t : t + 1] for x in inputs]), states)
+        ys.append(list(map(np.asarray, y)))
+        history.append(list(map(np.asarray, states)))
+    outputs = [np.concatenate(tensors, axis=1) for tensors in zip(*ys, strict=True)]
+    return outputs, [np.stack(tensors, axis=1) for tensors in zip(*history, strict=True)]
+
+
+def whole_run(model: Any, inputs: Sequence[Array]) -> list[Array]:
+    """Runs a Keras model as it is over whole sequences `[batch, time, *features]`; gives its outputs."""
+    for layer in model._flatten_layers():
+        if getattr(layer, "stateful", False):
+            layer.reset_state()
+    cast = [np.ascontiguousarray(x).astype(t.dtype) for x, t in zip(inputs, model.inputs, strict=True)]
+    structure = tree.pack_sequence_as(graph_of(model)._inputs_struct, [tf.constant(x) for x in cast])
+    return [np.asarray(y) for y in tree.flatten(tf.function(model, autograph=False)(structure))]
+
+
+class WholeReference:
+    """Keras's results for sequences of several lengths, to compare a network that reads whole sequences with.
+
+    Args:
+        network: The Keras network.
+        seed: Of the random numbers.
+    """
+
+    def __init__(self, network: WholeNetwork, seed: int = 1) -> None:
+        rng = np.random.default_rng(seed)
+        self.network = network
+        self.cases: list[tuple[Array, list[Array]]] = []
+        rows, time = network.original.inputs[0].shape[:2]
+        for length in (time,) if time else (network.min_steps + more for more in MORE):
+            x, _ = draw(network.signature, rows or 3, length, rng)
+            self.cases.append((x, whole_run(network.original, parts(x))))
+
+    def compare(self, runtime: Runtime, judged: bool = True) -> Parity:
+        """Runs a form over the sequences of each length, and measures every output."""
+        differences, strays = [], 0.0
+        by_length: dict[int, float] = {}
+        for x, true in self.cases:
+            lengths = np.full(len(x), x.shape[1], np.int32)
+            y, _ = runtime.run(x, lengths, [])
+            for place, output in enumerate(parts(y)):
+                ours, keras_y = output.astype(np.float64), true[place].astype(np.float64)
+                if not self.network.timed[place]:
+                    ours = ours.reshape(keras_y.shape) if ours.size == keras_y.size else ours[:, -1]
+                off = np.abs(ours - keras_y) / np.maximum(1, np.abs(keras_y))
+                worst, allowed = float(np.where(np.isfinite(off), off, np.inf).max()), TOLERANCE
+                by_length[x.shape[1]] = max(worst, by_length.get(x.shape[1], 0.0))
+                if judged and worst > TOLERANCE:
+                    strays = max(strays, self._own_error(x, place, keras_y))
+                    allowed = max(TOLERANCE, STRAYING * strays)
+                spec = self.network.outputs[place]
+                layer = self.network.model.outputs[place]._keras_history.operation.name
+                where = f"{x.shape[1]} time steps"
+                differences.append(Difference(spec.name, layer, "model", worst, worst / allowed, where))
+        rows, time = self.cases[-1][0].shape[:2]
+        return Parity(tuple(differences), strays, rows, time, tuple(by_length.items()))
+
+    def _own_error(self, x: Array, place: int, single: Array) -> float:
+        """Gives float32 Keras's own error against a float64 run."""
+        exact = whole_run(with_dtype(self.network.original, "float64"), [_double(part) for part in parts(x)])[place]
+        return float((np.abs(single - exact) / np.maximum(1, np.abs(exact))).max())
+
+
+def _tensors(arrays: Sequence[Array]) -> list[Any]:
+    return [tf.constant(np.ascontiguousarray(array)) for array in arrays]
+
+
+def _double(array: Array) -> Array:
+    return array.astype(np.float64) if array.dtype == np.float32 else array

@@ -1,0 +1,173 @@
+"""The bodies of `infer`: JSON, with tensors in it or as bytes behind it (Triton's binary tensor data extension).
+
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from service.api.inference.service import Inferred
+from service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_json
+from service.errors import InvalidInput
+from service.model_repository.repository import Model
+from service.validation.json_input import decode
+
+Array = NDArray[Any]
+
+HEADER_LENGTH = b"inference-header-content-length"
+_JSON, _BINARY = (b"content-type", b"application/json"), (b"content-type", b"application/octet-stream")
+_NOT_HERE = ("shared_memory_region", "classification")  # parameters of extensions that this server has not
+
+
+class _Input(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: dict[str, Any] = {}
+    data: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Output(msgspec.Struct):
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class _Request(msgspec.Struct):
+    inputs: list[_Input]
+    id: str = ""
+    parameters: dict[str, Any] = {}
+    outputs: list[_Output] = []
+
+
+_decoder = msgspec.json.Decoder(_Request)
+
+
+class Asked(NamedTuple):
+    """A request, read."""
+
+    id: str
+    tensors: dict[str, Array]
+    parameters: dict[str, Any]
+    outputs: dict[str, bool]  # the names of those wanted, and whether as bytes
+
+
+def read(body: bytes, header_length: bytes | None, model: Model) -> Asked:
+    """Reads the body of a request.
+
+    Args:
+        body: All of it, as it was before it was compressed.
+        header_length: The header `Inference-Header-Content-Length`, where the request has it: how much of it is JSON.
+        model: What is asked.
+
+    Raises:
+        NotJson: It cannot be parsed.
+        InvalidInput: Something in it does not fit.
+    """
+    length = len(body)
+    if header_length is not None:
+        if not (header_length.isdigit() and len(header_length) < 20 and int(header_length) <= len(body)):
+            raise InvalidInput(
+                f"Inference-Header-Content-Length: send the length of the JSON, of the {len(body)} bytes of the body"
+            )
+        length = int(header_length)
+        if not length:
+            return _raw(body, model)
+    request = decode(_decoder, body[:length])
+    binary = memoryview(body)[length:]
+    tensors: dict[str, Array] = {}
+    for tensor in request.inputs:
+        check_parameters(tensor.name, tensor.parameters)
+        if tensor.name in tensors:
+            raise InvalidInput(f"inputs: {tensor.name!r} is there twice", place="inputs")
+        check_datatype(tensor.name, tensor.datatype, model.inputs.specs)
+        size = tensor.parameters.get("binary_data_size")
+        if size is None:
+            if not tensor.data:
+                raise InvalidInput(f"{tensor.name}: send its data", place=tensor.name)
+            tensors[tensor.name] = from_json(tensor.name, tensor.datatype, tensor.shape, tensor.data)
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary) or tensor.data:
+            raise InvalidInput(
+                f"{tensor.name}: binary_data_size: send how many of the {len(binary)} bytes behind the JSON are its, "
+                f"and no data",
+                place=tensor.name,
+            )
+        tensors[tensor.name] = from_bytes(tensor.name, tensor.datatype, tensor.shape, binary[:size])
+        binary = binary[size:]
+    if len(binary):
+        raise InvalidInput(f"{len(binary)} bytes behind the JSON are no input's: send binary_data_size with each")
+    return Asked(request.id, tensors, request.parameters, _wanted(request, model))
+
+
+def _raw(body: bytes, model: Model) -> Asked:
+    """Reads a body that is the bytes of the model's one input alone: one sequence."""
+    if len(model.inputs.specs) > 1:
+        raise InvalidInput("the body is bytes alone: the model has several inputs, send JSON that tells them apart")
+    spec = model.inputs.specs[0]
+    datatype, step = DATATYPES[spec.dtype], np.dtype(spec.dtype).itemsize * math.prod(spec.shape)
+    if not body or len(body) % step:
+        raise InvalidInput(f"{spec.name}: {len(body)} bytes: a time step has {step}", place=spec.name)
+    x = from_bytes(spec.name, datatype, (1, len(body) // step, *spec.shape), body)
+    return Asked("", {spec.name: x}, {}, {output.name: True for output in model.document.signature.outputs})
+
+
+def check_parameters(name: str, parameters: Any) -> None:
+    """Raises InvalidInput where the parameters of a tensor ask for what this server has not."""
+    for parameter in _NOT_HERE:
+        if parameter in parameters:
+            raise InvalidInput(f"{name}: this server has no {parameter}: send and take the tensor itself", place=name)
+
+
+def check_output(name: str, parameters: Any, model: Model) -> None:
+    """Raises InvalidInput where an output that was asked for is none of the model's."""
+    known = [spec.name for spec in model.document.signature.outputs]
+    if name not in known:
+        raise InvalidInput(f"outputs: the model has no {name[:80]!r}: ask for {', '.join(known)}", place="outputs")
+    check_parameters(name, parameters)
+
+
+def _wanted(request: _Request, model: Model) -> dict[str, bool]:
+    every = _flag(request.parameters, "binary_data_output", False)
+    for output in request.outputs:
+        check_output(output.name, output.parameters, model)
+    if request.outputs:
+        return {output.name: _flag(output.parameters, "binary_data", every) for output in request.outputs}
+    return {spec.name: every for spec in model.document.signature.outputs}
+
+
+def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise InvalidInput(f"{name}: send true or false", place=name)
+    return value
+
+
+def write(asked: Asked, inferred: Inferred) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Writes an answer: its headers, and its body."""
+    outputs, contents = [], []
+    for name, as_bytes in asked.outputs.items():
+        y = inferred.outputs[name]
+        output: dict[str, Any] = {"name": name, "datatype": DATATYPES[y.dtype.name], "shape": y.shape}
+        if as_bytes:
+            contents.append(y.tobytes())
+            output["parameters"] = {"binary_data_size": len(contents[-1])}
+        else:
+            output["data"] = y.ravel()
+        outputs.append(output)
+    told: dict[str, Any] = {"model_name": inferred.model.name, "model_version": str(inferred.model.version)}
+    if asked.id:
+        told["id"] = asked.id
+    if inferred.parameters:
+        told["parameters"] = inferred.parameters
+    told["outputs"] = outputs
+    head = orjson.dumps(told, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not contents:
+        return [_JSON], head
+    return [_BINARY, (HEADER_LENGTH, b"%d" % len(head))], b"".join((head, *contents))

@@ -1,0 +1,104 @@
+"""What the protocol tells of the server and of its models: metadata, configuration, the repository's index."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from typing import Any
+
+from models.signature import Signature, TensorSpec
+from service.api.inference.errors import NotByProtocol
+from service.api.inference.tensors import DATATYPES
+from service.engine.engine import Engine
+from service.model_manager import VersionState
+from service.model_repository.repository import Model
+
+EXTENSIONS = ("sequence", "sequence(string_id)", "binary_tensor_data", "model_configuration", "model_repository",
+              "statistics", "parameters")  # fmt: skip
+PLATFORM = "onnxruntime_onnx"  # Triton's name for what runs these files
+
+
+def server() -> dict[str, Any]:
+    """Gives the server's metadata."""
+    return {"name": "cellserve", "version": importlib.metadata.version("cellserve"), "extensions": list(EXTENSIONS)}
+
+
+def metadata(model: Model, versions: list[str]) -> dict[str, Any]:
+    """Gives a model's metadata, and which versions can be asked for; -1 is any number.
+
+    Its states are the server's and are not told. Nor is the optional `lengths`: there is no word for optional here, and
+    clients that make up data for every input (perf_analyzer) would send it.
+    """
+    signature = model.document.signature
+    return {
+        "name": model.name,
+        "versions": versions,
+        "platform": PLATFORM,
+        "inputs": _tensors(signature, signature.inputs),
+        "outputs": _tensors(signature, signature.outputs),
+    }
+
+
+def config(engine: Engine, idle_seconds: float) -> dict[str, Any]:
+    """Gives a model's configuration, as the JSON of Triton's ModelConfig (model_config.proto).
+
+    Args:
+        engine: Of the model.
+        idle_seconds: A sequence not used for so long expires.
+    """
+    model = engine.model
+    signature = model.document.signature
+    sequences = {"max_sequence_idle_microseconds": int(1e6 * idle_seconds), "oldest": {}}
+    return {
+        "name": model.name,
+        "platform": PLATFORM,
+        "backend": "onnxruntime",
+        "version_policy": {"specific": {"versions": [model.version]}},
+        "max_batch_size": engine.max_batch,
+        "input": _configured(signature, signature.inputs),
+        "output": _configured(signature, signature.outputs),
+        **({} if signature.predict_only else {"sequence_batching": sequences}),
+        "default_model_filename": "model.onnx",
+        "model_transaction_policy": {"decoupled": False},
+    }
+
+
+def index(states: Iterable[VersionState]) -> list[dict[str, str]]:
+    """Gives the repository's index: which versions there are, and how they stand."""
+    words = {"serving": "READY", "draining": "READY", "loaded": "READY", "refused": "UNAVAILABLE"}
+    # What is on disk alone is loaded when it is asked for.
+    return [
+        {
+            "name": one.key.name,
+            "version": str(one.key.version),
+            "state": words.get(one.state, "READY"),
+            "reason": one.reason,
+        }
+        for one in states
+    ]
+
+
+def no_loading() -> NotByProtocol:
+    """Gives what to raise where a model is to be loaded or unloaded."""
+    return NotByProtocol(
+        "models are not loaded or unloaded over this protocol: the operator puts NAME/VERSION/ into the folder of "
+        "--models, or takes it out"
+    )
+
+
+def _tensors(signature: Signature, specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
+    return [
+        {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": [-1, *_axes(signature, spec)]} for spec in specs
+    ]
+
+
+def _configured(signature: Signature, specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
+    return [
+        {"name": spec.name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": _axes(signature, spec)}
+        for spec in specs
+    ]
+
+
+def _axes(signature: Signature, spec: TensorSpec) -> list[int]:
+    """Gives a tensor's axes without the batch."""
+    return [*([-1] if signature.time_axis else []), *spec.shape]

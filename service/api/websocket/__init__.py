@@ -1,0 +1,1 @@
+"""`WS /stream`: many sessions over one socket."""

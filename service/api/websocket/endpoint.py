@@ -1,0 +1,367 @@
+"""`WS /stream`: many sessions over one socket, in JSON frames or in binary frames of many steps each.
+
+`docs/protocol.md` describes the frames to the byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from contextlib import nullcontext, suppress
+from functools import partial
+from itertools import repeat
+from time import perf_counter
+from typing import Any
+
+import msgspec
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from starlette.types import Receive, Scope, Send
+
+from service.api.asgi import as_problem
+from service.api.fast_path import EXTENSION, ShortFrames
+from service.api.sessions import (
+    CreateRequest,
+    ForkRequest,
+    create,
+    fork,
+    step_session,
+    told,
+    written,
+)
+from service.api.websocket import binary_frames, json_frames
+from service.api.websocket.binary_frames import STEP, Frame, Group
+from service.api.websocket.json_frames import Attach, Auth, Close, Fork, Open, Reset, Step
+from service.api.websocket.send_queue import Outbox
+from service.context import Service
+from service.errors import Forbidden, InvalidInput, Problem, Unauthorized, UnknownSession, UpgradeRequired
+from service.idempotency import state_request, step_request
+from service.observability.request_context import asked_of
+from service.observability.request_context import told as told_of
+from service.sessions.pending import BatchStepResult, PendingBatch, PendingStep, StepResult
+from service.sessions.session import Session
+from service.validation.json_input import decode
+
+Array = NDArray[Any]
+
+_AUTH_SECONDS = 10
+_POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
+_GROUPS = 8  # of sessions that a socket has stepped together are remembered
+
+
+class Stream:
+    """The endpoint, plain ASGI: one instance serves all sockets."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one socket until it is closed."""
+        await receive()
+        try:
+            self._check_origin(scope)
+            bears_key = self.service.keys is None or any(name == b"authorization" for name, _ in scope["headers"])
+            owner = self.service.owner(scope["headers"]) if bears_key else None
+        except Problem as problem:
+            start = {"type": "websocket.http.response.start", "status": problem.status, "headers": problem.headers()}
+            await send(start)
+            await send({"type": "websocket.http.response.body", "body": told_of(problem, scope)})
+            return
+        await send({"type": "websocket.accept"})
+        if owner is None:
+            owner = await self._authenticated(scope, receive, send)
+        if owner is not None:
+            await _Socket(self.service, owner, scope, send).serve(receive)
+
+    def _check_origin(self, scope: Scope) -> None:
+        """Raises Forbidden where a page of another origin than ours or an allowed one opens the socket (RFC 6454)."""
+        headers = dict(scope["headers"])
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        allowed = self.service.settings.allowed_origins.split(",")
+        same = origin.partition("://")[2] == headers.get(b"host", b"").decode("latin-1")
+        if origin and not same and origin not in [one.strip() for one in allowed]:
+            raise Forbidden(f"pages of {origin[:200]} may not open sockets here: allow them with --allowed-origins")
+
+    async def _authenticated(self, scope: Scope, receive: Receive, send: Send) -> str | None:
+        """Reads the first frame, which must bear a key; gives the owner, or None where the socket was closed."""
+        ref: Any = None
+        try:
+            async with asyncio.timeout(_AUTH_SECONDS):
+                message = await receive()
+            if message["type"] != "websocket.receive":
+                return None
+            body = (message.get("text") or "").encode()
+            ref = json_frames.ref_of(body)
+            owner = self.service.owner([_bearing(decode(json_frames.auth_decoder, body).key)])
+            await send({"type": "websocket.send", "text": orjson.dumps({"op": "auth", "ref": ref}).decode()})
+            return owner
+        except (Problem, TimeoutError) as error:
+            wanted = 'this server wants a key: send {"op": "auth", "key": ...} in the first frame'
+            problem = error if isinstance(error, Unauthorized) else Unauthorized(wanted)
+            await send({"type": "websocket.send", "text": orjson.dumps(_problem(scope, ref, problem)).decode()})
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+            return None
+
+
+async def over_http(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers whoever asks for the socket's path over plain HTTP; always raises UpgradeRequired."""
+    raise UpgradeRequired("it is a WebSocket: open ws://HOST:PORT/stream with a client of such (docs/protocol.md)")
+
+
+class _Socket:
+    """One socket. Frames are answered as they are done, at most `stream_window` of them under way.
+
+    A client that does not read its answers fills the window, and its frames are not read until it does.
+    """
+
+    def __init__(self, service: Service, owner: str, scope: Scope, send: Send) -> None:
+        self.service = service
+        self.owner = owner
+        self.scope = scope
+        self.short: ShortFrames | None = scope["extensions"].get(EXTENSION)  # the short way, where the server offers it
+        self.outbox = Outbox(send, self.short, service.settings.stream_window)
+        self.counts = asked_of(scope).surface
+        self.sessions: list[Session] = []  # by handle
+        self.handles: dict[str, int] = {}
+        self.groups: dict[bytes, Group] = {}  # by the handles of a binary frame
+        self.beginning = 0  # tasks of frames that have not run yet; whoever comes later must not pass them
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.pending: set[PendingStep | PendingBatch] = set()  # what was begun without a task
+
+    async def serve(self, receive: Receive) -> None:
+        """Reads frames until the socket is closed; what nobody waits for any more is dropped."""
+        loop = asyncio.get_running_loop()
+        writing = loop.create_task(self.outbox.write())
+        if self.short:
+            self.short.take = self._take
+        try:
+            while (message := await receive())["type"] == "websocket.receive":
+                text = message.get("text")
+                body = message["bytes"] if text is None else text.encode()
+                if not self._take(body, text is not None):
+                    self.outbox.under_way += 1
+                    self.beginning += 1
+                    self._later(self._answer(body, text is not None))
+                if self.outbox.is_full:
+                    await self.outbox.room(writing)
+        finally:
+            if self.short:
+                self.short.take = None
+            writing.cancel()
+            for task in self.tasks:
+                task.cancel()
+            for pending in self.pending:
+                pending.cancel()
+
+    def _put_json(self, document: Any, last: bool = True) -> None:
+        self.outbox.put(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), True, last)
+
+    def _take(self, body: bytes, text: bool) -> bool:
+        """Begins a frame without a task of its own where that can be; says whether it has."""
+        if self.beginning or self.outbox.is_full or self.service.tracing:
+            return False
+        begun = self._step_at_once(body) if text else self._frame_at_once(body)
+        self.outbox.under_way += begun
+        return begun
+
+    def _step_at_once(self, text: bytes) -> bool:
+        """Begins what nearly every frame is, a step of a session that nobody else holds."""
+        try:
+            frame = json_frames.plain_decoder.decode(text)
+            session = self._session(frame.session)
+            x = session.model.reader.single(frame.x)
+            once = None if x is None or frame.position is None else step_request(frame.position, x, True)
+            on_done = partial(self._answer_step, frame.ref, session)
+            pending = None if x is None else self.service.writer.try_submit(session, x, True, once, on_done)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError, Problem):
+            return False  # the long way finds out what is wrong and says it
+        return self._is_under_way(pending)
+
+    def _is_under_way(self, pending: PendingStep | PendingBatch | None) -> bool:
+        if pending is not None:
+            self.pending.add(pending)
+        return pending is not None
+
+    def _answer_step(
+        self, ref: msgspec.Raw, session: Session, pending: PendingStep, outcome: StepResult | Exception
+    ) -> None:
+        self.pending.discard(pending)
+        answer: dict[str, Any] = {"op": "step", "ref": orjson.Fragment(bytes(ref))}
+        if isinstance(outcome, Exception):
+            problem = as_problem(outcome, self.scope)
+            answer, status = _problem(self.scope, answer["ref"], problem), problem.status
+        else:
+            answer |= written(self.service.sessions, session, outcome.y, outcome.position, True, True)
+            answer |= {"replayed": True} if outcome.replayed else {}
+            status = 200
+        self.counts.answered(status, perf_counter() - pending.advance.arrived)
+        self._put_json(answer)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def _frame_at_once(self, body: bytes) -> bool:
+        """Begins a binary frame in the same way."""
+        try:
+            frame = Frame.read(body)
+            group = self._group(frame.handles)
+            if frame.kind != STEP or group.mixed or not self._is_alive(group):
+                return False
+            x = frame.x(group.sessions[0].model)
+            on_done = partial(self._answer_frame, frame, group)
+            return self._is_under_way(self.service.writer.try_submit_many(group.sessions, group.slots, x, on_done))
+        except Problem:
+            return False
+
+    def _answer_frame(
+        self, frame: Frame, group: Group, pending: PendingBatch, outcome: BatchStepResult | Exception
+    ) -> None:
+        self.pending.discard(pending)
+        if isinstance(outcome, Exception):
+            problem = as_problem(outcome, self.scope)
+            self.counts.answered(problem.status, perf_counter() - pending.advance.arrived)
+            self._put_json(_problem(self.scope, frame.ref, problem))
+        else:
+            self._put_frame(frame, group, outcome, pending.advance.arrived)
+
+    def _is_alive(self, group: Group) -> bool:
+        """Says whether all sessions of a group are alive; none of them need be asked where none has ended since."""
+        endings = self.service.sessions.table.endings
+        if group.endings != endings and all(session.alive for session in group.sessions):
+            group.endings = endings
+        return group.endings == endings
+
+    async def _answer(self, body: bytes, text: bool) -> None:
+        self.beginning -= 1
+        begun, tracing = perf_counter(), self.service.tracing
+        try:
+            with nullcontext() if tracing is None else tracing.frame(self.scope):
+                if text:
+                    answer = await self._text(body)
+                    self.counts.answered(200, perf_counter() - begun)
+                    self._put_json(answer)
+                else:
+                    await self._binary(body, begun)
+        except Exception as error:
+            problem = as_problem(error, self.scope)
+            self.counts.answered(problem.status, perf_counter() - begun)
+            self._put_json(_problem(self.scope, (json_frames if text else binary_frames).ref_of(body), problem))
+
+    async def _text(self, body: bytes) -> dict[str, Any]:
+        store = self.service.sessions
+        frame = decode(json_frames.decoder, body)
+        answer: dict[str, Any] = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
+        match frame:
+            case Auth():
+                # The first frame where it had to be; otherwise nobody needs it, and whoever sends it anyway goes on.
+                if self.service.keys is not None and self.service.owner([_bearing(frame.key)]) != self.owner:
+                    raise InvalidInput("key: it is of another owner than the socket: open one of its own", place="key")
+                return answer
+            case Step():
+                session = await self._found(frame.session)
+                x, single = session.model.reader.x(frame.x)
+                asked = frame.outputs, frame.position
+                stepped, every_output = await step_session(self.service.writer, session, x, single, *asked)
+                answer |= written(store, session, stepped.y, stepped.position, single, every_output)
+                return answer | ({"replayed": True} if stepped.replayed else {})
+            case Open():
+                session, _ = await create(
+                    self.service, self.owner, CreateRequest(frame.model, frame.states), frame.session
+                )
+            case Attach():
+                session = await store.find(self.owner, frame.session)
+                _, position = await store.read_state(session)
+                return answer | {"handle": self._handle(session)} | told(store, session, position)
+            case Reset():
+                session = await self._found(frame.session)
+                once = None if frame.position is None else state_request(frame.position, None)
+                position, replayed = await self.service.writer.set_state(session, None, once)
+                return answer | told(store, session, position) | ({"replayed": True} if replayed else {})
+            case Fork():
+                session, _ = await fork(
+                    self.service, await self._found(frame.session), ForkRequest(frame.to, frame.position)
+                )
+            case Close():
+                session = await self._found(frame.session)
+                await store.delete(self.owner, session.id, frame.position)
+                return answer | {"session": session.id}
+        return answer | {"handle": self._handle(session)} | told(store, session)
+
+    def _handle(self, session: Session) -> int:
+        if session.id not in self.handles:
+            self.handles[session.id] = len(self.sessions)
+            self.sessions.append(session)
+        return self.handles[session.id]
+
+    def _session(self, name: int | str) -> Session:
+        if isinstance(name, str):
+            return self.service.sessions.get(self.owner, name)
+        if not 0 <= name < len(self.sessions):
+            raise UnknownSession(f"session: no handle {name} on this socket: open or attach the session first")
+        session = self.sessions[name]
+        return session if session.alive else self.service.sessions.get(self.owner, session.id)
+
+    async def _found(self, name: int | str) -> Session:
+        """Gives a session, wherever it is."""
+        try:
+            return self._session(name)
+        except Problem:
+            if isinstance(name, int) and name >= len(self.sessions):
+                raise
+        if isinstance(name, str):
+            return await self.service.sessions.find(self.owner, name)
+        self.sessions[name] = await self.service.sessions.find(self.owner, self.sessions[name].id)
+        return self.sessions[name]
+
+    async def _binary(self, body: bytes, begun: float) -> None:
+        frame = Frame.read(body)
+        group = self._group(frame.handles)
+        x = frame.x(group.sessions[0].model)
+        requests = None
+        if frame.positions is not None:
+            requests = list(map(step_request, frame.positions.tolist(), x, repeat(True)))
+        if not self._is_alive(group):
+            for session in group.sessions:
+                if not session.alive:
+                    with suppress(Problem):  # its row says so
+                        await self._found(self.handles[session.id])
+            self.groups.clear()
+            group = self._group(frame.handles)
+        submit = self.service.writer.submit_versions if group.mixed else self.service.writer.submit_many
+        self._put_frame(frame, group, await submit(group.sessions, group.slots, x, requests), begun)
+
+    def _put_frame(self, frame: Frame, group: Group, stepped: BatchStepResult, begun: float) -> None:
+        for row, problem in stepped.problems.items():
+            about = _problem(self.scope, frame.ref, problem, session=group.sessions[row].id, row=row)
+            self._put_json(about, last=False)
+        status = max((problem.status for problem in stepped.problems.values()), default=200)
+        self.counts.answered(status, perf_counter() - begun)
+        self.outbox.put(binary_frames.answer(frame.kind, frame.ref, stepped), False)
+
+    def _group(self, handles: NDArray[np.uint32]) -> Group:
+        """Gives the sessions of some handles; mostly the same as in a frame before."""
+        key = handles.tobytes()
+        group = self.groups.get(key)
+        if group is None:
+            if int(handles.max()) >= len(self.sessions):
+                raise UnknownSession(f"no handle {int(handles.max())} on this socket: open or attach the session first")
+            named = handles.tolist()
+            if len(set(named)) < len(named):
+                raise InvalidInput("a session is in the frame twice: send its time steps side by side, or two frames")
+            group = Group.of([self.sessions[handle] for handle in named])
+            if len(self.groups) >= _GROUPS:
+                self.groups.clear()
+            self.groups[key] = group
+        return group
+
+
+def _problem(scope: Scope, ref: Any, problem: Problem, **more: Any) -> dict[str, Any]:
+    return {"op": "error", "ref": ref, **more, "problem": orjson.Fragment(told_of(problem, scope))}
+
+
+def _bearing(key: str) -> tuple[bytes, bytes]:
+    """Gives the header that would have borne a frame's key."""
+    return b"authorization", b"Bearer " + key.encode()

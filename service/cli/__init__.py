@@ -1,0 +1,1 @@
+"""The commands `cellserve serve`, `models` and `key`."""

@@ -1,0 +1,1 @@
+"""Continuous batching: work from all requests in ticks over an arena of states."""

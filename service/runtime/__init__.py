@@ -1,0 +1,1 @@
+"""One ONNX file, opened and run; the only room of the service that the export imports."""

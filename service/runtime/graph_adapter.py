@@ -1,0 +1,128 @@
+"""What one run of a model comes to where its graph is not called once on one `x [batch, time, *features]`.
+
+Several inputs or outputs, no time axis, rows fixed by the graph, no `lengths`: the engine knows nothing of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.signature import Signature
+from service.runtime.tensor_layout import Layout, parts
+
+Array = NDArray[Any]
+Lengths = NDArray[np.int32]
+Call = Callable[[Sequence[Array], Lengths, Sequence[Array]], list[Array]]
+
+
+class Runs:
+    """Runs a model on rows of time steps by as many calls of its graph as that takes.
+
+    Args:
+        signature: Of the model.
+        call: Calls the graph: takes the inputs, lengths and states, gives the outputs and next states.
+    """
+
+    def __init__(self, signature: Signature, call: Call) -> None:
+        self._signature, self._call = signature, call
+        self._outputs = Layout(signature.outputs)
+        self._axes = [spec.batch_axis for spec in signature.states]
+
+    @property
+    def plain(self) -> bool:
+        """Whether a run is one call on one array, which needs none of this."""
+        told = self._signature
+        alone = len(told.inputs) == len(told.outputs) == 1
+        return alone and told.time_axis and told.batch is None and told.lengths is not None and not told.predict_only
+
+    def __call__(self, x: Array, lengths: Lengths, states: Sequence[Array]) -> tuple[Array, list[Array]]:
+        """Advances every row, as `Runtime.run` does."""
+        groups = self._groups(lengths, x.shape[1])
+        if groups is None:
+            return self._group(x, lengths, states)
+        ran = []
+        following = [np.empty_like(state) for state in states]
+        for rows in groups:
+            own = [np.take(state, rows, axis) for state, axis in zip(states, self._axes, strict=True)]
+            some, moved = self._group(x[rows, : lengths[rows].max()], lengths[rows], own)
+            ran.append((rows, some))
+            self._put(following, rows, moved)
+        y = self._outputs.zeros(len(x), max(some.shape[1] for _, some in ran))
+        for rows, some in ran:
+            y[rows, : some.shape[1]] = some
+        return y, following
+
+    def _put(self, states: Sequence[Array], rows: Array, own: Sequence[Array]) -> None:
+        for state, new, axis in zip(states, own, self._axes, strict=True):
+            np.moveaxis(state, axis, 0)[rows] = np.moveaxis(new, axis, 0)
+
+    def _groups(self, lengths: Lengths, time: int) -> list[Array] | None:
+        """Gives the rows of each group that the graph can take together; None where all can as they are."""
+        told = self._signature
+        alike = told.lengths is None and (told.time_axis or told.batch is not None)
+        if alike and not (lengths == time).all():
+            groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
+        elif told.batch is None or len(lengths) <= told.batch:
+            return None
+        else:
+            groups = [np.arange(len(lengths))]
+        most = told.batch or len(lengths)
+        return [rows[start : start + most] for rows in groups for start in range(0, len(rows), most)]
+
+    def _group(self, x: Array, lengths: Lengths, states: Sequence[Array]) -> tuple[Array, list[Array]]:
+        """Runs rows that the graph can take together; fewer than it wants are filled up with zeros."""
+        run = self._whole if self._signature.time_axis else self._steps
+        count, missing = len(x), (self._signature.batch or 0) - len(x)
+        if missing <= 0:
+            return run(x, lengths, states)
+        x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
+        filled = [
+            np.concatenate([state, np.zeros_like(state, shape=_with(state.shape, axis, missing))], axis)
+            for state, axis in zip(states, self._axes, strict=True)
+        ]
+        y, moved = run(x, np.append(lengths, np.full(missing, lengths[-1])).astype(np.int32), filled)
+        rows = np.arange(count)
+        return y[:count], [np.take(state, rows, axis) for state, axis in zip(moved, self._axes, strict=True)]
+
+    def _whole(self, x: Array, lengths: Lengths, states: Sequence[Array]) -> tuple[Array, list[Array]]:
+        outputs, moved = self._once(x, lengths, states)
+        if self._signature.predict_only:  # such a model may give one output for all time steps, without a time axis
+            specs = self._signature.outputs
+            outputs = [
+                tensor[:, None] if tensor.ndim == 1 + len(spec.shape) else tensor
+                for tensor, spec in zip(outputs, specs, strict=True)
+            ]
+        return self._outputs.join(outputs), moved
+
+    def _steps(self, x: Array, lengths: Lengths, states: Sequence[Array]) -> tuple[Array, list[Array]]:
+        """Runs a graph that takes one time step as often as there are; rows that have taken all of theirs drop out."""
+        if x.shape[1] == 1:
+            outputs, moved = self._once(x[:, 0], lengths, states)
+            return self._outputs.join(outputs)[:, None], moved
+        y = self._outputs.zeros(*x.shape[:2])
+        final = [np.empty_like(state) for state in states]
+        rows = np.arange(len(x))
+        for t in range(int(lengths.max())):
+            outputs, states = self._once(x[rows, t], lengths, states)
+            y[rows, t] = self._outputs.join(outputs)
+            going_on = lengths[rows] > t + 1
+            if not going_on.all():
+                ended = [np.compress(~going_on, state, axis) for state, axis in zip(states, self._axes, strict=True)]
+                self._put(final, rows[~going_on], ended)
+                states = [np.compress(going_on, state, axis) for state, axis in zip(states, self._axes, strict=True)]
+                rows = rows[going_on]
+        return y, final
+
+    def _once(self, x: Array, lengths: Lengths, states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+        count = len(self._signature.outputs)
+        inputs = [np.ascontiguousarray(part) for part in parts(x)]
+        given = self._call(inputs, lengths, [np.ascontiguousarray(state) for state in states])
+        return given[:count], given[count:]
+
+
+def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    return (*shape[:axis], size, *shape[axis + 1 :])
