@@ -16,8 +16,7 @@ import pytest
 import safetensors.numpy
 from websockets.sync.client import connect
 
-from tests.conftest import Server
-from tests.e2e.helpers import start_server
+from tests.conftest import Server, start_server
 from tests.e2e.test_predict_and_sessions import create, frames
 from tests.networks import FEATURES, OUTPUTS
 
