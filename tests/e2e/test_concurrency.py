@@ -23,6 +23,7 @@ from tests.networks import FEATURES, OUTPUTS
 
 SESSIONS, STEPS = 200, 60
 MODELS = ("lstm", "rnn", "decaying")
+JSON = {"content-type": "application/json"}
 
 
 def sequence(seed: int, steps: int = STEPS) -> np.ndarray:
@@ -68,19 +69,18 @@ async def traffic(server: Server) -> AsyncIterator[None]:
     async def leave(seed: int) -> None:
         random_ = random.Random(seed)
         body = json.dumps({"model": "lstm", "sequences": [sequence(1, 3000).tolist()] * 3}).encode()
-        headers = {"content-type": "application/json"}
         while not stop.is_set():
             async with httpx.AsyncClient(base_url=server.url, timeout=random_.choice((0.001, 0.01, 0.05))) as client:
                 with contextlib.suppress(httpx.TimeoutException):
-                    await client.post("/predict", content=body, headers=headers)
-            await asyncio.sleep(0.02)
+                    await client.post("/predict", content=body, headers=JSON)
+            await asyncio.sleep(0.1)
 
     async def poison(seed: int) -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             session = (await client.post("/sessions", json={"model": "rnn"})).json()["session"]
             while not stop.is_set():
-                bad = await client.post(f"/sessions/{session}/step", content=b'{"x": [1, 2, NaN, 4, 5]}',
-                                        headers={"content-type": "application/json"})  # fmt: skip
+                content = b'{"x": [1, 2, NaN, 4, 5]}'
+                bad = await client.post(f"/sessions/{session}/step", content=content, headers=JSON)
                 assert bad.status_code == 422
                 huge = await client.post("/predict", json={"model": "rnn", "sequences": [[[3e38] * FEATURES] * 5]})
                 assert huge.status_code in (200, 422)
@@ -208,8 +208,9 @@ def test_a_full_queue_answers_503_at_once_and_the_rest_is_answered(
 
     async def everyone() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
-            body = {"model": "decaying", "sequences": [sequence(0, 9000).tolist()] * 2}
-            return list(await asyncio.gather(*(client.post("/predict", json=body) for _ in range(12))))
+            body = json.dumps({"model": "decaying", "sequences": [sequence(0, 9000).tolist()] * 2}).encode()
+            send = [client.post("/predict", content=body, headers=JSON) for _ in range(12)]
+            return list(await asyncio.gather(*send))
 
     answers = asyncio.run(everyone())
     statuses = [answer.status_code for answer in answers]
