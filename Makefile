@@ -15,7 +15,7 @@ serve: setup
 setup: $(BIN)/.all $(EXAMPLES:%=artifacts/%/1/model.onnx)
 
 test: $(BIN)/.dev $(BIN)/.silero setup check servers
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
 # The campaigns: minutes of kills, of fuzzing, and the container where there is an engine to run it.
 test-long: $(BIN)/.dev $(BIN)/.silero setup servers

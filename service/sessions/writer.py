@@ -287,23 +287,34 @@ class SessionWriter:
         """
         self._check_alive(session)
         claims = key is not None and not waits
-        if claims:
-            if session in self.in_flight:
-                raise _in_flight(session)
-            self.in_flight.add(session)
         lease = Lease()
+        if claims:
+            self._claim(session)
+        claimed = claims
         try:
             async with self._table.locks[session.engine].locked(session, lease):
+                if claims:
+                    # A refresh may take a round trip; what it finds wrong must not refuse the change that is right.
+                    self.in_flight.discard(session)
+                    claimed = False
                 self._check_alive(session)
                 await self._store.refresh(session, key)
                 applied = None if key is None else check(session.position, session.applied, key)
                 if applied is not None:
                     self.replays += 1
                     self._table.touch(session)
+                elif claims:
+                    self.in_flight.add(session)
+                    claimed = True
                 yield Turn(lease, applied)
         finally:
-            if claims and not lease.handed_over:
+            if claimed and not lease.handed_over:
                 self.in_flight.discard(session)
+
+    def _claim(self, session: Session) -> None:
+        if session in self.in_flight:
+            raise _in_flight(session)
+        self.in_flight.add(session)
 
     async def retrying(self, session: Session, attempt: Callable[[Session], Awaitable[T]]) -> T:
         """Attempts a change, again from the start for as long as the session is found changed elsewhere."""
