@@ -26,7 +26,7 @@ import keras  # noqa: E402
 import onnx  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from export import artifacts  # noqa: E402
+from export.publish import repository_writer  # noqa: E402
 from export.candidates.candidates import build, candidates, open_model, with_document  # noqa: E402
 from export.keras_model.load import load, with_dtype  # noqa: E402
 from export.keras_model.step_network import StatefulNetwork  # noqa: E402
@@ -104,7 +104,7 @@ def write_unproved(folder: Path, name: str) -> None:
 
 def write(folder: Path, told: ModelDocument, graphs: Mapping[str, onnx.ModelProto | None]) -> None:
     files = {file: with_document(graph, told) for file, graph in graphs.items() if graph}
-    artifacts.write(folder / "artifacts", told.name, 1, files)
+    repository_writer.write(folder / "artifacts", told.name, 1, files)
 
 
 def keep_reference(folder: Path, name: str, reference: Reference) -> None:
