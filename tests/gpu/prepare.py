@@ -26,10 +26,10 @@ import keras  # noqa: E402
 import onnx  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from export.publish import repository_writer  # noqa: E402
 from export.candidates.candidates import build, candidates, open_model, with_document  # noqa: E402
 from export.keras_model.load import load, with_dtype  # noqa: E402
 from export.keras_model.step_network import StatefulNetwork  # noqa: E402
+from export.publish import repository_writer  # noqa: E402
 from models.cells import LSTMCell  # noqa: E402
 from service.runtime.batch_invariance import SHORT, draw, prove  # noqa: E402
 from service.runtime.onnx_model import Runtime  # noqa: E402
