@@ -44,14 +44,18 @@ def running(start: Callable[[], Coroutine[None, None, Server]]) -> Iterator[int]
             await server.wait_closed()
 
     loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=lambda: asyncio.Runner(loop_factory=lambda: loop).run(run()))
+
+    def serve_until_stopped() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:  # its end ends the connections' tasks too
+            runner.run(run())
+
+    thread = threading.Thread(target=serve_until_stopped)
     thread.start()
     try:
         yield started.result(10)
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join()
-        loop.close()
 
 
 @contextmanager
@@ -72,6 +76,8 @@ def http_server(answer: Callable[[int], Coroutine[None, None, bytes]]) -> Iterat
             pass
         finally:
             writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
 
     with running(lambda: asyncio.start_server(handle, "127.0.0.1", 0)) as port:
         yield port
