@@ -170,8 +170,9 @@ class Bench:
 
     def _bare(self, what: str, steps_a_request: float) -> Run:
         """ONNX Runtime alone on the servers' core, with our model or the peers', whichever is faster."""
-        theirs = {"steps": "step.onnx", "sequences": "fused.onnx"}[what]
-        models = [self.folder / theirs, *sorted((self.folder / "artifacts/bench/1").glob("*.onnx"))]
+        # Where our model has a graph for single steps beside it, that takes no sequences.
+        theirs, ours = {"steps": ("step.onnx", "*.onnx"), "sequences": ("fused.onnx", "model.onnx")}[what]
+        models = [self.folder / theirs, *sorted((self.folder / "artifacts/bench/1").glob(ours))]
 
         def run(seconds: float) -> Figure:
             done = subprocess.run(
