@@ -113,7 +113,7 @@ class Client:
     async def run(self, end: float) -> None:
         body: dict[str, Any] = {"model": MODELS[self.number % len(MODELS)]}
         assert (await self.send("PUT", self.url, body))["position"] == 0
-        while time.monotonic() < end:
+        while time.monotonic() < end or not self.position:  # nothing is killed after the end: everybody comes to a step
             size = self.random.choice((1, 1, 2, 7, 40))
             if self.sent and self.random.random() < 0.1:
                 await self.late()
@@ -204,8 +204,7 @@ def test_no_step_is_lost_or_doubled_while_replicas_are_killed_and_the_store_rest
         whole = runtime.run(x[None], np.array([len(x)], np.int32), runtime.zeros(1))[0][0]
         assert np.array(client.ys, np.float32).tobytes() == np.asarray(whole).tobytes(), f"session {client.number}"
     assert kills > SECONDS / 10
-    # Nearly everybody came to something, or the rest would say little; a busy machine may starve a few.
-    assert sum(client.position > 0 for client in clients) > 0.9 * SESSIONS
+    assert sum(client.position > 0 for client in clients) == SESSIONS
     positions = {}
     with httpx.Client(base_url=cluster.url, timeout=20) as http:
         for client in clients[:20]:

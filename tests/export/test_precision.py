@@ -91,8 +91,9 @@ def test_all_but_those_that_onnx_runtime_scales_by_the_batch_are_exact_and_near(
                 runtime = candidates.open_model(narrow, steps, document)
                 y, _ = runtime.run(data.inputs[0], data.lengths, runtime.zeros(SEQUENCES))
                 off = np.abs(y - true).max()
-                # Without VNNI, 8-bit products of an AVX2 processor saturate: 0.13 there.
-                assert 0 < off < 0.2 * np.abs(true).max(), scheme.name
+                # ONNX Runtime's own was seen 0.13 off on a processor with AVX2 and without VNNI.
+                most = 0.2 if scheme.name == "DynamicQuantizeLSTM" else 0.1
+                assert 0 < off < most * np.abs(true).max(), scheme.name
                 exact.setdefault(scheme.name, set()).add(prove([runtime], SHORT).proved)
     if precision == "int8":
         assert exact.pop("DynamicQuantizeLSTM") == {False}
