@@ -96,7 +96,7 @@ def save_keras(folder: Path, own: Weights) -> None:
     """Writes the network twice: `bench.keras` with Keras's LSTM, `cells.keras` with our cell."""
     import keras
 
-    from models.cells import LSTMCell
+    from cellserve.models.cells import LSTMCell
 
     def network(recurrent: keras.Layer) -> keras.Model:
         x = keras.Input((None, FEATURES))
@@ -125,11 +125,11 @@ _GATES = {gate: slice(k * UNITS, (k + 1) * UNITS) for k, gate in enumerate("iofc
 
 def make(folder: Path) -> dict[str, Any]:
     """Writes all forms in a folder; gives what our export measured beside tf2onnx's own form and Keras."""
-    from models.quiet import import_tensorflow
+    from cellserve.models.quiet import import_tensorflow
 
     import_tensorflow()
-    from export.exporter import Request, export
-    from service.runtime.onnx_model import Runtime
+    from cellserve.export.exporter import Request, export
+    from cellserve.service.runtime.onnx_model import Runtime
 
     own = weights()
     save_onnx(folder, own)

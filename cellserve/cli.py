@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "serve": ("service.cli.serve", "serve the models of a repository over HTTP", "cpu]' or 'cellserve[gpu"),
-    "key": ("service.cli.key", "draw an API key", "cpu]' or 'cellserve[gpu"),
-    "models": ("service.cli.models", "list the models of a repository", "cpu]' or 'cellserve[gpu"),
-    "train": ("models.training_cli", "train the example networks", "export"),
-    "export": ("export.__main__", "turn a saved Keras network into a model to serve", "export"),
-    "adopt": ("export.cli.adopt", "take a stateful ONNX model made elsewhere", "adopt"),
+    "serve": ("cellserve.service.cli.serve", "serve the models of a repository over HTTP", "cpu]' or 'cellserve[gpu"),
+    "key": ("cellserve.service.cli.key", "draw an API key", "cpu]' or 'cellserve[gpu"),
+    "models": ("cellserve.service.cli.models", "list the models of a repository", "cpu]' or 'cellserve[gpu"),
+    "train": ("cellserve.models.training_cli", "train the example networks", "export"),
+    "export": ("cellserve.export.__main__", "turn a saved Keras network into a model to serve", "export"),
+    "adopt": ("cellserve.export.cli.adopt", "take a stateful ONNX model made elsewhere", "adopt"),
 }
 
 HELP = """\

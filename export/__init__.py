@@ -1,3 +1,3 @@
 """The export: a saved Keras model of recurrent layers becomes one ONNX file, proved exact before it is written."""
 
-import service as service  # first of all: it keeps ONNX Runtime from asking hosts that nobody named
+from cellserve import service as service  # first of all: it keeps ONNX Runtime from asking hosts that nobody named

@@ -1,4 +1,4 @@
-"""The export script: `python -m export`, which is `cellserve export`."""
+"""The export script: `python -m cellserve.export`, which is `cellserve export`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from export.cli.options import add_shared
-from export.errors import ExportError
+from cellserve.export.cli.options import add_shared
+from cellserve.export.errors import ExportError
 
 EXAMPLE = """\
 example:
@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         # Here and not above, so that --help and a mistyped argument answer at once.
-        from models.quiet import import_tensorflow
+        from cellserve.models.quiet import import_tensorflow
 
         import_tensorflow()
-        from export.exporter import Request, export
+        from cellserve.export.exporter import Request, export
 
         export(Request(**{**arguments, "imports": tuple(arguments["imports"])}), Console())
     except (ExportError, ImportError) as error:

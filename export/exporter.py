@@ -14,19 +14,19 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from export.candidates import candidates
-from export.candidates.quantization import Narrowed, narrowed
-from export.errors import ExportError, Unsteppable
-from export.keras_model.load import load
-from export.keras_model.step_network import StatefulNetwork
-from export.onnx_graph.sequence_network import WholeNetwork
-from export.publish import compatibility, repository_writer
-from export.report import html
-from export.report.console import Results, show
-from export.verify.benchmark import side_by_side
-from export.verify.evaluation import TestData
-from models import cells  # noqa: F401  registers the cells for loading
-from models.signature import (
+from cellserve.export.candidates import candidates
+from cellserve.export.candidates.quantization import Narrowed, narrowed
+from cellserve.export.errors import ExportError, Unsteppable
+from cellserve.export.keras_model.load import load
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.onnx_graph.sequence_network import WholeNetwork
+from cellserve.export.publish import compatibility, repository_writer
+from cellserve.export.report import html
+from cellserve.export.report.console import Results, show
+from cellserve.export.verify.benchmark import side_by_side
+from cellserve.export.verify.evaluation import TestData
+from cellserve.models import cells  # noqa: F401  registers the cells for loading
+from cellserve.models.signature import (
     MODEL_NAME,
     STEP_NAME,
     Exactness,

@@ -8,7 +8,7 @@ import keras
 from keras import layers
 from numpy.typing import NDArray
 
-from models.cells import LSTMCell, RNNCell
+from cellserve.models.cells import LSTMCell, RNNCell
 
 Array = NDArray[Any]
 

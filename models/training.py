@@ -16,9 +16,9 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from models import datasets
-from models.metrics import evaluate, ngram_bits, rmse
-from models.networks import character_network, speaker_network, sunspot_network
+from cellserve.models import datasets
+from cellserve.models.metrics import evaluate, ngram_bits, rmse
+from cellserve.models.networks import character_network, speaker_network, sunspot_network
 
 Array = NDArray[Any]
 Progress = Callable[[int, int, str], None]  # epochs done, of how many, how it does

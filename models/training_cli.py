@@ -59,10 +59,10 @@ def train_all(names: Sequence[str], folder: Path, console: Console) -> None:
     columns = TextColumn("{task.description:16}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[figure]}")
     with Progress(*columns, console=console) as bars:
         tasks = {name: bars.add_task(name, total=None, figure="waiting", start=False) for name in names}
-        from models.quiet import import_tensorflow
+        from cellserve.models.quiet import import_tensorflow
 
         import_tensorflow()
-        from models.training import save, train
+        from cellserve.models.training import save, train
 
         for name, task in tasks.items():
             bars.start_task(task)

@@ -15,20 +15,20 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api import openapi, operations, sessions
-from service.api.asgi import AnsweringProblems, as_problem
-from service.api.inference.http import HttpInference
-from service.api.inference.service import Inference
-from service.api.middleware import Observed
-from service.api.operations_listener import Port
-from service.api.predict import Predict
-from service.api.rollout import RollOut
-from service.api.websocket.endpoint import Stream, over_http
-from service.context import Service
-from service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
-from service.observability import logging
-from service.observability.request_context import told
-from service.settings import Settings
+from cellserve.service.api import openapi, operations, sessions
+from cellserve.service.api.asgi import AnsweringProblems, as_problem
+from cellserve.service.api.inference.http import HttpInference
+from cellserve.service.api.inference.service import Inference
+from cellserve.service.api.middleware import Observed
+from cellserve.service.api.operations_listener import Port
+from cellserve.service.api.predict import Predict
+from cellserve.service.api.rollout import RollOut
+from cellserve.service.api.websocket.endpoint import Stream, over_http
+from cellserve.service.context import Service
+from cellserve.service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
+from cellserve.service.observability import logging
+from cellserve.service.observability.request_context import told
+from cellserve.service.settings import Settings
 
 _YOUNG_OBJECTS = 50_000
 _METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT")
@@ -51,7 +51,7 @@ def create_app(settings: Settings) -> Observed:
     grpc_server = None
     if settings.grpc_port is not None:
         # Here and not above: the packages are an extra.
-        from service.api.inference.grpc_server import GrpcServer
+        from cellserve.service.api.inference.grpc_server import GrpcServer
 
         grpc_server = GrpcServer(inference)
 

@@ -8,7 +8,7 @@ import logging
 import re
 from pathlib import Path
 
-from service.errors import Unauthorized
+from cellserve.service.errors import Unauthorized
 
 _LINE = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})")
 _REMEMBERED = 4096  # keys that need not be compared with every line again

@@ -13,25 +13,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from service.auth import Keys
-from service.engine.engine import Engine
-from service.errors import NotAnOperator, ServerFull
-from service.model_manager import Versions
-from service.model_repository.repository import Model, Repository
-from service.observability.counters import Counts
-from service.observability.prometheus import Metrics
-from service.runtime.onnx_model import RuntimeOptions
-from service.sessions.rollout import Rollouts
-from service.sessions.session import Durable
-from service.sessions.stores.memory import MemoryStore
-from service.sessions.stores.protocol import SessionStore
-from service.sessions.stores.snapshot import BadSnapshot, Snapshots
-from service.sessions.table import SessionTable
-from service.sessions.writer import SessionWriter
-from service.settings import Settings
+from cellserve.service.auth import Keys
+from cellserve.service.engine.engine import Engine
+from cellserve.service.errors import NotAnOperator, ServerFull
+from cellserve.service.model_manager import Versions
+from cellserve.service.model_repository.repository import Model, Repository
+from cellserve.service.observability.counters import Counts
+from cellserve.service.observability.prometheus import Metrics
+from cellserve.service.runtime.onnx_model import RuntimeOptions
+from cellserve.service.sessions.rollout import Rollouts
+from cellserve.service.sessions.session import Durable
+from cellserve.service.sessions.stores.memory import MemoryStore
+from cellserve.service.sessions.stores.protocol import SessionStore
+from cellserve.service.sessions.stores.snapshot import BadSnapshot, Snapshots
+from cellserve.service.sessions.table import SessionTable
+from cellserve.service.sessions.writer import SessionWriter
+from cellserve.service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.observability.tracing import Tracing
+    from cellserve.service.observability.tracing import Tracing
 
 log = logging.getLogger("cellserve")
 
@@ -51,8 +51,8 @@ def _store(settings: Settings, table: SessionTable, versions: Versions) -> Sessi
         durable: Durable = "none" if settings.snapshot is None else "snapshot"
         return MemoryStore(table, settings.max_sessions, settings.tombstone_seconds, settings.when_full, durable)
     # Here and not above: the package is an extra.
-    from service.sessions.stores.redis import RedisStore
-    from service.sessions.stores.redis_client import RedisClient
+    from cellserve.service.sessions.stores.redis import RedisStore
+    from cellserve.service.sessions.stores.redis_client import RedisClient
 
     times = settings.session_idle_seconds, settings.tombstone_seconds, settings.store_timeout_seconds
     client = RedisClient(settings.store, *times, settings.store_replicas)
@@ -63,7 +63,7 @@ def _tracing(settings: Settings) -> Tracing | None:
     if not settings.tracing:
         return None
     # Here and not above: the package is an extra.
-    from service.observability.tracing import Tracing
+    from cellserve.service.observability.tracing import Tracing
 
     return Tracing()
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import PositionConflict, SessionWentBack
+from cellserve.service.errors import PositionConflict, SessionWentBack
 
 Array = NDArray[Any]
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple, TypeVar
 
-from models.signature import Signature, StateSpec, TensorSpec
-from service.engine.engine import Engine
-from service.errors import RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
-from service.model_repository.repository import BrokenModel, Model, Repository, VersionKey, cannot_be_run
-from service.runtime.onnx_model import RuntimeUnavailable
-from service.sessions.table import SessionTable
+from cellserve.models.signature import Signature, StateSpec, TensorSpec
+from cellserve.service.engine.engine import Engine
+from cellserve.service.errors import RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
+from cellserve.service.model_repository.repository import BrokenModel, Model, Repository, VersionKey, cannot_be_run
+from cellserve.service.runtime.onnx_model import RuntimeUnavailable
+from cellserve.service.sessions.table import SessionTable
 
 T = TypeVar("T")
 State = Literal["serving", "draining", "loaded", "available", "refused"]

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.runtime.onnx_model import Optimization, Provider
+from cellserve.service.runtime.onnx_model import Optimization, Provider
 
 LogFormat = Literal["text", "json"]
 WhenFull = Literal["refuse", "evict"]

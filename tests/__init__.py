@@ -1,3 +1,3 @@
 """The tests; they mirror the folders of what they test."""
 
-import service as service  # first of all: it keeps ONNX Runtime from asking hosts that nobody named
+from cellserve import service as service  # first of all: it keeps ONNX Runtime from asking hosts that nobody named

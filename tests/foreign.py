@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.helper import make_node as node
 
-from models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
+from cellserve.models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 Info = tuple[str, int, list[Any]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from export.publish import repository_writer
-from models.signature import MODEL_NAME, Signature, StateSpec, TensorSpec
+from cellserve.export.publish import repository_writer
+from cellserve.models.signature import MODEL_NAME, Signature, StateSpec, TensorSpec
 from tests import foreign
 
 

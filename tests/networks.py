@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.quiet import import_tensorflow
+from cellserve.models.quiet import import_tensorflow
 
 import_tensorflow()
 
@@ -13,8 +13,8 @@ import keras  # noqa: E402
 from keras import layers, ops  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from export.exporter import Request, export  # noqa: E402
-from models.cells import LSTMCell, RNNCell  # noqa: E402
+from cellserve.export.exporter import Request, export  # noqa: E402
+from cellserve.models.cells import LSTMCell, RNNCell  # noqa: E402
 from tests.export.unmeasured import unmeasured  # noqa: E402
 
 FEATURES, OUTPUTS = 5, 3

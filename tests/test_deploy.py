@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.settings import ENV_PREFIX, Settings
+from cellserve.service.settings import ENV_PREFIX, Settings
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 SETTINGS = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from service.settings import Settings
+from cellserve.service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from export.publish import repository_writer
-from models.signature import MODEL_NAME
+from cellserve.export.publish import repository_writer
+from cellserve.models.signature import MODEL_NAME
 
 
 def copy_of(repository: Path, folder: Path, *names: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import uuid
 
-from models.quiet import import_tensorflow
+from cellserve.models.quiet import import_tensorflow
 
 import_tensorflow()
 import keras  # noqa: E402

@@ -12,17 +12,17 @@ from typing import Literal
 
 from rich.console import Console
 
-from export.adopt import reference_loop
-from export.adopt.console import show
-from export.adopt.graph_editor import ForeignGraph
-from export.adopt.serving_graph import ServableGraph
-from export.adopt.state_matching import find_pairs
-from export.adopt.tensor_roles import InputFlag, StateFlag, find_roles
-from export.errors import ExportError
-from export.publish import compatibility, repository_writer
-from models.signature import MODEL_NAME, Exactness, ModelDocument, Rollout, Signature, rollout_misfit
-from service.runtime.batch_invariance import SHORT, WHOLE, Differs, Effort, compare
-from service.runtime.onnx_model import Runtime
+from cellserve.export.adopt import reference_loop
+from cellserve.export.adopt.console import show
+from cellserve.export.adopt.graph_editor import ForeignGraph
+from cellserve.export.adopt.serving_graph import ServableGraph
+from cellserve.export.adopt.state_matching import find_pairs
+from cellserve.export.adopt.tensor_roles import InputFlag, StateFlag, find_roles
+from cellserve.export.errors import ExportError
+from cellserve.export.publish import compatibility, repository_writer
+from cellserve.models.signature import MODEL_NAME, Exactness, ModelDocument, Rollout, Signature, rollout_misfit
+from cellserve.service.runtime.batch_invariance import SHORT, WHOLE, Differs, Effort, compare
+from cellserve.service.runtime.onnx_model import Runtime
 
 LIBRARIES = ("onnx", "onnxruntime")
 TOLERANCE = 1e-5  # of parity: |ours - theirs| <= TOLERANCE * max(1, |theirs|)

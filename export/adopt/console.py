@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.adopt.tensor_roles import Roles
-from models.signature import ModelDocument, TensorSpec
+from cellserve.export.adopt.tensor_roles import Roles
+from cellserve.models.signature import ModelDocument, TensorSpec
 
 Array = NDArray[Any]
 

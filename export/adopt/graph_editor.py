@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 from onnx import external_data_helper, helper, numpy_helper
 
-from export.adopt.state_matching import Dims, Port
-from export.errors import ExportError
-from models.signature import METADATA_KEY, ModelDocument
+from cellserve.export.adopt.state_matching import Dims, Port
+from cellserve.export.errors import ExportError
+from cellserve.models.signature import METADATA_KEY, ModelDocument
 
 # Of which ONNX Runtime has the operators itself; no library of custom ones is ever loaded.
 _DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}

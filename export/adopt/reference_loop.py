@@ -9,12 +9,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.adopt.tensor_roles import InputRole, Roles
-from export.errors import ExportError
-from models.signature import Signature
-from service.runtime.batch_invariance import draw
-from service.runtime.onnx_model import Runtime
-from service.runtime.tensor_layout import parts
+from cellserve.export.adopt.tensor_roles import InputRole, Roles
+from cellserve.export.errors import ExportError
+from cellserve.models.signature import Signature
+from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.tensor_layout import parts
 
 Array = NDArray[Any]
 

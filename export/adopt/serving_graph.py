@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from export.adopt import reference_loop
-from export.adopt.graph_editor import ForeignGraph
-from export.adopt.tensor_roles import SERVED_TYPES, InputRole, Roles
-from export.errors import ExportError
-from models.signature import Exactness, ModelDocument, Signature, StateSpec, TensorSpec
-from service.runtime.batch_invariance import draw
-from service.runtime.onnx_model import Runtime, RuntimeUnavailable
-from service.runtime.tensor_layout import parts
+from cellserve.export.adopt import reference_loop
+from cellserve.export.adopt.graph_editor import ForeignGraph
+from cellserve.export.adopt.tensor_roles import SERVED_TYPES, InputRole, Roles
+from cellserve.export.errors import ExportError
+from cellserve.models.signature import Exactness, ModelDocument, Signature, StateSpec, TensorSpec
+from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.onnx_model import Runtime, RuntimeUnavailable
+from cellserve.service.runtime.tensor_layout import parts
 
 
 class ServableGraph:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from export.errors import ExportError
+from cellserve.export.errors import ExportError
 
 _BEFORE = {"past", "prev", "previous", "old", "in", "input", "init", "initial", "last"}
 _AFTER = {"present", "next", "new", "out", "output", "final", "updated", "n"}

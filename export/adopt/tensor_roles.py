@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from export.adopt.state_matching import Dims, Port, can_be_next, find_pairs, looks_like_a_state
-from export.errors import ExportError
+from cellserve.export.adopt.state_matching import Dims, Port, can_be_next, find_pairs, looks_like_a_state
+from cellserve.export.errors import ExportError
 
 SERVED_TYPES = ("float32", "int32", "int64")
 

@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import onnx
 
-from export.errors import ExportError, ProofFailed, first_line
-from export.keras_model.step_network import StatefulNetwork
-from export.onnx_graph.operators import Lowering, lowering_of
-from export.onnx_graph.scan_model import Assembly
-from export.onnx_graph.sequence_network import WholeNetwork
-from export.onnx_graph.step_model import OneStep
-from export.onnx_graph.tf_trace import trace_step
-from export.verify import benchmark
-from export.verify.parity import Parity, Reference, WholeReference
-from models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
-from service.runtime.batch_invariance import WHOLE, prove
-from service.runtime.onnx_model import Runtime, RuntimeOptions, RuntimeUnavailable
+from cellserve.export.errors import ExportError, ProofFailed, first_line
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.onnx_graph.operators import Lowering, lowering_of
+from cellserve.export.onnx_graph.scan_model import Assembly
+from cellserve.export.onnx_graph.sequence_network import WholeNetwork
+from cellserve.export.onnx_graph.step_model import OneStep
+from cellserve.export.onnx_graph.tf_trace import trace_step
+from cellserve.export.verify import benchmark
+from cellserve.export.verify.parity import Parity, Reference, WholeReference
+from cellserve.models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
+from cellserve.service.runtime.batch_invariance import WHOLE, prove
+from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions, RuntimeUnavailable
 
 THREADS = (1, 2)  # exactness is proved across these
 

@@ -11,12 +11,12 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from export.candidates import candidates
-from export.candidates.candidates import Form
-from export.candidates.quantization_schemes import SCHEMES, Ranges, digest, products
-from export.errors import ExportError, first_line
-from export.verify.evaluation import TestData
-from models.signature import ModelDocument
+from cellserve.export.candidates import candidates
+from cellserve.export.candidates.candidates import Form
+from cellserve.export.candidates.quantization_schemes import SCHEMES, Ranges, digest, products
+from cellserve.export.errors import ExportError, first_line
+from cellserve.export.verify.evaluation import TestData
+from cellserve.models.signature import ModelDocument
 
 # What may be lost where `--tolerance` does not say: of accuracy as a share of all, of RMSE as a share of what it was.
 TOLERANCES = {"accuracy": 0.01, "rmse": 0.01}

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.onnx_graph.builder import GraphBuilder, graphs
+from cellserve.export.onnx_graph.builder import GraphBuilder, graphs
 
 Array = NDArray[Any]
 Ranges = Mapping[str, float]  # digest of a weight: the largest number that it was multiplied by

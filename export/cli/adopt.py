@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from export.cli.options import add_shared, positive
-from export.errors import ExportError
+from cellserve.export.cli.options import add_shared, positive
+from cellserve.export.errors import ExportError
 
 EXAMPLE = """\
 example:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments[name] = tuple(arguments[name])
     try:
         # Here and not above, so that --help and a mistyped argument answer at once.
-        from export.adopt.adopt import Request, adopt
+        from cellserve.export.adopt.adopt import Request, adopt
 
         adopt(Request(**arguments), Console())
     except ModuleNotFoundError as error:
@@ -87,7 +87,7 @@ def _sized(text: str) -> tuple[str, int]:
 
 
 def _state(text: str) -> object:
-    from export.adopt.tensor_roles import StateFlag
+    from cellserve.export.adopt.tensor_roles import StateFlag
 
     names, told = _told(text, ("batch_axis",))
     name, following = _pair(names)
@@ -95,7 +95,7 @@ def _state(text: str) -> object:
 
 
 def _input(text: str) -> object:
-    from export.adopt.tensor_roles import InputFlag
+    from cellserve.export.adopt.tensor_roles import InputFlag
 
     name, told = _told(text, ("batch_axis", "time_axis", "bounds"))
     batch_axis = -1 if told.get("batch_axis") == "none" else _axis(told, "batch_axis")

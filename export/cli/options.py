@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from models.signature import checked_labels, checked_name
+from cellserve.models.signature import checked_labels, checked_name
 
 
 def add_shared(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import keras
 
-from export.errors import ExportError, first_line
-from export.keras_model.graph_walk import has_graph
-from export.keras_model.load_errors import why
+from cellserve.export.errors import ExportError, first_line
+from cellserve.export.keras_model.graph_walk import has_graph
+from cellserve.export.keras_model.load_errors import why
 
 # Of recurrent layers and cells; a dropout draws random numbers that nobody reads even where it does nothing.
 _TRAINING_OR_ONE_SHAPE = ("stateful", "unroll", "dropout", "recurrent_dropout")

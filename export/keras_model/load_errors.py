@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from export.errors import first_line
+from cellserve.export.errors import first_line
 
 _LEGACY = (".h5", ".hdf5")  # of earlier versions of Keras, which loads them still
 

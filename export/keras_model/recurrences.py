@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from export.errors import ExportError, first_line
+from cellserve.export.errors import ExportError, first_line
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,13 @@ import numpy as np
 from keras import ops, tree
 from keras.src.backend import set_keras_mask
 
-from export.errors import ExportError, Unsteppable
-from export.keras_model.graph_walk import Call, is_timed, walk
-from export.keras_model.load import opened
-from export.keras_model.naming import Names
-from export.keras_model.recurrences import Recurrence, State, cells_of, recurrences_of
-from export.keras_model.tensor_specs import input_specs, output_specs
-from models.signature import Signature, StateSpec, TensorSpec
+from cellserve.export.errors import ExportError, Unsteppable
+from cellserve.export.keras_model.graph_walk import Call, is_timed, walk
+from cellserve.export.keras_model.load import opened
+from cellserve.export.keras_model.naming import Names
+from cellserve.export.keras_model.recurrences import Recurrence, State, cells_of, recurrences_of
+from cellserve.export.keras_model.tensor_specs import input_specs, output_specs
+from cellserve.models.signature import Signature, StateSpec, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import keras
 
-from export.errors import ExportError
-from export.keras_model.graph_walk import graph_of, readers
-from export.keras_model.naming import Names
-from models.signature import TensorSpec
+from cellserve.export.errors import ExportError
+from cellserve.export.keras_model.graph_walk import graph_of, readers
+from cellserve.export.keras_model.naming import Names
+from cellserve.models.signature import TensorSpec
 
 _DTYPES = ("float32", "int32", "int64")
 _RANGES = {"int8": (-128, 127), "uint8": (0, 255), "int16": (-32768, 32767), "uint16": (0, 65535)}

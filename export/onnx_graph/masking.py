@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from onnx import TensorProto
 
-from export.keras_model.recurrences import Recurrence
-from export.onnx_graph.builder import GraphBuilder
+from cellserve.export.keras_model.recurrences import Recurrence
+from cellserve.export.onnx_graph.builder import GraphBuilder
 
 Run = Callable[[str, str, Sequence[str]], tuple[str, list[str]]]  # (x, lengths, states) -> (y, states)
 

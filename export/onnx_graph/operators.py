@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from export.onnx_graph.builder import GraphBuilder
-from models.cells import LSTMCell
+from cellserve.export.onnx_graph.builder import GraphBuilder
+from cellserve.models.cells import LSTMCell
 
 # (graph, cell, x [time, batch, features], lengths [batch], states [batch, units]) -> (y [time, batch, units], states)
 Lowering = Callable[[GraphBuilder, Any, str, str, Sequence[str]], tuple[str, list[str]]]

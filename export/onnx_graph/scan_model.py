@@ -16,14 +16,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from export.errors import ExportError
-from export.keras_model.recurrences import Recurrence
-from export.keras_model.step_network import StatefulNetwork
-from export.onnx_graph import masking
-from export.onnx_graph.builder import GraphBuilder
-from export.onnx_graph.operators import Lowering
-from export.onnx_graph.tf_trace import BATCH, OPSET, StepGraph
-from models.signature import Signature
+from cellserve.export.errors import ExportError
+from cellserve.export.keras_model.recurrences import Recurrence
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.onnx_graph import masking
+from cellserve.export.onnx_graph.builder import GraphBuilder
+from cellserve.export.onnx_graph.operators import Lowering
+from cellserve.export.onnx_graph.tf_trace import BATCH, OPSET, StepGraph
+from cellserve.models.signature import Signature
 
 IR_VERSION = 10
 

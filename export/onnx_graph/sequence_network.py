@@ -19,14 +19,14 @@ from keras import ops
 from keras.src.backend import set_keras_mask
 from onnx import compose, helper, numpy_helper
 
-from export.errors import ExportError
-from export.keras_model.graph_walk import Call, is_timed, walk
-from export.keras_model.load import opened
-from export.keras_model.recurrences import Recurrence
-from export.keras_model.step_network import StatefulNetwork, refuse_foreign_states
-from export.keras_model.tensor_specs import input_specs, output_specs
-from export.onnx_graph.tf_trace import BATCH, convert
-from models.signature import Signature, TensorSpec
+from cellserve.export.errors import ExportError
+from cellserve.export.keras_model.graph_walk import Call, is_timed, walk
+from cellserve.export.keras_model.load import opened
+from cellserve.export.keras_model.recurrences import Recurrence
+from cellserve.export.keras_model.step_network import StatefulNetwork, refuse_foreign_states
+from cellserve.export.keras_model.tensor_specs import input_specs, output_specs
+from cellserve.export.onnx_graph.tf_trace import BATCH, convert
+from cellserve.models.signature import Signature, TensorSpec
 
 _TIMES = (16, 128, 1024)  # time steps to try
 Recur = Callable[[Any, Any, Any], Any]  # (recurrent layer, its sequence, its mask) -> y [batch, time, *shape]

@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from export.keras_model.step_network import StatefulNetwork
-from export.onnx_graph import masking
-from export.onnx_graph.operators import Lowering
-from export.onnx_graph.scan_model import Assembly, LeftOut
-from export.onnx_graph.tf_trace import StepGraph
-from models.signature import Signature
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.onnx_graph import masking
+from cellserve.export.onnx_graph.operators import Lowering
+from cellserve.export.onnx_graph.scan_model import Assembly, LeftOut
+from cellserve.export.onnx_graph.tf_trace import StepGraph
+from cellserve.models.signature import Signature
 
 
 class OneStep(Assembly):

@@ -15,9 +15,9 @@ import tf2onnx
 from onnx import helper, numpy_helper
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-from export.errors import ExportError, first_line
-from export.keras_model.step_network import StatefulNetwork
-from export.onnx_graph.builder import graphs
+from cellserve.export.errors import ExportError, first_line
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.onnx_graph.builder import graphs
 
 OPSET = 18  # the newest that tf2onnx writes
 BATCH = "batch"  # the symbolic size of what has a row for each row of the batch

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.signature import MODEL_NAME, Signature, StateSpec, TensorSpec
-from service.runtime.onnx_file import BadModelFile, read
-from service.runtime.onnx_model import RuntimeUnavailable, parse_document
+from cellserve.models.signature import MODEL_NAME, Signature, StateSpec, TensorSpec
+from cellserve.service.runtime.onnx_file import BadModelFile, read
+from cellserve.service.runtime.onnx_model import RuntimeUnavailable, parse_document
 
 
 def warning(artifacts: Path, name: str, signature: Signature) -> str:

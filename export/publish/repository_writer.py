@@ -9,8 +9,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from export.errors import ExportError
-from models.signature import MANIFEST_NAME
+from cellserve.export.errors import ExportError
+from cellserve.models.signature import MANIFEST_NAME
 
 
 def check(artifacts: Path, name: str, version: int | None) -> None:

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.candidates.candidates import Form
-from export.candidates.quantization import Narrowed
-from models.signature import ModelDocument
+from cellserve.export.candidates.candidates import Form
+from cellserve.export.candidates.quantization import Narrowed
+from cellserve.models.signature import ModelDocument
 
 # How a form was run beside Keras, in words.
 RUNS = {

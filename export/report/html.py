@@ -8,12 +8,12 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from export.keras_model.step_network import StatefulNetwork
-from export.onnx_graph.sequence_network import WholeNetwork
-from export.report.console import RUNS, Results, slower_than_float32, tf2onnx_words
-from export.report.network_svg import draw
-from export.verify.parity import TOLERANCE
-from models.signature import TensorSpec
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.onnx_graph.sequence_network import WholeNetwork
+from cellserve.export.report.console import RUNS, Results, slower_than_float32, tf2onnx_words
+from cellserve.export.report.network_svg import draw
+from cellserve.export.verify.parity import TOLERANCE
+from cellserve.models.signature import TensorSpec
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _NUMBER = ' class="number"'

@@ -10,9 +10,9 @@ from typing import Any
 import keras
 from keras import tree
 
-from export.keras_model.graph_walk import graph_of, has_graph
-from export.keras_model.step_network import StatefulNetwork
-from export.onnx_graph.sequence_network import WholeNetwork
+from cellserve.export.keras_model.graph_walk import graph_of, has_graph
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.onnx_graph.sequence_network import WholeNetwork
 
 _WIDTH, _HEIGHT, _STATE, _DOWN, _BESIDE = 176, 44, 118, 34, 26  # of a box, of a state, gaps
 _LETTERS = 24  # that fit into a box

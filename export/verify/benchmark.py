@@ -11,14 +11,14 @@ import numpy as np
 import onnxruntime as ort
 import tensorflow as tf
 
-from export.keras_model.step_network import StatefulNetwork
-from export.onnx_graph.builder import graphs
-from export.onnx_graph.sequence_network import WholeNetwork
-from export.onnx_graph.tf_trace import convert
-from models.signature import Signature
-from service.runtime.batch_invariance import draw
-from service.runtime.onnx_model import Runtime
-from service.runtime.tensor_layout import parts
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.onnx_graph.builder import graphs
+from cellserve.export.onnx_graph.sequence_network import WholeNetwork
+from cellserve.export.onnx_graph.tf_trace import convert
+from cellserve.models.signature import Signature
+from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.tensor_layout import parts
 
 _RECURRENT = ("Loop", "Scan", "LSTM", "GRU", "RNN")  # what a recurrence may become
 SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time

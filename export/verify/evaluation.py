@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from export.errors import ExportError
-from export.keras_model.step_network import StatefulNetwork
-from models.metrics import evaluate
-from service.runtime.batch_invariance import Array
-from service.runtime.onnx_model import Runtime
-from service.runtime.tensor_layout import Layout, parts
+from cellserve.export.errors import ExportError
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.models.metrics import evaluate
+from cellserve.service.runtime.batch_invariance import Array
+from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.tensor_layout import Layout, parts
 
 
 class TestData:

@@ -14,13 +14,13 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from export.keras_model.graph_walk import graph_of
-from export.keras_model.load import with_dtype
-from export.keras_model.step_network import StatefulNetwork
-from export.onnx_graph.sequence_network import WholeNetwork
-from service.runtime.batch_invariance import Array, draw
-from service.runtime.onnx_model import Runtime
-from service.runtime.tensor_layout import Layout, parts
+from cellserve.export.keras_model.graph_walk import graph_of
+from cellserve.export.keras_model.load import with_dtype
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.onnx_graph.sequence_network import WholeNetwork
+from cellserve.service.runtime.batch_invariance import Array, draw
+from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.tensor_layout import Layout, parts
 
 TOLERANCE = 1e-5
 STRAYING = 4.0

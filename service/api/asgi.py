@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.compression import decompressed
-from service.errors import BodyTooLarge, Problem, UnsupportedMediaType
-from service.observability.request_context import asked_of, told
+from cellserve.service.api.compression import decompressed
+from cellserve.service.errors import BodyTooLarge, Problem, UnsupportedMediaType
+from cellserve.service.observability.request_context import asked_of, told
 
 T = TypeVar("T")
 

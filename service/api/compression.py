@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 
-from service.errors import BodyTooLarge, NotJson, UnsupportedMediaType
+from cellserve.service.errors import BodyTooLarge, NotJson, UnsupportedMediaType
 
 _WINDOW = {b"gzip": 31, b"deflate": 15}  # of zlib: the format is chosen by it
 _LEVEL = 1  # most of the size for little of the time

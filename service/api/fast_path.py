@@ -20,13 +20,13 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.exceptions import InvalidState
 from websockets.http11 import Request
 
-from service.api.asgi import REPLAY, RESUMABLE, as_problem
-from service.api.sessions import plain_step, written
-from service.context import Service
-from service.errors import Problem
-from service.observability.request_context import HEADER, Asked, asks_id, new_id, noted, told
-from service.sessions.pending import PendingStep, StepResult
-from service.sessions.session import Session
+from cellserve.service.api.asgi import REPLAY, RESUMABLE, as_problem
+from cellserve.service.api.sessions import plain_step, written
+from cellserve.service.context import Service
+from cellserve.service.errors import Problem
+from cellserve.service.observability.request_context import HEADER, Asked, asks_id, new_id, noted, told
+from cellserve.service.sessions.pending import PendingStep, StepResult
+from cellserve.service.sessions.session import Session
 
 _BEGIN, _END = b"/sessions/", b"/step"
 _JSON = (b"content-type", b"application/json")

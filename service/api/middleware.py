@@ -10,9 +10,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.context import Service
-from service.errors import Unauthorized
-from service.observability.request_context import HEADER, KEY, Asked, new_id, route
+from cellserve.service.context import Service
+from cellserve.service.errors import Unauthorized
+from cellserve.service.observability.request_context import HEADER, KEY, Asked, new_id, route
 
 _ID = re.compile(rb"[!-~]{1,128}")
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from service.api.inference import openapi as inference
-from service.api.safetensors import MEDIA_TYPES
-from service.context import Service
+from cellserve.service.api.inference import openapi as inference
+from cellserve.service.api.safetensors import MEDIA_TYPES
+from cellserve.service.context import Service
 
 _SESSION = {"session": "0b54b1fd5d2a4f3f9d63a3a1e6a1c0de", "model": "sunspots", "version": 1, "position": 0,
             "expires_in": 3600.0, "durable": "none"}  # fmt: skip

@@ -7,12 +7,12 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from service.api.asgi import read_body
-from service.context import Service
-from service.errors import InvalidInput
-from service.model_manager import VersionState
-from service.model_repository.repository import VersionKey
-from service.observability.prometheus import MEDIA_TYPE
+from cellserve.service.api.asgi import read_body
+from cellserve.service.context import Service
+from cellserve.service.errors import InvalidInput
+from cellserve.service.model_manager import VersionState
+from cellserve.service.model_repository.repository import VersionKey
+from cellserve.service.observability.prometheus import MEDIA_TYPE
 
 
 def router(service: Service) -> APIRouter:

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from models.signature import ModelDocument
-from service.api import safetensors
-from service.api.asgi import OneATurn, check_json, content_type, read_body, send_body, send_json, unless_gone
-from service.context import Service
-from service.engine.engine import Engine
-from service.errors import BodyTooLarge, InvalidInput, NotFinite, VersionLoading
-from service.runtime.tensor_layout import parts
-from service.validation.json_input import PART_BYTES, decode
+from cellserve.models.signature import ModelDocument
+from cellserve.service.api import safetensors
+from cellserve.service.api.asgi import OneATurn, check_json, content_type, read_body, send_body, send_json, unless_gone
+from cellserve.service.context import Service
+from cellserve.service.engine.engine import Engine
+from cellserve.service.errors import BodyTooLarge, InvalidInput, NotFinite, VersionLoading
+from cellserve.service.runtime.tensor_layout import parts
+from cellserve.service.validation.json_input import PART_BYTES, decode
 
 Array = NDArray[Any]
 

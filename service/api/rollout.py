@@ -11,16 +11,16 @@ import orjson
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from service.api.asgi import REPLAY, RESUMABLE, as_problem, read_json_body, send_json, unless_gone
-from service.api.sessions import Position
-from service.context import Service
-from service.errors import CannotRollOut, InvalidInput, Stopping
-from service.model_repository.repository import Model
-from service.observability.request_context import told
-from service.sessions.rollout import Given, Rollout
-from service.sessions.sampling import Sampling
-from service.sessions.session import Session
-from service.validation.json_input import decode
+from cellserve.service.api.asgi import REPLAY, RESUMABLE, as_problem, read_json_body, send_json, unless_gone
+from cellserve.service.api.sessions import Position
+from cellserve.service.context import Service
+from cellserve.service.errors import CannotRollOut, InvalidInput, Stopping
+from cellserve.service.model_repository.repository import Model
+from cellserve.service.observability.request_context import told
+from cellserve.service.sessions.rollout import Given, Rollout
+from cellserve.service.sessions.sampling import Sampling
+from cellserve.service.sessions.session import Session
+from cellserve.service.validation.json_input import decode
 
 Array = NDArray[Any]
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from models.signature import StateSpec, TensorSpec
-from service.errors import InvalidInput, NotSafetensors
-from service.model_repository.repository import Model
-from service.validation.tensor_values import checked
+from cellserve.models.signature import StateSpec, TensorSpec
+from cellserve.service.errors import InvalidInput, NotSafetensors
+from cellserve.service.model_repository.repository import Model
+from cellserve.service.validation.tensor_values import checked
 
 Array = NDArray[Any]
 

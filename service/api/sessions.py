@@ -11,8 +11,8 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from service.api import safetensors
-from service.api.asgi import (
+from cellserve.service.api import safetensors
+from cellserve.service.api.asgi import (
     REPLAY,
     ClientGone,
     as_problem,
@@ -23,18 +23,18 @@ from service.api.asgi import (
     send_problem,
     unless_gone,
 )
-from service.api.predict import labelled
-from service.context import Service
-from service.engine.engine import Engine
-from service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
-from service.idempotency import Request as Once
-from service.idempotency import creation, state_request, step_request
-from service.model_repository.repository import Model
-from service.sessions.pending import StepResult
-from service.sessions.session import Session
-from service.sessions.stores.protocol import SessionStore
-from service.sessions.writer import SessionWriter
-from service.validation.json_input import decode
+from cellserve.service.api.predict import labelled
+from cellserve.service.context import Service
+from cellserve.service.engine.engine import Engine
+from cellserve.service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
+from cellserve.service.idempotency import Request as Once
+from cellserve.service.idempotency import creation, state_request, step_request
+from cellserve.service.model_repository.repository import Model
+from cellserve.service.sessions.pending import StepResult
+from cellserve.service.sessions.session import Session
+from cellserve.service.sessions.stores.protocol import SessionStore
+from cellserve.service.sessions.writer import SessionWriter
+from cellserve.service.validation.json_input import decode
 
 Array = NDArray[Any]
 Position = Annotated[int, msgspec.Meta(ge=0)]

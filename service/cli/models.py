@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from models.signature import StateSpec, TensorSpec
-    from service.model_repository.repository import Model
+    from cellserve.models.signature import StateSpec, TensorSpec
+    from cellserve.service.model_repository.repository import Model
 
 _UNBOUNDED = 100_000  # columns
 
@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print all that GET /models/{name} says of each")
     arguments = parser.parse_args(argv)
     # Here and not above, so that --help answers at once.
-    from service.model_repository.repository import BrokenModel, Repository
-    from service.runtime.onnx_model import RuntimeOptions
-    from service.settings import Settings
+    from cellserve.service.model_repository.repository import BrokenModel, Repository
+    from cellserve.service.runtime.onnx_model import RuntimeOptions
+    from cellserve.service.settings import Settings
 
     settings = Settings()
     repository = Repository(arguments.models, RuntimeOptions(), settings.max_batch, settings.max_model_bytes)

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from service.observability import logging
-from service.settings import ENV_PREFIX, Settings
+from cellserve.service.observability import logging
+from cellserve.service.settings import ENV_PREFIX, Settings
 
 # A worker that has not said for so long that it lives is killed and started again: on a busy machine, or with a small
 # share of one, its imports alone may take the 5 seconds that uvicorn would give it.
@@ -81,15 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here and not above, so that --help and a mistyped flag answer at once.
     import uvicorn
 
-    from service.api.fast_path import ShortFrames, ShortHttp
-    from service.api.operations_listener import PortTaken, check_free
-    from service.app import create_app
-    from service.auth import BadKeysFile
-    from service.model_repository.repository import BrokenModel
-    from service.observability.prometheus import DIRECTORY
-    from service.runtime.onnx_model import RuntimeUnavailable
-    from service.sessions.stores.protocol import StoreUnusable
-    from service.sessions.stores.snapshot import BadSnapshot
+    from cellserve.service.api.fast_path import ShortFrames, ShortHttp
+    from cellserve.service.api.operations_listener import PortTaken, check_free
+    from cellserve.service.app import create_app
+    from cellserve.service.auth import BadKeysFile
+    from cellserve.service.model_repository.repository import BrokenModel
+    from cellserve.service.observability.prometheus import DIRECTORY
+    from cellserve.service.runtime.onnx_model import RuntimeUnavailable
+    from cellserve.service.sessions.stores.protocol import StoreUnusable
+    from cellserve.service.sessions.stores.snapshot import BadSnapshot
 
     logging.configure(settings.log_format)
     try:
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with folder:
             os.environ[DIRECTORY] = folder.name
             how["timeout_worker_healthcheck"] = _WORKER_SECONDS
-            uvicorn.run("service.app:from_environment", factory=True, workers=settings.workers, **how)
+            uvicorn.run("cellserve.service.app:from_environment", factory=True, workers=settings.workers, **how)
         return 0
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -21,15 +21,15 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.scheduler import Advance, Completion, CompletionSink, Cost, Lane, Moved, Tick, Tracing
-from service.engine.sequence_runner import WholeRuns
-from service.engine.state_arena import Arena, Slots
-from service.engine.stats import TickCounts
-from service.errors import ModelFailed, NotFinite, Problem, QueueFull
-from service.idempotency import Request
-from service.model_repository.repository import Model
-from service.runtime.tensor_layout import parts
-from service.settings import Settings
+from cellserve.service.engine.scheduler import Advance, Completion, CompletionSink, Cost, Lane, Moved, Tick, Tracing
+from cellserve.service.engine.sequence_runner import WholeRuns
+from cellserve.service.engine.state_arena import Arena, Slots
+from cellserve.service.engine.stats import TickCounts
+from cellserve.service.errors import ModelFailed, NotFinite, Problem, QueueFull
+from cellserve.service.idempotency import Request
+from cellserve.service.model_repository.repository import Model
+from cellserve.service.runtime.tensor_layout import parts
+from cellserve.service.settings import Settings
 
 Array = NDArray[Any]
 

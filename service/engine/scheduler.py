@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.state_arena import Slots
-from service.errors import Problem
-from service.idempotency import Request
+from cellserve.service.engine.state_arena import Slots
+from cellserve.service.errors import Problem
+from cellserve.service.idempotency import Request
 
 Array = NDArray[Any]
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.stats import TickCounts
-from service.errors import BodyTooLarge, InvalidInput, ModelFailed, NotFinite, Problem, QueueFull
-from service.model_repository.repository import Model
-from service.runtime.tensor_layout import parts
+from cellserve.service.engine.stats import TickCounts
+from cellserve.service.errors import BodyTooLarge, InvalidInput, ModelFailed, NotFinite, Problem, QueueFull
+from cellserve.service.model_repository.repository import Model
+from cellserve.service.runtime.tensor_layout import parts
 
 Array = NDArray[Any]
 

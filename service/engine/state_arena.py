@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.signature import StateSpec
+from cellserve.models.signature import StateSpec
 
 Array = NDArray[Any]
 Slots = NDArray[np.intp]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from models.signature import (
+from cellserve.models.signature import (
     MANIFEST_NAME,
     MODEL_NAME,
     STEP_NAME,
@@ -22,12 +22,12 @@ from models.signature import (
     checked_name,
     rollout_misfit,
 )
-from service.errors import CannotBeStepped
-from service.runtime.batch_invariance import SHORT, prove
-from service.runtime.onnx_file import BadModelFile, check
-from service.runtime.onnx_model import Runtime, RuntimeOptions, RuntimeUnavailable, parse_document
-from service.runtime.tensor_layout import Layout
-from service.validation.json_input import TensorReader
+from cellserve.service.errors import CannotBeStepped
+from cellserve.service.runtime.batch_invariance import SHORT, prove
+from cellserve.service.runtime.onnx_file import BadModelFile, check
+from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions, RuntimeUnavailable, parse_document
+from cellserve.service.runtime.tensor_layout import Layout
+from cellserve.service.validation.json_input import TensorReader
 
 log = logging.getLogger("cellserve")
 

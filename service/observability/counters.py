@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from service.engine.stats import SECONDS, Distribution
-from service.errors import Problem
+from cellserve.service.engine.stats import SECONDS, Distribution
+from cellserve.service.errors import Problem
 
 SURFACES = ("predict", "sessions", "stream", "inference", "operations")
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import orjson
 
-from service.settings import LogFormat
+from cellserve.service.settings import LogFormat
 
 
 def configure(form: LogFormat) -> None:

@@ -22,12 +22,12 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from service.engine.engine import Engine
-from service.engine.stats import Distribution
-from service.errors import StoreAway
-from service.observability.counters import Counts
-from service.sessions.stores.protocol import SessionStore
-from service.sessions.writer import SessionWriter
+from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.stats import Distribution
+from cellserve.service.errors import StoreAway
+from cellserve.service.observability.counters import Counts
+from cellserve.service.sessions.stores.protocol import SessionStore
+from cellserve.service.sessions.writer import SessionWriter
 
 log = logging.getLogger("cellserve")
 

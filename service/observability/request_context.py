@@ -11,8 +11,8 @@ from typing import Any
 
 from starlette.types import Scope
 
-from service.errors import Problem
-from service.observability.counters import SurfaceCounts
+from cellserve.service.errors import Problem
+from cellserve.service.observability.counters import SurfaceCounts
 
 HEADER = b"x-request-id"
 KEY = "cellserve.asked"  # of a scope

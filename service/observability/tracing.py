@@ -18,8 +18,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.engine.scheduler import Advance
-from service.observability.request_context import asked_of, route
+from cellserve.service.engine.scheduler import Advance
+from cellserve.service.observability.request_context import asked_of, route
 
 _propagator = TraceContextTextMapPropagator()
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.signature import Exactness, Signature, StateSpec, TensorSpec
-from service.runtime.onnx_model import Runtime
-from service.runtime.tensor_layout import Layout, parts
+from cellserve.models.signature import Exactness, Signature, StateSpec, TensorSpec
+from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.tensor_layout import Layout, parts
 
 Array = NDArray[Any]
 MASKED = 0.2  # of the time steps of a draw

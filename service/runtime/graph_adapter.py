@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.signature import Signature
-from service.runtime.tensor_layout import Layout, parts
+from cellserve.models.signature import Signature
+from cellserve.service.runtime.tensor_layout import Layout, parts
 
 Array = NDArray[Any]
 Lengths = NDArray[np.int32]

@@ -21,9 +21,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from models.signature import METADATA_KEY, ModelDocument, Signature
-from service.runtime.graph_adapter import Runs
-from service.runtime.tensor_layout import Layout
+from cellserve.models.signature import METADATA_KEY, ModelDocument, Signature
+from cellserve.service.runtime.graph_adapter import Runs
+from cellserve.service.runtime.tensor_layout import Layout
 
 Array = NDArray[Any]
 Provider = Literal["auto", "cpu", "cuda"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.signature import TensorSpec
+from cellserve.models.signature import TensorSpec
 
 Array = NDArray[Any]
 

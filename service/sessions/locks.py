@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from service.engine.state_arena import Arena, Slots
+from cellserve.service.engine.state_arena import Arena, Slots
 
 
 class Lockable(Protocol):

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.scheduler import Advance
-from service.errors import Problem, Stale
-from service.idempotency import Request
-from service.sessions.session import Session
+from cellserve.service.engine.scheduler import Advance
+from cellserve.service.errors import Problem, Stale
+from cellserve.service.idempotency import Request
+from cellserve.service.sessions.session import Session
 
 Array = NDArray[Any]
 

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.engine import Engine
-from service.errors import PositionConflict
-from service.idempotency import Request, rollout_request
-from service.model_repository.repository import Model
-from service.sessions.sampling import Sampling, draw
-from service.sessions.session import Session
-from service.sessions.writer import SessionWriter
+from cellserve.service.engine.engine import Engine
+from cellserve.service.errors import PositionConflict
+from cellserve.service.idempotency import Request, rollout_request
+from cellserve.service.model_repository.repository import Model
+from cellserve.service.sessions.sampling import Sampling, draw
+from cellserve.service.sessions.session import Session
+from cellserve.service.sessions.writer import SessionWriter
 
 Array = NDArray[Any]
 States = dict[str, Array]

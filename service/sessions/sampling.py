@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.errors import ModelFailed
+from cellserve.service.errors import ModelFailed
 
 Array = NDArray[Any]
 

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from service.engine.engine import Engine
-from service.engine.state_arena import Slots
-from service.errors import SessionGone, UnknownSession
-from service.idempotency import Applied
-from service.model_repository.repository import Model
+from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.state_arena import Slots
+from cellserve.service.errors import SessionGone, UnknownSession
+from cellserve.service.idempotency import Applied
+from cellserve.service.model_repository.repository import Model
 
 Durable = Literal["none", "snapshot", "store"]  # what outlives the process
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from service.engine.engine import Engine
-from service.engine.state_arena import Slots
-from service.sessions.locks import SessionLocks
-from service.sessions.session import Session, key_of
+from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.state_arena import Slots
+from cellserve.service.sessions.locks import SessionLocks
+from cellserve.service.sessions.session import Session, key_of
 
 
 class SessionTable:

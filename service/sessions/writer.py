@@ -17,15 +17,15 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.engine import Engine
-from service.engine.scheduler import Advance, Moved
-from service.engine.state_arena import Slots
-from service.errors import Problem, Stale, StepInFlight
-from service.idempotency import Applied, Request, check
-from service.sessions.locks import Lease
-from service.sessions.pending import BatchStepResult, Pending, PendingBatch, PendingStep, StepResult
-from service.sessions.session import Session
-from service.sessions.stores.protocol import SessionStore, States
+from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.scheduler import Advance, Moved
+from cellserve.service.engine.state_arena import Slots
+from cellserve.service.errors import Problem, Stale, StepInFlight
+from cellserve.service.idempotency import Applied, Request, check
+from cellserve.service.sessions.locks import Lease
+from cellserve.service.sessions.pending import BatchStepResult, Pending, PendingBatch, PendingStep, StepResult
+from cellserve.service.sessions.session import Session
+from cellserve.service.sessions.stores.protocol import SessionStore, States
 
 Array = NDArray[Any]
 T = TypeVar("T")

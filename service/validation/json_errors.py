@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 from msgspec.inspect import ListType, LiteralType, NoneType, StructType, Type, UnionType, type_info
 
-from service.errors import InvalidInput, NotJson
-from service.validation.tensor_values import JSON_NAMES, not_finite
+from cellserve.service.errors import InvalidInput, NotJson
+from cellserve.service.validation.tensor_values import JSON_NAMES, not_finite
 
 _LONGEST_NAME = 80
 _LOOKED_THROUGH = 1024 * 1024  # bytes of a body that is no JSON

@@ -12,11 +12,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from models.signature import Signature, TensorSpec
-from service.errors import InvalidInput
-from service.runtime.tensor_layout import Layout
-from service.validation.json_errors import misfit, unparsable
-from service.validation.tensor_values import FLOAT32_MAX, array_of, bounds_of, state_of, step_of
+from cellserve.models.signature import Signature, TensorSpec
+from cellserve.service.errors import InvalidInput
+from cellserve.service.runtime.tensor_layout import Layout
+from cellserve.service.validation.json_errors import misfit, unparsable
+from cellserve.service.validation.tensor_values import FLOAT32_MAX, array_of, bounds_of, state_of, step_of
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -102,7 +102,7 @@ class TensorReader:
     """Reads the tensors of one model's requests.
 
     Of several inputs, an object keyed by their names stands in place of the array; what is read is structured
-    (`service.runtime.tensor_layout`).
+    (`cellserve.service.runtime.tensor_layout`).
 
     Args:
         signature: Of the model.

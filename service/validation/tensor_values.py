@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from models.signature import StateSpec, TensorSpec
-from service.errors import InvalidInput
-from service.runtime.tensor_layout import Layout
+from cellserve.models.signature import StateSpec, TensorSpec
+from cellserve.service.errors import InvalidInput
+from cellserve.service.runtime.tensor_layout import Layout
 
 Array = NDArray[Any]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from cellserve import errors
-from service import errors as served
+from cellserve.service import errors as served
 
 
 def kinds(kind: type[served.Problem]) -> Iterator[type[served.Problem]]:

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 BLOCKED = [
-    "export", "fastapi", "httptools", "keras", "models", "msgspec", "onnxruntime", "orjson", "pydantic", "redis",
-    "rich", "service", "starlette", "tensorflow", "uvicorn", "uvloop",
+    "cellserve.export", "cellserve.models", "cellserve.service", "fastapi", "httptools", "keras", "msgspec",
+    "onnxruntime", "orjson", "pydantic", "redis", "rich", "starlette", "tensorflow", "uvicorn", "uvloop",
 ]  # fmt: skip
 
 

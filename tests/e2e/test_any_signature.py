@@ -15,9 +15,9 @@ import safetensors.numpy
 import tritonclient.http as triton
 from websockets.sync.client import ClientConnection, connect
 
-from service.api.inference.tensors import DATATYPES
-from service.runtime.batch_invariance import draw
-from service.runtime.tensor_layout import Layout, parts
+from cellserve.service.api.inference.tensors import DATATYPES
+from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.tensor_layout import Layout, parts
 from tests import foreign
 from tests.conftest import Server, start_server
 from tests.kinds import KINDS, SYMBOLS, write_repository

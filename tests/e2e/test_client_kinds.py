@@ -12,9 +12,9 @@ import pytest
 
 from cellserve import AsyncClient, Client, Retry
 from cellserve.errors import CannotBeStepped, InvalidInput, SessionExists, StepsFailed, UnknownModel
-from export.publish import repository_writer
-from models.signature import MODEL_NAME
-from service.runtime.batch_invariance import draw
+from cellserve.export.publish import repository_writer
+from cellserve.models.signature import MODEL_NAME
+from cellserve.service.runtime.batch_invariance import draw
 from tests import foreign
 from tests.conftest import Server, start_server
 from tests.faulty_proxy import FaultyProxy

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from websockets.asyncio.client import connect
 
-from service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.onnx_model import Runtime
 from tests.conftest import Server
 from tests.networks import FEATURES, OUTPUTS
 

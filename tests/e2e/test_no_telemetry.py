@@ -31,7 +31,11 @@ sys.meta_path.insert(0, Watch())
 """
 
 
-RUN_MODELS = [*sorted({module for module, _, _ in COMMANDS.values()} - {"models.training_cli"}), "service.app", "bench"]
+RUN_MODELS = [
+    *sorted({module for module, _, _ in COMMANDS.values()} - {"cellserve.models.training_cli"}),
+    "cellserve.service.app",
+    "bench",
+]
 
 
 @pytest.mark.parametrize("module", RUN_MODELS)

@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.onnx_model import Runtime
 from tests.conftest import ROOT
 from tests.e2e.helpers import free_port, until
 from tests.networks import FEATURES

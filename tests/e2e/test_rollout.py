@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cellserve import AsyncClient, Client
-from service.sessions.sampling import Sampling, draw
+from cellserve.service.sessions.sampling import Sampling, draw
 from tests.budgets import examples
 from tests.conftest import Server, start_server
 from tests.e2e.helpers import until

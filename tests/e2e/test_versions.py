@@ -17,8 +17,8 @@ import pytest
 from safetensors.numpy import load, save
 from websockets.sync.client import connect
 
-from models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
-from service.runtime.onnx_model import Runtime
+from cellserve.models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
+from cellserve.service.runtime.onnx_model import Runtime
 from tests.conftest import Server
 from tests.e2e.helpers import free_port, until
 from tests.e2e.test_keys import bearer, new_key

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from models.datasets import vowels
+from cellserve.models.datasets import vowels
 from tests.conftest import start_server
 
 

@@ -6,15 +6,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from export.candidates.candidates import build, candidates, open_model
-from export.exporter import network_of
-from export.keras_model.load import load
-from export.keras_model.step_network import StatefulNetwork
-from export.onnx_graph.sequence_network import WholeNetwork
-from export.verify.parity import Parity, Reference, WholeReference
-from models.signature import Exactness, ModelDocument
-from service.runtime.batch_invariance import SHORT, prove
-from service.runtime.onnx_model import Runtime
+from cellserve.export.candidates.candidates import build, candidates, open_model
+from cellserve.export.exporter import network_of
+from cellserve.export.keras_model.load import load
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.onnx_graph.sequence_network import WholeNetwork
+from cellserve.export.verify.parity import Parity, Reference, WholeReference
+from cellserve.models.signature import Exactness, ModelDocument
+from cellserve.service.runtime.batch_invariance import SHORT, prove
+from cellserve.service.runtime.onnx_model import Runtime
 
 
 class Proof:

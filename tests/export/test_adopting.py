@@ -15,12 +15,12 @@ import pytest
 from onnx import TensorProto, external_data_helper, helper
 from onnx.helper import make_node as node
 
-from export.adopt.state_matching import Port, find_pairs
-from export.cli.adopt import main
-from export.errors import ExportError
-from models.signature import Signature
-from service.model_repository.repository import Model, load
-from service.runtime.onnx_model import RuntimeOptions
+from cellserve.export.adopt.state_matching import Port, find_pairs
+from cellserve.export.cli.adopt import main
+from cellserve.export.errors import ExportError
+from cellserve.models.signature import Signature
+from cellserve.service.model_repository.repository import Model, load
+from cellserve.service.runtime.onnx_model import RuntimeOptions
 from tests import foreign
 from tests.foreign import FLOAT, INT64
 from tests.kinds import COUNTING, DEEP, FRAMES, LETTERS, LSTM, SYMBOLS

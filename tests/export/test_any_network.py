@@ -18,11 +18,11 @@ from tests.networks import DecayingCell
 import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers, ops  # isort: skip
 
-from export.exporter import Request, export
-from export.onnx_graph.operators import lowering_of, lowers
-from models.cells import LSTMCell, RNNCell
-from models.signature import MODEL_NAME
-from service.runtime.onnx_model import Runtime
+from cellserve.export.exporter import Request, export
+from cellserve.export.onnx_graph.operators import lowering_of, lowers
+from cellserve.models.cells import LSTMCell, RNNCell
+from cellserve.models.signature import MODEL_NAME
+from cellserve.service.runtime.onnx_model import Runtime
 
 LSTM = {"bias_initializer": "random_normal"}
 

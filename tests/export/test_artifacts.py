@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from export.cli import adopt
-from export.errors import ExportError
-from export.publish import repository_writer
+from cellserve.export.cli import adopt
+from cellserve.export.errors import ExportError
+from cellserve.export.publish import repository_writer
 
 
 def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_version_that_is_there_already_is_refused_before_the_work(tmp_path: Pa
 def test_a_folder_that_cannot_be_written_to_is_told_in_one_line_before_anything_is_read(
     command: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from export import __main__ as export_cli
+    from cellserve.export import __main__ as export_cli
 
     main = {"export": export_cli.main, "adopt": adopt.main}[command]
     monkeypatch.chdir(tmp_path)

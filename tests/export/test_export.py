@@ -25,17 +25,17 @@ from keras import layers  # isort: skip
 
 import itertools
 
-from export.__main__ import main
-from export.candidates import candidates
-from export.cli import adopt
-from export.errors import ExportError
-from export.exporter import REPORT_NAME, Request, export
-from export.keras_model.step_network import StatefulNetwork
-from export.onnx_graph import operators
-from models.cells import LSTMCell, RNNCell
-from models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
-from service.runtime.batch_invariance import SHORT
-from service.runtime.onnx_model import Runtime
+from cellserve.export.__main__ import main
+from cellserve.export.candidates import candidates
+from cellserve.export.cli import adopt
+from cellserve.export.errors import ExportError
+from cellserve.export.exporter import REPORT_NAME, Request, export
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.onnx_graph import operators
+from cellserve.models.cells import LSTMCell, RNNCell
+from cellserve.models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
+from cellserve.service.runtime.batch_invariance import SHORT
+from cellserve.service.runtime.onnx_model import Runtime
 
 CELLS = {
     "lstm": lambda units: LSTMCell(units, bias_initializer="random_normal"),
@@ -319,7 +319,7 @@ class LeakyCell(keras.layers.Layer):
         return {**super().get_config(), "units": self.units}
 """
 MAKE = """
-from models.quiet import import_tensorflow
+from cellserve.models.quiet import import_tensorflow
 import_tensorflow()
 import keras
 from leaky import LeakyCell

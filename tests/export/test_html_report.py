@@ -17,13 +17,13 @@ from tests.networks import FEATURES, network
 import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers  # isort: skip
 
-from export.candidates import candidates
-from export.exporter import REPORT_NAME, Request, export, network_of
-from export.report.network_svg import draw
-from models.cells import LSTMCell
-from models.signature import MODEL_NAME
-from service.runtime.batch_invariance import SHORT
-from service.runtime.onnx_model import Runtime
+from cellserve.export.candidates import candidates
+from cellserve.export.exporter import REPORT_NAME, Request, export, network_of
+from cellserve.export.report.network_svg import draw
+from cellserve.models.cells import LSTMCell
+from cellserve.models.signature import MODEL_NAME
+from cellserve.service.runtime.batch_invariance import SHORT
+from cellserve.service.runtime.onnx_model import Runtime
 
 HOSTILE = "<img src=x onerror=\"alert(1)\"> & 'more'"
 VOID = {"meta"}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.quiet import import_tensorflow
+from cellserve.models.quiet import import_tensorflow
 
 import_tensorflow()
 
 import keras  # noqa: E402
 from keras import layers  # noqa: E402
 
-from export.keras_model.load import opened, with_dtype  # noqa: E402
+from cellserve.export.keras_model.load import opened, with_dtype  # noqa: E402
 
 X = np.random.default_rng(0).normal(5, 3, (2, 6, 4)).astype(np.float32)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from export.exporter import network_of
-from export.keras_model.load import load
-from models.cells import LSTMCell, RNNCell
-from models.signature import Signature
+from cellserve.export.exporter import network_of
+from cellserve.export.keras_model.load import load
+from cellserve.models.cells import LSTMCell, RNNCell
+from cellserve.models.signature import Signature
 
 
 def signature_of(model: Any, tmp_path: Path) -> Signature:

@@ -15,18 +15,18 @@ from tests.networks import FEATURES, DecayingCell, network
 import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers  # isort: skip
 
-from export.__main__ import main
-from export.candidates import candidates
-from export.candidates.quantization import calibrated_ranges
-from export.candidates.quantization_schemes import SCHEMES
-from export.errors import ExportError
-from export.exporter import REPORT_NAME, network_of
-from export.keras_model.step_network import StatefulNetwork
-from export.verify.evaluation import TestData
-from models.cells import LSTMCell
-from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument
-from service.runtime.batch_invariance import SHORT, prove
-from service.runtime.onnx_model import Runtime
+from cellserve.export.__main__ import main
+from cellserve.export.candidates import candidates
+from cellserve.export.candidates.quantization import calibrated_ranges
+from cellserve.export.candidates.quantization_schemes import SCHEMES
+from cellserve.export.errors import ExportError
+from cellserve.export.exporter import REPORT_NAME, network_of
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.verify.evaluation import TestData
+from cellserve.models.cells import LSTMCell
+from cellserve.models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument
+from cellserve.service.runtime.batch_invariance import SHORT, prove
+from cellserve.service.runtime.onnx_model import Runtime
 
 UNITS, CLASSES, STEPS, SEQUENCES = 24, 3, 20, 200
 

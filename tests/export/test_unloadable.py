@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from export.__main__ import main
+from cellserve.export.__main__ import main
 
 
 def saved(path: Path, *inner: Any) -> bytes:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from export import exporter
-from export.candidates import candidates
-from export.verify import benchmark
+from cellserve.export import exporter
+from cellserve.export.candidates import candidates
+from cellserve.export.verify import benchmark
 
 
 @contextmanager

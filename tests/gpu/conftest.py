@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 
-import service as service  # first of all: it keeps ONNX Runtime from asking hosts that nobody named
-from models.signature import MODEL_NAME, STEP_NAME
-from service.runtime.onnx_model import CPU, CUDA, Provider, Runtime, RuntimeOptions, RuntimeUnavailable, providers
+from cellserve.models.signature import MODEL_NAME, STEP_NAME
+from cellserve.service.runtime.onnx_model import (
+    CPU,
+    CUDA,
+    Provider,
+    Runtime,
+    RuntimeOptions,
+    RuntimeUnavailable,
+    providers,
+)
 from tests.conftest import Server, start_server
 from tests.gpu import machine
 from tests.gpu.references import Reference, model_folder, names

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.quiet import import_tensorflow
-from models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument
+from cellserve.models.quiet import import_tensorflow
+from cellserve.models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument
 from tests.gpu.references import ROWS, STEPS, Array, Reference, model_folder
 
 import_tensorflow()
@@ -26,13 +26,13 @@ import keras  # noqa: E402
 import onnx  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from export.candidates.candidates import build, candidates, open_model, with_document  # noqa: E402
-from export.keras_model.load import load, with_dtype  # noqa: E402
-from export.keras_model.step_network import StatefulNetwork  # noqa: E402
-from export.publish import repository_writer  # noqa: E402
-from models.cells import LSTMCell  # noqa: E402
-from service.runtime.batch_invariance import SHORT, draw, prove  # noqa: E402
-from service.runtime.onnx_model import Runtime  # noqa: E402
+from cellserve.export.candidates.candidates import build, candidates, open_model, with_document  # noqa: E402
+from cellserve.export.keras_model.load import load, with_dtype  # noqa: E402
+from cellserve.export.keras_model.step_network import StatefulNetwork  # noqa: E402
+from cellserve.export.publish import repository_writer  # noqa: E402
+from cellserve.models.cells import LSTMCell  # noqa: E402
+from cellserve.service.runtime.batch_invariance import SHORT, draw, prove  # noqa: E402
+from cellserve.service.runtime.onnx_model import Runtime  # noqa: E402
 
 FEATURES, OUTPUTS, SEED = 16, 4, 1024
 NOT_PROVED = Exactness(proved=False, why="it was not proved")

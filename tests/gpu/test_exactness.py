@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from cellserve import Client
-from service.runtime.batch_invariance import SHORT, WHOLE, draw, prove
-from service.runtime.onnx_model import Provider, Runtime
-from service.settings import Settings
+from cellserve.service.runtime.batch_invariance import SHORT, WHOLE, draw, prove
+from cellserve.service.runtime.onnx_model import Provider, Runtime
+from cellserve.service.settings import Settings
 from tests.conftest import Server
 from tests.gpu.conftest import Open
 from tests.gpu.references import Array, Reference

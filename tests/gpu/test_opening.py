@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from models.signature import MODEL_NAME, STEP_NAME
-from service.runtime.onnx_model import Provider, providers
+from cellserve.models.signature import MODEL_NAME, STEP_NAME
+from cellserve.service.runtime.onnx_model import Provider, providers
 from tests.gpu.conftest import Open
 from tests.gpu.references import Array, Reference, model_folder
 from tests.gpu.report import Report

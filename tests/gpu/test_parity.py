@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.runtime.onnx_model import Provider, Runtime
+from cellserve.service.runtime.onnx_model import Provider, Runtime
 from tests.conftest import ROOT
 from tests.gpu.conftest import Open
 from tests.gpu.references import ROWS, STEPS, Array, Reference, worst

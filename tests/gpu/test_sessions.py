@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from cellserve import Client
-from service.runtime.batch_invariance import draw
-from service.runtime.onnx_model import Provider
+from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.onnx_model import Provider
 from tests.conftest import Server
 from tests.gpu.conftest import Open
 from tests.gpu.references import Array, Reference

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from service.runtime.batch_invariance import draw
-from service.runtime.onnx_model import Provider, Runtime
+from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.onnx_model import Provider, Runtime
 from tests.gpu.conftest import Open
 from tests.gpu.report import Report
 

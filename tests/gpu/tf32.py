@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from service.runtime.onnx_model import CPU, CUDA, read_document
+from cellserve.service.runtime.onnx_model import CPU, CUDA, read_document
 from tests.gpu.references import Reference, model_folder, names
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.quiet import import_tensorflow
+from cellserve.models.quiet import import_tensorflow
 
 import_tensorflow()
 
@@ -19,7 +19,7 @@ import keras  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from keras import layers  # noqa: E402
 
-from models.cells import LSTMCell, RNNCell  # noqa: E402
+from cellserve.models.cells import LSTMCell, RNNCell  # noqa: E402
 
 Array = NDArray[Any]
 UNITS, FEATURES, BATCH, STEPS = 6, 4, 3, 20
@@ -111,7 +111,7 @@ def test_saved_networks_give_the_same_numbers_in_a_new_process(tmp_path: Path) -
     np.save(tmp_path / "x.npy", x)
     script = (
         "import sys, numpy as np\n"
-        "from models.quiet import import_tensorflow\n"
+        "from cellserve.models.quiet import import_tensorflow\n"
         "import_tensorflow()\n"
         "import keras, models.cells\n"
         "folder, *kinds = sys.argv[1:]\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.datasets import alice, sunspots, vowels
+from cellserve.models.datasets import alice, sunspots, vowels
 
 
 def test_the_vowels_come_in_their_official_split() -> None:

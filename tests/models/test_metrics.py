@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.metrics import evaluate, ngram_bits
+from cellserve.models.metrics import evaluate, ngram_bits
 
 
 def test_a_class_is_judged_by_the_last_valid_output() -> None:

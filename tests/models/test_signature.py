@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from models.signature import Rollout, Signature, TensorSpec, rollout_misfit
+from cellserve.models.signature import Rollout, Signature, TensorSpec, rollout_misfit
 
 NUMBERS = TensorSpec(name="x", shape=(3,))
 SYMBOL = TensorSpec(name="x", dtype="int32", shape=(), bounds=(1, 4))

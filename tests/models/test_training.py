@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models import training_cli
+from cellserve.models import training_cli
 
 
 @pytest.fixture(params=["quick", pytest.param("whole", marks=pytest.mark.long)])
 def epochs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few epochs in the quick run: enough to be the same again, and better than what the promise compares with."""
     if request.param == "quick":
-        from models import training
+        from cellserve.models import training
 
         fit = training._fit
         monkeypatch.setattr(training, "_fit", lambda *told, **more: fit(*told, **{**more, "epochs": 4}))
@@ -39,7 +39,7 @@ def test_training_again_gives_the_same_weights_and_keeps_the_promised_error(tmp_
 
 
 def test_the_examples_are_those_that_can_be_trained() -> None:
-    from models.training import EXAMPLES
+    from cellserve.models.training import EXAMPLES
 
     assert tuple(EXAMPLES) == training_cli.EXAMPLES
 

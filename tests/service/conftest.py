@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.signature import Exactness, Signature, StateSpec, TensorSpec
-from service.engine.engine import Engine
-from service.runtime.tensor_layout import Layout
-from service.sessions.stores.memory import MemoryStore
-from service.sessions.table import SessionTable
-from service.sessions.writer import SessionWriter
-from service.settings import Settings
+from cellserve.models.signature import Exactness, Signature, StateSpec, TensorSpec
+from cellserve.service.engine.engine import Engine
+from cellserve.service.runtime.tensor_layout import Layout
+from cellserve.service.sessions.stores.memory import MemoryStore
+from cellserve.service.sessions.table import SessionTable
+from cellserve.service.sessions.writer import SessionWriter
+from cellserve.service.settings import Settings
 
 BROKEN, INFINITE = 666.0, 777.0  # inputs at which the model raises, or gives infinity
 

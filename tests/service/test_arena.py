@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.signature import StateSpec
-from service.engine.state_arena import Arena
+from cellserve.models.signature import StateSpec
+from cellserve.service.engine.state_arena import Arena
 
 SPECS = (
     StateSpec(name="h", next_name="h.next", shape=(3,)),

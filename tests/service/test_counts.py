@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.stats import Distribution
+from cellserve.service.engine.stats import Distribution
 
 BOUNDS = (0.001, 0.01, 1.0)
 VALUES = st.lists(st.one_of(st.floats(0, 10), st.sampled_from(BOUNDS)), max_size=20)

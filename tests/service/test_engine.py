@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.engine.engine import Engine
-from service.errors import ModelFailed, NotFinite, QueueFull, SessionGone
-from service.sessions.stores.memory import MemoryStore
-from service.sessions.writer import SessionWriter
+from cellserve.service.engine.engine import Engine
+from cellserve.service.errors import ModelFailed, NotFinite, QueueFull, SessionGone
+from cellserve.service.sessions.stores.memory import MemoryStore
+from cellserve.service.sessions.writer import SessionWriter
 from tests.budgets import examples
 from tests.service.conftest import BROKEN, INFINITE, truth
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from service.auth import BadKeysFile, Keys
-from service.errors import Unauthorized
+from cellserve.service.auth import BadKeysFile, Keys
+from cellserve.service.errors import Unauthorized
 
 
 def line(owner: str, key: str) -> str:

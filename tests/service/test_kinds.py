@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.engine import Engine
-from service.model_repository.repository import Model
-from service.runtime.batch_invariance import draw
-from service.runtime.onnx_model import Runtime
-from service.sessions.stores.memory import MemoryStore
-from service.sessions.table import SessionTable
-from service.sessions.writer import SessionWriter
-from service.settings import Settings
+from cellserve.service.engine.engine import Engine
+from cellserve.service.model_repository.repository import Model
+from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.sessions.stores.memory import MemoryStore
+from cellserve.service.sessions.table import SessionTable
+from cellserve.service.sessions.writer import SessionWriter
+from cellserve.service.settings import Settings
 from tests import foreign
 from tests.budgets import examples
 from tests.kinds import KINDS

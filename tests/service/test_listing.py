@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cli.models import main
+from cellserve.service.cli.models import main
 
 NAME = "a-model-with-a-name-as-long-as-names-may-be-which-is-64-letters"
 

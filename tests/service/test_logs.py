@@ -7,11 +7,11 @@ import logging
 
 import pytest
 
-from service.api.asgi import as_problem
-from service.observability.counters import SurfaceCounts
-from service.observability.logging import formatter
-from service.observability.request_context import Asked, noted, told
-from service.settings import LogFormat
+from cellserve.service.api.asgi import as_problem
+from cellserve.service.observability.counters import SurfaceCounts
+from cellserve.service.observability.logging import formatter
+from cellserve.service.observability.request_context import Asked, noted, told
+from cellserve.service.settings import LogFormat
 
 
 def line(form: LogFormat, caplog: pytest.LogCaptureFixture) -> str:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from models.signature import METADATA_KEY
-from service.runtime import onnx_file
-from service.runtime.onnx_file import BadModelFile, check, read
+from cellserve.models.signature import METADATA_KEY
+from cellserve.service.runtime import onnx_file
+from cellserve.service.runtime.onnx_file import BadModelFile, check, read
 
 
 def model(nodes: list[onnx.NodeProto], **more: object) -> onnx.ModelProto:

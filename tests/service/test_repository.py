@@ -18,16 +18,16 @@ import onnx
 import pytest
 from onnx import helper
 
-from models.signature import MANIFEST_NAME, METADATA_KEY, MODEL_NAME
-from service.engine.engine import Engine
-from service.errors import Problem, RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
-from service.model_manager import Versions, VersionState
-from service.model_repository.repository import BrokenModel, Repository, VersionKey
-from service.runtime.onnx_model import RuntimeOptions
-from service.sessions.stores.memory import MemoryStore
-from service.sessions.table import SessionTable
-from service.sessions.writer import SessionWriter
-from service.settings import Settings
+from cellserve.models.signature import MANIFEST_NAME, METADATA_KEY, MODEL_NAME
+from cellserve.service.engine.engine import Engine
+from cellserve.service.errors import Problem, RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
+from cellserve.service.model_manager import Versions, VersionState
+from cellserve.service.model_repository.repository import BrokenModel, Repository, VersionKey
+from cellserve.service.runtime.onnx_model import RuntimeOptions
+from cellserve.service.sessions.stores.memory import MemoryStore
+from cellserve.service.sessions.table import SessionTable
+from cellserve.service.sessions.writer import SessionWriter
+from cellserve.service.settings import Settings
 from tests.service.test_model_file import external
 from tests.versions import add_version, changed, copy_of, remove_version, scaled
 

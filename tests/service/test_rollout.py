@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.engine import Engine
-from service.errors import NotFinite, PositionConflict, SessionGone
-from service.sessions.rollout import Rollout, Rollouts
-from service.sessions.stores.memory import MemoryStore
-from service.sessions.writer import SessionWriter
+from cellserve.service.engine.engine import Engine
+from cellserve.service.errors import NotFinite, PositionConflict, SessionGone
+from cellserve.service.sessions.rollout import Rollout, Rollouts
+from cellserve.service.sessions.stores.memory import MemoryStore
+from cellserve.service.sessions.writer import SessionWriter
 
 Make = Callable[..., tuple[Engine, MemoryStore, SessionWriter]]
 # The model's value grows by a half each time: 518 becomes 777, at which it gives infinity.

@@ -8,10 +8,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from models.signature import Signature
-from service.runtime.batch_invariance import Effort, draw, prove
-from service.runtime.onnx_model import Runtime
-from service.runtime.tensor_layout import Layout, parts
+from cellserve.models.signature import Signature
+from cellserve.service.runtime.batch_invariance import Effort, draw, prove
+from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.tensor_layout import Layout, parts
 from tests import foreign
 from tests.kinds import BOTH_WAYS, DEEP, KINDS, LSTM, ONE, SYMBOLS
 

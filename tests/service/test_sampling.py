@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import ModelFailed
-from service.sessions.sampling import Sampling, draw, share
+from cellserve.service.errors import ModelFailed
+from cellserve.service.sessions.sampling import Sampling, draw, share
 
 WEIGHTS = st.lists(st.floats(0, 1, width=32, allow_subnormal=False), min_size=1, max_size=40).filter(any)
 SEEDS = st.integers(0, 2**63 - 1)

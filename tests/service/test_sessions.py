@@ -22,13 +22,13 @@ from hypothesis.stateful import (
 )
 from redis import Redis
 
-from service.engine.engine import Engine
-from service.errors import Problem
-from service.idempotency import Request, state_request, step_request
-from service.sessions.rollout import Rollout, Rollouts
-from service.sessions.stores.protocol import SessionStore
-from service.sessions.table import SessionTable
-from service.sessions.writer import SessionWriter
+from cellserve.service.engine.engine import Engine
+from cellserve.service.errors import Problem
+from cellserve.service.idempotency import Request, state_request, step_request
+from cellserve.service.sessions.rollout import Rollout, Rollouts
+from cellserve.service.sessions.stores.protocol import SessionStore
+from cellserve.service.sessions.table import SessionTable
+from cellserve.service.sessions.writer import SessionWriter
 from tests.budgets import examples
 from tests.redis_server import RedisServer
 from tests.service.conftest import machinery, truth
@@ -361,8 +361,8 @@ class SharedSessions(Sessions):
     url = ""
 
     def begin(self) -> list[Replica]:
-        from service.sessions.stores.redis import RedisStore
-        from service.sessions.stores.redis_client import RedisClient
+        from cellserve.service.sessions.stores.redis import RedisStore
+        from cellserve.service.sessions.stores.redis_client import RedisClient
 
         redis = Redis.from_url(self.url)
         redis.flushall()

@@ -13,7 +13,7 @@ from pathlib import Path
 PROGRAM = """
 import asyncio, json, os, sys, threading
 from pathlib import Path
-from service.sessions.stores.snapshot import Snapshots
+from cellserve.service.sessions.stores.snapshot import Snapshots
 from tests.service.conftest import machinery
 
 file = Path(sys.argv[1])

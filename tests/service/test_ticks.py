@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.scheduler import Advance, Cost, Lane, Tick
+from cellserve.service.engine.scheduler import Advance, Cost, Lane, Tick
 
 
 @pytest.fixture(autouse=True)

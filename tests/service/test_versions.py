@@ -15,10 +15,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from models.signature import MODEL_NAME
-from service.errors import Problem, RepositoryUnusable
-from service.runtime.onnx_model import Runtime
-from service.sessions.session import Session
+from cellserve.models.signature import MODEL_NAME
+from cellserve.service.errors import Problem, RepositoryUnusable
+from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.sessions.session import Session
 from tests.budgets import examples
 from tests.service.test_repository import Served
 from tests.versions import add_version, copy_of, scaled

@@ -13,11 +13,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service.api.inference.service import Inferred
-from service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_json
-from service.errors import InvalidInput
-from service.model_repository.repository import Model
-from service.validation.json_input import decode
+from cellserve.service.api.inference.service import Inferred
+from cellserve.service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_json
+from cellserve.service.errors import InvalidInput
+from cellserve.service.model_repository.repository import Model
+from cellserve.service.validation.json_input import decode
 
 Array = NDArray[Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import orjson
 
-from service.errors import Problem
+from cellserve.service.errors import Problem
 
 # By the problem's own status: the HTTP status that Triton has for the like (`HttpCodeFromError` in its
 # http_server.cc), and the name of gRPC's code. Triton has no keys, positions or expired sequences: these are ours.

@@ -8,10 +8,10 @@ from typing import Any
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
 
-from service.api.inference.codec import check_parameters
-from service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_numbers
-from service.errors import InvalidInput
-from service.model_repository.repository import Model
+from cellserve.service.api.inference.codec import check_parameters
+from cellserve.service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_numbers
+from cellserve.service.errors import InvalidInput
+from cellserve.service.model_repository.repository import Model
 
 Array = NDArray[Any]
 Message = Any  # of the protocol, or of grpc

@@ -20,17 +20,17 @@ from grpc_reflection.v1alpha import reflection
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from service.api.asgi import as_problem
-from service.api.inference import metadata
-from service.api.inference.codec import check_output
-from service.api.inference.errors import NotByProtocol, grpc_code, http_status
-from service.api.inference.grpc_messages import Message, plain, read_tensors, write_answer
-from service.api.inference.grpc_stream import Stream
-from service.api.inference.service import Inference
-from service.api.inference.statistics import Timing
-from service.api.operations_listener import check_free
-from service.errors import Problem, UnknownModel
-from service.observability.request_context import HEADER, Asked, new_id, noted
+from cellserve.service.api.asgi import as_problem
+from cellserve.service.api.inference import metadata
+from cellserve.service.api.inference.codec import check_output
+from cellserve.service.api.inference.errors import NotByProtocol, grpc_code, http_status
+from cellserve.service.api.inference.grpc_messages import Message, plain, read_tensors, write_answer
+from cellserve.service.api.inference.grpc_stream import Stream
+from cellserve.service.api.inference.service import Inference
+from cellserve.service.api.inference.statistics import Timing
+from cellserve.service.api.operations_listener import check_free
+from cellserve.service.errors import Problem, UnknownModel
+from cellserve.service.observability.request_context import HEADER, Asked, new_id, noted
 
 Method = Callable[[Any, Message, Message], Awaitable[Message]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from service.api.inference.grpc_messages import Message, plain
+from cellserve.service.api.inference.grpc_messages import Message, plain
 
 
 class Stream:

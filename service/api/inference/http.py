@@ -7,13 +7,13 @@ from itertools import chain
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from service.api import compression
-from service.api.asgi import ClientGone, OneATurn, as_problem, read_body, read_rest, send_body, unless_gone
-from service.api.inference import codec, errors, metadata
-from service.api.inference.service import Inference
-from service.api.inference.statistics import Timing
-from service.errors import MethodNotAllowed, NotFound
-from service.observability.request_context import asked_of
+from cellserve.service.api import compression
+from cellserve.service.api.asgi import ClientGone, OneATurn, as_problem, read_body, read_rest, send_body, unless_gone
+from cellserve.service.api.inference import codec, errors, metadata
+from cellserve.service.api.inference.service import Inference
+from cellserve.service.api.inference.statistics import Timing
+from cellserve.service.errors import MethodNotAllowed, NotFound
+from cellserve.service.observability.request_context import asked_of
 
 _LARGE_BODY = 16 * 1024  # bytes: reading more takes longer than a step
 _PATHS = ("health", "models", "repository")

@@ -6,12 +6,12 @@ import importlib.metadata
 from collections.abc import Iterable
 from typing import Any
 
-from models.signature import Signature, TensorSpec
-from service.api.inference.errors import NotByProtocol
-from service.api.inference.tensors import DATATYPES
-from service.engine.engine import Engine
-from service.model_manager import VersionState
-from service.model_repository.repository import Model
+from cellserve.models.signature import Signature, TensorSpec
+from cellserve.service.api.inference.errors import NotByProtocol
+from cellserve.service.api.inference.tensors import DATATYPES
+from cellserve.service.engine.engine import Engine
+from cellserve.service.model_manager import VersionState
+from cellserve.service.model_repository.repository import Model
 
 EXTENSIONS = ("sequence", "sequence(string_id)", "binary_tensor_data", "model_configuration", "model_repository",
               "statistics", "parameters")  # fmt: skip

@@ -15,15 +15,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from models.signature import TensorSpec
-from service.api.inference import metadata
-from service.api.inference.errors import NotReady, SequenceNotStarted
-from service.api.inference.statistics import Statistics
-from service.api.inference.tensors import DATATYPES, check_datatype
-from service.api.predict import run_sequences
-from service.context import Service
-from service.engine.engine import Engine
-from service.errors import (
+from cellserve.models.signature import TensorSpec
+from cellserve.service.api.inference import metadata
+from cellserve.service.api.inference.errors import NotReady, SequenceNotStarted
+from cellserve.service.api.inference.statistics import Statistics
+from cellserve.service.api.inference.tensors import DATATYPES, check_datatype
+from cellserve.service.api.predict import run_sequences
+from cellserve.service.context import Service
+from cellserve.service.engine.engine import Engine
+from cellserve.service.errors import (
     BodyTooLarge,
     Conflict,
     InvalidInput,
@@ -31,11 +31,11 @@ from service.errors import (
     SessionGone,
     UnknownSession,
 )
-from service.idempotency import creation, step_request
-from service.model_repository.repository import Model
-from service.runtime.tensor_layout import Layout, parts
-from service.sessions.session import Session
-from service.validation.tensor_values import checked
+from cellserve.service.idempotency import creation, step_request
+from cellserve.service.model_repository.repository import Model
+from cellserve.service.runtime.tensor_layout import Layout, parts
+from cellserve.service.sessions.session import Session
+from cellserve.service.validation.tensor_values import checked
 
 Array = NDArray[Any]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from service.engine.engine import Engine
+from cellserve.service.engine.engine import Engine
 
 _STAGES = ("queue", "compute_input", "compute_infer", "compute_output")
 

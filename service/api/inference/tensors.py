@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from models.signature import TensorSpec
-from service.errors import InvalidInput
-from service.validation.json_input import decode
+from cellserve.models.signature import TensorSpec
+from cellserve.service.errors import InvalidInput
+from cellserve.service.validation.json_input import decode
 
 Array = NDArray[Any]
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.state_arena import Slots
-from service.errors import InvalidInput
-from service.model_repository.repository import Model
-from service.sessions.pending import BatchStepResult
-from service.sessions.session import Session
-from service.validation.tensor_values import checked_together
+from cellserve.service.engine.state_arena import Slots
+from cellserve.service.errors import InvalidInput
+from cellserve.service.model_repository.repository import Model
+from cellserve.service.sessions.pending import BatchStepResult
+from cellserve.service.sessions.session import Session
+from cellserve.service.validation.tensor_values import checked_together
 
 Array = NDArray[Any]
 

@@ -19,9 +19,9 @@ import orjson
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from service.api.asgi import as_problem
-from service.api.fast_path import EXTENSION, ShortFrames
-from service.api.sessions import (
+from cellserve.service.api.asgi import as_problem
+from cellserve.service.api.fast_path import EXTENSION, ShortFrames
+from cellserve.service.api.sessions import (
     CreateRequest,
     ForkRequest,
     create,
@@ -30,18 +30,18 @@ from service.api.sessions import (
     told,
     written,
 )
-from service.api.websocket import binary_frames, json_frames
-from service.api.websocket.binary_frames import STEP, Frame, Group
-from service.api.websocket.json_frames import Attach, Auth, Close, Fork, Open, Reset, Step
-from service.api.websocket.send_queue import Outbox
-from service.context import Service
-from service.errors import Forbidden, InvalidInput, Problem, Unauthorized, UnknownSession, UpgradeRequired
-from service.idempotency import state_request, step_request
-from service.observability.request_context import asked_of
-from service.observability.request_context import told as told_of
-from service.sessions.pending import BatchStepResult, PendingBatch, PendingStep, StepResult
-from service.sessions.session import Session
-from service.validation.json_input import decode
+from cellserve.service.api.websocket import binary_frames, json_frames
+from cellserve.service.api.websocket.binary_frames import STEP, Frame, Group
+from cellserve.service.api.websocket.json_frames import Attach, Auth, Close, Fork, Open, Reset, Step
+from cellserve.service.api.websocket.send_queue import Outbox
+from cellserve.service.context import Service
+from cellserve.service.errors import Forbidden, InvalidInput, Problem, Unauthorized, UnknownSession, UpgradeRequired
+from cellserve.service.idempotency import state_request, step_request
+from cellserve.service.observability.request_context import asked_of
+from cellserve.service.observability.request_context import told as told_of
+from cellserve.service.sessions.pending import BatchStepResult, PendingBatch, PendingStep, StepResult
+from cellserve.service.sessions.session import Session
+from cellserve.service.validation.json_input import decode
 
 Array = NDArray[Any]
 

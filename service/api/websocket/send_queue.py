@@ -7,7 +7,7 @@ from collections import deque
 
 from starlette.types import Send
 
-from service.api.fast_path import ShortFrames
+from cellserve.service.api.fast_path import ShortFrames
 
 
 class Outbox:

@@ -10,14 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.engine.engine import Engine
-from service.engine.scheduler import Moved
-from service.errors import ModelVersionNotHere, Problem, ServerFull, SessionExists, SessionGone, UnknownSession
-from service.idempotency import Applied, Request, check
-from service.sessions.session import Durable, Listed, Session, gone, key_of, unknown
-from service.sessions.stores.protocol import Page, States
-from service.sessions.table import SessionTable
-from service.settings import WhenFull
+from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.scheduler import Moved
+from cellserve.service.errors import (
+    ModelVersionNotHere,
+    Problem,
+    ServerFull,
+    SessionExists,
+    SessionGone,
+    UnknownSession,
+)
+from cellserve.service.idempotency import Applied, Request, check
+from cellserve.service.sessions.session import Durable, Listed, Session, gone, key_of, unknown
+from cellserve.service.sessions.stores.protocol import Page, States
+from cellserve.service.sessions.table import SessionTable
+from cellserve.service.settings import WhenFull
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from service.engine.engine import Engine
-from service.engine.scheduler import Moved
-from service.errors import Problem
-from service.idempotency import Request
-from service.sessions.session import Durable, Listed, Session
-from service.sessions.table import SessionTable
-from service.settings import WhenFull
+from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.scheduler import Moved
+from cellserve.service.errors import Problem
+from cellserve.service.idempotency import Request
+from cellserve.service.sessions.session import Durable, Listed, Session
+from cellserve.service.sessions.table import SessionTable
+from cellserve.service.settings import WhenFull
 
 Array = NDArray[Any]
 States = dict[str, Array]

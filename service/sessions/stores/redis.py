@@ -11,19 +11,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.engine import Engine
-from service.engine.scheduler import Advance, Moved
-from service.engine.state_arena import Arena
-from service.errors import ModelVersionNotHere, Problem, ServerFull, SessionExists, SessionWentBack, Stale, StoreAway
-from service.idempotency import Applied, Request, check
-from service.model_repository.repository import VersionKey
-from service.sessions.session import Durable, Listed, Session, gone, key_of, unknown
-from service.sessions.stores.memory import full, new_id
-from service.sessions.stores.protocol import Page, States
-from service.sessions.stores.records import Fate, Last, Mark, Stored, Write, new_revisions
-from service.sessions.stores.redis_client import RedisClient
-from service.sessions.table import SessionTable
-from service.settings import WhenFull
+from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.scheduler import Advance, Moved
+from cellserve.service.engine.state_arena import Arena
+from cellserve.service.errors import (
+    ModelVersionNotHere,
+    Problem,
+    ServerFull,
+    SessionExists,
+    SessionWentBack,
+    Stale,
+    StoreAway,
+)
+from cellserve.service.idempotency import Applied, Request, check
+from cellserve.service.model_repository.repository import VersionKey
+from cellserve.service.sessions.session import Durable, Listed, Session, gone, key_of, unknown
+from cellserve.service.sessions.stores.memory import full, new_id
+from cellserve.service.sessions.stores.protocol import Page, States
+from cellserve.service.sessions.stores.records import Fate, Last, Mark, Stored, Write, new_revisions
+from cellserve.service.sessions.stores.redis_client import RedisClient
+from cellserve.service.sessions.table import SessionTable
+from cellserve.service.settings import WhenFull
 
 Array = NDArray[Any]
 LoadEngine = Callable[[VersionKey, str], Awaitable[Engine | None]]

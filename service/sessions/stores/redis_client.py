@@ -29,9 +29,9 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from service.errors import StoreAway
-from service.sessions.stores.protocol import StoreUnusable
-from service.sessions.stores.records import Fate, Stored, Write
+from cellserve.service.errors import StoreAway
+from cellserve.service.sessions.stores.protocol import StoreUnusable
+from cellserve.service.sessions.stores.records import Fate, Stored, Write
 
 _CLUSTER = "redis+cluster://"
 _INDEX = "cellserve:sessions"

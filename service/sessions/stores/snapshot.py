@@ -24,12 +24,12 @@ import orjson
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from service.engine.engine import Engine
-from service.idempotency import Applied, Request
-from service.model_repository.repository import VersionKey
-from service.sessions.session import Session, key_of
-from service.sessions.stores.memory import MemoryStore, Tombstone
-from service.sessions.table import SessionTable
+from cellserve.service.engine.engine import Engine
+from cellserve.service.idempotency import Applied, Request
+from cellserve.service.model_repository.repository import VersionKey
+from cellserve.service.sessions.session import Session, key_of
+from cellserve.service.sessions.stores.memory import MemoryStore, Tombstone
+from cellserve.service.sessions.table import SessionTable
 
 Array = NDArray[Any]
 
