@@ -21,88 +21,65 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
-    models: Path = Field(Path("artifacts"), description="the model repository: NAME/VERSION/model.onnx")
-    reload_seconds: float = Field(
-        5, ge=0, description="how often the model repository is looked over for new versions; 0 for never"
-    )
-    max_model_bytes: int = Field(1024**3, ge=1, description="size of a model file, at most")
-    max_old_versions: int = Field(
-        8, ge=0, description="versions loaded beside the newest of each model because they were asked for, at most"
-    )
-    host: str = Field("127.0.0.1", description="the address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
+    models: Path = Field(Path("artifacts"), description="model repository, laid out as NAME/VERSION/model.onnx")
+    reload_seconds: float = Field(5, ge=0, description="seconds between scans for new model versions; 0: never")
+    max_model_bytes: int = Field(1024**3, ge=1, description="maximum size of a model file, in bytes")
+    max_old_versions: int = Field(8, ge=0, description="maximum versions loaded on request besides the newest")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     grpc_port: int | None = Field(
-        None, ge=0, le=65535, description="the port of the Open Inference Protocol over gRPC; 0 takes a free one"
+        None, ge=0, le=65535, description="port of the Open Inference Protocol over gRPC; 0 picks a free one"
     )
-    provider: Provider = Field("auto", description="where to run: auto (CUDA where it can be opened), cpu or cuda")
-    threads: int = Field(1, ge=1, le=256, description="threads of ONNX Runtime within one run")
-    spinning: bool = Field(False, description="whether ONNX Runtime's threads spin while they wait")
+    provider: Provider = Field("auto", description="where models run: auto (CUDA if it can be opened), cpu or cuda")
+    threads: int = Field(1, ge=1, le=256, description="ONNX Runtime threads per run")
+    spinning: bool = Field(False, description="whether idle ONNX Runtime threads spin while they wait")
     memory_arena: bool = Field(True, description="whether ONNX Runtime keeps freed memory for the next run")
-    optimization: Optimization = Field("all", description="how far graphs are optimised: all, extended, basic or off")
-    max_batch: int = Field(256, ge=1, le=65536, description="rows of one run, at most")
-    quantum: int = Field(32, ge=1, le=65536, description="time steps that one run takes of one row, at most")
-    inline_microseconds: int = Field(
-        1000, ge=0, description="runs predicted to take no longer are made in the event loop, others on a thread"
+    optimization: Optimization = Field(
+        "all", description="ONNX Runtime graph optimization: all, extended, basic or off"
     )
-    max_queued_steps: int = Field(
-        1_000_000, ge=1, description="time steps that may wait to be run, for each model; more are answered 503"
-    )
-    max_whole_steps: int = Field(
-        65_536, ge=1, description="time steps of one run of a model that cannot be stepped; a longer sequence gets 413"
-    )
-    max_rollout_steps: int = Field(4096, ge=1, description="steps that a session may be asked to go on by itself")
-    max_sessions: int = Field(100_000, ge=1, description="live sessions, at most")
+    max_batch: int = Field(256, ge=1, le=65536, description="maximum rows per run")
+    quantum: int = Field(32, ge=1, le=65536, description="maximum time steps of one row per run")
+    inline_microseconds: int = Field(1000, ge=0, description="runs predicted to take longer use a thread")
+    max_queued_steps: int = Field(1_000_000, ge=1, description="maximum queued time steps per model; then 503")
+    max_whole_steps: int = Field(65_536, ge=1, description="maximum time steps per run of a predict-only model")
+    max_rollout_steps: int = Field(4096, ge=1, description="maximum steps per rollout request")
+    max_sessions: int = Field(100_000, ge=1, description="maximum live sessions")
     when_full: WhenFull = Field(
         "refuse",
-        description="what one session too many meets: refuse (503), or evict the one idle for the longest time",
+        description="at --max-sessions: refuse (503), or evict the longest idle one",
     )
-    session_idle_seconds: float = Field(3600, gt=0, description="a session not used for so long expires")
-    tombstone_seconds: float = Field(86400, ge=0, description="for how long a session that is gone is answered 410")
-    max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="size of a request's body, at most")
-    stream_window: int = Field(
-        256, ge=1, le=65536, description="frames of one WebSocket that may be under way; then it is read no further"
-    )
-    max_sequences: int = Field(4096, ge=1, description="sequences of one request, at most")
-    workers: int = Field(1, ge=1, le=256, description="processes that serve; more than one need a shared store")
+    session_idle_seconds: float = Field(3600, gt=0, description="idle seconds after which a session expires")
+    tombstone_seconds: float = Field(86400, ge=0, description="seconds for which an ended session answers 410")
+    max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="maximum size of a request body, in bytes")
+    stream_window: int = Field(256, ge=1, le=65536, description="maximum frames in flight per WebSocket")
+    max_sequences: int = Field(4096, ge=1, description="maximum sequences per request")
+    workers: int = Field(1, ge=1, le=256, description="server processes; more than one need a shared store")
     store: str = Field(
         "memory",
-        description="where sessions are kept: memory, or redis://HOST:PORT/DB (rediss, unix, redis+cluster) for "
-        "several replicas",
+        description="memory, or redis://HOST:PORT/DB (rediss, unix, redis+cluster)",
     )
-    store_timeout_seconds: float = Field(2, gt=0, description="for how long an answer of the store is waited for")
-    store_replicas: int = Field(
-        0, ge=0, description="replicas of the store that must have a write before it is answered (WAIT)"
-    )
-    arena_sessions: int = Field(
-        100_000, ge=1, description="sessions of a model held in memory with a shared store; others live there alone"
-    )
-    snapshot: Path | None = Field(
-        None, description="a file that all sessions are written to on shutdown and every snapshot_seconds"
-    )
-    snapshot_seconds: float = Field(60, gt=0, description="for how long changes may go without a snapshot")
-    api_keys_file: Path | None = Field(
-        None, description="the API keys that are taken, lines owner:sha256; without it nobody needs one"
-    )
+    store_timeout_seconds: float = Field(2, gt=0, description="seconds to wait for an answer of the store")
+    store_replicas: int = Field(0, ge=0, description="store replicas that must confirm each write (WAIT)")
+    arena_sessions: int = Field(100_000, ge=1, description="sessions per model held in memory with a shared store")
+    snapshot: Path | None = Field(None, description="file of all sessions, written at shutdown and periodically")
+    snapshot_seconds: float = Field(60, gt=0, description="seconds between snapshots")
+    api_keys_file: Path | None = Field(None, description="accepted API keys, lines owner:sha256; unset: no keys")
     operators: str = Field(
         "",
         pattern=r"^([A-Za-z0-9._-]+(,[A-Za-z0-9._-]+)*)?$",
-        description="owners, separated by commas, whose keys may read /metrics and reload models",
+        description="comma-separated owners who may read /metrics and reload models",
     )
     operations_port: int | None = Field(
         None,
         ge=1,
         le=65535,
-        description="a second port, for /metrics, reloading, /healthz and /readyz; no key is needed there",
+        description="second port, without keys: /metrics, reload, health",
     )
-    log_format: LogFormat = Field("text", description="lines of the log: text, or json, an object each")
-    access_log: bool = Field(False, description="whether each request is a line of the log")
-    tracing: bool = Field(
-        False, description="whether requests are traced (OpenTelemetry), to where OTEL_EXPORTER_OTLP_ENDPOINT says"
-    )
-    allowed_origins: str = Field(
-        "", description="origins of pages that may open a WebSocket here, separated by commas; its own always may"
-    )
-    shutdown_seconds: int = Field(30, ge=0, description="for how long a stopping server finishes what it has accepted")
+    log_format: LogFormat = Field("text", description="text, or json with one object per line")
+    access_log: bool = Field(False, description="whether each request is logged")
+    tracing: bool = Field(False, description="whether to send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT")
+    allowed_origins: str = Field("", description="comma-separated page origins that may open a WebSocket")
+    shutdown_seconds: int = Field(30, ge=0, description="seconds a stopping server has to finish accepted work")
 
     @property
     def held_sessions(self) -> int:
