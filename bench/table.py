@@ -79,7 +79,7 @@ def rows(bench: Bench) -> Iterator[Row]:
         if f"http {name}" in figures:
             yield Row(http, NAMES[name], figures.compare(f"http {name}", "cellserve", name), wanted=goal)
         elif name in bench.missing:
-            yield Row(http, f"{NAMES[name]}: not to be had here: {bench.missing[name]}")
+            yield Row(http, f"{NAMES[name]}: not available here: {bench.missing[name]}")
     if "http redis" in figures:
         in_redis = figures.compare("http redis", "redis", "cellserve")
         yield Row(f"{http}, sessions in Redis", "sessions in memory", in_redis, wanted=0.5)
@@ -135,18 +135,19 @@ def notes(bench: Bench) -> Iterator[str]:
     every = [figure for group in bench.figures.figures.values() for own in group.values() for figure in own]
     loads = [figure.load for figure in every if figure.load]
     yield (
-        f"Each row shows the round with the median ratio, of {bench.rounds}, in which both were taken one after the "
-        "other; in brackets the lowest and the highest of all."
+        f"Each ratio is the median of the rounds' ratios; there were {bench.rounds} rounds. The two figures beside it "
+        "are from that round, in which both sides were measured one after the other. Brackets: the lowest and the "
+        "highest ratio of all rounds. A ratio without brackets was measured once."
     )
     if loads:
         busy, delayed = [load.busy for load in loads], [load.delayed for load in loads]
         yield (
-            f"The load generator took {min(busy):.0%} to {max(busy):.0%} of its core and waited for it, while others "
-            f"had it, up to {max(delayed):.0%} of the time; `*` marks a figure where both came to more than "
-            f"{BUSY:.0%}: it may be the generator's own."
+            f"The load generator used {min(busy):.0%} to {max(busy):.0%} of its core. Up to {max(delayed):.0%} of the "
+            "time it waited for that core, which others had. `*` marks a figure where use and wait add up to more "
+            f"than {BUSY:.0%}: the generator may have been the limit."
         )
     for name, why in bench.missing.items():
-        yield f"{NAMES[name]}, is not to be had here, and so is not among the others: {why}."
+        yield f"{NAMES[name]} is not available here, so it is not among the others: {why}."
     if bench.mosec:
         settings = ", ".join(f"`/{route}` {batch} and {wait} ms" for route, (batch, wait) in bench.mosec.items())
-        yield f"Mosec at its best batch and wait of those tried: {settings}."
+        yield f"Mosec at the best of the batch sizes and waits tried: {settings}."
