@@ -3,75 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import os
-import re
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests import budgets  # noqa: F401  before pytest loads the profile that it is told
 from tests.redis_server import RedisServer
+from tests.server import Serve, Server, start_server
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "artifacts"  # made by `make setup`
-
-
-@dataclass
-class Server:
-    """A `cellserve serve` process of its own."""
-
-    process: subprocess.Popen[str]
-    url: str
-    log: list[str] = field(default_factory=list)
-
-    def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **options)
-
-    @property
-    def grpc(self) -> str:
-        """Where it speaks gRPC, if it was started with `--grpc-port 0`."""
-        found = re.search(r"gRPC on (\S+)", "".join(self.log))
-        assert found
-        return found[1]
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Sends a signal, waits for the end, and gives the exit status."""
-        if self.process.poll() is None:
-            if number == signal.SIGKILL:
-                os.killpg(self.process.pid, number)  # its workers too
-            else:
-                self.process.send_signal(number)
-        out, _ = self.process.communicate(timeout=60)
-        self.log.append(out)
-        return self.process.returncode
-
-
-def start_server(*flags: str, environment: dict[str, str] | None = None) -> Server:
-    """Starts a server on a free port and waits until it listens."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, **(environment or {})},
-    )
-    assert process.stdout
-    log = []
-    for line in process.stdout:
-        log.append(line)
-        found = re.search(r"running on (http://\S+)", line)
-        if found:
-            return Server(process, found[1], log)
-    raise AssertionError("the server did not start:\n" + "".join(log))
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +69,7 @@ def server(repository: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Server]]:
+def serve() -> Iterator[Serve]:
     """Starts servers with given flags, and ends them with the test."""
     started: list[Server] = []
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime as ort
+
 from cellserve.export.publish import repository_writer
 from cellserve.models.signature import MODEL_NAME, Signature, StateSpec, TensorSpec
+from cellserve.service.runtime.tensor_layout import parts
 from tests import foreign
 
 
@@ -76,3 +80,24 @@ def write_repository(folder: Path) -> Path:
     for name, content in ({name: foreign.described(*kind) for name, kind in KINDS.items()} | more).items():
         repository_writer.write(folder, name, None, {MODEL_NAME: content})
     return folder
+
+
+def by_hand(made: Any, told: Signature, x: Any, states: list[Any], length: int) -> tuple[list[list[Any]], list[Any]]:
+    """Calls the graph as its users do today, one row and one time step at a time: outputs by step, last states."""
+    session = ort.InferenceSession(made.SerializeToString())
+    repeated = told.batch or 1
+    outputs = []
+    for t in range(length):
+        feeds = {}
+        for spec, tensor in zip(told.inputs, parts(x), strict=True):
+            step = tensor[:, t : t + 1] if told.time_axis else tensor[:, t]
+            feeds[spec.name] = np.repeat(step, repeated, 0)
+        feeds |= {
+            spec.name: np.repeat(state, repeated, spec.batch_axis)
+            for spec, state in zip(told.states, states, strict=True)
+        }
+        given = session.run([*(s.name for s in told.outputs), *(s.next_name for s in told.states)], feeds)
+        count = len(told.outputs)
+        outputs.append([tensor[0, 0] if told.time_axis else tensor[0] for tensor in given[:count]])
+        states = [np.take(s, [0], spec.batch_axis) for s, spec in zip(given[count:], told.states, strict=True)]
+    return outputs, states

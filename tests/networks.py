@@ -16,8 +16,7 @@ from rich.console import Console  # noqa: E402
 from cellserve.export.exporter import Request, export  # noqa: E402
 from cellserve.models.cells import LSTMCell, RNNCell  # noqa: E402
 from tests.export.unmeasured import unmeasured  # noqa: E402
-
-FEATURES, OUTPUTS = 5, 3
+from tests.helpers import FEATURES, OUTPUTS  # noqa: E402
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -73,3 +72,20 @@ def export_small_networks(folder: Path) -> Path:
         with unmeasured(without_step=["lstm"]):  # a model of two graphs, and one of one
             export(Request(path, name, folder / "artifacts"), Console(quiet=True))
     return folder / "artifacts"
+
+
+def several_ends() -> Any:
+    """Two inputs, one of integers; two outputs, one of them the last; a nested model, called twice; a shared layer."""
+    numbers = keras.Input((None, 3), name="numbers")
+    ids = keras.Input((None,), name="ids", dtype="int32")
+    inner_x = keras.Input((None, 4))
+    inner = keras.Model(inner_x, layers.Add()([inner_x, layers.LSTM(4, return_sequences=True)(inner_x)]))
+    shared = layers.Dense(4)
+    h = layers.Add()([shared(numbers), layers.Embedding(5, 4)(ids)])
+    h = inner(inner(h))
+    h = layers.BatchNormalization()(h)
+    last = layers.RNN(LSTMCell(3))(h)
+    return keras.Model(
+        {"ids": ids, "numbers": numbers},
+        {"last": layers.Dense(1, name="a")(last), "each": layers.Dense(2, name="b")(h)},
+    )

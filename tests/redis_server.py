@@ -8,7 +8,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from tests.e2e.helpers import free_port, until
+from tests.helpers import free_port, until
 
 
 class RedisServer:

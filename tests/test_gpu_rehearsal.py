@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 SECONDS = 900  # of each of the two, where the machine is busy; minutes where it is not
 UNITS = 96  # of the large LSTM, which is not large here

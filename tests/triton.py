@@ -14,7 +14,7 @@ import tritonclient.http
 import tritonclient.http.aio
 from numpy.typing import NDArray
 
-from tests.conftest import Server
+from tests.server import Server
 
 Array = NDArray[Any]
 HTTP = ("http", "http.aio", "http, JSON")

@@ -1,60 +1,132 @@
-"""What tests of real processes share: a port to give one, and waiting for what it is to come to."""
+"""What the end-to-end tests share: requests, frames, keys, and what a server says of itself."""
 
 from __future__ import annotations
 
-import os
-import random
+import json
 import re
-import socket
-import time
-from collections.abc import Callable
-from typing import TypeVar
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
+from websockets.sync.client import ClientConnection
 
-Told = TypeVar("Told")
+from cellserve import Client, Retry, Timeout
+from cellserve.numbers import Array
+from tests.faulty_proxy import DELAY_SECONDS
+from tests.helpers import FEATURES, OUTPUTS, free_port
+from tests.redis_server import RedisServer
+from tests.server import Serve, Server
 
-# Below those that the kernel gives to whoever asks for any, so that nobody is given a port while the server that has
-# it is being started again. Each worker of pytest-xdist draws from ports of its own.
-_WORKER = int(re.sub(r"\D", "", os.environ.get("PYTEST_XDIST_WORKER", "")) or 0)
-_PORTS = range(10_000 + _WORKER % 32, 32_000, 32)
-_draw = random.SystemRandom()  # not the generator that a test may have seeded
-
-
-def free_port() -> int:
-    """Gives a port that nobody listens on, for a server that is told its port."""
-    while True:
-        port = _draw.choice(_PORTS)
-        with socket.socket() as free:
-            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                free.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+QUICK = Retry(seconds=60, first=0.02, longest=0.2)
+SHORT = Timeout(connect=5, answer=DELAY_SECONDS / 2)
 
 
-def until(ask: Callable[[], Told], holds: Callable[[Told], object] = bool, seconds: float = 120) -> Told:
-    """Asks again and again until what is told holds, and gives that; a server that does not answer tells nothing.
+def frames(steps: int, seed: int = 0) -> list[list[float]]:
+    """Random time steps for the small networks, as JSON has them."""
+    drawn = np.random.default_rng(seed).normal(size=(steps, FEATURES)).astype(np.float32)
+    return [[float(value) for value in row] for row in drawn]
 
-    Args:
-        ask: What to ask; an error of HTTP or of the system counts as no.
-        holds: Whether this is what is waited for.
-        seconds: How long to wait at most: what only a failure takes, however busy the machine is.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        told: Told | Exception
-        try:
-            told = ask()
-            if holds(told):
-                return told
-        except (httpx.HTTPError, OSError) as error:
-            told = error
-        assert time.monotonic() < deadline, f"it never came to that: {told!r}"
-        time.sleep(0.05)
+
+def inputs(*shape: int, seed: int = 0) -> Array:
+    """Random time steps for the small networks, `[*shape, FEATURES]`."""
+    return np.random.default_rng(seed).standard_normal((*shape, FEATURES)).astype(np.float32)
+
+
+def predict_all(client: Client, x: Any, model: str = "lstm") -> Any:
+    """Returns all outputs of one run over whole sequences, by the Python client."""
+    return client.predict(model, x, outputs="all").y
+
+
+def create(client: httpx.Client, model: str, **body: Any) -> str:
+    """Creates a session and returns its id."""
+    answer = client.post("/sessions", json={"model": model, **body})
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["session"])
+
+
+def whole_sequence(server: Server, model: str, x: list[list[float]]) -> list[list[float]]:
+    """Returns all outputs of one run over a whole sequence, by `/predict`."""
+    with server.client() as client:
+        body = {"model": model, "sequences": [x], "outputs": "all"}
+        return list(client.post("/predict", json=body).json()["outputs"][0])
+
+
+def problem_kind(answer: httpx.Response) -> str:
+    """The last part of a problem's type, such as `position-conflict`."""
+    return str(answer.json()["type"]).rpartition(":")[2]
 
 
 def is_busy(client: httpx.Client) -> bool:
     """Whether the server has time steps that it has not answered yet."""
     return bool(re.search(r"^cellserve_queued_steps\{.*\} [1-9]", client.get("/metrics").text, re.M))
+
+
+def new_key(owner: str, file: Path) -> str:
+    """Makes an API key with `cellserve key`, adds it to the file and returns it."""
+    command = [sys.executable, "-m", "cellserve.cli", "key", owner, "--file", str(file)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The header that carries an API key."""
+    return {"authorization": f"Bearer {key}"}
+
+
+def ask(stream: ClientConnection, **frame: Any) -> dict[str, Any]:
+    """Sends a JSON frame and returns the next one received."""
+    stream.send(json.dumps(frame))
+    return dict(json.loads(stream.recv(timeout=30)))
+
+
+def binary(handles: list[int], x: np.ndarray, ref: int = 5) -> bytes:
+    """A binary frame that steps sessions: `x` is `[sessions, time, features]`."""
+    head = struct.pack("<4I", 1, ref, len(handles), x.shape[1])
+    return head + np.array(handles, "<u4").tobytes() + x.astype("<f4").tobytes()
+
+
+def answered(message: str | bytes, outputs: int = OUTPUTS) -> tuple[int, list[int], list[int], np.ndarray]:
+    """Takes a binary answer apart: its ref, and positions, statuses and outputs by session."""
+    assert isinstance(message, bytes)
+    kind, ref, count, steps = struct.unpack_from("<4I", message)
+    assert kind == 0x81
+    positions = np.frombuffer(message, "<u8", count, 16).tolist()
+    statuses = np.frombuffer(message, "<u4", count, 16 + 8 * count).tolist()
+    y = np.frombuffer(message, "<f4", offset=16 + 12 * count).reshape(count, steps, outputs)
+    return ref, positions, statuses, y
+
+
+@contextmanager
+def killed_again_and_again(
+    repository: Path, serve: Serve, redis: RedisServer
+) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """Kills a server and starts it again on its port, twice; yields its URL and a check of whether that is over."""
+    port = str(free_port())
+
+    def start() -> Server:
+        return serve("--models", str(repository), "--store", redis.url, "--port", port)
+
+    first = start()
+
+    def havoc() -> None:
+        server = first
+        for _ in range(2):
+            over.wait(0.7)
+            server.stop(signal.SIGKILL)
+            server = start()
+        over.set()
+
+    over = threading.Event()
+    thread = threading.Thread(target=havoc)
+    thread.start()
+    try:
+        yield first.url, over.is_set
+    finally:
+        thread.join()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,18 @@ import onnxruntime as ort
 import pytest
 import safetensors.numpy
 import tritonclient.http as triton
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import ClientConnection
 
 from cellserve.service.api.inference.tensors import DATATYPES
 from cellserve.service.runtime.batch_invariance import draw
 from cellserve.service.runtime.tensor_layout import Layout, parts
 from tests import foreign
-from tests.conftest import Server, start_server
-from tests.kinds import KINDS, SYMBOLS, write_repository
+from tests.e2e.helpers import ask
+from tests.kinds import KINDS, SYMBOLS, by_hand
 from tests.redis_server import RedisServer
-from tests.service.test_runs import by_hand
+from tests.server import Serve, Server, start_server
 
 STEPS = 7
-
-
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_repository(tmp_path_factory.mktemp("kinds"))
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +32,6 @@ def server(kinds: Path) -> Iterator[Server]:
     server = start_server("--models", str(kinds), "--max-whole-steps", "50")
     yield server
     assert server.stop() == 0
-
-
-@pytest.fixture
-def stream(server: Server) -> Iterator[ClientConnection]:
-    with connect(server.url.replace("http", "ws") + "/stream", max_size=None) as socket:
-        yield socket
-
-
-def ask(stream: ClientConnection, **frame: Any) -> dict[str, Any]:
-    stream.send(json.dumps(frame))
-    return dict(json.loads(stream.recv(timeout=30)))
 
 
 def as_json(array: Any) -> Any:
@@ -260,7 +244,7 @@ def test_an_integer_out_of_bounds_in_a_frame_moves_nobody(server: Server, stream
 
 @pytest.mark.parametrize("outlives", ["snapshot", "store"])
 def test_a_repeated_step_of_any_kind_is_answered_again_after_a_restart(
-    kinds: Path, serve: Callable[..., Server], redis: RedisServer, tmp_path: Path, outlives: str
+    kinds: Path, serve: Serve, redis: RedisServer, tmp_path: Path, outlives: str
 ) -> None:
     kept = ("--snapshot", str(tmp_path / "sessions")) if outlives == "snapshot" else ("--store", redis.url)
     asked: list[tuple[str, dict[str, Any], Any]] = []  # a session, a step, its answer

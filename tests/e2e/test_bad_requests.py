@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from tests.conftest import Server
+from tests.server import Server
 
 GOOD = [[0.5] * 5, [0.25] * 5]
 

@@ -9,8 +9,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
-from tests.conftest import Server
-from tests.networks import FEATURES
+from tests.helpers import FEATURES
+from tests.server import Server
 
 TYPE = {"content-type": "application/x-safetensors"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +24,9 @@ from cellserve.errors import (
     UnknownSession,
 )
 from cellserve.numbers import Array
-from tests.conftest import Server
-from tests.e2e.test_keys import new_key
-from tests.networks import FEATURES, OUTPUTS
-
-
-def steps(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal((*shape, FEATURES)).astype(np.float32)
-
-
-def whole(client: Client, x: Array, model: str = "lstm") -> Array:
-    return client.predict(model, x, outputs="all").y
+from tests.e2e.helpers import inputs, new_key, predict_all
+from tests.helpers import FEATURES, OUTPUTS
+from tests.server import Serve, Server
 
 
 @pytest.fixture
@@ -44,7 +36,7 @@ def client(server: Server) -> Iterator[Client]:
 
 
 def test_sequences_of_several_lengths_are_predicted_from_given_states(client: Client) -> None:
-    x = steps(3, 12)
+    x = inputs(3, 12)
     wholes = client.predict("lstm", list(x), outputs="all", return_states=True)
     assert [y.shape for y in wholes.y] == [(12, OUTPUTS)] * 3
     assert wholes.states is not None and wholes.model == "lstm" and wholes.version == 1
@@ -63,7 +55,7 @@ def test_sequences_of_several_lengths_are_predicted_from_given_states(client: Cl
 
 
 def test_one_sequence_gives_one_answer(client: Client) -> None:
-    x = steps(9)
+    x = inputs(9)
     one = client.predict("lstm", x, outputs="all", return_states=True)
     many = client.predict("lstm", [x.tolist()], outputs="all")
     assert one.y.tobytes() == many.y[0].tobytes()
@@ -72,7 +64,7 @@ def test_one_sequence_gives_one_answer(client: Client) -> None:
 
 
 def test_a_session_gives_the_bits_of_one_run_and_is_deleted_in_the_end(client: Client) -> None:
-    x = steps(20)
+    x = inputs(20)
     with client.session("lstm") as session:
         ys = [session.step(row)[None] for row in x[:7]]
         assert (ys[0].shape, ys[0].dtype) == ((1, OUTPUTS), np.float32)
@@ -81,8 +73,11 @@ def test_a_session_gives_the_bits_of_one_run_and_is_deleted_in_the_end(client: C
         fork = session.fork()
         assert (fork.position, fork.model) == (12, "lstm")
         ys.append(session.step(x[12:].tolist(), outputs="all"))
-        assert np.concatenate(ys).tobytes() == whole(client, x).tobytes()
-        assert session.step(x[:4], outputs="last").tobytes() == whole(client, np.concatenate([x, x[:4]]))[-1].tobytes()
+        assert np.concatenate(ys).tobytes() == predict_all(client, x).tobytes()
+        assert (
+            session.step(x[:4], outputs="last").tobytes()
+            == predict_all(client, np.concatenate([x, x[:4]]))[-1].tobytes()
+        )
         assert np.array_equal(fork.step(x[12:], outputs="all"), ys[-1])
     with pytest.raises(SessionGone):
         session.step(x[0])
@@ -91,7 +86,7 @@ def test_a_session_gives_the_bits_of_one_run_and_is_deleted_in_the_end(client: C
 
 
 def test_a_state_is_read_set_and_reset(client: Client) -> None:
-    x = steps(10)
+    x = inputs(10)
     with client.session("lstm") as session, client.session("rnn") as other:
         session.step(x[:6])
         state = session.state()
@@ -110,13 +105,13 @@ def test_a_state_is_read_set_and_reset(client: Client) -> None:
 
 
 def test_a_kept_session_is_attached_again(client: Client) -> None:
-    x = steps(5)
+    x = inputs(5)
     with client.session("rnn", session_id="mine", keep=True) as session:
         ys = [session.step(row) for row in x[:3]]
     with client.attach("mine") as again:
         assert again.position == 3
         ys += [again.step(row) for row in x[3:]]
-    assert np.stack(ys).tobytes() == whole(client, x, "rnn").tobytes()
+    assert np.stack(ys).tobytes() == predict_all(client, x, "rnn").tobytes()
     assert client.attach("mine").refresh() == 5
     with pytest.raises(SessionExists):
         client.session("lstm", session_id="mine").step(x[0])
@@ -133,7 +128,7 @@ def test_models_are_listed_and_described(client: Client) -> None:
 
 def test_what_the_server_refuses_is_raised_as_what_it_is(client: Client) -> None:
     with pytest.raises(UnknownModel) as unknown:
-        client.predict("none", steps(2))
+        client.predict("none", inputs(2))
     assert (unknown.value.status, unknown.value.type) == (404, "urn:cellserve:problem:unknown-model")
     with pytest.raises(UnknownSession), client.attach("never"):
         pass
@@ -151,7 +146,7 @@ def test_what_the_server_refuses_is_raised_as_what_it_is(client: Client) -> None
 
 
 def test_whoever_else_moves_a_session_is_found_out(client: Client) -> None:
-    x = steps(3)
+    x = inputs(3)
     with client.session("lstm") as session:
         session.step(x[0])
         with client.attach(session.id) as other:
@@ -160,18 +155,21 @@ def test_whoever_else_moves_a_session_is_found_out(client: Client) -> None:
             session.step(x[2])
         assert (conflict.value.position, session.position) == (2, 1)
         assert session.refresh() == 2
-        assert np.array_equal(session.step(x[2]), whole(client, x)[2])
+        assert np.array_equal(session.step(x[2]), predict_all(client, x)[2])
 
 
 def test_threads_that_share_a_session_take_turns(client: Client) -> None:
     with client.session("lstm") as session:
-        threads = [threading.Thread(target=lambda: [session.step(steps()) for _ in range(5)]) for _ in range(6)]
+        threads = [threading.Thread(target=lambda: [session.step(inputs()) for _ in range(5)]) for _ in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert session.position == 30
-        assert np.array_equal(session.step(steps()), whole(client, np.broadcast_to(steps(), (31, FEATURES)))[-1])
+        assert np.array_equal(
+            session.step(inputs()),
+            predict_all(client, np.broadcast_to(inputs(), (31, FEATURES)))[-1],
+        )
 
 
 def test_an_error_in_the_block_is_not_hidden_by_the_deletion() -> None:
@@ -185,7 +183,7 @@ def test_an_error_in_the_block_is_not_hidden_by_the_deletion() -> None:
 
 
 def test_a_stream_steps_hundreds_of_sessions_to_the_bit(client: Client) -> None:
-    x = steps(300, 8)
+    x = inputs(300, 8)
     with client.stream() as stream:
         sessions = [stream.open("lstm") for _ in x]
         ys = [stream.step(sessions, x[:, time]) for time in range(3)]
@@ -193,10 +191,10 @@ def test_a_stream_steps_hundreds_of_sessions_to_the_bit(client: Client) -> None:
         ys = [np.stack(ys, 1), stream.step(sessions, x[:, 3:])]
         y = np.concatenate(ys, 1)
         assert [session.position for session in sessions] == [8] * 300
-        assert y.tobytes() == np.stack(client.predict("lstm", list(x), outputs="all").y).tobytes()
+        assert y.tobytes() == np.stack(predict_all(client, list(x))).tobytes()
         one = sessions[0]
         more = [one.step(x[1, 0])[None], one.step(x[1, 1:4]), one.step(x[1, 4:], outputs="last")[None]]
-        alone = whole(client, np.concatenate([x[0], x[1]]))
+        alone = predict_all(client, np.concatenate([x[0], x[1]]))
         assert np.concatenate(more).tobytes() == np.delete(alone[8:], [4, 5, 6], 0).tobytes()
         one.reset()  # over HTTP, in the same session
         assert np.array_equal(one.step(x[0, 0]), y[0, 0])
@@ -212,7 +210,7 @@ def test_a_stream_steps_hundreds_of_sessions_to_the_bit(client: Client) -> None:
 
 
 def test_what_befalls_some_sessions_of_a_frame_is_told_by_row(client: Client) -> None:
-    x = steps(4, 2)
+    x = inputs(4, 2)
     with client.stream() as stream:
         sessions = [stream.open("lstm") for _ in x]
         y = stream.step(sessions, x[:, 0])
@@ -227,7 +225,7 @@ def test_what_befalls_some_sessions_of_a_frame_is_told_by_row(client: Client) ->
             PositionConflict,
         ]
         assert [session.position for session in sessions] == [2, 1, 2, 1]
-        wholes = np.stack(client.predict("lstm", list(x), outputs="all").y)
+        wholes = np.stack(predict_all(client, list(x)))
         assert np.array_equal(y, wholes[:, 0])
         assert np.array_equal(failed.value.y[[0, 2]], wholes[[0, 2], 1:])
         for _ in range(2):
@@ -249,7 +247,7 @@ def test_what_befalls_some_sessions_of_a_frame_is_told_by_row(client: Client) ->
 
 
 def test_the_client_for_asyncio_does_the_same(server: Server, client: Client) -> None:
-    x = steps(40, 6)
+    x = inputs(40, 6)
     wholes = client.predict("lstm", list(x), outputs="all")
 
     async def main() -> None:
@@ -291,11 +289,11 @@ def test_the_client_for_asyncio_does_the_same(server: Server, client: Client) ->
         assert client.attach(session.id).refresh() == 0
 
 
-def test_a_key_opens_http_and_sockets(repository: Path, serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_a_key_opens_http_and_sockets(repository: Path, serve: Serve, tmp_path: Path) -> None:
     file = tmp_path / "keys.txt"
     key = new_key("alice", file)
     server = serve("--models", str(repository), "--api-keys-file", str(file))
-    x = steps(2)
+    x = inputs(2)
     with Client(server.url, key) as client, client.stream() as stream, client.session("lstm") as session:
         assert np.array_equal(session.step(x, outputs="all"), stream.open("lstm").step(x))
     for wrong in (None, "wrong"):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from cellserve import errors
-from tests.conftest import ROOT, Server
+from tests.helpers import ROOT
 from tests.kinds import write_repository
+from tests.server import Serve
 
 TEXT = (ROOT / "docs/client.md").read_text()
 
 
-def test_what_the_page_shows_runs(examples: Path, tmp_path: Path, serve: Callable[..., Server]) -> None:
+def test_what_the_page_shows_runs(examples: Path, tmp_path: Path, serve: Serve) -> None:
     models = write_repository(tmp_path / "models")
     for model in examples.iterdir():
         (models / model.name).symlink_to(model)

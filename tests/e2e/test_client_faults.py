@@ -5,28 +5,22 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cellserve import AsyncClient, Client, Retry, Timeout
+from cellserve import AsyncClient, Client, Retry
 from cellserve.errors import ConnectionLost, GaveUp, PositionConflict, ServerProblem, SessionWentBack, UnknownSession
 from cellserve.numbers import Array
-from tests.conftest import Server
-from tests.e2e.helpers import free_port
-from tests.e2e.test_client import steps, whole
+from tests.e2e.helpers import QUICK, SHORT, inputs, killed_again_and_again, predict_all
 from tests.faulty_proxy import DELAY_SECONDS, FaultyProxy
-from tests.networks import OUTPUTS
+from tests.helpers import OUTPUTS, free_port
 from tests.redis_server import RedisServer
+from tests.server import Serve, Server
 
-Serve = Callable[..., Server]
 FAULTS = ("lose", "cut", "delay", "busy", "bad gateway")
-QUICK = Retry(seconds=60, first=0.02, longest=0.2)
-SHORT = Timeout(connect=5, answer=DELAY_SECONDS / 2)
 
 
 @pytest.fixture
@@ -44,7 +38,7 @@ def mishaps(count: int) -> list[str]:
 
 
 def test_a_session_is_stepped_once_whatever_happens_on_the_way(server: Server, proxy: FaultyProxy) -> None:
-    x = steps(40)
+    x = inputs(40)
     proxy.faults.extend(mishaps(28))
     with Client(proxy.url, timeout=SHORT, retry=QUICK) as client, client.session("lstm") as session:
         ys = [session.step(row)[None] for row in x[:20]]
@@ -60,11 +54,11 @@ def test_a_session_is_stepped_once_whatever_happens_on_the_way(server: Server, p
         proxy.faults.clear()
         with Client(server.url) as plain:
             assert plain.attach(session.id).refresh() == 40
-            assert np.concatenate(ys).tobytes() == whole(plain, x).tobytes()
+            assert np.concatenate(ys).tobytes() == predict_all(plain, x).tobytes()
 
 
 def test_the_client_for_asyncio_does_so_too(server: Server, proxy: FaultyProxy) -> None:
-    x = steps(6, 8)
+    x = inputs(6, 8)
     proxy.faults.extend(mishaps(40))
 
     async def main() -> None:
@@ -76,14 +70,14 @@ def test_the_client_for_asyncio_does_so_too(server: Server, proxy: FaultyProxy) 
 
             ys = np.stack(await asyncio.gather(*map(one, range(len(x)))))
             with Client(server.url) as plain:
-                assert ys.tobytes() == np.stack(plain.predict("lstm", list(x), outputs="all").y).tobytes()
+                assert ys.tobytes() == np.stack(predict_all(plain, list(x))).tobytes()
 
     asyncio.run(main())
     assert set(proxy.done) >= {*FAULTS}
 
 
 def test_a_stream_opens_its_socket_again_and_sends_again_what_had_no_answer(server: Server, proxy: FaultyProxy) -> None:
-    x = steps(50, 8)
+    x = inputs(50, 8)
     # What befalls the frame of each step, and the handshakes after it.
     plan = [[], ["lose"], ["cut"], ["delay"], [], ["lose", "busy"], ["cut", "bad gateway", "lose"], ["lose", "cut"]]
     with Client(proxy.url, timeout=SHORT, retry=QUICK) as client, client.stream() as stream:
@@ -97,12 +91,12 @@ def test_a_stream_opens_its_socket_again_and_sends_again_what_had_no_answer(serv
         assert [session.position for session in sessions] == [len(plan)] * len(x)
         assert set(proxy.done) >= {*FAULTS}
         with Client(server.url) as plain:
-            assert ys.tobytes() == np.stack(plain.predict("lstm", list(x), outputs="all").y).tobytes()
+            assert ys.tobytes() == np.stack(predict_all(plain, list(x))).tobytes()
             assert {plain.attach(session.id).refresh() for session in sessions} == {len(plan)}
 
 
 def test_a_stream_for_asyncio_does_so_too_with_many_frames_under_way(server: Server, proxy: FaultyProxy) -> None:
-    x = steps(30, 10)
+    x = inputs(30, 10)
     proxy.faults.extend(["none"] * 5 + ["lose", "none", "none", "none", "cut"] * 3 + ["none"] * 10 + ["delay"])
 
     async def main() -> None:
@@ -114,14 +108,14 @@ def test_a_stream_for_asyncio_does_so_too_with_many_frames_under_way(server: Ser
 
             ys = np.stack(await asyncio.gather(*map(one, range(len(x)))))
             with Client(server.url) as plain:
-                assert ys.tobytes() == np.stack(plain.predict("lstm", list(x), outputs="all").y).tobytes()
+                assert ys.tobytes() == np.stack(predict_all(plain, list(x))).tobytes()
 
     asyncio.run(main())
     assert set(proxy.done) >= {"lose", "cut", "delay"}
 
 
 def test_who_gives_up_raises_one_exception_and_knows_where_the_session_is(server: Server, proxy: FaultyProxy) -> None:
-    x = steps(4)
+    x = inputs(4)
     with Client(proxy.url, retry=Retry(attempts=3, first=0.01)) as client:
         session = client.session("lstm")
         ys = [session.step(x[0])]
@@ -139,7 +133,7 @@ def test_who_gives_up_raises_one_exception_and_knows_where_the_session_is(server
             session.step(x[3])  # something else: it says so
         assert session.refresh() == 3
         ys.append(session.step(x[3]))
-        wholes = whole(client, x)
+        wholes = predict_all(client, x)
         assert np.array_equal(np.stack(ys), wholes[[0, 1, 3]])
         proxy.faults.extend(["busy"] * 3)
         with Client(proxy.url, retry=Retry(seconds=0.5)) as hasty, pytest.raises(GaveUp, match="busy") as busy:
@@ -148,18 +142,18 @@ def test_who_gives_up_raises_one_exception_and_knows_where_the_session_is(server
         proxy.faults.clear()
         with client.stream() as stream:
             streamed = stream.attach(session.id)
-            assert np.array_equal(streamed.step(x[0]), whole(client, np.concatenate([x, x[:1]]))[-1])
+            assert np.array_equal(streamed.step(x[0]), predict_all(client, np.concatenate([x, x[:1]]))[-1])
             proxy.faults.extend(["lose"] * 9)
             with pytest.raises(GaveUp, match="after 3 tries"):
                 streamed.step(x[1])
             proxy.faults.clear()
             assert streamed.position == 5
-            assert np.array_equal(streamed.step(x[1]), whole(client, np.concatenate([x, x[:2]]))[-1])
+            assert np.array_equal(streamed.step(x[1]), predict_all(client, np.concatenate([x, x[:2]]))[-1])
             assert (streamed.position, session.refresh()) == (6, 6)
 
 
 def test_a_cancelled_step_may_be_sent_again(server: Server, proxy: FaultyProxy) -> None:
-    x = steps(2)
+    x = inputs(2)
 
     async def main() -> None:
         async with AsyncClient(proxy.url, retry=QUICK) as client, client.stream() as stream:
@@ -173,43 +167,14 @@ def test_a_cancelled_step_may_be_sent_again(server: Server, proxy: FaultyProxy) 
                 y.append(await session.step(x[1]))
                 assert session.position == 2
                 with Client(server.url) as plain:
-                    assert np.stack(y).tobytes() == whole(plain, x).tobytes()
+                    assert np.stack(y).tobytes() == predict_all(plain, x).tobytes()
 
     asyncio.run(main())
 
 
-@contextmanager
-def killed_again_and_again(
-    repository: Path, serve: Serve, redis: RedisServer
-) -> Iterator[tuple[str, Callable[[], bool]]]:
-    """A server that is killed and started again on the same port, twice; gives its URL and whether that is over."""
-    port = str(free_port())
-
-    def start() -> Server:
-        return serve("--models", str(repository), "--store", redis.url, "--port", port)
-
-    first = start()
-
-    def havoc() -> None:
-        server = first
-        for _ in range(2):
-            over.wait(0.7)
-            server.stop(signal.SIGKILL)
-            server = start()
-        over.set()
-
-    over = threading.Event()
-    thread = threading.Thread(target=havoc)
-    thread.start()
-    try:
-        yield first.url, over.is_set
-    finally:
-        thread.join()
-
-
 def test_a_session_goes_on_when_its_server_is_killed(repository: Path, serve: Serve, redis: RedisServer) -> None:
     with killed_again_and_again(repository, serve, redis) as (url, is_over), Client(url, retry=QUICK) as client:
-        x, ys = steps(4000), []
+        x, ys = inputs(4000), []
         with client.session("lstm") as session:
             while not is_over() or len(ys) < 100:
                 ys.append(session.step(x[len(ys) % len(x)]))
@@ -226,7 +191,7 @@ def test_sessions_of_a_stream_go_on_when_their_server_is_killed(
     repository: Path, serve: Serve, redis: RedisServer
 ) -> None:
     with killed_again_and_again(repository, serve, redis) as (url, is_over), Client(url, retry=QUICK) as client:
-        x, ys = steps(20, 500), []
+        x, ys = inputs(20, 500), []
         with client.stream() as stream:
             sessions = [stream.open("lstm") for _ in x]
             while not is_over() or len(ys) < 20:
@@ -234,7 +199,7 @@ def test_sessions_of_a_stream_go_on_when_their_server_is_killed(
             y = np.stack(ys, 1)
             assert {session.position for session in sessions} == {len(ys)}
             x = np.concatenate([x] * (len(ys) // 500 + 1), 1)[:, : len(ys)]
-            assert y.tobytes() == np.stack(client.predict("lstm", list(x), outputs="all").y).tobytes()
+            assert y.tobytes() == np.stack(predict_all(client, list(x))).tobytes()
             assert {session.refresh() for session in sessions} == {len(ys)}
 
 
@@ -244,7 +209,7 @@ def test_tasks_go_on_when_their_server_is_killed(repository: Path, serve: Serve,
         async with AsyncClient(url, retry=QUICK) as client, client.stream() as stream:
 
             async def one(number: int) -> None:
-                x = steps(100, seed=number)
+                x = inputs(100, seed=number)
                 session = stream.open("lstm") if number % 2 else client.session("lstm")
                 y: list[Array] = []
                 while not is_over() or not y:
@@ -260,14 +225,14 @@ def test_tasks_go_on_when_their_server_is_killed(repository: Path, serve: Serve,
     with killed_again_and_again(repository, serve, redis) as (url, is_over):
         xs, ys = asyncio.run(main(url, is_over))
         with Client(url, retry=QUICK) as client:
-            wholes = client.predict("lstm", xs, outputs="all").y
+            wholes = predict_all(client, xs)
         assert [y.tobytes() for y in ys] == [y.tobytes() for y in wholes]
 
 
 def test_a_server_that_has_forgotten_a_session_is_found_out(repository: Path, serve: Serve, tmp_path: Path) -> None:
     port = ("--port", str(free_port()))
     server = serve("--models", str(repository), *port)
-    x = steps(3)
+    x = inputs(3)
     with Client(server.url, retry=QUICK) as client, client.stream() as stream:
         session, streamed = client.session("lstm", keep=True), stream.open("lstm", keep=True)
         session.step(x)
@@ -283,7 +248,7 @@ def test_a_store_that_has_gone_back_is_found_out(repository: Path, serve: Serve,
     snapshot = ("--snapshot", str(tmp_path / "snapshot"), "--snapshot-seconds", "1000")
     port = ("--port", str(free_port()))
     server = serve("--models", str(repository), *snapshot, *port)
-    x = steps(6)
+    x = inputs(6)
     with Client(server.url, retry=QUICK) as client, client.session("lstm") as session:
         session.step(x[:2])
         assert server.stop() == 0  # it writes a snapshot
@@ -295,5 +260,5 @@ def test_a_store_that_has_gone_back_is_found_out(repository: Path, serve: Serve,
             session.step(x[4:])
         assert (back.value.position, session.position, session.refresh()) == (2, 4, 2)
         assert np.array_equal(session.step(x[2:4], outputs="all"), ys[0])
-        assert np.array_equal(session.step(x[4:], outputs="all"), whole(client, x)[4:])
+        assert np.array_equal(session.step(x[4:], outputs="all"), predict_all(client, x)[4:])
         assert ys[0].shape == (2, OUTPUTS)

@@ -16,17 +16,12 @@ from cellserve.export.publish import repository_writer
 from cellserve.models.signature import MODEL_NAME
 from cellserve.service.runtime.batch_invariance import draw
 from tests import foreign
-from tests.conftest import Server, start_server
 from tests.faulty_proxy import FaultyProxy
-from tests.kinds import FRAMES, KINDS, LETTERS, write_repository
+from tests.kinds import FRAMES, KINDS, LETTERS
+from tests.server import Server, start_server
 from tests.versions import remove_version
 
 STEPS, ROWS = 7, 3
-
-
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_repository(tmp_path_factory.mktemp("kinds"))
 
 
 @pytest.fixture(scope="module")

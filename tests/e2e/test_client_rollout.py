@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ import pytest
 
 from cellserve import AsyncClient, Client
 from cellserve.errors import CannotRollOut, GaveUp, InvalidInput, PositionConflict
-from tests.conftest import Server, start_server
-from tests.e2e.test_client_faults import QUICK, SHORT, killed_again_and_again
+from tests.e2e.helpers import QUICK, SHORT, killed_again_and_again
 from tests.faulty_proxy import FaultyProxy
 from tests.redis_server import RedisServer
+from tests.server import Serve, Server, start_server
 
 ASKED: dict[str, Any] = {"temperature": 0.8, "top_k": 20, "seed": 7}
 
@@ -108,9 +108,7 @@ def test_lost_answers_are_asked_for_again_and_who_gave_up_may_go_on(server: Serv
     proxy.close()
 
 
-def test_every_output_comes_once_while_the_server_is_killed(
-    examples: Path, serve: Callable[..., Server], redis: RedisServer
-) -> None:
+def test_every_output_comes_once_while_the_server_is_killed(examples: Path, serve: Serve, redis: RedisServer) -> None:
     with killed_again_and_again(examples, serve, redis) as (url, is_over), Client(url, retry=QUICK) as client:
         texts = set()
         while not is_over() or not texts:

@@ -18,8 +18,8 @@ import pytest
 from websockets.asyncio.client import connect
 
 from cellserve.service.runtime.onnx_model import Runtime
-from tests.conftest import Server
-from tests.networks import FEATURES, OUTPUTS
+from tests.helpers import FEATURES, OUTPUTS
+from tests.server import Serve, Server
 
 SESSIONS, STEPS = 200, 60
 MODELS = ("lstm", "rnn", "decaying")
@@ -201,9 +201,7 @@ def test_200_sessions_over_binary_frames(server: Server, repository: Path) -> No
     check({number: np.concatenate(ys) for number, ys in results.items()}, truth(repository))
 
 
-def test_a_full_queue_answers_503_at_once_and_the_rest_is_answered(
-    repository: Path, serve: Callable[..., Server]
-) -> None:
+def test_a_full_queue_answers_503_at_once_and_the_rest_is_answered(repository: Path, serve: Serve) -> None:
     server = serve("--models", str(repository), "--max-queued-steps", "20000")
 
     async def everyone() -> list[httpx.Response]:

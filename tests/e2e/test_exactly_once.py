@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +16,19 @@ import pytest
 import safetensors.numpy
 from websockets.sync.client import connect
 
-from tests.conftest import Server, start_server
-from tests.e2e.test_predict_and_sessions import create, frames
-from tests.networks import FEATURES, OUTPUTS
+from tests.e2e.helpers import create, frames, problem_kind
+from tests.helpers import FEATURES, OUTPUTS
+from tests.server import Serve, Server, start_server
 
 TENSORS = {"content-type": "application/x-safetensors"}
 
 
-@pytest.fixture(scope="module", params=["memory", "redis"])
-def server(repository: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def server(repository: Path, store: str) -> Iterator[Server]:
     """A server of the small networks on each of the stores."""
-    url = request.getfixturevalue("redis").url if request.param == "redis" else "memory"
-    server = start_server("--models", str(repository), "--store", url)
+    server = start_server("--models", str(repository), "--store", store)
     yield server
     assert server.stop() == 0
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
-
-
-def kind(answer: httpx.Response) -> str:
-    return str(answer.json()["type"]).rpartition(":")[2]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 3000])
@@ -72,7 +61,7 @@ def test_anything_else_is_told_where_the_session_is(client: httpx.Client, change
     for position in range(3):
         client.post(f"/sessions/{session}/step", json={"x": zero, "position": position})
     refused = client.post(f"/sessions/{session}/step", json={"x": zero, **change})
-    assert (refused.status_code, kind(refused), refused.json()["position"]) == (409, type_, 3)
+    assert (refused.status_code, problem_kind(refused), refused.json()["position"]) == (409, type_, 3)
     assert client.get(f"/sessions/{session}").json()["position"] == 3
 
 
@@ -199,11 +188,11 @@ def test_a_state_goes_down_and_up_and_only_where_it_fits(client: httpx.Client) -
     assert client.put(f"/sessions/{second}/state", content=foreign, headers=TENSORS).status_code == 422
     moved = {"model": "lstm", "version": "1", "digest": "0" * 64}
     answer = client.put(f"/sessions/{second}/state", content=safetensors.numpy.save(state, moved), headers=TENSORS)
-    assert (answer.status_code, kind(answer)) == (409, "state-of-another-model")
+    assert (answer.status_code, problem_kind(answer)) == (409, "state-of-another-model")
     assert client.get(f"/sessions/{second}").json()["position"] == 4
 
 
-def test_sessions_are_listed_page_by_page(repository: Path, serve: Callable[..., Server]) -> None:
+def test_sessions_are_listed_page_by_page(repository: Path, serve: Serve) -> None:
     server = serve("--models", str(repository))
     with server.client() as client:
         made = {create(client, model) for model in ("lstm", "rnn") for _ in range(75)}
@@ -223,9 +212,7 @@ def test_sessions_are_listed_page_by_page(repository: Path, serve: Callable[...,
     assert {told["session"] for told in left} == made - deleted
 
 
-def test_a_full_server_may_evict_the_one_idle_for_the_longest_time(
-    repository: Path, serve: Callable[..., Server]
-) -> None:
+def test_a_full_server_may_evict_the_one_idle_for_the_longest_time(repository: Path, serve: Serve) -> None:
     server = serve("--models", str(repository), "--max-sessions", "3", "--when-full", "evict")
     with server.client() as client:
         sessions = [create(client, "lstm") for _ in range(3)]
@@ -281,10 +268,7 @@ def test_a_step_while_one_with_a_position_is_under_way_is_told_to_wait(server: S
 
     first, *others = asyncio.run(race())
     assert first.json()["position"] == 20000
-    assert {kind(answer) for answer in others if answer.status_code == 409} <= {"step-in-flight", "session-went-back"}
-    assert any(kind(answer) == "step-in-flight" for answer in others if answer.status_code == 409)
-    assert all(int(answer.headers["retry-after"]) > 0 for answer in others if kind_is(answer, "step-in-flight"))
-
-
-def kind_is(answer: httpx.Response, type_: str) -> bool:
-    return answer.status_code == 409 and kind(answer) == type_
+    refused = [answer for answer in others if answer.status_code == 409]
+    assert {problem_kind(answer) for answer in refused} <= {"step-in-flight", "session-went-back"}
+    waiting = [answer for answer in refused if problem_kind(answer) == "step-in-flight"]
+    assert waiting and all(int(answer.headers["retry-after"]) > 0 for answer in waiting)

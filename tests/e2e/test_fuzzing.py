@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Server
-from tests.networks import FEATURES
+from tests.helpers import FEATURES
+from tests.server import Server
 
 _CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 

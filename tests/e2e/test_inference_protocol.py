@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
-from tests.conftest import ROOT, Server, start_server
-from tests.e2e.helpers import free_port, is_busy, until
-from tests.e2e.test_keys import bearer, new_key
-from tests.networks import FEATURES, OUTPUTS
+from tests.e2e.helpers import bearer, is_busy, new_key
+from tests.helpers import FEATURES, OUTPUTS, ROOT, free_port, until
 from tests.redis_server import RedisServer
+from tests.server import Serve, Server, start_server
 from tests.triton import CLIENTS, GRPC, HTTP, noise, predicted, triton
-
-Serve = Callable[..., Server]
 
 
 @pytest.fixture(scope="module")

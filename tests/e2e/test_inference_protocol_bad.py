@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from tests.conftest import Server, start_server
-from tests.networks import FEATURES
+from tests.helpers import FEATURES
+from tests.server import Server, start_server
 from tests.triton import noise
 
 X = noise(1, 2, FEATURES)

@@ -5,38 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from tests.conftest import Server
-from tests.e2e.helpers import until
-from tests.networks import FEATURES
+from tests.e2e.helpers import bearer, new_key
+from tests.helpers import FEATURES, until
+from tests.server import Serve
 
 STEP = {"x": [0.125] * FEATURES}
 
 
-def new_key(owner: str, file: Path) -> str:
-    command = [sys.executable, "-m", "cellserve.cli", "key", owner, "--file", str(file)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> tuple[Path, str, str]:
-    file = tmp_path / "keys.txt"
-    return file, new_key("alice", file), new_key("bob", file)
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {key}"}
-
-
-def test_keys_open_ones_own_sessions_only(
-    repository: Path, serve: Callable[..., Server], keys: tuple[Path, str, str]
-) -> None:
+def test_keys_open_ones_own_sessions_only(repository: Path, serve: Serve, keys: tuple[Path, str, str]) -> None:
     file, alice, bob = keys
     assert alice not in file.read_text()
     server = serve("--models", str(repository), "--api-keys-file", str(file))
@@ -76,7 +58,7 @@ def test_keys_open_ones_own_sessions_only(
 
 
 def test_a_socket_bears_its_key_in_a_header_or_in_the_first_frame(
-    repository: Path, serve: Callable[..., Server], keys: tuple[Path, str, str]
+    repository: Path, serve: Serve, keys: tuple[Path, str, str]
 ) -> None:
     file, alice, bob = keys
     server = serve("--models", str(repository), "--api-keys-file", str(file))
@@ -108,7 +90,7 @@ def test_a_socket_bears_its_key_in_a_header_or_in_the_first_frame(
     assert refused.value.response.status_code == 401
 
 
-def test_pages_of_other_origins_open_no_sockets(repository: Path, serve: Callable[..., Server]) -> None:
+def test_pages_of_other_origins_open_no_sockets(repository: Path, serve: Serve) -> None:
     server = serve("--models", str(repository), "--allowed-origins", "https://good.example, https://fine.example")
     url = server.url.replace("http", "ws") + "/stream"
     for origin in (server.url, "https://good.example", "https://fine.example"):

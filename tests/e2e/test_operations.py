@@ -23,14 +23,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from prometheus_client.parser import text_string_to_metric_families
 from websockets.sync.client import connect
 
-from tests.conftest import ROOT, Server
-from tests.e2e.helpers import free_port, until
-from tests.e2e.test_keys import bearer, new_key
-from tests.e2e.test_predict_and_sessions import create, frames
-from tests.e2e.test_stream import answered, ask, binary
+from tests.e2e.helpers import answered, ask, bearer, binary, create, frames, new_key
+from tests.helpers import ROOT, free_port, until
 from tests.redis_server import RedisServer
+from tests.server import Serve, Server
 
-Serve = Callable[..., Server]
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
@@ -65,13 +62,6 @@ class Scrape:
 def scraped(client: httpx.Client, says: Callable[[Scrape], bool]) -> Scrape:
     """Asks until the metrics say so."""
     return until(lambda: Scrape(client), says)
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    redis = RedisServer(tmp_path)
-    yield redis
-    redis.stop()
 
 
 def test_each_surface_counts_what_it_has_answered(repository: Path, serve: Serve) -> None:

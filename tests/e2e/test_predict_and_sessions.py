@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.budgets import examples
-from tests.conftest import Server
-from tests.e2e.helpers import is_busy, until
-from tests.networks import FEATURES, OUTPUTS
+from tests.e2e.helpers import create, frames, is_busy
+from tests.helpers import OUTPUTS, until
+from tests.server import Serve, Server
 
 MODELS = ("lstm", "rnn", "decaying")
-
-
-def frames(steps: int, seed: int = 0) -> list[list[float]]:
-    drawn = np.random.default_rng(seed).normal(size=(steps, FEATURES)).astype(np.float32)
-    return [[float(value) for value in row] for row in drawn]
-
-
-def create(client: httpx.Client, model: str, **body: Any) -> str:
-    answer = client.post("/sessions", json={"model": model, **body})
-    assert answer.status_code == 201, answer.text
-    return str(answer.json()["session"])
 
 
 def test_sequences_of_unequal_lengths_are_answered_in_order(server: Server) -> None:
@@ -144,7 +132,7 @@ def test_ids_are_128_bits_and_all_different(server: Server) -> None:
     assert all(len(bytes.fromhex(one)) == 16 for one in ids)
 
 
-def test_idle_sessions_expire_and_a_full_server_says_so(repository: Path, serve: Callable[..., Server]) -> None:
+def test_idle_sessions_expire_and_a_full_server_says_so(repository: Path, serve: Serve) -> None:
     server = serve("--models", str(repository), "--max-sessions", "2", "--session-idle-seconds", "3")
     with server.client() as client:
         first, _ = create(client, "lstm"), create(client, "rnn")
@@ -156,7 +144,7 @@ def test_idle_sessions_expire_and_a_full_server_says_so(repository: Path, serve:
     assert (gone.status_code, gone.json()["reason"]) == (410, "expired")
 
 
-def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path, serve: Callable[..., Server]) -> None:
+def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path, serve: Serve) -> None:
     server = serve("--models", str(repository))
     answers: list[int] = []
     body = json.dumps({"model": "lstm", "sequences": [frames(4000, seed) for seed in range(8)]}).encode()

@@ -22,9 +22,7 @@ import numpy as np
 import pytest
 
 from cellserve.service.runtime.onnx_model import Runtime
-from tests.conftest import ROOT
-from tests.e2e.helpers import free_port, until
-from tests.networks import FEATURES
+from tests.helpers import FEATURES, ROOT, free_port, until
 from tests.redis_server import RedisServer
 
 SESSIONS, REPLICAS = 200, 3

@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -22,30 +22,21 @@ from hypothesis import strategies as st
 from cellserve import AsyncClient, Client
 from cellserve.service.sessions.sampling import Sampling, draw
 from tests.budgets import examples
-from tests.conftest import Server, start_server
-from tests.e2e.helpers import until
-from tests.e2e.test_exactly_once import kind
-from tests.e2e.test_predict_and_sessions import create
+from tests.e2e.helpers import create, problem_kind
+from tests.helpers import until
 from tests.redis_server import RedisServer
-from tests.service.test_sampling import SEEDS
+from tests.server import Serve, Server, start_server
+from tests.service.strategies import SEEDS
 
-Serve = Callable[..., Server]
 ASKED = {"text": "Alice was", "temperature": 0.8, "top_k": 20, "seed": 7}
 
 
-@pytest.fixture(scope="module", params=["memory", "redis"])
-def server(examples: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def server(examples: Path, store: str) -> Iterator[Server]:
     """A server of the example models on each of the stores."""
-    url = request.getfixturevalue("redis").url if request.param == "redis" else "memory"
-    server = start_server("--models", str(examples), "--store", url)
+    server = start_server("--models", str(examples), "--store", store)
     yield server
     assert server.stop() == 0
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[httpx.Client]:
-    with server.client() as client:
-        yield client
 
 
 def roll_out(client: httpx.Client, session: str, **body: Any) -> httpx.Response:
@@ -168,8 +159,12 @@ def test_a_rollout_with_a_position_is_applied_once_and_told_again(client: httpx.
     assert (again.headers["idempotent-replay"], again.json()) == ("true", first.json())
     for other in ({"seed": 8}, {"steps": 31}, {"temperature": 0.9}, {"top_k": 21}, {"text": "Alice is"}):
         refused = roll_out(client, session, **{**ASKED, "steps": 30, "position": 0} | other)
-        assert (refused.status_code, kind(refused), refused.json()["position"]) == (409, "position-conflict", 38)
-    assert kind(roll_out(client, session, **ASKED, steps=3, position=39)) == "session-went-back"
+        assert (refused.status_code, problem_kind(refused), refused.json()["position"]) == (
+            409,
+            "position-conflict",
+            38,
+        )
+    assert problem_kind(roll_out(client, session, **ASKED, steps=3, position=39)) == "session-went-back"
     client.post(f"/sessions/{session}/step", json={"x": 3})
     assert roll_out(client, session, **ASKED, steps=30, position=0).status_code == 409
 
@@ -355,7 +350,7 @@ def test_what_does_not_fit_is_told_where_and_changes_nothing(
 
 def test_models_and_sessions_that_cannot_are_told_so(client: httpx.Client) -> None:
     vowels, sunspots = create(client, "vowels"), create(client, "sunspots")
-    assert kind(roll_out(client, vowels, x=[0.0] * 12, steps=3)) == "cannot-roll-out"
+    assert problem_kind(roll_out(client, vowels, x=[0.0] * 12, steps=3)) == "cannot-roll-out"
     assert roll_out(client, sunspots, x=[1.0], steps=3, seed=1).json()["place"] == "seed"
     assert roll_out(client, sunspots, text="1", steps=3).json()["place"] == "text"
     assert roll_out(client, "nobody", x=[1.0], steps=3).status_code == 404

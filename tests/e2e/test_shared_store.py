@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,19 +14,10 @@ import httpx
 import pytest
 import safetensors.numpy
 
-from tests.conftest import Server
-from tests.e2e.helpers import free_port, until
-from tests.e2e.test_predict_and_sessions import create, frames
+from tests.e2e.helpers import create, frames
+from tests.helpers import free_port, until
 from tests.redis_server import RedisServer
-
-Serve = Callable[..., Server]
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    redis = RedisServer(tmp_path)
-    yield redis
-    redis.stop()
+from tests.server import Serve
 
 
 def stepped(client: httpx.Client, session: str, x: list[float], position: int) -> httpx.Response:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Server
-from tests.networks import FEATURES
+from tests.helpers import FEATURES
+from tests.server import Server
 
 STEP = {"x": [0.25] * FEATURES}
 

@@ -20,7 +20,7 @@ import onnxruntime as ort
 import pytest
 from websockets.sync.client import connect
 
-from tests.conftest import Server, start_server
+from tests.server import Server, start_server
 
 RATE, CHUNK, CONTEXT = 16000, 512, 64
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -17,11 +16,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conftest import Server
-from tests.e2e.test_predict_and_sessions import create, frames
-from tests.networks import FEATURES
-
-Serve = Callable[..., Server]
+from tests.e2e.helpers import create, frames
+from tests.helpers import FEATURES
+from tests.server import Serve
 
 
 def test_sessions_go_on_after_a_restart_where_they_were(repository: Path, serve: Serve, tmp_path: Path) -> None:

@@ -5,48 +5,14 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
-from tests.conftest import Server
-from tests.e2e.test_predict_and_sessions import create, frames
-from tests.networks import FEATURES, OUTPUTS
-
-
-@pytest.fixture
-def stream(server: Server) -> Iterator[ClientConnection]:
-    with connect(server.url.replace("http", "ws") + "/stream", max_size=None) as socket:
-        yield socket
-
-
-def ask(stream: ClientConnection, **frame: Any) -> dict[str, Any]:
-    stream.send(json.dumps(frame))
-    return dict(json.loads(stream.recv(timeout=30)))
-
-
-def binary(handles: list[int], x: np.ndarray, ref: int = 5) -> bytes:
-    head = struct.pack("<4I", 1, ref, len(handles), x.shape[1])
-    return head + np.array(handles, "<u4").tobytes() + x.astype("<f4").tobytes()
-
-
-def answered(message: str | bytes, outputs: int = OUTPUTS) -> tuple[int, list[int], list[int], np.ndarray]:
-    assert isinstance(message, bytes)
-    kind, ref, count, steps = struct.unpack_from("<4I", message)
-    assert kind == 0x81
-    positions = np.frombuffer(message, "<u8", count, 16).tolist()
-    statuses = np.frombuffer(message, "<u4", count, 16 + 8 * count).tolist()
-    y = np.frombuffer(message, "<f4", offset=16 + 12 * count).reshape(count, steps, outputs)
-    return ref, positions, statuses, y
-
-
-def whole(server: Server, model: str, x: list[list[float]]) -> list[list[float]]:
-    with server.client() as client:
-        body = {"model": model, "sequences": [x], "outputs": "all"}
-        return list(client.post("/predict", json=body).json()["outputs"][0])
+from tests.e2e.helpers import answered, ask, binary, create, frames, whole_sequence
+from tests.helpers import FEATURES
+from tests.server import Server
 
 
 def test_a_session_is_opened_stepped_and_closed(server: Server, stream: ClientConnection) -> None:
@@ -63,7 +29,7 @@ def test_a_session_is_opened_stepped_and_closed(server: Server, stream: ClientCo
         "durable": "none",
     }
     rest = ask(stream, op="step", session=opened["session"], x=x[1:], outputs="all")
-    assert [first["y"], *rest["y"]] == whole(server, "lstm", x)
+    assert [first["y"], *rest["y"]] == whole_sequence(server, "lstm", x)
     assert rest["position"] == 5
     assert ask(stream, op="close", session=0)["session"] == opened["session"]
     gone = ask(stream, op="step", session=0, x=x[0], ref=9)
@@ -81,7 +47,7 @@ def test_a_session_from_elsewhere_is_attached_and_outlives_the_socket(server: Se
                 assert attached["position"] == len(ys)
                 ys.append(ask(socket, op="step", session=attached["handle"], x=row)["y"])
         ys.append(client.post(f"/sessions/{session}/step", json={"x": x[3]}).json()["y"])
-    assert ys == whole(server, "rnn", x)
+    assert ys == whole_sequence(server, "rnn", x)
 
 
 def test_a_key_that_nobody_wanted_harms_nothing(stream: ClientConnection) -> None:
@@ -133,7 +99,7 @@ def test_a_frame_that_does_not_fit_is_answered_and_the_socket_stays_open(
     if isinstance(frame, bytes) and frame:
         assert error["ref"] == 5
     step = ask(stream, op="step", session=0, x=frames(1)[0])
-    assert (step["position"], [step["y"]]) == (1, whole(server, "lstm", frames(1)))
+    assert (step["position"], [step["y"]]) == (1, whole_sequence(server, "lstm", frames(1)))
 
 
 def test_binary_frames_step_many_sessions_at_once_each_to_the_bits_of_one_run(
@@ -171,7 +137,7 @@ def test_in_a_binary_frame_an_error_concerns_its_own_session(server: Server, str
     assert statuses == [0, 410, 0]
     assert (positions[0], positions[2]) == (2, 2)
     for row in (0, 2):
-        assert y[row].tolist() == np.array(whole(server, "rnn", x[row].tolist()), np.float32).tolist()
+        assert y[row].tolist() == np.array(whole_sequence(server, "rnn", x[row].tolist()), np.float32).tolist()
 
 
 def test_frames_may_be_sent_ahead_and_a_session_takes_them_in_their_order(
@@ -184,7 +150,7 @@ def test_frames_may_be_sent_ahead_and_a_session_takes_them_in_their_order(
     answers = [json.loads(stream.recv(timeout=30)) for _ in x]
     assert [answer["ref"] for answer in answers] == list(range(500))
     assert [answer["position"] for answer in answers] == list(range(1, 501))
-    assert [answer["y"] for answer in answers] == whole(server, "decaying", x)
+    assert [answer["y"] for answer in answers] == whole_sequence(server, "decaying", x)
 
 
 def test_a_short_frame_never_passes_a_long_one_that_was_sent_before(server: Server, stream: ClientConnection) -> None:
@@ -211,7 +177,9 @@ def test_a_short_frame_never_passes_a_long_one_that_was_sent_before(server: Serv
             got[told["position"]] = told["y"] if isinstance(told["y"][0], list) else [told["y"]]
     assert sorted(got) == sent
     ys = [row for position in sent for row in got[position]]
-    assert np.array(ys, np.float32).tolist() == np.array(whole(server, "decaying", x[:done]), np.float32).tolist()
+    assert (
+        np.array(ys, np.float32).tolist() == np.array(whole_sequence(server, "decaying", x[:done]), np.float32).tolist()
+    )
 
 
 def test_a_client_that_does_not_read_is_not_read_and_holds_nobody_up(server: Server) -> None:

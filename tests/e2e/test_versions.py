@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -19,16 +18,12 @@ from websockets.sync.client import connect
 
 from cellserve.models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
 from cellserve.service.runtime.onnx_model import Runtime
-from tests.conftest import Server
-from tests.e2e.helpers import free_port, until
-from tests.e2e.test_keys import bearer, new_key
-from tests.e2e.test_predict_and_sessions import create, frames
-from tests.e2e.test_stream import answered, ask, binary
-from tests.networks import FEATURES
+from tests.e2e.helpers import answered, ask, bearer, binary, create, frames, new_key
+from tests.helpers import FEATURES, free_port, until
 from tests.redis_server import RedisServer
+from tests.server import Serve
 from tests.versions import add_version, copy_of
 
-Serve = Callable[..., Server]
 WATCHING = "--reload-seconds", "0.1"
 
 

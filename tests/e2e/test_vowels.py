@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cellserve.models.datasets import vowels
-from tests.conftest import start_server
+from tests.server import start_server
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from tests.export.proving import Proof
-from tests.networks import DecayingCell
+from tests.networks import DecayingCell, several_ends
 
 import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers, ops  # isort: skip
@@ -71,23 +71,6 @@ def masked_by_embedding() -> Any:
     h = layers.Add()([h, layers.LSTM(4, return_sequences=True)(h)])
     h = layers.Dropout(0.5)(layers.LayerNormalization()(h))
     return keras.Model(ids, layers.Dense(3, activation="softmax")(layers.GRU(4)(h)))
-
-
-def several_ends() -> Any:
-    """Two inputs, one of integers; two outputs, one of them the last; a nested model, called twice; a shared layer."""
-    numbers = keras.Input((None, 3), name="numbers")
-    ids = keras.Input((None,), name="ids", dtype="int32")
-    inner_x = keras.Input((None, 4))
-    inner = keras.Model(inner_x, layers.Add()([inner_x, layers.LSTM(4, return_sequences=True)(inner_x)]))
-    shared = layers.Dense(4)
-    h = layers.Add()([shared(numbers), layers.Embedding(5, 4)(ids)])
-    h = inner(inner(h))
-    h = layers.BatchNormalization()(h)
-    last = layers.RNN(LSTMCell(3))(h)
-    return keras.Model(
-        {"ids": ids, "numbers": numbers},
-        {"last": layers.Dense(1, name="a")(last), "each": layers.Dense(2, name="b")(h)},
-    )
 
 
 @keras.saving.register_keras_serializable("tests")

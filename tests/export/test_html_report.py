@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.networks import FEATURES, network
+from tests.helpers import FEATURES
+from tests.networks import network
 
 import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers  # isort: skip

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.export.test_any_network import several_ends
-from tests.networks import FEATURES, DecayingCell, network
+from tests.helpers import FEATURES
+from tests.networks import DecayingCell, network, several_ends
 
 import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers  # isort: skip

@@ -19,10 +19,10 @@ from cellserve.service.runtime.onnx_model import (
     RuntimeUnavailable,
     providers,
 )
-from tests.conftest import Server, start_server
 from tests.gpu import machine
 from tests.gpu.references import Reference, model_folder, names
 from tests.gpu.report import Report
+from tests.server import Server, start_server
 
 # What is learned first where the time runs out.
 ORDER = ("test_opening", "test_parity", "test_exactness", "test_sessions", "test_speed")

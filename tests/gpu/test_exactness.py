@@ -12,10 +12,10 @@ from cellserve import Client
 from cellserve.service.runtime.batch_invariance import SHORT, WHOLE, draw, prove
 from cellserve.service.runtime.onnx_model import Provider, Runtime
 from cellserve.service.settings import Settings
-from tests.conftest import Server
 from tests.gpu.conftest import Open
 from tests.gpu.references import Array, Reference
 from tests.gpu.report import Report
+from tests.server import Server
 
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256)
 CHUNKS = (1, 2, 3, 4, 8, 16, 32)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from cellserve.service.runtime.onnx_model import Provider, Runtime
-from tests.conftest import ROOT
 from tests.gpu.conftest import Open
 from tests.gpu.references import ROWS, STEPS, Array, Reference, worst
 from tests.gpu.report import Report
+from tests.helpers import ROOT
 
 CUTS = {
     "whole": (STEPS,),

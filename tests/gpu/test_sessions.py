@@ -14,10 +14,10 @@ import numpy as np
 from cellserve import Client
 from cellserve.service.runtime.batch_invariance import draw
 from cellserve.service.runtime.onnx_model import Provider
-from tests.conftest import Server
 from tests.gpu.conftest import Open
 from tests.gpu.references import Array, Reference
 from tests.gpu.report import Report
+from tests.server import Server
 
 SESSIONS, STEPS, THREADS = 12, 90, 6
 SIZES = (1, 1, 1, 2, 5, 20, 40)

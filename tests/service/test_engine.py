@@ -16,7 +16,7 @@ from cellserve.service.errors import ModelFailed, NotFinite, QueueFull, SessionG
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.writer import SessionWriter
 from tests.budgets import examples
-from tests.service.conftest import BROKEN, INFINITE, truth
+from tests.service.helpers import BROKEN, INFINITE, truth
 
 Make = Callable[..., tuple[Engine, MemoryStore, SessionWriter]]
 

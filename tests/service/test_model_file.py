@@ -14,29 +14,7 @@ from onnx import TensorProto, helper
 from cellserve.models.signature import METADATA_KEY
 from cellserve.service.runtime import onnx_file
 from cellserve.service.runtime.onnx_file import BadModelFile, check, read
-
-
-def model(nodes: list[onnx.NodeProto], **more: object) -> onnx.ModelProto:
-    graph = helper.make_graph(nodes, "graph", [], [], **more)
-    return helper.make_model(graph, ir_version=8)
-
-
-def external(location: str, place: str = "initializer") -> bytes:
-    tensor = TensorProto(name="w", data_type=TensorProto.UINT8, dims=[16], data_location=TensorProto.EXTERNAL)
-    tensor.external_data.add(key="location", value=location)
-    if place == "initializer":
-        return bytes(model([], initializer=[tensor]).SerializeToString())
-    constant = helper.make_node("Constant", [], ["c"])
-    constant.attribute.append(onnx.AttributeProto(name="value", type=onnx.AttributeProto.TENSOR, t=tensor))
-    if place == "constant":
-        return bytes(model([constant]).SerializeToString())
-    body = helper.make_graph([constant], "body", [], [])
-    node = helper.make_node("If", ["yes"], ["c"], then_branch=body, else_branch=body)
-    if place == "subgraph":
-        return bytes(model([node]).SerializeToString())
-    whole = model([])
-    whole.functions.append(helper.make_function("own", "F", [], [], [node], []))
-    return bytes(whole.SerializeToString())
+from tests.service.model_files import bare_model, with_external_data
 
 
 def test_field_numbers_are_those_of_onnx() -> None:
@@ -77,22 +55,22 @@ def test_operators_and_metadata_of_exported_models_are_found(repository: Path) -
 @pytest.mark.parametrize("location", ["weights.bin", "../../etc/passwd", "/etc/passwd"])
 def test_tensors_in_other_files_are_refused_wherever_they_are(place: str, location: str) -> None:
     with pytest.raises(BadModelFile, match="another file"):
-        check(external(location, place))
+        check(with_external_data(location, place))
 
 
 @pytest.mark.parametrize("domain", ["custom.ops", "ai.onnx.contrib", "com.microsoft.nchwc"])
 def test_operators_of_a_library_of_their_own_are_refused_and_named(domain: str) -> None:
     node = helper.make_node("Steal", [], ["y"], domain=domain)
     with pytest.raises(BadModelFile, match=re.escape(f"{domain}.Steal")):
-        check(model([node]).SerializeToString())
+        check(bare_model([node]).SerializeToString())
     body = helper.make_graph([node], "body", [], [])
     within = helper.make_node("If", ["yes"], ["y"], then_branch=body, else_branch=body)
     with pytest.raises(BadModelFile, match=re.escape(f"{domain}.Steal")):
-        check(model([within]).SerializeToString())
+        check(bare_model([within]).SerializeToString())
 
 
 def test_operators_that_the_file_itself_defines_are_taken() -> None:
-    whole = model([helper.make_node("Twice", ["x"], ["y"], domain="own")])
+    whole = bare_model([helper.make_node("Twice", ["x"], ["y"], domain="own")])
     add = helper.make_node("Add", ["x", "x"], ["y"])
     whole.functions.append(helper.make_function("own", "Twice", ["x"], ["y"], [add], []))
     assert check(whole.SerializeToString()).functions == {("own", "Twice")}
@@ -126,7 +104,7 @@ def test_garbage_is_read_or_refused(content: bytes) -> None:
 
 @given(data=st.data())
 def test_a_damaged_file_is_read_or_refused(data: st.DataObject) -> None:
-    content = bytearray(external("weights.bin", "function"))
+    content = bytearray(with_external_data("weights.bin", "function"))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     cut = bytes(content[: data.draw(st.integers(0, len(content)))])

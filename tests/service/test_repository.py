@@ -10,7 +10,6 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +18,10 @@ import pytest
 from onnx import helper
 
 from cellserve.models.signature import MANIFEST_NAME, METADATA_KEY, MODEL_NAME
-from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import Problem, RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
-from cellserve.service.model_manager import Versions, VersionState
-from cellserve.service.model_repository.repository import BrokenModel, Repository, VersionKey
-from cellserve.service.runtime.onnx_model import RuntimeOptions
-from cellserve.service.sessions.stores.memory import MemoryStore
-from cellserve.service.sessions.table import SessionTable
-from cellserve.service.sessions.writer import SessionWriter
-from cellserve.service.settings import Settings
-from tests.service.test_model_file import external
+from cellserve.service.model_repository.repository import BrokenModel, VersionKey
+from tests.service.helpers import Served
+from tests.service.model_files import with_external_data
 from tests.versions import add_version, changed, copy_of, remove_version, scaled
 
 KEY = VersionKey("rnn", 2)
@@ -37,44 +30,6 @@ KEY = VersionKey("rnn", 2)
 @pytest.fixture
 def models(repository: Path, tmp_path: Path) -> Path:
     return copy_of(repository, tmp_path, "rnn")
-
-
-class Served:
-    """A repository whose versions are served, without a server."""
-
-    def __init__(self, models: Path, most_old: int = 8, max_bytes: int = 10**9) -> None:
-        self.now = 0.0
-        self.thread = ThreadPoolExecutor(1)
-        settings = Settings(max_batch=4, quantum=8, max_sessions=100)
-        self.store = MemoryStore(SessionTable(1e9, lambda: self.now), 100, 1e9)
-        self.writer = SessionWriter(self.store)
-        ticks = ThreadPoolExecutor(1)
-        self.versions = Versions(
-            Repository(models, RuntimeOptions("cpu"), 4, max_bytes),
-            lambda model: Engine(model, settings, ticks),
-            self.store.table,
-            most_old,
-            self.thread,
-            lambda: self.now,
-        )
-
-    def reload(self, again: bool = False) -> None:
-        asyncio.run(self.versions.reload(again))
-
-    def sweep(self) -> None:
-        """An engine is freed, on the thread, after the turn in which it was dismissed."""
-        self.versions.sweep()
-        self.versions.sweep()
-        self.thread.submit(int).result()
-
-    def serving(self) -> dict[str, int]:
-        return {name: engine.model.version for name, engine in self.versions.newest.items()}
-
-    def states(self, name: str = "rnn") -> dict[int, str]:
-        return {state.key.version: state.state for state in self.versions.states()[name]}
-
-    def state(self, version: int) -> VersionState:
-        return next(state for state in self.versions.states()["rnn"] if state.key.version == version)
 
 
 def metadata_of(text: str) -> Callable[[onnx.ModelProto], None]:
@@ -118,8 +73,8 @@ def unknown_operator(proto: onnx.ModelProto) -> None:
         (lambda model: changed(model, renamed_input), "signature"),
         (lambda model: changed(model, custom), "custom.ops.Steal"),
         (lambda model: changed(model, unknown_operator), "NoSuchThing"),
-        (lambda model: external("../../etc/passwd"), "another file"),
-        (lambda model: external("/etc/passwd"), "another file"),
+        (lambda model: with_external_data("../../etc/passwd"), "another file"),
+        (lambda model: with_external_data("/etc/passwd"), "another file"),
         (lambda model: b"x" * 1_000_001, "max-model-bytes"),
     ],
 )

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from cellserve.service.errors import ModelFailed
 from cellserve.service.sessions.sampling import Sampling, draw, share
+from tests.service.strategies import SEEDS
 
 WEIGHTS = st.lists(st.floats(0, 1, width=32, allow_subnormal=False), min_size=1, max_size=40).filter(any)
-SEEDS = st.integers(0, 2**63 - 1)
 POSITIONS = st.integers(0, 2**63 - 1)
 SAMPLINGS = st.builds(
     Sampling, temperature=st.sampled_from([0, 1e-300, 1e-3, 0.7, 1, 3, 1e300]),

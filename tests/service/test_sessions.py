@@ -31,7 +31,7 @@ from cellserve.service.sessions.table import SessionTable
 from cellserve.service.sessions.writer import SessionWriter
 from tests.budgets import examples
 from tests.redis_server import RedisServer
-from tests.service.conftest import machinery, truth
+from tests.service.helpers import machinery, truth
 
 X = [np.full((steps, 2), value, np.float32) for steps in (1, 2, 40) for value in (0.5, -3.0)]
 IDLE, LIMIT = 100.0, 5

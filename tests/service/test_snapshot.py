@@ -14,7 +14,7 @@ PROGRAM = """
 import asyncio, json, os, sys, threading
 from pathlib import Path
 from cellserve.service.sessions.stores.snapshot import Snapshots
-from tests.service.conftest import machinery
+from tests.service.helpers import machinery
 
 file = Path(sys.argv[1])
 

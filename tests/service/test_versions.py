@@ -20,7 +20,7 @@ from cellserve.service.errors import Problem, RepositoryUnusable
 from cellserve.service.runtime.onnx_model import Runtime
 from cellserve.service.sessions.session import Session
 from tests.budgets import examples
-from tests.service.test_repository import Served
+from tests.service.helpers import Served
 from tests.versions import add_version, copy_of, scaled
 
 X = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)

@@ -1,0 +1,67 @@
+"""A real server for the tests: a `cellserve serve` process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+
+@dataclass
+class Server:
+    """A `cellserve serve` process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: list[str] = field(default_factory=list)
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **options)
+
+    @property
+    def grpc(self) -> str:
+        """Where it speaks gRPC, if it was started with `--grpc-port 0`."""
+        found = re.search(r"gRPC on (\S+)", "".join(self.log))
+        assert found
+        return found[1]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Sends a signal, waits for the end, and returns the exit status."""
+        if self.process.poll() is None:
+            if number == signal.SIGKILL:
+                os.killpg(self.process.pid, number)  # its workers too
+            else:
+                self.process.send_signal(number)
+        out, _ = self.process.communicate(timeout=60)
+        self.log.append(out)
+        return self.process.returncode
+
+
+Serve = Callable[..., Server]  # the fixture `serve`: `start_server`, whose server ends with the test
+
+
+def start_server(*flags: str, environment: dict[str, str] | None = None) -> Server:
+    """Starts a server on a free port and waits until it listens."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **(environment or {})},
+    )
+    assert process.stdout
+    log = []
+    for line in process.stdout:
+        log.append(line)
+        found = re.search(r"running on (http://\S+)", line)
+        if found:
+            return Server(process, found[1], log)
+    raise AssertionError("the server did not start:\n" + "".join(log))
