@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -26,14 +27,14 @@ STEP_RATE = 400  # steps a second where a step's latency is measured: far from w
 rng = np.random.default_rng(0)
 
 
-def numbers(*shape: int) -> list:  # type: ignore[type-arg]  # as deep as the shape is long
+def numbers(*shape: int) -> Any:
     """Draws numbers as a client would send them: float32, written short."""
-    return np.round(rng.normal(size=shape), 4).tolist()  # type: ignore[no-any-return]
+    return np.round(rng.normal(size=shape), 4).tolist()
 
 
 def lengths(count: int) -> list[int]:
     """Draws lengths of sequences: log-normal, median 30, from 7 to 200."""
-    return np.clip(np.exp(rng.normal(np.log(30), 0.7, count)), 7, 200).astype(int).tolist()  # type: ignore[no-any-return]
+    return [int(length) for length in np.clip(np.exp(rng.normal(np.log(30), 0.7, count)), 7, 200)]
 
 
 def frame(payload: bytes, opcode: int) -> bytes:

@@ -43,7 +43,7 @@ def measured(model: ort.InferenceSession, batch: int, steps: int, seconds: float
 
 if __name__ == "__main__":
     what, seconds, *paths = sys.argv[1:]
-    candidates = [(model, *shape) for model in map(load, paths) for shape in SHAPES[what]]
-    best = max(candidates, key=lambda candidate: measured(*candidate, PROBE)[0])
-    per_s, cpu_s = measured(*best, float(seconds))
+    candidates = [(load(path), *shape) for path in paths for shape in SHAPES[what]]
+    model, batch, steps = max(candidates, key=lambda one: measured(one[0], one[1], one[2], PROBE)[0])
+    per_s, cpu_s = measured(model, batch, steps, float(seconds))
     print(json.dumps({"steps_per_s": per_s, "cpu_s": cpu_s}))

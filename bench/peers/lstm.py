@@ -40,7 +40,7 @@ class Stepper:
         h, c = self.states.get(session) or (zero(), zero())
         y, h, c = self.model.run(None, {"x": np.asarray([x], np.float32), "h": h, "c": c})
         self.states[session] = h, c
-        return y[0]
+        return np.asarray(y[0])
 
     def many(self, sessions: list[Any], xs: list[Any]) -> list[Any]:
         """A batch; a session that stands in it twice is stepped in order, in rounds."""
@@ -49,7 +49,9 @@ class Stepper:
         out: list[Any] = [None] * len(sessions)
         todo = list(range(len(sessions)))
         while todo:
-            seen, now, later = set(), [], []
+            seen: set[Any] = set()
+            now: list[int] = []
+            later: list[int] = []
             for place in todo:
                 (later if sessions[place] in seen else now).append(place)
                 seen.add(sessions[place])

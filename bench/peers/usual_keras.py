@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import uuid
+from typing import Any
 
 from cellserve.models.quiet import import_tensorflow
 
@@ -21,7 +22,7 @@ recurrent, head = network.layers[-2:]
 UNITS = 128
 
 app = FastAPI()
-sessions: dict[str, list] = {}
+sessions: dict[str, list[Any]] = {}
 
 
 class StepIn(BaseModel):
@@ -42,13 +43,13 @@ class PredictOut(BaseModel):
 
 
 @tf.function(reduce_retracing=True)
-def one(x, states):
+def one(x: Any, states: Any) -> Any:
     y, states = recurrent.cell(x, states)
     return head(y), states
 
 
 @tf.function(reduce_retracing=True)
-def whole(x, mask):
+def whole(x: Any, mask: Any) -> Any:
     return head(recurrent(x, mask=mask))
 
 

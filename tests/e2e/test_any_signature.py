@@ -116,9 +116,9 @@ def test_json_safetensors_and_frames_give_the_same(server: Server, stream: Clien
         ask(stream, op="open", model=kind)
     head = struct.pack("<4I", 1, 5, 4, 3) + np.arange(4, dtype="<u4").tobytes()
     stream.send(head + x.astype(inputs.frame_dtype).tobytes())
-    answer = stream.recv(timeout=30)
-    assert isinstance(answer, bytes)
-    y = np.frombuffer(answer, outputs.dtype, offset=16 + 12 * 4).reshape(4, 3, *outputs.shape)
+    message = stream.recv(timeout=30)
+    assert isinstance(message, bytes)
+    y = np.frombuffer(message, outputs.dtype, offset=16 + 12 * 4).reshape(4, 3, *outputs.shape)
     for row, wanted in enumerate(answers):
         same(outputs.named(y[row]), wanted)
     single = ask(stream, op="step", session=0, x=at(as_json(x[1]), 0))
@@ -349,7 +349,9 @@ def test_the_inference_protocol_takes_and_gives_each_tensor_by_its_name(server: 
 def test_several_tensors_of_the_inference_protocol_are_told_apart_and_checked(server: Server) -> None:
     x, _ = draw(SYMBOLS, 2, 3, np.random.default_rng(10))
     tensors = [("symbol", "INT64", x["symbol"]), ("level", "FP32", x["level"])]
-    inputs = [{"name": n, "datatype": d, "shape": t.shape, "data": t.ravel().tolist()} for n, d, t in tensors]
+    inputs: list[dict[str, Any]] = [
+        {"name": n, "datatype": d, "shape": t.shape, "data": t.ravel().tolist()} for n, d, t in tensors
+    ]
     with server.client() as client:
         body = {"model": "symbols", "sequences": [as_json(row) for row in x], "outputs": "all"}
         wanted = client.post("/predict", json=body).json()["outputs"]

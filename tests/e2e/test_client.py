@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,14 +134,15 @@ def test_what_the_server_refuses_is_raised_as_what_it_is(client: Client) -> None
     with pytest.raises(UnknownSession), client.attach("never"):
         pass
     with client.session("lstm") as session:
-        for x in (np.zeros(FEATURES + 1), np.full(FEATURES, np.nan), np.full(FEATURES, 1e300), []):
+        bad: list[Any] = [np.zeros(FEATURES + 1), np.full(FEATURES, np.nan), np.full(FEATURES, 1e300), []]
+        for x in bad:
             with pytest.raises(InvalidInput) as refused:
                 session.step(x)
             assert refused.value.extensions["place"].startswith("x")
         assert session.position == 0
     for wrong in ([], [np.zeros(3), np.zeros((3, FEATURES))]):
         with pytest.raises(ValueError, match="sequences"):
-            client.predict("lstm", wrong)  # type: ignore[call-overload]
+            client.predict("lstm", wrong)
     with pytest.raises(ValueError, match="url"):
         Client("localhost:8000")
 
@@ -297,7 +299,8 @@ def test_a_key_opens_http_and_sockets(repository: Path, serve: Serve, tmp_path: 
     with Client(server.url, key) as client, client.stream() as stream, client.session("lstm") as session:
         assert np.array_equal(session.step(x, outputs="all"), stream.open("lstm").step(x))
     for wrong in (None, "wrong"):
-        for use in (lambda c: c.models(), lambda c: c.session("lstm").step(x)):
+        uses: list[Callable[[Client], object]] = [lambda c: c.models(), lambda c: c.session("lstm").step(x)]
+        for use in uses:
             with pytest.raises(Unauthorized), Client(server.url, wrong) as client:
                 use(client)
     with pytest.raises(Unauthorized), Client(server.url, "wrong") as client:

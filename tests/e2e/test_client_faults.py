@@ -174,7 +174,8 @@ def test_a_cancelled_step_may_be_sent_again(server: Server, proxy: FaultyProxy) 
 
 def test_a_session_goes_on_when_its_server_is_killed(repository: Path, serve: Serve, redis: RedisServer) -> None:
     with killed_again_and_again(repository, serve, redis) as (url, is_over), Client(url, retry=QUICK) as client:
-        x, ys = inputs(4000), []
+        x = inputs(4000)
+        ys: list[Array] = []
         with client.session("lstm") as session:
             while not is_over() or len(ys) < 100:
                 ys.append(session.step(x[len(ys) % len(x)]))
@@ -191,7 +192,8 @@ def test_sessions_of_a_stream_go_on_when_their_server_is_killed(
     repository: Path, serve: Serve, redis: RedisServer
 ) -> None:
     with killed_again_and_again(repository, serve, redis) as (url, is_over), Client(url, retry=QUICK) as client:
-        x, ys = inputs(20, 500), []
+        x = inputs(20, 500)
+        ys: list[Array] = []
         with client.stream() as stream:
             sessions = [stream.open("lstm") for _ in x]
             while not is_over() or len(ys) < 20:

@@ -158,8 +158,8 @@ def test_numbers_may_be_written_as_integers_where_the_model_takes_others(client:
         session.set_state({"s": [1, 1, 1, 1]})
         same(session.step(x.tolist(), outputs="all"), wanted)
         same(stream.open("frames", {"s": [1, 1, 1, 1]}).step(x), wanted)
-    mixed = {"symbol": [1, 2], "level": [[1, 2], [3, 4]]}
-    exact = {"symbol": np.array([1, 2], np.uint8), "level": np.array([[1, 2], [3, 4]], np.float64)}
+    mixed: Any = {"symbol": [1, 2], "level": [[1, 2], [3, 4]]}
+    exact: Any = {"symbol": np.array([1, 2], np.uint8), "level": np.array([[1, 2], [3, 4]], np.float64)}
     same(client.predict("symbols", mixed, "all").y, client.predict("symbols", exact, "all").y)
 
 
@@ -176,12 +176,12 @@ def test_5_6_7_are_three_time_steps_of_a_symbol(client: Client) -> None:
         assert counting.step(0.5) == np.float32(41.5)
         counting.set_state({"n": 7})
         state = counting.state()
-        assert (state["n"], state["n"].dtype, state["n"].shape) == (7, np.int64, ())
+        assert (state["n"].tolist(), state["n"].dtype, state["n"].shape) == (7, np.dtype(np.int64), ())
         counting.set_state(state)
         assert counting.step([1.0, 1.0], outputs="all").tolist() == [8, 9]
 
 
-BAD = [
+BAD: list[tuple[str, Any, str]] = [
     ("letters", 2.5, "integer"),
     ("letters", [1.0, 2.0], "integer"),
     ("letters", 7, "out of bounds"),
@@ -215,9 +215,10 @@ def test_a_prediction_that_does_not_fit_is_told(client: Client) -> None:
         client.predict("letters", {"ids": [1]})
     with pytest.raises(UnknownModel):
         client.predict("none", [np.array([1])])
-    for wrong in ([{"symbol": [1, 2], "level": [[1.0, 2.0]]}], [{"symbol": [1]}, {"level": [[1.0, 2.0]]}], [{}]):
+    bad: list[Any] = [[{"symbol": [1, 2], "level": [[1.0, 2.0]]}], [{"symbol": [1]}, {"level": [[1.0, 2.0]]}], [{}]]
+    for wrong in bad:
         with pytest.raises(ValueError, match="sequences"):
-            client.predict("symbols", wrong)  # type: ignore[call-overload]
+            client.predict("symbols", wrong)
 
 
 def test_a_model_that_cannot_be_stepped_predicts_and_says_why_not(client: Client) -> None:
@@ -302,6 +303,7 @@ def test_a_session_stays_on_its_version_and_a_new_one_may_take_other_tensors(tmp
         ids, x = np.array([1, 2, 3]), np.arange(6).reshape(2, 3)
         with Client(server.url) as client, client.stream() as stream:
             first = client.predict("letters", ids, outputs="all", return_states=True)
+            assert first.states is not None
             old, streamed = client.session("letters", session_id="old"), stream.open("letters")
             same(old.step(ids[:1], outputs="all"), first.y[:1])
             same(streamed.step(ids[:1]), first.y[:1])
@@ -309,7 +311,7 @@ def test_a_session_stays_on_its_version_and_a_new_one_may_take_other_tensors(tmp
             client._http.post("/models/reload").raise_for_status()
             same(old.step(ids[1:], outputs="all"), first.y[1:])
             same(streamed.step(ids[1:]), first.y[1:])
-            same(client.attach("old").state()["s"], first.states["s"])  # type: ignore[index]
+            same(client.attach("old").state()["s"], first.states["s"])
             assert (old.version, old.fork().version, streamed.version) == (1, 1, 1)
             # What the client had learned of the name was of version 1.
             second = client.predict("letters", x, outputs="all")
@@ -329,7 +331,7 @@ def test_a_session_stays_on_its_version_and_a_new_one_may_take_other_tensors(tmp
             with pytest.raises(SessionExists):
                 client.session("letters:2", session_id="old").step(x)
             wanted = old.step(ids, outputs="all")
-            old.set_state(again.state() | first.states)  # type: ignore[operator]
+            old.set_state(again.state() | first.states)
             remove_version(models, "letters", 1)
             client._http.post("/models/reload").raise_for_status()
             with Client(server.url) as other, other.stream() as another:  # which knows nothing yet

@@ -110,7 +110,7 @@ def test_lost_answers_are_asked_for_again_and_who_gave_up_may_go_on(server: Serv
 
 def test_every_output_comes_once_while_the_server_is_killed(examples: Path, serve: Serve, redis: RedisServer) -> None:
     with killed_again_and_again(examples, serve, redis) as (url, is_over), Client(url, retry=QUICK) as client:
-        texts = set()
+        texts: set[str] = set()
         while not is_over() or not texts:
             with client.session("characters") as session:
                 texts.add("".join(one.label or "" for one in session.rollout_stream("Alice was", 700, **ASKED)))

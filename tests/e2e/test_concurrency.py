@@ -46,7 +46,7 @@ def truth(repository: Path) -> Callable[[str, np.ndarray], np.ndarray]:
 
 
 def chunks(random_: random.Random) -> list[int]:
-    sizes = []
+    sizes: list[int] = []
     while sum(sizes) < STEPS:
         sizes.append(min(random_.choice((1, 1, 1, 2, 5, 20, 40)), STEPS - sum(sizes)))
     return sizes

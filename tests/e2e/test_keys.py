@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from tests.e2e.helpers import bearer, new_key
 from tests.helpers import FEATURES, until
@@ -41,8 +42,8 @@ def test_keys_open_ones_own_sessions_only(repository: Path, serve: Serve, keys: 
         stepped = client.post(f"/sessions/{mine}/step", json=STEP, headers=bearer(alice)).json()
         assert stepped["position"] == 1
         for method, path in (("GET", ""), ("POST", "/step"), ("POST", "/reset"), ("GET", "/state"), ("DELETE", "")):
-            content = {"json": STEP} if path == "/step" else {}
-            answer = client.request(method, f"/sessions/{mine}{path}", headers=bearer(bob), **content)
+            body = STEP if path == "/step" else None
+            answer = client.request(method, f"/sessions/{mine}{path}", headers=bearer(bob), json=body)
             assert answer.status_code == 404
         listed = client.get("/sessions", headers=bearer(bob)).json()["sessions"]
         assert [told["session"] for told in listed] == ["same"]
@@ -94,10 +95,10 @@ def test_pages_of_other_origins_open_no_sockets(repository: Path, serve: Serve) 
     server = serve("--models", str(repository), "--allowed-origins", "https://good.example, https://fine.example")
     url = server.url.replace("http", "ws") + "/stream"
     for origin in (server.url, "https://good.example", "https://fine.example"):
-        with connect(url, origin=origin) as stream:  # type: ignore[arg-type]
+        with connect(url, origin=Origin(origin)) as stream:
             stream.send('{"op": "open", "model": "lstm"}')
             assert json.loads(stream.recv())["op"] == "open"
-    with pytest.raises(InvalidStatus) as refused, connect(url, origin="https://evil.example"):  # type: ignore[arg-type]
+    with pytest.raises(InvalidStatus) as refused, connect(url, origin=Origin("https://evil.example")):
         pass
     assert refused.value.response.status_code == 403
 

@@ -243,10 +243,14 @@ def test_a_request_s_id_comes_back_on_every_surface(server: Server) -> None:
         for bad in (b"", b"two words", b"a" * 129, "é".encode()):
             answer = client.get("/models", headers=[(b"x-request-id", bad)])
             assert re.fullmatch(r"[0-9a-f]+-[0-9a-f]+", answer.headers["x-request-id"])
-        for path, body in (("/predict", {"model": "lstm", "sequences": []}), (f"/sessions/{session}/step", {"x": []})):
-            problem = client.post(path, json=body, headers=given)
+        bad_requests: dict[str, Any] = {
+            "/predict": {"model": "lstm", "sequences": []},
+            f"/sessions/{session}/step": {"x": []},
+        }
+        for path, bad_body in bad_requests.items():
+            problem = client.post(path, json=bad_body, headers=given)
             assert (problem.status_code, problem.json()["request_id"]) == (422, "0f/a:b~")
-            problem = client.post(path, json=body)
+            problem = client.post(path, json=bad_body)
             assert problem.json()["request_id"] == problem.headers["x-request-id"]
     with connect(server.url.replace("http", "ws") + "/stream", additional_headers=given) as stream:
         assert stream.response is not None

@@ -187,7 +187,9 @@ def test_no_step_is_lost_or_doubled_while_replicas_are_killed_and_the_store_rest
         limits = httpx.Limits(max_connections=100)
         async with httpx.AsyncClient(base_url=cluster.url, timeout=10, limits=limits) as http:
             clients = [Client(number, seed, http) for number in range(SESSIONS)]
-            kills, *_ = await asyncio.gather(chaos(end), *(client.run(end) for client in clients))
+            running = [asyncio.ensure_future(client.run(end)) for client in clients]
+            kills = await chaos(end)
+            await asyncio.gather(*running)
             return clients, kills
 
     clients, kills = asyncio.run(everyone())

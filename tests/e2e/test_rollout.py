@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from tests.redis_server import RedisServer
 from tests.server import Serve, Server, start_server
 from tests.service.strategies import SEEDS
 
-ASKED = {"text": "Alice was", "temperature": 0.8, "top_k": 20, "seed": 7}
+ASKED: dict[str, Any] = {"text": "Alice was", "temperature": 0.8, "top_k": 20, "seed": 7}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,9 @@ def roll_out(client: httpx.Client, session: str, **body: Any) -> httpx.Response:
     return client.post(f"/sessions/{session}/rollout", json=body)
 
 
-def events(client: httpx.Client, session: str, after: int | None = None, **body: Any) -> Iterator[tuple[str, Any]]:
+def events(
+    client: httpx.Client, session: str, after: int | None = None, **body: Any
+) -> Generator[tuple[str, Any], None, None]:
     """Gives the kind (the id, of a symbol) and the data of each event, while the connection stays open."""
     headers = {"accept": "text/event-stream"} | ({} if after is None else {"last-event-id": str(after)})
     with client.stream("POST", f"/sessions/{session}/rollout", json=body, headers=headers) as answer:
@@ -357,7 +359,8 @@ def test_models_and_sessions_that_cannot_are_told_so(client: httpx.Client) -> No
     assert client.get(f"/sessions/{vowels}/rollout").status_code == 405
     session = create(client, "characters")
     for header, body in (("x", {"position": 0}), ("3", {})):
-        asked = {"json": {**ASKED, "steps": 3, "stream": True, **body}, "headers": {"last-event-id": header}}
-        assert client.post(f"/sessions/{session}/rollout", **asked).status_code == 422
+        content = {**ASKED, "steps": 3, "stream": True, **body}
+        headers = {"last-event-id": header}
+        assert client.post(f"/sessions/{session}/rollout", json=content, headers=headers).status_code == 422
     client.delete(f"/sessions/{session}")
     assert roll_out(client, session, **ASKED, steps=3).status_code == 410

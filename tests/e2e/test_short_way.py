@@ -38,7 +38,8 @@ def request(session: str, body: Any, *headers: str, version: str = "1.1") -> byt
 
 def answers(connection: socket.socket, count: int) -> list[tuple[int, dict[str, Any]]]:
     """Reads so many answers: their statuses and documents."""
-    data, found = b"", []
+    data = b""
+    found: list[tuple[int, dict[str, Any]]] = []
     while len(found) < count:
         part = connection.recv(65536)
         assert part, data

@@ -47,7 +47,7 @@ def speech(seed: int, seconds: float = 3.0) -> np.ndarray:
             one, two = pulse + turn * one - radius**2 * two, one
             signal[n] += one
     loud = np.clip(np.sin(2 * np.pi * 3.3 * times), 0, 1) * (np.sin(2 * np.pi * 0.4 * times + 1) > -0.3)
-    return (0.3 * signal * loud / np.abs(signal).max()).astype(np.float32)
+    return np.asarray(0.3 * signal * loud / np.abs(signal).max(), np.float32)
 
 
 def in_a_plain_loop(samples: np.ndarray) -> np.ndarray:

@@ -117,7 +117,8 @@ def test_a_damaged_or_foreign_file_is_refused_and_left_as_it_is(
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         foreign = safetensors.numpy.save({"x": np.zeros(3)})
-        file.write_bytes({"cut": content[:-40], "flipped": content, "foreign": foreign, "empty": b""}[damage])
+        damaged = {"cut": bytes(content[:-40]), "flipped": bytes(content), "foreign": foreign, "empty": b""}
+        file.write_bytes(damaged[damage])
     before = None if damage == "folder" else file.read_bytes()
     done = start(repository, file)
     assert done.returncode == 1

@@ -209,8 +209,8 @@ def test_operators_reload_at_once_and_nobody_else_does(models: Path, serve: Serv
     server = serve("--models", str(models), *flags)
     add_version(models, "lstm", 2)
     with server.client() as client:
-        mine = {"url": "/sessions/mine", "json": {"model": "lstm"}, "headers": bearer(alice)}
-        assert client.put(**mine).status_code == 201
+        create_mine = partial(client.put, "/sessions/mine", json={"model": "lstm"}, headers=bearer(alice))
+        assert create_mine().status_code == 201
         assert client.post("/models/reload").status_code == 401
         assert client.post("/models/reload", headers=bearer(alice)).status_code == 403
         assert client.get("/models/lstm", headers=bearer(alice)).json()["version"] == 1
@@ -218,7 +218,7 @@ def test_operators_reload_at_once_and_nobody_else_does(models: Path, serve: Serv
         assert told["loaded"] == ["lstm:2"]
         assert {model["name"]: model["version"] for model in told["models"]} == {"lstm": 2, "rnn": 1}
         assert client.post("/models/reload", headers=bearer(bob)).json()["loaded"] == []
-        again = client.put(**mine)  # a repetition, though the name means another version by now
+        again = create_mine()  # a repetition, though the name means another version by now
         assert (again.status_code, again.json()["version"]) == (200, 1)
         add_version(models, "rnn", 2)
         assert httpx.post(f"http://127.0.0.1:{port}/models/reload").json()["loaded"] == ["rnn:2"]

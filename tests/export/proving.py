@@ -32,8 +32,7 @@ class Proof:
         self.network: StatefulNetwork | WholeNetwork = network_of(load(path))
         self.signature = self.network.signature
         document = ModelDocument(name="mine", signature=self.signature, exactness=Exactness(proved=False, why=""))
-        whole = isinstance(self.network, WholeNetwork)
-        reference: Any = WholeReference(self.network) if whole else Reference(self.network)
+        reference = WholeReference(self.network) if isinstance(self.network, WholeNetwork) else Reference(self.network)
         self.forms: dict[str, Runtime] = {}
         self.parity: dict[str, Parity] = {}
         self.operators: dict[str, set[str]] = {}

@@ -267,6 +267,11 @@ def edited(made: Any, edit: Callable[[Any], Any]) -> Any:
     return made
 
 
+def in_a_domain_of_its_own(made: Any) -> None:
+    made.graph.node[3].domain = "my.lab"
+    made.opset_import.append(helper.make_opsetid("my.lab", 1))
+
+
 def elsewhere(location: str) -> Any:
     made = foreign.frames()
     tensor = made.graph.initializer[0]
@@ -320,8 +325,7 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
                       [("y", TensorProto.DOUBLE, ["batch", 3]), ("hn", TensorProto.DOUBLE, ["batch", 3])]),
         [], "x is float64"),
     "custom operators": (
-        edited(foreign.frames(), lambda made: (setattr(made.graph.node[3], "domain", "my.lab"),
-                                               made.opset_import.append(helper.make_opsetid("my.lab", 1)))),
+        edited(foreign.frames(), in_a_domain_of_its_own),
         [], "custom operators, which are not loaded: my.lab::Tanh"),
     "a later opset": (
         edited(foreign.frames(), lambda made: setattr(made.opset_import[0], "version", 99)), [], "its opset is 99"),

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from cellserve.models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
 from cellserve.service.runtime.batch_invariance import SHORT
 from cellserve.service.runtime.onnx_model import Runtime
 
-CELLS = {
+CELLS: dict[str, Callable[[int], Any]] = {
     "lstm": lambda units: LSTMCell(units, bias_initializer="random_normal"),
     "elman": lambda units: RNNCell(units, bias_initializer="random_normal"),
     "jordan": lambda units: RNNCell(units, feedback="output", bias_initializer="random_normal"),
@@ -255,7 +256,7 @@ def sequential(*inner: Any, time: int | None = None) -> Any:
     return keras.Sequential([keras.Input((time, 5)), *inner])
 
 
-REFUSED = {
+REFUSED: dict[str, Callable[[], Any]] = {
     "no recurrent layer": lambda: sequential(layers.Dense(3)),
     "'encoder' (LSTM) gives its states": continued,
     "the input 'who' has shape (None, 3)": with_constants,

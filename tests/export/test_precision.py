@@ -122,7 +122,8 @@ def test_a_model_of_less_precision_is_smaller_exact_within_tolerance_and_says_wh
     assert document.parity["test_metrics_float32"]["accuracy"] == 1.0
     assert document.metrics["accuracy"] >= 0.95
     assert "tolerance" not in document.parity
-    assert all(spec.dtype == "float32" for spec in (*runtime.signature.states, *runtime.signature.inputs))
+    assert {spec.dtype for spec in runtime.signature.states} == {"float32"}
+    assert {spec.dtype for spec in runtime.signature.inputs} == {"float32"}
     report = (narrow / REPORT_NAME).read_text()
     assert f"in {arguments[1]}" in report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tests.networks  # noqa: F401  imports TensorFlow quietly
@@ -72,7 +73,7 @@ def incomplete_config(path: Path) -> None:
     saved(path, Shifted(1.0))
 
 
-CASES = {
+CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a file": (lambda path: path.write_bytes(saved(path)[:2000]), "not the whole of one"),
     "Python code": (lambda path: path.write_text("import keras"), "it is no .keras archive"),
     "another archive": (no_config, "it is no .keras archive"),

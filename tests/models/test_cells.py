@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cellserve.models.cells import LSTMCell, RNNCell  # noqa: E402
 Array = NDArray[Any]
 UNITS, FEATURES, BATCH, STEPS = 6, 4, 3, 20
 
-CELLS = {
+CELLS: dict[str, Callable[[], Any]] = {
     "elman": lambda: RNNCell(UNITS, bias_initializer="random_normal"),
     "jordan": lambda: RNNCell(UNITS, feedback="output", bias_initializer="random_normal"),
     "lstm": lambda: LSTMCell(UNITS, bias_initializer="random_normal"),

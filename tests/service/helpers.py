@@ -69,6 +69,13 @@ class Model:
         self.inputs, self.outputs = Layout(self.runtime.signature.inputs), Layout(self.runtime.signature.outputs)
 
 
+def halving(engine: Engine) -> Halving:
+    """Returns the model's runtime, to look at its runs and to hold them up."""
+    runtime: Any = engine.model.runtime
+    assert isinstance(runtime, Halving)
+    return runtime
+
+
 def truth(x: NDArray[Any], state: NDArray[Any] | None = None) -> NDArray[Any]:
     """One run over the whole sequence `[time, 2]`."""
     state = np.zeros(2, np.float32) if state is None else state

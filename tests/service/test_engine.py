@@ -16,7 +16,7 @@ from cellserve.service.errors import ModelFailed, NotFinite, QueueFull, SessionG
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.writer import SessionWriter
 from tests.budgets import examples
-from tests.service.helpers import BROKEN, INFINITE, truth
+from tests.service.helpers import BROKEN, INFINITE, halving, truth
 
 Make = Callable[..., tuple[Engine, MemoryStore, SessionWriter]]
 
@@ -62,7 +62,7 @@ def test_any_chunks_in_any_company_give_the_bits_of_one_run(
     asyncio.run(everyone())
     assert engine.queued == 0
     assert engine.arena.taken == 0
-    runs = engine.model.runtime.runs  # type: ignore[attr-defined]
+    runs = halving(engine).runs
     assert max(rows for rows, _ in runs) <= max(1, max_batch)
     assert max(steps for _, steps in runs) <= quantum
     counts = engine.counts
@@ -82,7 +82,7 @@ def test_what_waits_together_runs_together(make: Make) -> None:
         await asyncio.gather(*(writer.submit(session, drawn(1, 0), True) for session in sessions))
 
     asyncio.run(scenario())
-    assert engine.model.runtime.runs == [(50, 1)]  # type: ignore[attr-defined]
+    assert halving(engine).runs == [(50, 1)]
 
 
 def test_a_model_that_is_not_exact_runs_one_row_and_one_step_at_a_time(make: Make) -> None:
@@ -93,7 +93,7 @@ def test_a_model_that_is_not_exact_runs_one_row_and_one_step_at_a_time(make: Mak
         await asyncio.gather(*(writer.submit(session, drawn(4, 0), True) for session in sessions))
 
     asyncio.run(scenario())
-    assert set(engine.model.runtime.runs) == {(1, 1)}  # type: ignore[attr-defined]
+    assert set(halving(engine).runs) == {(1, 1)}
 
 
 @pytest.mark.parametrize(("poison", "problem"), [(BROKEN, ModelFailed), (INFINITE, NotFinite)])
@@ -110,16 +110,17 @@ def test_a_poisoned_step_fails_alone_and_moves_nothing(
         guilty = store.create_now(engine, None)[0]
         others = [store.create_now(engine, None)[0] for _ in range(5)]
         await writer.submit(guilty, x[:3], True)
-        results = await asyncio.gather(
+        results: list[Any] = await asyncio.gather(
             writer.submit(guilty, bad, True),
             *(writer.submit(other, x, True) for other in others),
             return_exceptions=True,
         )
-        assert isinstance(results[0], problem)
-        if poison == INFINITE:
-            assert results[0].extensions["step"] == 7  # type: ignore[union-attr]
+        failure = results[0]
+        assert isinstance(failure, problem)
+        if isinstance(failure, NotFinite):
+            assert failure.extensions["step"] == 7
         for result in results[1:]:
-            assert result[0].tobytes() == truth(x).tobytes()  # type: ignore[index]
+            assert result[0].tobytes() == truth(x).tobytes()
         assert guilty.position == 3
         y, position = (await writer.submit(guilty, x[3:], True))[:2]
         assert y.tobytes() == truth(x)[3:].tobytes()
@@ -233,11 +234,11 @@ def test_the_queue_is_bounded_and_what_was_accepted_is_answered(make: Make) -> N
     engine, store, writer = make(max_queued_steps=100, step_seconds=1e-2)
 
     async def scenario() -> list[Any]:
-        engine.model.runtime.gate.clear()  # type: ignore[attr-defined]
+        halving(engine).gate.clear()
         sessions = [store.create_now(engine, None)[0] for _ in range(10)]
         waiting = [asyncio.ensure_future(writer.submit(session, drawn(30, 0), True)) for session in sessions]
         await turns()
-        engine.model.runtime.gate.set()  # type: ignore[attr-defined]
+        halving(engine).gate.set()
         results = await asyncio.gather(*waiting, return_exceptions=True)
         # Who was refused can go on.
         await asyncio.gather(*(writer.submit(session, drawn(1, 0), True) for session in sessions))
@@ -323,7 +324,7 @@ def test_changes_of_a_session_come_one_by_one_in_order_of_arrival(make: Make, ac
             else:
                 dead[which] = True
             await asyncio.sleep(0)
-        results = await asyncio.wait_for(asyncio.gather(*waiting), 60)
+        results: list[Any] = await asyncio.wait_for(asyncio.gather(*waiting), 60)
         got: list[list[float]] = [[] for _ in sessions]
         for (which, what), result in zip(answers, results, strict=True):
             if which == -1:

@@ -20,6 +20,7 @@ from onnx import helper
 from cellserve.models.signature import MANIFEST_NAME, METADATA_KEY, MODEL_NAME
 from cellserve.service.errors import Problem, RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
 from cellserve.service.model_repository.repository import BrokenModel, VersionKey
+from cellserve.service.sessions.session import Session
 from tests.service.helpers import Served
 from tests.service.model_files import with_external_data
 from tests.versions import add_version, changed, copy_of, remove_version, scaled
@@ -96,6 +97,11 @@ def test_a_model_file_that_cannot_be_served_is_refused_and_the_version_before_it
         served.versions.named("rnn:2")
 
 
+def replaced_by_a_pipe(folder: Path) -> None:
+    (folder / MODEL_NAME).unlink()
+    os.mkfifo(folder / MODEL_NAME)
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -105,7 +111,7 @@ def test_a_model_file_that_cannot_be_served_is_refused_and_the_version_before_it
         (lambda folder: (folder / MANIFEST_NAME).write_text('{"files": {}}'), "does not list"),
         (lambda folder: (folder / MANIFEST_NAME).write_bytes(b"\xff\xfe\xfa"), "is not {"),
         (lambda folder: (folder / MODEL_NAME).unlink(), "has not been copied yet"),
-        (lambda folder: (folder / MODEL_NAME).unlink() or os.mkfifo(folder / MODEL_NAME), "is not a file"),
+        (replaced_by_a_pipe, "is not a file"),
         (lambda folder: (folder / MODEL_NAME).write_bytes(b"\0" + (folder / MODEL_NAME).read_bytes()), "changed or"),
     ],
 )
@@ -230,6 +236,7 @@ def test_an_old_version_waits_for_the_sequences_that_it_has_begun(models: Path) 
     served = Served(models)
     engine = served.versions.newest["rnn"]
     slots = engine.arena.take_many(1)
+    assert slots is not None
     add_version(models, "rnn", 2)
     served.reload()
     served.sweep()
@@ -237,6 +244,7 @@ def test_an_old_version_waits_for_the_sequences_that_it_has_begun(models: Path) 
     engine.arena.give_back(slots)
     served.versions.sweep()
     slots = engine.arena.take_many(1)  # by one who had looked the engine up just before
+    assert slots is not None
     served.sweep()
     assert engine.model.runtime._session is not None
     engine.arena.give_back(slots)
@@ -413,9 +421,9 @@ def test_pages_of_sessions_go_on_where_they_were_though_versions_come_and_go(mod
             seen += [one.id for one in told]
         return seen
 
-    third: list[object] = []
+    third: list[Session] = []
     seen = asyncio.run(pages())
-    assert seen == [session.id for session in (*first, *second, *third)]  # type: ignore[attr-defined]
+    assert seen == [session.id for session in (*first, *second, *third)]
 
 
 def test_sessions_of_several_versions_are_stepped_together_and_each_on_its_own(models: Path) -> None:

@@ -16,6 +16,7 @@ from cellserve.service.errors import NotFinite, PositionConflict, SessionGone
 from cellserve.service.sessions.rollout import Rollout, Rollouts
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.writer import SessionWriter
+from tests.service.helpers import halving
 
 Make = Callable[..., tuple[Engine, MemoryStore, SessionWriter]]
 # The model's value grows by a half each time: 518 becomes 777, at which it gives infinity.
@@ -73,7 +74,7 @@ async def test_a_rollout_that_nobody_waits_for_any_more_has_applied_nothing(make
     engine, store, writer = make()
     session, _ = store.create_now(engine, None)
     work = asyncio.create_task(Rollouts(writer).run(session, asked(np.ones((1, 2), np.float32), 4000), 0))
-    while len(engine.model.runtime.runs) < 20:  # type: ignore[attr-defined]
+    while len(halving(engine).runs) < 20:
         await asyncio.sleep(0)
     work.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -367,7 +367,7 @@ class SharedSessions(Sessions):
         redis = Redis.from_url(self.url)
         redis.flushall()
         redis.close()
-        replicas = []
+        replicas: list[Replica] = []
         for _ in range(2):
             engine, _, _ = machinery(max_batch=4, quantum=8)
             table = SessionTable(3600)

@@ -91,8 +91,9 @@ def test_those_whom_nobody_waits_for_are_dropped() -> None:
     waiting = [advance(4) for _ in range(3)]
     for one in waiting:
         queue.append(one)
-    waiting[0].done.cancel()
-    waiting[2].done.cancel()
+    for one in (waiting[0], waiting[2]):
+        assert isinstance(one.done, asyncio.Future)
+        one.done.cancel()
     tick = next_tick(queue)
     assert tick.advances == [waiting[1]]
     assert tick.dropped == [waiting[0], waiting[2]]

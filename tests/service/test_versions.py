@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cellserve.models.signature import MODEL_NAME
 from cellserve.service.errors import Problem, RepositoryUnusable
+from cellserve.service.model_repository.repository import VersionKey
 from cellserve.service.runtime.onnx_model import Runtime
 from cellserve.service.sessions.session import Session
 from tests.budgets import examples
@@ -134,7 +135,7 @@ class Rollouts(RuleBasedStateMachine):
         assert versions.newest["rnn"] is versions.loaded[versions.newest["rnn"].model.key]
         assert versions.newest["rnn"].model.version == self.newest
         for version, content in self.loaded.items():
-            assert versions.loaded[("rnn", version)].model.digest == self.digests[content]  # type: ignore[index]
+            assert versions.loaded[VersionKey("rnn", version)].model.digest == self.digests[content]
 
 
 @pytest.mark.hypothesis
