@@ -16,25 +16,25 @@ from starlette.routing import Match, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cellserve.service.api import openapi, operations, sessions
-from cellserve.service.api.asgi import AnsweringProblems, as_problem
+from cellserve.service.api.asgi import ProblemMiddleware, as_problem
 from cellserve.service.api.inference.http import HttpInference
 from cellserve.service.api.inference.service import Inference
-from cellserve.service.api.middleware import Observed
-from cellserve.service.api.operations_listener import Port
+from cellserve.service.api.middleware import ObservabilityMiddleware
+from cellserve.service.api.operations_listener import OperationsListener
 from cellserve.service.api.predict import Predict
-from cellserve.service.api.rollout import RollOut
-from cellserve.service.api.websocket.endpoint import Stream, over_http
-from cellserve.service.context import Service
+from cellserve.service.api.rollout import RolloutEndpoint
+from cellserve.service.api.websocket.endpoint import Stream, reject_plain_http
+from cellserve.service.context import ServiceContext
 from cellserve.service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
 from cellserve.service.observability import logging
-from cellserve.service.observability.request_context import told
+from cellserve.service.observability.request_context import problem_body
 from cellserve.service.settings import Settings
 
 _YOUNG_OBJECTS = 50_000
 _METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT")
 
 
-def create_app(settings: Settings) -> Observed:
+def create_app(settings: Settings) -> ObservabilityMiddleware:
     """Builds everything from the settings.
 
     Raises:
@@ -43,10 +43,10 @@ def create_app(settings: Settings) -> Observed:
         ModuleNotFoundError: A setting needs an extra that is not installed.
         PortTaken: The port for operations or for gRPC is not to be had.
     """
-    service = Service(settings)
+    service = ServiceContext(settings)
     port = None
     if settings.operations_port is not None:
-        port = Port(_operations(service), settings.host, settings.operations_port, settings.workers > 1)
+        port = OperationsListener(_operations(service), settings.host, settings.operations_port, settings.workers > 1)
     inference = Inference(service)
     grpc_server = None
     if settings.grpc_port is not None:
@@ -85,33 +85,33 @@ def create_app(settings: Settings) -> Observed:
         lifespan=lifespan,
         redoc_url=None,
     )
-    predict, step = AnsweringProblems(Predict(service)), sessions.Step(service)
+    predict, step = ProblemMiddleware(Predict(service)), sessions.Step(service)
     app.router.routes.append(Route("/predict", predict, methods=["POST"]))
     app.router.routes.append(Route("/sessions/{session_id}/step", step, methods=["POST"]))
-    roll_out = AnsweringProblems(RollOut(service))
+    roll_out = ProblemMiddleware(RolloutEndpoint(service))
     app.router.routes.append(Route("/sessions/{session_id}/rollout", roll_out, methods=["POST"]))
     app.router.routes.append(WebSocketRoute("/stream", Stream(service)))
-    app.router.routes.append(Route("/stream", AnsweringProblems(over_http)))
+    app.router.routes.append(Route("/stream", ProblemMiddleware(reject_plain_http)))
     app.include_router(sessions.router(service))
     app.include_router(operations.router(service))
     _answer_problems(app)
     openapi.install(app, service)
-    return Observed(HotPaths(app, predict, step, HttpInference(inference)), service)
+    return ObservabilityMiddleware(HotPaths(app, predict, step, HttpInference(inference)), service)
 
 
-def from_environment() -> Observed:
+def from_environment() -> ObservabilityMiddleware:
     """Builds everything from the environment's settings, in a process that is one of several."""
     settings = Settings()
     logging.configure(settings.log_format)
     return create_app(settings)
 
 
-def _operations(service: Service) -> Observed:
+def _operations(service: ServiceContext) -> ObservabilityMiddleware:
     """Makes what answers at the port for operations, where nobody needs a key."""
     app = FastAPI(openapi_url=None)
     app.include_router(operations.own(service, []))
     _answer_problems(app)
-    return Observed(app, service)
+    return ObservabilityMiddleware(app, service)
 
 
 class HotPaths:
@@ -150,7 +150,7 @@ def _methods(app: FastAPI, request: Request) -> str:
 def _answer_problems(app: FastAPI) -> None:
     def answer(request: Request, problem: Problem) -> Response:
         headers = {name.decode(): value.decode() for name, value in problem.headers()}
-        return Response(told(problem, request.scope), problem.status, headers)
+        return Response(problem_body(problem, request.scope), problem.status, headers)
 
     @app.exception_handler(Problem)
     async def problem(request: Request, error: Problem) -> Response:

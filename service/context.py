@@ -68,7 +68,7 @@ def _tracing(settings: Settings) -> Tracing | None:
     return Tracing()
 
 
-class Service:
+class ServiceContext:
     """One process's service.
 
     Args:
@@ -106,7 +106,7 @@ class Service:
         self.metrics = Metrics(
             self.counts, lambda: self.versions.loaded.values(), self.sessions, self.writer, settings.workers
         )
-        self.watched = settings.access_log or settings.tracing  # each request is looked at, the short way is not taken
+        self.observes_each_request = settings.access_log or settings.tracing  # then without the fast path
         self.keys = None if settings.api_keys_file is None else Keys(settings.api_keys_file)
         self.snapshots: Snapshots | None = None
         if settings.snapshot is not None and isinstance(self.sessions, MemoryStore):

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cellserve.service.api.compression import decompressed
 from cellserve.service.errors import BodyTooLarge, Problem, UnsupportedMediaType
-from cellserve.service.observability.request_context import asked_of, told
+from cellserve.service.observability.request_context import get_context, problem_body
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {limit} bytes: send it in parts", limit=limit)
 
 
-class OneATurn:
+class OnePerLoopIteration:
     """Lets requests through one a turn of the event loop, so that many large bodies hold up nothing that is small."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class OneATurn:
         self._passed = False
 
 
-async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     """Waits for work, and cancels it where the client goes first; costs a task, so it is for work that has to wait.
 
     Raises:
@@ -162,7 +162,7 @@ async def send_body(send: Send, status: int, headers: list[tuple[bytes, bytes]],
     await send({"type": "http.response.body", "body": body})
 
 
-class AnsweringProblems:
+class ProblemMiddleware:
     """Wraps a plain ASGI endpoint so that what it raises is answered as a problem document."""
 
     def __init__(self, endpoint: ASGIApp) -> None:
@@ -182,11 +182,11 @@ def as_problem(error: Exception, scope: Scope) -> Problem:
     """Gives the problem to answer with; what nobody expected goes to the log, not to the client."""
     if isinstance(error, Problem):
         return error
-    about = {"request_id": asked_of(scope).id}
-    log.error("%s %s failed", scope.get("method", "WS"), scope["path"], exc_info=error, extra={"told": about})
+    about = {"request_id": get_context(scope).id}
+    log.error("%s %s failed", scope.get("method", "WS"), scope["path"], exc_info=error, extra={"fields": about})
     return Problem("an error that is ours, not yours: it is in the server's log")
 
 
 async def send_problem(send: Send, problem: Problem, scope: Scope) -> None:
     """Sends a problem document."""
-    await send_body(send, problem.status, problem.headers(), told(problem, scope))
+    await send_body(send, problem.status, problem.headers(), problem_body(problem, scope))

@@ -1,7 +1,6 @@
-"""A short way for what carries the load, single steps over HTTP and frames of `WS /stream`: no task, no ASGI messages.
+"""uvicorn protocols that serve single HTTP steps and `WS /stream` frames without an ASGI task or ASGI messages.
 
-They are uvicorn's own protocols otherwise. A request that is not plainly such a step, or that anything is wrong with,
-is handed over whole to the ASGI application, which finds out what it is and says it.
+All other requests, and every request with an error in it, go unchanged to the ASGI application.
 """
 
 from __future__ import annotations
@@ -21,25 +20,32 @@ from websockets.exceptions import InvalidState
 from websockets.http11 import Request
 
 from cellserve.service.api.asgi import REPLAY, RESUMABLE, as_problem
-from cellserve.service.api.sessions import plain_step, written
-from cellserve.service.context import Service
+from cellserve.service.api.step_codec import parse_simple_step, step_json
+from cellserve.service.context import ServiceContext
 from cellserve.service.errors import Problem
-from cellserve.service.observability.request_context import HEADER, Asked, asks_id, new_id, noted, told
+from cellserve.service.observability.request_context import (
+    HEADER,
+    RequestContext,
+    has_request_id,
+    make_scope,
+    new_id,
+    problem_body,
+)
 from cellserve.service.sessions.pending import PendingStep, StepResult
 from cellserve.service.sessions.session import Session
 
 _BEGIN, _END = b"/sessions/", b"/step"
 _JSON = (b"content-type", b"application/json")
 _LARGEST_BODY = 64 * 1024
-EXTENSION = "cellserve.frames"  # of ASGI: the connection, which the endpoint may give a `take` to
-_SCOPE = {"method": "POST", "path": "/sessions/{id}/step"}  # for the log
+FRAMES_EXTENSION = "cellserve.frames"  # ASGI extension: the connection, whose `on_message` the endpoint sets
+_SCOPE = {"method": "POST", "path": "/sessions/{id}/step"}  # logged for a failed step
 
 _log = logging.getLogger("cellserve.sockets")
-_log.setLevel(logging.WARNING)  # uvicorn and websockets have a line for each socket; the access log tells of them
+_log.setLevel(logging.WARNING)  # uvicorn and websockets log a line per socket, which the access log has too
 
 
 class _Step:
-    """A request under way; uvicorn asks of it what it asks of its own cycles of request and response."""
+    """A step request in progress, with the attributes uvicorn reads of its own request-response cycles."""
 
     def __init__(self) -> None:
         self.body = b""
@@ -50,42 +56,43 @@ class _Step:
         self.pending: PendingStep | None = None
 
     def set(self) -> None:
-        """Is called when the client has gone: what has not been computed is dropped."""
+        """Cancels the step if the client has disconnected; uvicorn calls it as an event's `set`."""
         if self.disconnected and self.pending:
             self.pending.cancel()
 
 
-class ShortHttp(HttpToolsProtocol):
-    """One connection of HTTP/1.1.
+class FastPathHttp(HttpToolsProtocol):
+    """An HTTP/1.1 connection with a fast path for single steps.
 
     Args:
-        config: uvicorn's, of a loaded application that has a `service`.
-        more: What uvicorn gives to a protocol.
+        config: uvicorn's configuration; its loaded application has a `service`.
+        more: Further arguments of uvicorn's protocols.
     """
 
-    _good: ClassVar[tuple[list[tuple[bytes, bytes]], bytes]] = [], b""  # the default headers, a good answer's head
+    # uvicorn's default headers, and the head of a 200 response made of them; shared by all connections.
+    _ok_head_cache: ClassVar[tuple[list[tuple[bytes, bytes]], bytes]] = [], b""
 
     def __init__(self, config: Config, *more: Any, **named: Any) -> None:
         super().__init__(config, *more, **named)
-        self._service: Service = config.loaded_app.service
+        self._service: ServiceContext = config.loaded_app.service
         self._counts = self._service.counts.surfaces["sessions"]
-        self._step: _Step | None = None  # whose body is being received
+        self._step: _Step | None = None  # the step whose body is being received
 
     def shutdown(self) -> None:
-        """Lets the connection end; a stream that can be resumed does so at once, its reader may be a slow one."""
+        """Closes the connection; aborts a resumable stream whose client reads too slowly."""
         self._service.stopping = True
         if self.flow.write_paused and RESUMABLE in getattr(self.cycle, "scope", ()):
             self.transport.abort()
         super().shutdown()
 
     def on_message_begin(self) -> None:
-        """Begins a request; its scope is made where it is handed over."""
+        """Starts a request; its scope is only built if it falls back to ASGI."""
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
 
     def on_headers_complete(self) -> None:
-        """Chooses the way."""
+        """Chooses between the fast path and ASGI."""
         url, parser = self.url, self.parser
         if (
             url.startswith(_BEGIN)
@@ -97,25 +104,25 @@ class ShortHttp(HttpToolsProtocol):
             and parser.should_keep_alive()
             and not parser.should_upgrade()
             and not self.expect_100_continue
-            and not self._service.watched
-            and not asks_id(self.headers)
+            and not self._service.observes_each_request
+            and not has_request_id(self.headers)
         ):
             self._step = self.cycle = _Step()  # type: ignore[assignment]
         else:
-            self._hand_over()
+            self._fall_back_to_asgi()
 
     def on_body(self, body: bytes) -> None:
-        """Takes a part of the body."""
+        """Appends a part of the body."""
         step = self._step
         if step is None:
             super().on_body(body)
             return
         step.body += body
         if len(step.body) > _LARGEST_BODY:
-            self._hand_over_step(step)
+            self._fall_back_with_body(step)
 
     def on_message_complete(self) -> None:
-        """Begins the step."""
+        """Submits the step, or falls back to ASGI."""
         step = self._step
         if step is None:
             super().on_message_complete()
@@ -123,13 +130,13 @@ class ShortHttp(HttpToolsProtocol):
         try:
             owner = self._service.owner(self.headers)
             session = self._service.sessions.get(owner, self.url[len(_BEGIN) : -len(_END)].decode())
-            x, once = plain_step(session.model, step.body)
+            x, once = parse_simple_step(session.model, step.body)
             on_done = partial(self._answer, step, session)
             pending = None if x is None else self._service.writer.try_submit(session, x, True, once, on_done)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, Problem):
             pending = None
         if pending is None:
-            self._hand_over_step(step)
+            self._fall_back_with_body(step)
             super().on_message_complete()
             return
         self._step = None
@@ -139,24 +146,24 @@ class ShortHttp(HttpToolsProtocol):
         if step.disconnected or self.transport.is_closing():
             return
         if isinstance(outcome, Exception):
-            self._tell_problem(step, outcome)
+            self._respond_with_problem(step, outcome)
             return
-        answer = written(self._service.sessions, session, outcome.y, outcome.position, True, True)
+        answer = step_json(self._service.sessions, session, outcome.y, outcome.position, True, True)
         body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-        head = self._head(200, (_JSON, *REPLAY)) if outcome.replayed else self._good_head()
-        self._send(step, 200, head, body)
+        head = self._head(200, (_JSON, *REPLAY)) if outcome.replayed else self._ok_head()
+        self._respond(step, 200, head, body)
 
-    def _tell_problem(self, step: _Step, error: Exception) -> None:
-        asked = Asked(new_id(), self._counts)
-        scope = noted(asked, **_SCOPE)
+    def _respond_with_problem(self, step: _Step, error: Exception) -> None:
+        asked = RequestContext(new_id(), self._counts)
+        scope = make_scope(asked, **_SCOPE)
         problem = as_problem(error, scope)
         head = self._head(problem.status, (*problem.headers(), (HEADER, asked.id.encode())))
-        self._send(step, problem.status, head, told(problem, scope))
+        self._respond(step, problem.status, head, problem_body(problem, scope))
 
-    def _send(self, step: _Step, status: int, head: bytes, body: bytes) -> None:
+    def _respond(self, step: _Step, status: int, head: bytes, body: bytes) -> None:
         assert step.pending is not None
         self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
-        self._counts.answered(status, perf_counter() - step.pending.advance.arrived)
+        self._counts.record_response(status, perf_counter() - step.pending.advance.arrived)
         step.response_complete = True
         if not step.keep_alive:
             self.transport.close()
@@ -166,60 +173,61 @@ class ShortHttp(HttpToolsProtocol):
         lines = [b"%b: %b\r\n" % header for header in (*self.server_state.default_headers, *headers)]
         return STATUS_LINE[status] + b"".join(lines)
 
-    def _good_head(self) -> bytes:
-        # The default headers, which uvicorn makes anew each second, hold the date.
-        default, head = self._good
+    def _ok_head(self) -> bytes:
+        # The default headers contain the date; uvicorn replaces the list every second.
+        default, head = self._ok_head_cache
         if default is not self.server_state.default_headers:
             head = self._head(200, (_JSON,))
-            ShortHttp._good = self.server_state.default_headers, head
+            FastPathHttp._ok_head_cache = self.server_state.default_headers, head
         return head
 
-    def _hand_over(self) -> None:
-        """Goes uvicorn's way from the end of the headers on."""
+    def _fall_back_to_asgi(self) -> None:
+        """Replays uvicorn's own handling up to the end of the headers."""
         url, headers, expect = self.url, self.headers, self.expect_100_continue
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expect
-        self.headers += headers  # the scope has this list
+        self.headers += headers  # in place: the scope refers to this list
         super().on_headers_complete()
 
-    def _hand_over_step(self, step: _Step) -> None:
-        """Goes uvicorn's way with as much of the body as there is."""
+    def _fall_back_with_body(self, step: _Step) -> None:
+        """Falls back to ASGI with the part of the body received so far."""
         self._step = self.cycle = None  # type: ignore[assignment]
-        self._hand_over()
+        self._fall_back_to_asgi()
         super().on_body(step.body)
 
 
-class ShortFrames(WebSocketsSansIOProtocol):
-    """One WebSocket. Whoever serves it may take messages as they arrive, and send without waiting.
+class FastPathWebSocket(WebSocketsSansIOProtocol):
+    """A WebSocket whose endpoint can handle messages as they arrive and send without awaiting.
 
     Args:
-        config: uvicorn's.
-        more: What uvicorn gives to a protocol.
+        config: uvicorn's configuration.
+        more: Further arguments of uvicorn's protocols.
     """
 
-    take: Callable[[bytes, bool], bool] | None = None  # is given a message, and whether it is text; says if it took it
+    # Called with a message and whether it is text; returns whether it handled the message.
+    on_message: Callable[[bytes, bool], bool] | None = None
 
     def __init__(self, config: Config, *more: Any, **named: Any) -> None:
         super().__init__(config, *more, **named)
         self.logger = self.conn.logger = _log
 
     def handle_connect(self, event: Request) -> None:
-        """Begins to serve the socket."""
+        """Accepts the handshake and offers this connection to the endpoint."""
         super().handle_connect(event)
         if self.handshake_initiated and not self.close_sent:
-            self.scope["extensions"][EXTENSION] = self  # type: ignore[assignment]
+            self.scope["extensions"][FRAMES_EXTENSION] = self  # type: ignore[assignment]
 
     def send_receive_event_to_app(self) -> None:
-        """Gives a message to the application, in the short way where nothing is in the long one."""
-        if self.take is not None and self.queue.empty() and not self.close_sent:
+        """Passes a message to `on_message`, or to the ASGI queue if that is not empty or the handler declines."""
+        if self.on_message is not None and self.queue.empty() and not self.close_sent:
             message = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
-            if self.take(bytes(message), self.curr_msg_data_type == "text"):
+            if self.on_message(bytes(message), self.curr_msg_data_type == "text"):
                 self.frames = []
                 return
         super().send_receive_event_to_app()
 
-    def put(self, data: bytes, text: bool) -> bool:
-        """Sends a message at once; does nothing and says so where the client reads too slowly or has gone."""
+    def send_now(self, data: bytes, text: bool) -> bool:
+        """Sends a message at once; returns False if the client reads too slowly or has disconnected."""
         if not self.writable.is_set() or self.close_sent or self.transport.is_closing():
             return False
         try:

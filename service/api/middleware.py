@@ -10,16 +10,16 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cellserve.service.context import Service
+from cellserve.service.context import ServiceContext
 from cellserve.service.errors import Unauthorized
-from cellserve.service.observability.request_context import HEADER, KEY, Asked, new_id, route
+from cellserve.service.observability.request_context import HEADER, KEY, RequestContext, new_id, route
 
 _ID = re.compile(rb"[!-~]{1,128}")
 
 log = logging.getLogger("cellserve.access")
 
 
-class Observed:
+class ObservabilityMiddleware:
     """Wraps the whole application.
 
     Args:
@@ -27,7 +27,7 @@ class Observed:
         service: Holds the counts.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: ServiceContext) -> None:
         self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,7 +36,7 @@ class Observed:
             await self.app(scope, receive, send)
             return
         counts = self.service.counts
-        asked = scope[KEY] = Asked(self._id(scope), counts.surface(scope["path"]))
+        asked = scope[KEY] = RequestContext(self._id(scope), counts.surface(scope["path"]))
         header = HEADER, asked.id.encode()
         socket = scope["type"] == "websocket"
 
@@ -58,7 +58,7 @@ class Observed:
             if asked.status and socket:
                 asked.surface.statuses[asked.status] += 1
             elif asked.status:
-                asked.surface.answered(asked.status, took)
+                asked.surface.record_response(asked.status, took)
             if self.service.settings.access_log:
                 self._log(scope, asked, took)
 
@@ -69,7 +69,7 @@ class Observed:
                 return given
         return new_id()
 
-    def _log(self, scope: Scope, asked: Asked, took: float) -> None:
+    def _log(self, scope: Scope, asked: RequestContext, took: float) -> None:
         try:
             owner = self.service.owner(scope["headers"])
         except Unauthorized:
@@ -82,4 +82,4 @@ class Observed:
             "request_id": asked.id,
             "owner": owner,
         }
-        log.info("%(method)s %(path)s %(status)s %(duration_ms)s ms", told, extra={"told": told})
+        log.info("%(method)s %(path)s %(status)s %(duration_ms)s ms", told, extra={"fields": told})

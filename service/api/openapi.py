@@ -8,7 +8,7 @@ from fastapi import FastAPI
 
 from cellserve.service.api.inference import openapi as inference
 from cellserve.service.api.safetensors import MEDIA_TYPES
-from cellserve.service.context import Service
+from cellserve.service.context import ServiceContext
 
 _SESSION = {"session": "0b54b1fd5d2a4f3f9d63a3a1e6a1c0de", "model": "sunspots", "version": 1, "position": 0,
             "expires_in": 3600.0, "durable": "none"}  # fmt: skip
@@ -29,7 +29,7 @@ _BYTES = {"type": "string", "format": "binary"}
 _SAFETENSORS = MEDIA_TYPES[0].decode()
 
 
-def install(app: FastAPI, service: Service) -> None:
+def install(app: FastAPI, service: ServiceContext) -> None:
     """Makes the application's OpenAPI document whole."""
     plain = app.openapi
 

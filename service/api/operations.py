@@ -8,14 +8,14 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from cellserve.service.api.asgi import read_body
-from cellserve.service.context import Service
+from cellserve.service.context import ServiceContext
 from cellserve.service.errors import InvalidInput
 from cellserve.service.model_manager import VersionState
 from cellserve.service.model_repository.repository import VersionKey
 from cellserve.service.observability.prometheus import MEDIA_TYPE
 
 
-def router(service: Service) -> APIRouter:
+def router(service: ServiceContext) -> APIRouter:
     """Makes the routes."""
     routes = APIRouter()
     versions = service.versions
@@ -47,7 +47,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def own(service: Service, may: list[Any]) -> APIRouter:
+def own(service: ServiceContext, may: list[Any]) -> APIRouter:
     """Makes the routes that the port for operations has too; `may` keeps others from those that are not for all."""
     routes = APIRouter(tags=["operations"])
 
@@ -83,11 +83,11 @@ def own(service: Service, may: list[Any]) -> APIRouter:
     return routes
 
 
-def _all(service: Service) -> list[dict[str, Any]]:
+def _all(service: ServiceContext) -> list[dict[str, Any]]:
     return [_listed(service, name, states) for name, states in service.versions.states().items()]
 
 
-def _listed(service: Service, name: str, states: list[VersionState]) -> dict[str, Any]:
+def _listed(service: ServiceContext, name: str, states: list[VersionState]) -> dict[str, Any]:
     """Gives what the list tells of a model: its newest version, where one is served, and how all of them stand."""
     engine = service.engines.get(name)
     return {

@@ -52,7 +52,7 @@ def check_free(flag: str, host: str, port: int, several: bool = False) -> None:
         raise PortTaken(f"--host {host}: {missing[0]}")
 
 
-class Port:
+class OperationsListener:
     """A second listener. Signals are the main server's affair; this one opens and closes with the application.
 
     Args:

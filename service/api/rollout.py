@@ -11,12 +11,12 @@ import orjson
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from cellserve.service.api.asgi import REPLAY, RESUMABLE, as_problem, read_json_body, send_json, unless_gone
-from cellserve.service.api.sessions import Position
-from cellserve.service.context import Service
+from cellserve.service.api.asgi import REPLAY, RESUMABLE, as_problem, cancel_on_disconnect, read_json_body, send_json
+from cellserve.service.api.step_codec import Position
+from cellserve.service.context import ServiceContext
 from cellserve.service.errors import CannotRollOut, InvalidInput, Stopping
 from cellserve.service.model_repository.repository import Model
-from cellserve.service.observability.request_context import told
+from cellserve.service.observability.request_context import problem_body
 from cellserve.service.sessions.rollout import Given, Rollout
 from cellserve.service.sessions.sampling import Sampling
 from cellserve.service.sessions.session import Session
@@ -44,14 +44,14 @@ class RolloutRequest(msgspec.Struct, forbid_unknown_fields=True):
 _decoder = msgspec.json.Decoder(RolloutRequest)
 
 
-class RollOut:
+class RolloutEndpoint:
     """`POST /sessions/{id}/rollout`, plain ASGI: FastAPI's responses do not stream with back-pressure as it is needed.
 
     Args:
         service: What it is a surface of.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: ServiceContext) -> None:
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,9 +64,9 @@ class RollOut:
         wanted, position = self._read(session.model, body, accepts)
         if wanted.streamed:
             after = _last_event(headers.get(b"last-event-id"), position)
-            await unless_gone(self._stream(scope, send, session, wanted, position, after), receive)
+            await cancel_on_disconnect(self._stream(scope, send, session, wanted, position, after), receive)
             return
-        rolled = await unless_gone(self.service.rollouts.run(session, wanted, position), receive)
+        rolled = await cancel_on_disconnect(self.service.rollouts.run(session, wanted, position), receive)
         answer = {
             "session": session.id,
             "position": rolled.position,
@@ -131,7 +131,7 @@ class RollOut:
             problem = as_problem(error, scope)
             if not begun:
                 raise problem from None
-            await event(b"event: problem\ndata: %b\n\n" % told(problem, scope), False)
+            await event(b"event: problem\ndata: %b\n\n" % problem_body(problem, scope), False)
             return
         end = {"session": session.id, "position": reached, "durable": self.service.sessions.durable}
         await event(b"event: end\ndata: %b\n\n" % orjson.dumps(end), False)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -16,57 +15,32 @@ from cellserve.service.api.asgi import (
     REPLAY,
     ClientGone,
     as_problem,
+    cancel_on_disconnect,
     content_type,
     read_body,
     read_json_body,
     send_json,
     send_problem,
-    unless_gone,
 )
-from cellserve.service.api.predict import labelled
-from cellserve.service.context import Service
+from cellserve.service.api.session_requests import (
+    CreateRequest,
+    ForkRequest,
+    create_session,
+    fork_session,
+    step_session,
+)
+from cellserve.service.api.step_codec import Position, read_step, session_json, step_json
+from cellserve.service.context import ServiceContext
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
-from cellserve.service.idempotency import Request as Once
-from cellserve.service.idempotency import creation, state_request, step_request
-from cellserve.service.model_repository.repository import Model
-from cellserve.service.sessions.pending import StepResult
+from cellserve.service.idempotency import state_request
 from cellserve.service.sessions.session import Session
-from cellserve.service.sessions.stores.protocol import SessionStore
-from cellserve.service.sessions.writer import SessionWriter
 from cellserve.service.validation.json_input import decode
 
 Array = NDArray[Any]
-Position = Annotated[int, msgspec.Meta(ge=0)]
 
-_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 _LARGEST_PAGE = 1000
 _PAGE = r"[0-9]{1,9}\.[0-9]{1,20}"
-
-
-class CreateRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of `POST /sessions` and `PUT /sessions/{id}`."""
-
-    model: str | None = None
-    states: msgspec.Raw = msgspec.Raw(b"null")
-
-
-X = TypeVar("X")
-
-
-class StepRequest(msgspec.Struct, Generic[X], forbid_unknown_fields=True):
-    """The body of `POST /sessions/{id}/step`."""
-
-    x: X
-    outputs: Literal["last", "all"] | None = None
-    position: Position | None = None
-
-
-class ForkRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of `POST /sessions/{id}/fork`."""
-
-    session: str | None = None
-    position: Position | None = None
 
 
 class ResetRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -76,8 +50,6 @@ class ResetRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _create_decoder = msgspec.json.Decoder(CreateRequest)
-_step_decoder = msgspec.json.Decoder(StepRequest[msgspec.Raw])
-_plain_step_decoder = msgspec.json.Decoder(StepRequest[list[float] | int])
 _fork_decoder = msgspec.json.Decoder(ForkRequest)
 _reset_decoder = msgspec.json.Decoder(ResetRequest)
 
@@ -85,7 +57,7 @@ _reset_decoder = msgspec.json.Decoder(ResetRequest)
 class Step:
     """`POST /sessions/{id}/step`, plain ASGI: it is one of those that carry the load."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: ServiceContext) -> None:
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,10 +66,10 @@ class Step:
             owner = self.service.owner(scope["headers"])
             body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
             session = await self.service.sessions.find(owner, scope["path"][len("/sessions/") : -len("/step")])
-            x, single, outputs, position = _read_step(session.model, body)
+            x, single, outputs, position = read_step(session.model, body)
             work = step_session(self.service.writer, session, x, single, outputs, position)
-            stepped, every_output = await (unless_gone(work, receive) if session.engine.is_behind else work)
-            answer = written(self.service.sessions, session, stepped.y, stepped.position, single, every_output)
+            stepped, every_output = await (cancel_on_disconnect(work, receive) if session.engine.is_behind else work)
+            answer = step_json(self.service.sessions, session, stepped.y, stepped.position, single, every_output)
             await send_json(send, answer, REPLAY if stepped.replayed else ())
         except ClientGone:
             pass
@@ -105,98 +77,7 @@ class Step:
             await send_problem(send, as_problem(error, scope), scope)
 
 
-def plain_step(model: Model, body: bytes) -> tuple[Array | None, Once | None]:
-    """Reads what nearly every step is, one time step, in one pass: gives `[1, *features]` and where it starts.
-
-    All else, and every error, takes the long way: gives None, or raises what msgspec raises.
-    """
-    plain = _plain_step_decoder.decode(body)
-    x = model.reader.single(plain.x)
-    return x, None if x is None or plain.position is None else step_request(plain.position, x, True)
-
-
-def _read_step(model: Model, body: bytes) -> tuple[Array, bool, str | None, int | None]:
-    """Gives x `[time, *features]`, whether it had no time axis, the outputs asked for and the position."""
-    request = decode(_step_decoder, body)
-    return *model.reader.x(request.x), request.outputs, request.position
-
-
-async def step_session(
-    writer: SessionWriter, session: Session, x: Array, single: bool, outputs: str | None, position: int | None
-) -> tuple[StepResult, bool]:
-    """Steps a session as it was asked, whatever the surface; says also whether all outputs were wanted."""
-    every_output = single or wants_all(session, outputs)
-    once = None if position is None else step_request(position, x, every_output)
-    return await writer.submit(session, x, every_output, once), every_output
-
-
-def wants_all(session: Session, outputs: str | None) -> bool:
-    """Says whether the outputs of all time steps are wanted, where `outputs` says `last`, `all` or nothing."""
-    return (outputs or session.model.document.signature.default_output) == "all"
-
-
-def written(
-    store: SessionStore, session: Session, y: Array, position: int, single: bool, every_output: bool
-) -> dict[str, Any]:
-    """Writes the answer to a step that has given y `[time, *outputs]`."""
-    output = y if every_output and not single else y[-1]
-    model = session.model
-    answer: dict[str, Any] = {"session": session.id, "position": position, "y": model.outputs.named(output)}
-    document = model.document
-    if document.labels is not None:
-        answer["label" if output.ndim == y.ndim - 1 else "labels"] = labelled(document, [output])["labels"][0]
-    answer["durable"] = store.durable
-    return answer
-
-
-def told(store: SessionStore, session: Session, position: int | None = None) -> dict[str, Any]:
-    """Gives what every answer about a session says of it."""
-    return {
-        "session": session.id,
-        "model": session.model.name,
-        "version": session.model.version,
-        "position": session.position if position is None else position,
-        "expires_in": store.table.idle_seconds,
-        "durable": store.durable,
-    }
-
-
-def checked_id(session_id: str) -> str:
-    """Gives an id that a client has chosen back, or raises InvalidInput where it may not be one."""
-    if not _ID.fullmatch(session_id):
-        raise InvalidInput(
-            f"session: {session_id[:80]!r} cannot be an id: "
-            f"send 1 to 128 letters, digits, '-', '.', '_' or '~' (a UUID, say)",
-            place="session",
-        )
-    return session_id
-
-
-async def create(
-    service: Service, owner: str, wanted: CreateRequest, session_id: str | None = None
-) -> tuple[Session, bool]:
-    """Makes a session as it was asked, whatever the surface; says also whether it is new."""
-    engine = await service.engine_when_loaded(wanted.model)
-    engine.model.check_steppable()
-    states = None if bytes(wanted.states) == b"null" else engine.model.reader.state(wanted.states)
-    origin = b""
-    if session_id is not None:
-        checked_id(session_id)
-        # Without a version a repetition is the same request, even where another one has become the newest meanwhile.
-        named = wanted.model if wanted.model is not None and ":" in wanted.model else engine.model.name
-        origin = creation(named, states)
-    return await service.sessions.create(engine, states, owner, session_id, origin)
-
-
-async def fork(service: Service, session: Session, wanted: ForkRequest) -> tuple[Session, bool]:
-    """Makes a session of another's state and position, whatever the surface; says also whether it is new."""
-    if wanted.session is not None:
-        checked_id(wanted.session)
-    origin = hashlib.sha256(f"fork {session.id} {wanted.position}".encode()).digest()
-    return await service.sessions.fork(session, wanted.session, origin, wanted.position)
-
-
-def router(service: Service) -> APIRouter:
+def router(service: ServiceContext) -> APIRouter:
     """Makes the routes of everything but the step."""
     routes = APIRouter(tags=["sessions"], dependencies=[Depends(_check_query)])
     store, limit = service.sessions, service.settings.max_body_bytes
@@ -213,24 +94,24 @@ def router(service: Service) -> APIRouter:
     def made(response: Response, session: Session, new: bool) -> dict[str, Any]:
         response.status_code = 201 if new else 200
         response.headers["location"] = f"/sessions/{session.id}"
-        return told(store, session)
+        return session_json(store, session)
 
     def changed(response: Response, session: Session, position: int, replayed: bool) -> dict[str, Any]:
         for name, value in REPLAY if replayed else ():
             response.headers[name.decode()] = value.decode()
-        return told(store, session, position)
+        return session_json(store, session, position)
 
     @routes.post("/sessions", status_code=201, summary="Create a session")
     async def post(request: Request, response: Response) -> dict[str, Any]:
         mine = owner(request)
         wanted = decode(_create_decoder, await read_json_body(request.scope, request.receive, limit))
-        return made(response, *await create(service, mine, wanted))
+        return made(response, *await create_session(service, mine, wanted))
 
     @routes.put("/sessions/{session_id}", status_code=201, summary="Create a session under an id of your choice")
     async def put(session_id: str, request: Request, response: Response) -> dict[str, Any]:
         mine = owner(request)
         wanted = decode(_create_decoder, await body_or_nothing(request))
-        return made(response, *await create(service, mine, wanted, session_id))
+        return made(response, *await create_session(service, mine, wanted, session_id))
 
     @routes.get("/sessions", summary="List your sessions, page by page")
     async def pages(
@@ -256,7 +137,7 @@ def router(service: Service) -> APIRouter:
     async def read(session_id: str, request: Request) -> dict[str, Any]:
         session = await store.find(owner(request), session_id)
         _, position = await store.read_state(session)
-        return told(store, session, position)
+        return session_json(store, session, position)
 
     @routes.delete("/sessions/{session_id}", status_code=204, summary="Delete a session")
     async def delete(session_id: str, request: Request, position: Annotated[int | None, Query(ge=0)] = None) -> None:
@@ -273,7 +154,7 @@ def router(service: Service) -> APIRouter:
     async def make_fork(session_id: str, request: Request, response: Response) -> dict[str, Any]:
         session = await store.find(owner(request), session_id)
         wanted = decode(_fork_decoder, await body_or_nothing(request))
-        return made(response, *await fork(service, session, wanted))
+        return made(response, *await fork_session(service, session, wanted))
 
     @routes.get("/sessions/{session_id}/state", summary="Download a session's state", response_class=Response)
     async def state(session_id: str, request: Request) -> Response:

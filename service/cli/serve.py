@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here and not above, so that --help and a mistyped flag answer at once.
     import uvicorn
 
-    from cellserve.service.api.fast_path import ShortFrames, ShortHttp
+    from cellserve.service.api.fast_path import FastPathHttp, FastPathWebSocket
     from cellserve.service.api.operations_listener import PortTaken, check_free
     from cellserve.service.app import create_app
     from cellserve.service.auth import BadKeysFile
@@ -119,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "server_header": False,
         "proxy_headers": False,  # nothing here asks who the client is
         "interface": "asgi3",
-        "http": ShortHttp,
-        "ws": ShortFrames,
+        "http": FastPathHttp,
+        "ws": FastPathWebSocket,
         "ws_max_size": settings.max_body_bytes,
         "ws_per_message_deflate": False,
     }

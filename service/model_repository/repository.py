@@ -27,7 +27,7 @@ from cellserve.service.runtime.batch_invariance import SHORT, prove
 from cellserve.service.runtime.onnx_file import BadModelFile, check
 from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions, RuntimeUnavailable, parse_document
 from cellserve.service.runtime.tensor_layout import Layout
-from cellserve.service.validation.json_input import TensorReader
+from cellserve.service.validation.json_input import TensorDecoder
 
 log = logging.getLogger("cellserve")
 
@@ -71,7 +71,7 @@ class Model:
 
     def __init__(self, name: str, version: int, digest: str, runtime: Runtime, max_batch: int) -> None:
         self.name, self.version, self.digest, self.runtime = name, version, digest, runtime
-        self.reader = TensorReader(runtime.signature)
+        self.reader = TensorDecoder(runtime.signature)
         self.inputs, self.outputs = Layout(runtime.signature.inputs), Layout(runtime.signature.outputs)
         # Kernels differ between processors: what was proved where it was exported is proved again where it runs.
         self.exactness: Exactness = (

@@ -20,12 +20,12 @@ class SurfaceCounts:
         self.statuses: Counter[int] = Counter()
         self.problems: Counter[str] = Counter()  # of a binary frame each row's
 
-    def answered(self, status: int, seconds: float) -> None:
+    def record_response(self, status: int, seconds: float) -> None:
         """Notes an answer with an HTTP status, of a frame the one that HTTP would have."""
         self.statuses[status] += 1
         self.seconds.note(seconds)
 
-    def problem(self, problem: Problem) -> None:
+    def record_problem(self, problem: Problem) -> None:
         """Notes what was answered instead of a result."""
         self.problems[problem.kind()] += 1
 

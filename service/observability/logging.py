@@ -18,7 +18,7 @@ def configure(form: LogFormat) -> None:
 
 
 def formatter(form: LogFormat) -> logging.Formatter:
-    """Gives what makes a line of a message and the members that belong to it (`extra={"told": {...}}`)."""
+    """Gives what makes a line of a message and the members that belong to it (`extra={"fields": {...}}`)."""
     return _Json() if form == "json" else _Text("%(levelname)s: %(message)s")
 
 
@@ -26,7 +26,7 @@ class _Text(logging.Formatter):
     """A message and the members that belong to it, `name=value`."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        told = getattr(record, "told", {})
+        told = getattr(record, "fields", {})
         more = (f" {name}={value}" for name, value in told.items() if name in ("request_id", "owner") and value)
         return super().formatMessage(record) + "".join(more)
 
@@ -40,7 +40,7 @@ class _Json(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **getattr(record, "told", {}),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             document["exception"] = self.formatException(record.exc_info)

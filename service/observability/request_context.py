@@ -21,7 +21,7 @@ _numbers = itertools.count(1)
 
 
 @dataclass(slots=True)
-class Asked:
+class RequestContext:
     """One request over HTTP, or one WebSocket."""
 
     id: str
@@ -30,21 +30,21 @@ class Asked:
     status: int = 0  # of the answer, once there is one
 
 
-def asked_of(scope: Scope) -> Asked:
+def get_context(scope: Scope) -> RequestContext:
     """Gives what there is beside a request, by its scope."""
-    asked: Asked = scope[KEY]
+    asked: RequestContext = scope[KEY]
     return asked
 
 
-def noted(asked: Asked, **scope: Any) -> Scope:
+def make_scope(asked: RequestContext, **scope: Any) -> Scope:
     """Makes a scope for what has none of its own."""
     return {**scope, KEY: asked}
 
 
-def told(problem: Problem, scope: Scope) -> bytes:
+def problem_body(problem: Problem, scope: Scope) -> bytes:
     """Counts a problem, and gives its document with the request's id."""
-    asked = asked_of(scope)
-    asked.surface.problem(problem)
+    asked = get_context(scope)
+    asked.surface.record_problem(problem)
     return problem.document(asked.id)
 
 
@@ -53,7 +53,7 @@ def new_id() -> str:
     return f"{_PROCESS}-{next(_numbers):x}"
 
 
-def asks_id(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+def has_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Says whether a request brings an id, by its headers with their names in lower case."""
     for header in headers:  # noqa: SIM110  twice as fast as any(...), for each step over HTTP
         if header[0] == HEADER:

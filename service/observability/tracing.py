@@ -19,7 +19,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from cellserve.service.engine.scheduler import Advance
-from cellserve.service.observability.request_context import asked_of, route
+from cellserve.service.observability.request_context import get_context, route
 
 _propagator = TraceContextTextMapPropagator()
 
@@ -92,7 +92,7 @@ class Tracing:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         parent = _propagator.extract(headers)
         with self._tracer.start_as_current_span(name, parent, SpanKind.SERVER) as span:
-            span.set_attribute("cellserve.request_id", asked_of(scope).id)
+            span.set_attribute("cellserve.request_id", get_context(scope).id)
             yield span
 
 

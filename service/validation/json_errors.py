@@ -20,7 +20,7 @@ _LOOKED_THROUGH = 1024 * 1024  # bytes of a body that is no JSON
 _type_info = cache(type_info)
 
 
-def misfit(message: str, kind: Any, body: bytes, place: str, advice: str = "") -> InvalidInput:
+def explain_validation_error(message: str, kind: Any, body: bytes, place: str, advice: str = "") -> InvalidInput:
     """Turns msgspec's message (``Expected `float`, got `str` - at `$[3][17]` ``) into ours.
 
     Args:
@@ -53,7 +53,7 @@ def misfit(message: str, kind: Any, body: bytes, place: str, advice: str = "") -
     return InvalidInput(": ".join(part for part in (where, what, advice) if part), place=where)
 
 
-def unparsable(message: str, body: bytes, place: str) -> InvalidInput | NotJson:
+def explain_parse_error(message: str, body: bytes, place: str) -> InvalidInput | NotJson:
     """Tells NaN and Infinity, which Python writes and JSON does not have, from what is no JSON at all."""
     if len(body) > _LOOKED_THROUGH:  # to look for the place would hold up everybody's steps
         return NotJson(f"{message}: send a JSON document in UTF-8 (NaN and Infinity are not JSON)")

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from cellserve.models.signature import Signature, TensorSpec
 from cellserve.service.errors import InvalidInput
 from cellserve.service.runtime.tensor_layout import Layout
-from cellserve.service.validation.json_errors import misfit, unparsable
-from cellserve.service.validation.tensor_values import FLOAT32_MAX, array_of, bounds_of, state_of, step_of
+from cellserve.service.validation.json_errors import explain_parse_error, explain_validation_error
+from cellserve.service.validation.tensor_values import FLOAT32_MAX, array_of, bounds_of, describe_step, state_of
 
 Array = NDArray[Any]
 T = TypeVar("T")
@@ -41,14 +41,14 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, place: s
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise misfit(str(error), decoder.type, bytes(body), place, advice) from None
+        raise explain_validation_error(str(error), decoder.type, bytes(body), place, advice) from None
     except RecursionError:
         raise InvalidInput(f"{place or 'the body'}: arrays or objects are nested too deeply", place=place) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise unparsable(str(error), bytes(body), place) from None
+        raise explain_parse_error(str(error), bytes(body), place) from None
 
 
-class InputReader:
+class InputDecoder:
     """Reads one input of requests, out of JSON.
 
     Args:
@@ -63,7 +63,7 @@ class InputReader:
         self._step = msgspec.json.Decoder(step)
         self._steps = msgspec.json.Decoder(list[step])
         self._sequences = msgspec.json.Decoder(list[list[step]])
-        self._advice = f"a time step is {step_of(spec)}"
+        self._advice = f"a time step is {describe_step(spec)}"
         self.flat = spec.shape[0] if len(spec.shape) == 1 and spec.dtype == "float32" else None
 
     def sequences(self, raw: msgspec.Raw) -> list[Array]:
@@ -98,7 +98,7 @@ class InputReader:
         return array_of([decode(self._step, raw, place, self._advice)], self.spec, place, single=True), True
 
 
-class TensorReader:
+class TensorDecoder:
     """Reads the tensors of one model's requests.
 
     Of several inputs, an object keyed by their names stands in place of the array; what is read is structured
@@ -110,7 +110,7 @@ class TensorReader:
 
     def __init__(self, signature: Signature) -> None:
         self.states_spec = {state.name: state for state in signature.states}
-        self._inputs = {spec.name: InputReader(spec) for spec in signature.inputs}
+        self._inputs = {spec.name: InputDecoder(spec) for spec in signature.inputs}
         self._only = next(iter(self._inputs.values())) if len(self._inputs) == 1 else None
         self._layout = Layout(signature.inputs)
         spec = signature.inputs[0]

@@ -52,7 +52,7 @@ def checked(array: Array, spec: TensorSpec | StateSpec, place: str, skipped: int
     _out_of_bounds(int(array[where]), spec, place)
 
 
-def checked_together(array: Array, layout: Layout, place: str) -> Array:
+def validate_together(array: Array, layout: Layout, place: str) -> Array:
     """Checks the inputs that lie in one array, as `checked` does."""
     if array.dtype.names is None:
         return checked(array, layout.specs[0], place)
@@ -98,7 +98,7 @@ def state_of(values: Any, spec: StateSpec, place: str) -> Array:
     return array
 
 
-def step_of(spec: TensorSpec) -> str:
+def describe_step(spec: TensorSpec) -> str:
     """Says what one time step is in JSON: `[5 numbers]`."""
     kind = "number" if spec.dtype == "float32" else "integer"
     if not spec.shape:
@@ -148,7 +148,7 @@ def _shape_error(values: list[Any], spec: TensorSpec, place: str, single: bool) 
             where, length, wanted = found
             return InvalidInput(
                 f"{where}: {length} number{'' if length == 1 else 's'} where the model takes {wanted} "
-                f"(a time step is {step_of(spec)})",
+                f"(a time step is {describe_step(spec)})",
                 place=where,
             )
     raise AssertionError("lists that fit do not get here")

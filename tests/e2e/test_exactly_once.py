@@ -83,8 +83,8 @@ def test_a_repetition_may_come_on_another_surface(server: Server, client: httpx.
         assert isinstance(message, bytes)
         assert struct.unpack_from("<4IQI", message) == (0x82, 7, 1, 1, 2, 1)
         assert np.frombuffer(message, "<f4", offset=28).tolist() == np.array(second["y"], np.float32).tolist()
-    over_http = client.post(f"/sessions/{session}/step", json={"x": x[1], "position": 1})
-    assert over_http.headers["idempotent-replay"] == "true"
+    reject_plain_http = client.post(f"/sessions/{session}/step", json={"x": x[1], "position": 1})
+    assert reject_plain_http.headers["idempotent-replay"] == "true"
 
 
 def test_a_binary_frame_applies_repeats_and_refuses_by_session(server: Server, client: httpx.Client) -> None:

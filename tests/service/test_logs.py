@@ -10,7 +10,7 @@ import pytest
 from cellserve.service.api.asgi import as_problem
 from cellserve.service.observability.counters import SurfaceCounts
 from cellserve.service.observability.logging import formatter
-from cellserve.service.observability.request_context import Asked, noted, told
+from cellserve.service.observability.request_context import RequestContext, make_scope, problem_body
 from cellserve.service.settings import LogFormat
 
 
@@ -19,12 +19,12 @@ def line(form: LogFormat, caplog: pytest.LogCaptureFixture) -> str:
 
 
 def test_an_error_nobody_expected_is_logged_with_the_request_s_id(caplog: pytest.LogCaptureFixture) -> None:
-    scope = noted(Asked("mine", SurfaceCounts()), method="POST", path="/predict")
+    scope = make_scope(RequestContext("mine", SurfaceCounts()), method="POST", path="/predict")
     try:
         raise ZeroDivisionError("of ours")
     except ZeroDivisionError as error:
         problem = as_problem(error, scope)
-    document = json.loads(told(problem, scope))
+    document = json.loads(problem_body(problem, scope))
     assert (document["status"], document["request_id"]) == (500, "mine")
     assert "of ours" not in str(document)
     written = json.loads(line("json", caplog))

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from cellserve.service.api.inference.service import Inferred
+from cellserve.service.api.inference.service import InferenceResult
 from cellserve.service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_json
 from cellserve.service.errors import InvalidInput
 from cellserve.service.model_repository.repository import Model
@@ -23,7 +23,7 @@ Array = NDArray[Any]
 
 HEADER_LENGTH = b"inference-header-content-length"
 _JSON, _BINARY = (b"content-type", b"application/json"), (b"content-type", b"application/octet-stream")
-_NOT_HERE = ("shared_memory_region", "classification")  # parameters of extensions that this server has not
+_UNSUPPORTED = ("shared_memory_region", "classification")  # parameters of extensions that this server has not
 
 
 class _Input(msgspec.Struct):
@@ -49,7 +49,7 @@ class _Request(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Request)
 
 
-class Asked(NamedTuple):
+class InferRequest(NamedTuple):
     """A request, read."""
 
     id: str
@@ -58,7 +58,7 @@ class Asked(NamedTuple):
     outputs: dict[str, bool]  # the names of those wanted, and whether as bytes
 
 
-def read(body: bytes, header_length: bytes | None, model: Model) -> Asked:
+def read(body: bytes, header_length: bytes | None, model: Model) -> InferRequest:
     """Reads the body of a request.
 
     Args:
@@ -103,10 +103,10 @@ def read(body: bytes, header_length: bytes | None, model: Model) -> Asked:
         binary = binary[size:]
     if len(binary):
         raise InvalidInput(f"{len(binary)} bytes behind the JSON are no input's: send binary_data_size with each")
-    return Asked(request.id, tensors, request.parameters, _wanted(request, model))
+    return InferRequest(request.id, tensors, request.parameters, _wanted(request, model))
 
 
-def _raw(body: bytes, model: Model) -> Asked:
+def _raw(body: bytes, model: Model) -> InferRequest:
     """Reads a body that is the bytes of the model's one input alone: one sequence."""
     if len(model.inputs.specs) > 1:
         raise InvalidInput("the body is bytes alone: the model has several inputs, send JSON that tells them apart")
@@ -115,12 +115,12 @@ def _raw(body: bytes, model: Model) -> Asked:
     if not body or len(body) % step:
         raise InvalidInput(f"{spec.name}: {len(body)} bytes: a time step has {step}", place=spec.name)
     x = from_bytes(spec.name, datatype, (1, len(body) // step, *spec.shape), body)
-    return Asked("", {spec.name: x}, {}, {output.name: True for output in model.document.signature.outputs})
+    return InferRequest("", {spec.name: x}, {}, {output.name: True for output in model.document.signature.outputs})
 
 
 def check_parameters(name: str, parameters: Any) -> None:
     """Raises InvalidInput where the parameters of a tensor ask for what this server has not."""
-    for parameter in _NOT_HERE:
+    for parameter in _UNSUPPORTED:
         if parameter in parameters:
             raise InvalidInput(f"{name}: this server has no {parameter}: send and take the tensor itself", place=name)
 
@@ -149,7 +149,7 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def write(asked: Asked, inferred: Inferred) -> tuple[list[tuple[bytes, bytes]], bytes]:
+def write(asked: InferRequest, inferred: InferenceResult) -> tuple[list[tuple[bytes, bytes]], bytes]:
     """Writes an answer: its headers, and its body."""
     outputs, contents = [], []
     for name, as_bytes in asked.outputs.items():

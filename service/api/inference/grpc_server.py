@@ -30,12 +30,12 @@ from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.inference.statistics import Timing
 from cellserve.service.api.operations_listener import check_free
 from cellserve.service.errors import Problem, UnknownModel
-from cellserve.service.observability.request_context import HEADER, Asked, new_id, noted
+from cellserve.service.observability.request_context import HEADER, RequestContext, make_scope, new_id
 
 Method = Callable[[Any, Message, Message], Awaitable[Message]]
 
 SERVICE = "inference.GRPCInferenceService"
-_NOT_HERE = ("SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister",
+_UNSUPPORTED = ("SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister",
              "CudaSharedMemoryStatus", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister", "TraceSetting",
              "LogSettings")  # fmt: skip
 
@@ -108,7 +108,7 @@ def _answering(method: Method) -> Method:
         asked = self.asked(context)
         try:
             told = await method(self, request, context)
-            asked.surface.answered(200, perf_counter() - asked.begun)
+            asked.surface.record_response(200, perf_counter() - asked.begun)
             return told
         except Exception as error:
             problem = _counted(error, asked, method.__name__)
@@ -117,14 +117,14 @@ def _answering(method: Method) -> Method:
     return answer
 
 
-def _counted(error: Exception, asked: Asked, method: str) -> Problem:
-    problem = as_problem(error, noted(asked, method="gRPC", path=method))
-    asked.surface.problem(problem)
-    asked.surface.answered(http_status(problem), perf_counter() - asked.begun)
+def _counted(error: Exception, asked: RequestContext, method: str) -> Problem:
+    problem = as_problem(error, make_scope(asked, method="gRPC", path=method))
+    asked.surface.record_problem(problem)
+    asked.surface.record_response(http_status(problem), perf_counter() - asked.begun)
     return problem
 
 
-async def _abort(context: Message, problem: Problem, asked: Asked) -> None:
+async def _abort(context: Message, problem: Problem, asked: RequestContext) -> None:
     told = {name: str(value) for name, value in problem.extensions.items()} | {HEADER.decode(): asked.id}
     more = tuple((name, value) for name, value in told.items() if _is_metadata(value))
     await context.abort(grpc.StatusCode[grpc_code(problem)], problem.detail[:_LONGEST_MESSAGE], more)
@@ -176,7 +176,7 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
     @_answering
     async def ModelStatistics(self, request: Message, context: Message) -> Message:
         self._owner(context)
-        statistics = await self._inference.told_statistics(request.name, request.version)
+        statistics = await self._inference.statistics_document(request.name, request.version)
         return ParseDict(statistics, pb.ModelStatisticsResponse())
 
     @_answering
@@ -187,7 +187,7 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
 
     @_answering
     async def RepositoryModelLoad(self, request: Message, context: Message) -> Message:
-        raise metadata.no_loading()
+        raise metadata.loading_unsupported()
 
     RepositoryModelUnload = RepositoryModelLoad
 
@@ -217,7 +217,7 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
             problem = _counted(error, asked, "ModelStreamInfer")
             told = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
             return pb.ModelStreamInferResponse(error_message=problem.detail, infer_response=told)
-        asked.surface.answered(200, perf_counter() - asked.begun)
+        asked.surface.record_response(200, perf_counter() - asked.begun)
         answer.parameters["triton_final_response"].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=answer)
 
@@ -242,10 +242,10 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         finally:
             self.under_way -= 1
 
-    def asked(self, context: Message | None = None) -> Asked:
+    def asked(self, context: Message | None = None) -> RequestContext:
         """Gives what there is beside a request: its id is taken from the metadata, or made."""
         given = dict((context.invocation_metadata() or ()) if context is not None else ()).get(HEADER.decode(), "")
-        return Asked(
+        return RequestContext(
             given if 0 < len(given) <= _LONGEST_VALUE else new_id(), self._service.counts.surfaces["inference"]
         )
 
@@ -257,9 +257,9 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
 
 
 @_answering
-async def _not_here(self: Any, request: Message, context: Message) -> Message:
+async def _unsupported(self: Any, request: Message, context: Message) -> Message:
     raise NotByProtocol("this server has no such extension: ServerMetadata lists those that it has")
 
 
-for _name in _NOT_HERE:
-    setattr(_Methods, _name, _not_here)
+for _name in _UNSUPPORTED:
+    setattr(_Methods, _name, _unsupported)

@@ -8,12 +8,20 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from cellserve.service.api import compression
-from cellserve.service.api.asgi import ClientGone, OneATurn, as_problem, read_body, read_rest, send_body, unless_gone
+from cellserve.service.api.asgi import (
+    ClientGone,
+    OnePerLoopIteration,
+    as_problem,
+    cancel_on_disconnect,
+    read_body,
+    read_rest,
+    send_body,
+)
 from cellserve.service.api.inference import codec, errors, metadata
 from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.inference.statistics import Timing
 from cellserve.service.errors import MethodNotAllowed, NotFound
-from cellserve.service.observability.request_context import asked_of
+from cellserve.service.observability.request_context import get_context
 
 _LARGE_BODY = 16 * 1024  # bytes: reading more takes longer than a step
 _PATHS = ("health", "models", "repository")
@@ -29,7 +37,7 @@ class HttpInference:
 
     def __init__(self, inference: Inference) -> None:
         self._inference, self._service = inference, inference.service
-        self._one_a_turn = OneATurn()
+        self._one_per_iteration = OnePerLoopIteration()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -51,8 +59,8 @@ class HttpInference:
         except ClientGone:
             pass
         except Exception as error:
-            problem, asked = as_problem(error, scope), asked_of(scope)
-            asked.surface.problem(problem)
+            problem, asked = as_problem(error, scope), get_context(scope)
+            asked.surface.record_problem(problem)
             headers = [header for header in problem.headers() if header[0] != b"content-type"]
             await send_body(send, errors.http_status(problem), [_JSON, *headers], errors.document(problem, asked.id))
 
@@ -68,11 +76,11 @@ class HttpInference:
             if encoding != b"identity":
                 content = await compression.decompressed(content, encoding, limit)
             if len(content) > _LARGE_BODY:
-                await self._one_a_turn()
+                await self._one_per_iteration()
             asked = codec.read(content, headers.get(codec.HEADER_LENGTH), engine.model)
             timing.decode_ended()
             work = self._inference.infer(owner, engine, asked.tensors, asked.parameters, not version)
-            inferred = await (unless_gone(work, receive) if engine.is_behind else work)
+            inferred = await (cancel_on_disconnect(work, receive) if engine.is_behind else work)
             timing.run_ended(inferred.batch)
             told, content = codec.write(asked, inferred)
             wanted = compression.accepted(headers.get(b"accept-encoding", b""))
@@ -98,9 +106,9 @@ class HttpInference:
                 await read_body(scope, receive, service.settings.max_body_bytes)
                 return orjson.dumps(metadata.index(chain.from_iterable(service.versions.states().values())))
             case ["repository", "models", _, "load" | "unload"]:
-                raise metadata.no_loading()
+                raise metadata.loading_unsupported()
             case ["models", "stats"]:
-                return orjson.dumps(await inference.told_statistics())
+                return orjson.dumps(await inference.statistics_document())
             case ["models", name, "versions", version, *rest]:
                 return await self._told_of(name, version, rest)
             case ["models", name, *rest]:
@@ -119,5 +127,5 @@ class HttpInference:
             case ["config"]:
                 return orjson.dumps(inference.config(engine))
             case ["stats"]:
-                return orjson.dumps(await inference.told_statistics(name, version))
+                return orjson.dumps(await inference.statistics_document(name, version))
         raise NotFound(f"{'/'.join(what)[:80]}: a model has no such path, or this server no such extension: see /docs")

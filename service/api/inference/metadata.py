@@ -78,7 +78,7 @@ def index(states: Iterable[VersionState]) -> list[dict[str, str]]:
     ]
 
 
-def no_loading() -> NotByProtocol:
+def loading_unsupported() -> NotByProtocol:
     """Gives what to raise where a model is to be loaded or unloaded."""
     return NotByProtocol(
         "models are not loaded or unloaded over this protocol: the operator puts NAME/VERSION/ into the folder of "

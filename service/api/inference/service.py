@@ -20,9 +20,9 @@ from cellserve.service.api.inference import metadata
 from cellserve.service.api.inference.errors import NotReady, SequenceNotStarted
 from cellserve.service.api.inference.statistics import Statistics
 from cellserve.service.api.inference.tensors import DATATYPES, check_datatype
-from cellserve.service.api.predict import run_sequences
-from cellserve.service.context import Service
+from cellserve.service.context import ServiceContext
 from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.sequences import run_sequences
 from cellserve.service.errors import (
     BodyTooLarge,
     Conflict,
@@ -71,7 +71,7 @@ class Inputs(NamedTuple):
             )
 
 
-class Inferred(NamedTuple):
+class InferenceResult(NamedTuple):
     """What came out: by name the outputs, each with the axes that the input had, and the answer's parameters."""
 
     outputs: dict[str, Array]
@@ -87,7 +87,7 @@ class Inference:
         service: Holds the models and the sessions.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: ServiceContext) -> None:
         self.service = service
         self._statistics: WeakKeyDictionary[Engine, Statistics] = WeakKeyDictionary()
 
@@ -112,7 +112,7 @@ class Inference:
             found = self._statistics[engine] = Statistics(engine)
         return found
 
-    async def told_statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
+    async def statistics_document(self, name: str = "", version: str = "") -> dict[str, Any]:
         """Gives the statistics of a model, of all that are loaded without a name; raises as `engine` does."""
         engines = [await self.engine(name, version)] if name else self.service.versions.loaded.values()
         return {"model_stats": [self.statistics(engine).document() for engine in engines]}
@@ -133,7 +133,7 @@ class Inference:
         tensors: Mapping[str, Array],
         parameters: Mapping[str, Any],
         any_version: bool = False,
-    ) -> Inferred:
+    ) -> InferenceResult:
         """Runs whole sequences, or steps the sequence that the parameters name.
 
         Args:
@@ -162,7 +162,7 @@ class Inference:
             y, told = await self._step(session, sequence, inputs.x[0])
             y, engine = y[None], session.engine
         outputs = dict(zip(_names(engine.model.outputs), parts(y[:, 0] if inputs.single else y), strict=True))
-        return Inferred(outputs, len(inputs.x), told, engine.model)
+        return InferenceResult(outputs, len(inputs.x), told, engine.model)
 
     async def _whole(self, engine: Engine, inputs: Inputs) -> Array:
         """Runs whole sequences from zeros; gives y `[batch, time, *outputs]`, zeros past a row's length."""

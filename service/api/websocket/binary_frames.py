@@ -15,7 +15,7 @@ from cellserve.service.errors import InvalidInput
 from cellserve.service.model_repository.repository import Model
 from cellserve.service.sessions.pending import BatchStepResult
 from cellserve.service.sessions.session import Session
-from cellserve.service.validation.tensor_values import checked_together
+from cellserve.service.validation.tensor_values import validate_together
 
 Array = NDArray[Any]
 
@@ -65,7 +65,7 @@ class Frame(NamedTuple):
                 f"makes it {whole}"
             )
         x = np.frombuffer(self.body, inputs.frame_dtype, offset=start).reshape(count, steps, *inputs.shape)
-        return checked_together(x, inputs, "x")
+        return validate_together(x, inputs, "x")
 
 
 @dataclass(slots=True, eq=False)

@@ -20,25 +20,23 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from cellserve.service.api.asgi import as_problem
-from cellserve.service.api.fast_path import EXTENSION, ShortFrames
-from cellserve.service.api.sessions import (
+from cellserve.service.api.fast_path import FRAMES_EXTENSION, FastPathWebSocket
+from cellserve.service.api.session_requests import (
     CreateRequest,
     ForkRequest,
-    create,
-    fork,
+    create_session,
+    fork_session,
     step_session,
-    told,
-    written,
 )
+from cellserve.service.api.step_codec import session_json, step_json
 from cellserve.service.api.websocket import binary_frames, json_frames
 from cellserve.service.api.websocket.binary_frames import STEP, Frame, Group
 from cellserve.service.api.websocket.json_frames import Attach, Auth, Close, Fork, Open, Reset, Step
-from cellserve.service.api.websocket.send_queue import Outbox
-from cellserve.service.context import Service
+from cellserve.service.api.websocket.send_queue import SendQueue
+from cellserve.service.context import ServiceContext
 from cellserve.service.errors import Forbidden, InvalidInput, Problem, Unauthorized, UnknownSession, UpgradeRequired
 from cellserve.service.idempotency import state_request, step_request
-from cellserve.service.observability.request_context import asked_of
-from cellserve.service.observability.request_context import told as told_of
+from cellserve.service.observability.request_context import get_context, problem_body
 from cellserve.service.sessions.pending import BatchStepResult, PendingBatch, PendingStep, StepResult
 from cellserve.service.sessions.session import Session
 from cellserve.service.validation.json_input import decode
@@ -53,7 +51,7 @@ _GROUPS = 8  # of sessions that a socket has stepped together are remembered
 class Stream:
     """The endpoint, plain ASGI: one instance serves all sockets."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: ServiceContext) -> None:
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +64,7 @@ class Stream:
         except Problem as problem:
             start = {"type": "websocket.http.response.start", "status": problem.status, "headers": problem.headers()}
             await send(start)
-            await send({"type": "websocket.http.response.body", "body": told_of(problem, scope)})
+            await send({"type": "websocket.http.response.body", "body": problem_body(problem, scope)})
             return
         await send({"type": "websocket.accept"})
         if owner is None:
@@ -93,7 +91,7 @@ class Stream:
                 return None
             body = (message.get("text") or "").encode()
             ref = json_frames.ref_of(body)
-            owner = self.service.owner([_bearing(decode(json_frames.auth_decoder, body).key)])
+            owner = self.service.owner([_bearer_header(decode(json_frames.auth_decoder, body).key)])
             await send({"type": "websocket.send", "text": orjson.dumps({"op": "auth", "ref": ref}).decode()})
             return owner
         except (Problem, TimeoutError) as error:
@@ -104,7 +102,7 @@ class Stream:
             return None
 
 
-async def over_http(scope: Scope, receive: Receive, send: Send) -> None:
+async def reject_plain_http(scope: Scope, receive: Receive, send: Send) -> None:
     """Answers whoever asks for the socket's path over plain HTTP; always raises UpgradeRequired."""
     raise UpgradeRequired("it is a WebSocket: open ws://HOST:PORT/stream with a client of such (docs/protocol.md)")
 
@@ -115,13 +113,13 @@ class _Socket:
     A client that does not read its answers fills the window, and its frames are not read until it does.
     """
 
-    def __init__(self, service: Service, owner: str, scope: Scope, send: Send) -> None:
+    def __init__(self, service: ServiceContext, owner: str, scope: Scope, send: Send) -> None:
         self.service = service
         self.owner = owner
         self.scope = scope
-        self.short: ShortFrames | None = scope["extensions"].get(EXTENSION)  # the short way, where the server offers it
-        self.outbox = Outbox(send, self.short, service.settings.stream_window)
-        self.counts = asked_of(scope).surface
+        self.fast: FastPathWebSocket | None = scope["extensions"].get(FRAMES_EXTENSION)
+        self.outbox = SendQueue(send, self.fast, service.settings.stream_window)
+        self.counts = get_context(scope).surface
         self.sessions: list[Session] = []  # by handle
         self.handles: dict[str, int] = {}
         self.groups: dict[bytes, Group] = {}  # by the handles of a binary frame
@@ -133,8 +131,8 @@ class _Socket:
         """Reads frames until the socket is closed; what nobody waits for any more is dropped."""
         loop = asyncio.get_running_loop()
         writing = loop.create_task(self.outbox.write())
-        if self.short:
-            self.short.take = self._take
+        if self.fast:
+            self.fast.on_message = self._take
         try:
             while (message := await receive())["type"] == "websocket.receive":
                 text = message.get("text")
@@ -146,8 +144,8 @@ class _Socket:
                 if self.outbox.is_full:
                     await self.outbox.room(writing)
         finally:
-            if self.short:
-                self.short.take = None
+            if self.fast:
+                self.fast.on_message = None
             writing.cancel()
             for task in self.tasks:
                 task.cancel()
@@ -192,10 +190,10 @@ class _Socket:
             problem = as_problem(outcome, self.scope)
             answer, status = _problem(self.scope, answer["ref"], problem), problem.status
         else:
-            answer |= written(self.service.sessions, session, outcome.y, outcome.position, True, True)
+            answer |= step_json(self.service.sessions, session, outcome.y, outcome.position, True, True)
             answer |= {"replayed": True} if outcome.replayed else {}
             status = 200
-        self.counts.answered(status, perf_counter() - pending.advance.arrived)
+        self.counts.record_response(status, perf_counter() - pending.advance.arrived)
         self._put_json(answer)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
@@ -222,7 +220,7 @@ class _Socket:
         self.pending.discard(pending)
         if isinstance(outcome, Exception):
             problem = as_problem(outcome, self.scope)
-            self.counts.answered(problem.status, perf_counter() - pending.advance.arrived)
+            self.counts.record_response(problem.status, perf_counter() - pending.advance.arrived)
             self._put_json(_problem(self.scope, frame.ref, problem))
         else:
             self._put_frame(frame, group, outcome, pending.advance.arrived)
@@ -241,13 +239,13 @@ class _Socket:
             with nullcontext() if tracing is None else tracing.frame(self.scope):
                 if text:
                     answer = await self._text(body)
-                    self.counts.answered(200, perf_counter() - begun)
+                    self.counts.record_response(200, perf_counter() - begun)
                     self._put_json(answer)
                 else:
                     await self._binary(body, begun)
         except Exception as error:
             problem = as_problem(error, self.scope)
-            self.counts.answered(problem.status, perf_counter() - begun)
+            self.counts.record_response(problem.status, perf_counter() - begun)
             self._put_json(_problem(self.scope, (json_frames if text else binary_frames).ref_of(body), problem))
 
     async def _text(self, body: bytes) -> dict[str, Any]:
@@ -257,7 +255,7 @@ class _Socket:
         match frame:
             case Auth():
                 # The first frame where it had to be; otherwise nobody needs it, and whoever sends it anyway goes on.
-                if self.service.keys is not None and self.service.owner([_bearing(frame.key)]) != self.owner:
+                if self.service.keys is not None and self.service.owner([_bearer_header(frame.key)]) != self.owner:
                     raise InvalidInput("key: it is of another owner than the socket: open one of its own", place="key")
                 return answer
             case Step():
@@ -265,30 +263,30 @@ class _Socket:
                 x, single = session.model.reader.x(frame.x)
                 asked = frame.outputs, frame.position
                 stepped, every_output = await step_session(self.service.writer, session, x, single, *asked)
-                answer |= written(store, session, stepped.y, stepped.position, single, every_output)
+                answer |= step_json(store, session, stepped.y, stepped.position, single, every_output)
                 return answer | ({"replayed": True} if stepped.replayed else {})
             case Open():
-                session, _ = await create(
+                session, _ = await create_session(
                     self.service, self.owner, CreateRequest(frame.model, frame.states), frame.session
                 )
             case Attach():
                 session = await store.find(self.owner, frame.session)
                 _, position = await store.read_state(session)
-                return answer | {"handle": self._handle(session)} | told(store, session, position)
+                return answer | {"handle": self._handle(session)} | session_json(store, session, position)
             case Reset():
                 session = await self._found(frame.session)
                 once = None if frame.position is None else state_request(frame.position, None)
                 position, replayed = await self.service.writer.set_state(session, None, once)
-                return answer | told(store, session, position) | ({"replayed": True} if replayed else {})
+                return answer | session_json(store, session, position) | ({"replayed": True} if replayed else {})
             case Fork():
-                session, _ = await fork(
+                session, _ = await fork_session(
                     self.service, await self._found(frame.session), ForkRequest(frame.to, frame.position)
                 )
             case Close():
                 session = await self._found(frame.session)
                 await store.delete(self.owner, session.id, frame.position)
                 return answer | {"session": session.id}
-        return answer | {"handle": self._handle(session)} | told(store, session)
+        return answer | {"handle": self._handle(session)} | session_json(store, session)
 
     def _handle(self, session: Session) -> int:
         if session.id not in self.handles:
@@ -338,7 +336,7 @@ class _Socket:
             about = _problem(self.scope, frame.ref, problem, session=group.sessions[row].id, row=row)
             self._put_json(about, last=False)
         status = max((problem.status for problem in stepped.problems.values()), default=200)
-        self.counts.answered(status, perf_counter() - begun)
+        self.counts.record_response(status, perf_counter() - begun)
         self.outbox.put(binary_frames.answer(frame.kind, frame.ref, stepped), False)
 
     def _group(self, handles: NDArray[np.uint32]) -> Group:
@@ -359,9 +357,9 @@ class _Socket:
 
 
 def _problem(scope: Scope, ref: Any, problem: Problem, **more: Any) -> dict[str, Any]:
-    return {"op": "error", "ref": ref, **more, "problem": orjson.Fragment(told_of(problem, scope))}
+    return {"op": "error", "ref": ref, **more, "problem": orjson.Fragment(problem_body(problem, scope))}
 
 
-def _bearing(key: str) -> tuple[bytes, bytes]:
+def _bearer_header(key: str) -> tuple[bytes, bytes]:
     """Gives the header that would have borne a frame's key."""
     return b"authorization", b"Bearer " + key.encode()

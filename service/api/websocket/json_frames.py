@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 import orjson
 
-from cellserve.service.api.sessions import Position
+from cellserve.service.api.step_codec import Position
 
 
 class _Frame(msgspec.Struct, tag_field="op", kw_only=True, forbid_unknown_fields=True):

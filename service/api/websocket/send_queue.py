@@ -7,10 +7,10 @@ from collections import deque
 
 from starlette.types import Send
 
-from cellserve.service.api.fast_path import ShortFrames
+from cellserve.service.api.fast_path import FastPathWebSocket
 
 
-class Outbox:
+class SendQueue:
     """Answers on their way to a client that may read slowly.
 
     Args:
@@ -19,7 +19,7 @@ class Outbox:
         window: Frames whose answers have not been sent yet, at most.
     """
 
-    def __init__(self, send: Send, short: ShortFrames | None, window: int) -> None:
+    def __init__(self, send: Send, short: FastPathWebSocket | None, window: int) -> None:
         self._send, self._short, self._window = send, short, window
         self.under_way = 0  # frames whose answers have not been sent yet
         self._messages: deque[tuple[bytes, bool, bool]] = deque()  # whether they are text, and the last of an answer
@@ -34,7 +34,7 @@ class Outbox:
 
     def put(self, message: bytes, text: bool, last: bool = True) -> None:
         """Gives an answer to be sent, the last one or not of what a frame is answered."""
-        if self._short and not self._messages and not self._writing and self._short.put(message, text):
+        if self._short and not self._messages and not self._writing and self._short.send_now(message, text):
             if last:
                 self._sent()
             return

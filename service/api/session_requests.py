@@ -1,0 +1,79 @@
+"""Creating, stepping and forking sessions as clients ask for it, shared by the HTTP and WebSocket surfaces."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+import msgspec
+from numpy.typing import NDArray
+
+from cellserve.service.api.step_codec import Position, wants_all_outputs
+from cellserve.service.context import ServiceContext
+from cellserve.service.errors import InvalidInput
+from cellserve.service.idempotency import creation, step_request
+from cellserve.service.sessions.pending import StepResult
+from cellserve.service.sessions.session import Session
+from cellserve.service.sessions.writer import SessionWriter
+
+Array = NDArray[Any]
+
+_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+
+
+class CreateRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /sessions` and `PUT /sessions/{id}`."""
+
+    model: str | None = None
+    states: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class ForkRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /sessions/{id}/fork`."""
+
+    session: str | None = None
+    position: Position | None = None
+
+
+def validate_session_id(session_id: str) -> None:
+    """Raises InvalidInput if a client's session id is not allowed."""
+    if not _ID.fullmatch(session_id):
+        raise InvalidInput(
+            f"session: {session_id[:80]!r} cannot be an id: "
+            f"send 1 to 128 letters, digits, '-', '.', '_' or '~' (a UUID, say)",
+            place="session",
+        )
+
+
+async def create_session(
+    service: ServiceContext, owner: str, request: CreateRequest, session_id: str | None = None
+) -> tuple[Session, bool]:
+    """Creates a session; also returns whether it is new."""
+    engine = await service.engine_when_loaded(request.model)
+    engine.model.check_steppable()
+    states = None if bytes(request.states) == b"null" else engine.model.reader.state(request.states)
+    digest = b""
+    if session_id is not None:
+        validate_session_id(session_id)
+        # Without a version in it, the digest of a repeated request is the same after a newer version was loaded.
+        named = request.model if request.model is not None and ":" in request.model else engine.model.name
+        digest = creation(named, states)
+    return await service.sessions.create(engine, states, owner, session_id, digest)
+
+
+async def fork_session(service: ServiceContext, session: Session, request: ForkRequest) -> tuple[Session, bool]:
+    """Creates a session with another one's state and position; also returns whether it is new."""
+    if request.session is not None:
+        validate_session_id(request.session)
+    digest = hashlib.sha256(f"fork {session.id} {request.position}".encode()).digest()
+    return await service.sessions.fork(session, request.session, digest, request.position)
+
+
+async def step_session(
+    writer: SessionWriter, session: Session, x: Array, single: bool, outputs: str | None, position: int | None
+) -> tuple[StepResult, bool]:
+    """Steps a session; also returns whether the outputs of all time steps were requested."""
+    every_output = single or wants_all_outputs(session, outputs)
+    key = None if position is None else step_request(position, x, every_output)
+    return await writer.submit(session, x, every_output, key), every_output

@@ -1,0 +1,94 @@
+"""JSON of steps and sessions, shared by the surfaces: step requests to arrays, results to answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from cellserve.models.signature import ModelDocument
+from cellserve.service.idempotency import Request, step_request
+from cellserve.service.model_repository.repository import Model
+from cellserve.service.runtime.tensor_layout import parts
+from cellserve.service.sessions.session import Session
+from cellserve.service.sessions.stores.protocol import SessionStore
+from cellserve.service.validation.json_input import decode
+
+Array = NDArray[Any]
+Position = Annotated[int, msgspec.Meta(ge=0)]
+X = TypeVar("X")
+
+
+class StepRequest(msgspec.Struct, Generic[X], forbid_unknown_fields=True):
+    """The body of `POST /sessions/{id}/step`."""
+
+    x: X
+    outputs: Literal["last", "all"] | None = None
+    position: Position | None = None
+
+
+_step_decoder = msgspec.json.Decoder(StepRequest[msgspec.Raw])
+_simple_step_decoder = msgspec.json.Decoder(StepRequest[list[float] | int])
+
+
+def parse_simple_step(model: Model, body: bytes) -> tuple[Array | None, Request | None]:
+    """Parses the most common step request, one time step of plain numbers, in one pass.
+
+    Returns:
+        x `[1, *features]` and the idempotency key, if the request has a position. x is None where the request is not
+        of this simple form: `read_step` reads all forms.
+
+    Raises:
+        msgspec.MsgspecError: The body is not such a request; `read_step` says why.
+    """
+    plain = _simple_step_decoder.decode(body)
+    x = model.reader.single(plain.x)
+    return x, None if x is None or plain.position is None else step_request(plain.position, x, True)
+
+
+def read_step(model: Model, body: bytes) -> tuple[Array, bool, str | None, int | None]:
+    """Returns x `[time, *features]`, whether it had no time axis, the requested outputs and the position."""
+    request = decode(_step_decoder, body)
+    return *model.reader.x(request.x), request.outputs, request.position
+
+
+def wants_all_outputs(session: Session, outputs: str | None) -> bool:
+    """Whether the outputs of all time steps are requested; `outputs` is `last`, `all` or None, the model's default."""
+    return (outputs or session.model.document.signature.default_output) == "all"
+
+
+def step_json(
+    store: SessionStore, session: Session, y: Array, position: int, single: bool, every_output: bool
+) -> dict[str, Any]:
+    """Returns the answer to a step with the outputs y `[time, *outputs]`, as JSON."""
+    output = y if every_output and not single else y[-1]
+    model = session.model
+    answer: dict[str, Any] = {"session": session.id, "position": position, "y": model.outputs.named(output)}
+    document = model.document
+    if document.labels is not None:
+        answer["label" if output.ndim == y.ndim - 1 else "labels"] = labels_json(document, [output])["labels"][0]
+    answer["durable"] = store.durable
+    return answer
+
+
+def session_json(store: SessionStore, session: Session, position: int | None = None) -> dict[str, Any]:
+    """Returns what every answer about a session contains; `position` defaults to the session's own."""
+    return {
+        "session": session.id,
+        "model": session.model.name,
+        "version": session.model.version,
+        "position": session.position if position is None else position,
+        "expires_in": store.table.idle_seconds,
+        "durable": store.durable,
+    }
+
+
+def labels_json(document: ModelDocument, outputs: list[Array]) -> dict[str, Any]:
+    """Returns `labels`, the name of the largest entry of each (first) output; empty if the model names none."""
+    names = document.labels
+    if names is None:
+        return {}
+    tops = [np.argmax(parts(y)[0], axis=-1) for y in outputs]
+    return {"labels": [[names[i] for i in top] if top.ndim else names[int(top)] for top in tops]}
