@@ -1,4 +1,4 @@
-"""The application: builds the service and mounts its surfaces."""
+"""The application: builds the service context and mounts the surfaces on it."""
 
 from __future__ import annotations
 
@@ -21,32 +21,35 @@ from cellserve.service.api.inference.http import HttpInference
 from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.middleware import ObservabilityMiddleware
 from cellserve.service.api.operations_listener import OperationsListener
+from cellserve.service.api.ports import check_port
 from cellserve.service.api.predict import Predict
 from cellserve.service.api.rollout import RolloutEndpoint
-from cellserve.service.api.websocket.endpoint import Stream, reject_plain_http
+from cellserve.service.api.websocket.endpoint import StreamEndpoint, reject_plain_http
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
 from cellserve.service.observability import logging
 from cellserve.service.observability.request_context import problem_body
 from cellserve.service.settings import Settings
 
-_YOUNG_OBJECTS = 50_000
+_GC_THRESHOLD = 50_000  # new objects between collections
 _METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT")
 
 
 def create_app(settings: Settings) -> ObservabilityMiddleware:
-    """Builds everything from the settings.
+    """Builds the whole application from the settings.
 
     Raises:
         BrokenModel: There is no model to serve.
-        RuntimeUnavailable: The provider that was asked for is not to be had.
+        RuntimeUnavailable: The requested provider is not available.
         ModuleNotFoundError: A setting needs an extra that is not installed.
-        PortTaken: The port for operations or for gRPC is not to be had.
+        PortTaken: The port for operations or for gRPC cannot be bound.
     """
-    service = ServiceContext(settings)
-    port = None
+    operations_listener = None
     if settings.operations_port is not None:
-        port = OperationsListener(_operations(service), settings.host, settings.operations_port, settings.workers > 1)
+        operations_listener = OperationsListener(settings.host, settings.operations_port, settings.workers > 1)
+    if settings.grpc_port is not None:
+        check_port("grpc_port", settings.host, settings.grpc_port, settings.workers > 1)  # gRPC binds it when it starts
+    service = ServiceContext(settings)
     inference = Inference(service)
     grpc_server = None
     if settings.grpc_port is not None:
@@ -58,25 +61,25 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
-        sweeping = asyncio.create_task(service.keep_up())
-        # What has been loaded stays: the collector need not look at it again, nor after every few hundred requests.
+        housekeeping = asyncio.create_task(service.run_housekeeping())
+        # What is loaded by now stays: the collector need not scan it again, nor run every few hundred requests.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(_YOUNG_OBJECTS, 20, 100)
-        if port is not None:
-            await port.open()
+        gc.set_threshold(_GC_THRESHOLD, 20, 100)
+        if operations_listener is not None:
+            await operations_listener.open(_operations(service))
         service.ready = True
         if grpc_server is not None:
             await grpc_server.start()
         yield
         if grpc_server is not None:
             await grpc_server.stop()
-        sweeping.cancel()
+        housekeeping.cancel()
         with suppress(asyncio.CancelledError):
-            await sweeping
+            await housekeeping
         await service.close()
-        if port is not None:
-            await port.close()
+        if operations_listener is not None:
+            await operations_listener.close()
 
     app = FastAPIOffline(
         title="Cellserve",
@@ -85,39 +88,41 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
         lifespan=lifespan,
         redoc_url=None,
     )
-    predict, step = ProblemMiddleware(Predict(service)), sessions.Step(service)
+    predict, step = ProblemMiddleware(Predict(service)), sessions.StepEndpoint(service)
     app.router.routes.append(Route("/predict", predict, methods=["POST"]))
     app.router.routes.append(Route("/sessions/{session_id}/step", step, methods=["POST"]))
     roll_out = ProblemMiddleware(RolloutEndpoint(service))
     app.router.routes.append(Route("/sessions/{session_id}/rollout", roll_out, methods=["POST"]))
-    app.router.routes.append(WebSocketRoute("/stream", Stream(service)))
+    app.router.routes.append(WebSocketRoute("/stream", StreamEndpoint(service)))
     app.router.routes.append(Route("/stream", ProblemMiddleware(reject_plain_http)))
-    app.include_router(sessions.router(service))
-    app.include_router(operations.router(service))
+    app.include_router(sessions.router)
+    app.include_router(operations.main_router())
+    app.state.service = service
     _answer_problems(app)
     openapi.install(app, service)
     return ObservabilityMiddleware(HotPaths(app, predict, step, HttpInference(inference)), service)
 
 
 def from_environment() -> ObservabilityMiddleware:
-    """Builds everything from the environment's settings, in a process that is one of several."""
+    """Builds the application in a worker process, from the environment's settings."""
     settings = Settings()
     logging.configure(settings.log_format)
     return create_app(settings)
 
 
 def _operations(service: ServiceContext) -> ObservabilityMiddleware:
-    """Makes what answers at the port for operations, where nobody needs a key."""
+    """Returns the application on the operations port, where no key is needed."""
     app = FastAPI(openapi_url=None)
-    app.include_router(operations.own(service, []))
+    app.include_router(operations.operations_port_router())
+    app.state.service = service
     _answer_problems(app)
     return ObservabilityMiddleware(app, service)
 
 
 class HotPaths:
-    """Hands the requests that carry the load to their endpoints, and all others to the FastAPI application.
+    """Routes the most frequent requests directly to their endpoints, and all others to the FastAPI application.
 
-    FastAPI's middleware and routing would cost more than the model's step.
+    FastAPI's middleware and routing would take longer than a model's step.
     """
 
     def __init__(self, app: FastAPI, predict: ASGIApp, step: ASGIApp, inference: ASGIApp) -> None:
@@ -138,7 +143,7 @@ class HotPaths:
 
 
 def _methods(app: FastAPI, request: Request) -> str:
-    """Gives the methods that a path takes."""
+    """Returns the methods that a path accepts."""
     scope = {"type": "http", "path": request.scope["path"], "root_path": request.scope.get("root_path", "")}
     return ", ".join(
         method
@@ -157,7 +162,7 @@ def _answer_problems(app: FastAPI) -> None:
         return answer(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def misfit(request: Request, error: RequestValidationError) -> Response:
+    async def invalid_request(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][1:])
         return answer(request, InvalidInput(f"{place}: {first['msg']}", place=place))
@@ -166,7 +171,7 @@ def _answer_problems(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         kinds: dict[int, type[Problem]] = {404: NotFound, 405: MethodNotAllowed}
         kind = kinds.get(error.status_code, Problem)
-        # Starlette names the methods of the first route alone, and each method has a route of its own.
+        # Starlette names the methods of the path's first route only, and each method has its own route.
         allowed = _methods(app, request) if error.status_code == 405 else ""
         detail = f"{request.method} {request.url.path}: see /docs for what there is"
         response = answer(request, kind(detail, **({"allow": allowed} if allowed else {})))

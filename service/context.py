@@ -1,4 +1,4 @@
-"""What all surfaces share: the settings, the models, an engine for each, and the sessions."""
+"""What all surfaces share: settings, models with their engines, sessions, counters and keys."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _NICE = 10
 _SWEEP_SECONDS = 1.0
 
 
-def _yield_to_the_event_loop() -> None:
-    """Lets the event loop go first where it shares a core with this thread, whose runs are the long ones."""
+def _lower_priority() -> None:
+    """Lowers the priority of the tick thread: where it shares a core with the event loop, the loop goes first."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
@@ -69,14 +69,14 @@ def _tracing(settings: Settings) -> Tracing | None:
 
 
 class ServiceContext:
-    """One process's service.
+    """The service of one process.
 
     Args:
         settings: Its settings.
 
     Raises:
         BrokenModel: There is no model to serve.
-        RuntimeUnavailable: The provider that was asked for is not to be had.
+        RuntimeUnavailable: The requested provider is not available.
         BadKeysFile: The file of API keys cannot be read.
         BadSnapshot: The snapshot cannot be restored.
     """
@@ -86,7 +86,7 @@ class ServiceContext:
         options = RuntimeOptions(
             settings.provider, settings.threads, settings.spinning, settings.memory_arena, settings.optimization
         )
-        self._executor = ThreadPoolExecutor(1, "tick", _yield_to_the_event_loop)
+        self._executor = ThreadPoolExecutor(1, "tick", _lower_priority)
         table = SessionTable(settings.session_idle_seconds)
         self.tracing = _tracing(settings)
         self.versions = Versions(
@@ -94,8 +94,8 @@ class ServiceContext:
             self._engine_of,
             table,
             settings.max_old_versions,
-            # Of no lower priority: much of its work holds the interpreter's lock, and where the machine is busy one
-            # that holds it and does not run kept the event loop waiting for up to 110 ms, at equal priority 29.
+            # At normal priority: loading mostly holds the GIL. On a busy machine, a thread of lower priority that held
+            # the GIL without running blocked the event loop for up to 110 ms; at equal priority it was 29 ms.
             ThreadPoolExecutor(1, "load"),
         )
         self.engines = self.versions.newest
@@ -115,89 +115,89 @@ class ServiceContext:
                 settings.snapshot, self.sessions, lambda: list(loaded.values()), self.versions.held_at_once
             )
             restored = self.snapshots.restore()
-            self.sessions.sweep()  # of those that have expired meanwhile
-            log.info("%d sessions are back from %s", restored, settings.snapshot)
+            self.sessions.sweep()  # expired while the server was down
+            log.info("%d sessions restored from %s", restored, settings.snapshot)
         self.ready = False
-        self.stopping = False  # connections are to end as soon as they can
+        self.stopping = False  # whether the server shuts down: connections should close as soon as possible
         self.exit_status = 0
 
     def _engine_of(self, model: Model) -> Engine:
         return Engine(model, self.settings, self._executor, self.tracing)
 
     def owner(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
-        """Gives whose request it is by its headers, empty where nobody needs a key; raises Unauthorized."""
+        """Returns the owner whose key is in a request's headers, empty if no keys are needed; raises Unauthorized."""
         if self.keys is None:
             return ""
         return self.keys.owner(dict(headers).get(b"authorization"))
 
     def operator(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
-        """Gives which operator's request it is by its headers, empty where nobody needs a key.
+        """Returns the operator whose key is in a request's headers, empty if no keys are needed.
 
         Raises:
-            Unauthorized: It bears no key, or one that is not known.
+            Unauthorized: There is no key, or an unknown one.
             NotAnOperator: The key's owner is not one of the setting `operators`.
         """
         owner = self.owner(headers)
         if self.keys is not None and owner not in self.settings.operators.split(","):
             raise NotAnOperator(
-                f"the key belongs to {owner!r}, who is not an operator here: send the key of one whom --operators "
-                f"names, or ask at the port of --operations-port"
+                f"the key belongs to {owner!r}, who is not an operator: send the key of an owner in --operators, "
+                f"or use the port of --operations-port"
             )
         return owner
 
     def engine(self, model: str | None) -> Engine:
-        """Gives the engine of the newest version of a model, or of the version named by `NAME:VERSION`.
+        """Returns the engine of a model's newest version, or of the version `NAME:VERSION`.
 
         Args:
-            model: May be left out where one is served.
+            model: The name; None means the only model.
 
         Raises:
-            UnknownModel: There is none.
-            VersionLoading: It has to be loaded: `engine_when_loaded` waits for it.
+            UnknownModel: There is no such model or version.
+            VersionLoading: The version is not loaded: `engine_when_loaded` loads it.
         """
         engine = self.engines.get(model)  # type: ignore[arg-type]
         return self.versions.named(model) if engine is None else engine
 
     async def engine_when_loaded(self, model: str | None) -> Engine:
-        """Gives what `engine` gives, and waits for it where it has to be loaded."""
+        """Returns what `engine` returns, after loading the version if necessary."""
         return await self.versions.get(model)
 
     async def start(self) -> None:
-        """Looks the store over; a store that is away is tried again by whatever needs it."""
+        """Checks the session store; an unreachable one is tried again by each request that needs it."""
         await self.sessions.start()
 
-    async def keep_up(self) -> None:
-        """Ends what is over, sees what has changed, for as long as it runs."""
+    async def run_housekeeping(self) -> None:
+        """Expires sessions, reloads keys and models, and writes snapshots and metrics, until it is cancelled."""
         watching = asyncio.create_task(self.versions.keep_up(self.settings.reload_seconds))
         try:
-            await self._keep_up()
+            await self._sweep_periodically()
         finally:
             watching.cancel()
 
-    async def _keep_up(self) -> None:
+    async def _sweep_periodically(self) -> None:
         written = time.monotonic()
         while True:
             await asyncio.sleep(min(_SWEEP_SECONDS, self.settings.session_idle_seconds))
             self.sessions.sweep()
             self.versions.sweep()
             if self.keys is not None:
-                self.keys.keep_up()
+                self.keys.reload_if_changed()
             if self.snapshots is not None:
-                await self._resume(self.snapshots)
+                await self._restore_waiting(self.snapshots)
             if self.snapshots is not None and time.monotonic() - written >= self.settings.snapshot_seconds:
                 try:
                     await self._write(self.snapshots)
                 except OSError as error:
-                    log.error("the snapshot could not be written, the last one stays: %s", error)
+                    log.error("the snapshot could not be written, the previous one is kept: %s", error)
                 written = time.monotonic()
-            self.metrics.keep_up()
+            self.metrics.publish()
 
-    async def _resume(self, snapshots: Snapshots) -> None:
-        with suppress(BadSnapshot, ServerFull):  # then they wait for longer
+    async def _restore_waiting(self, snapshots: Snapshots) -> None:
+        with suppress(BadSnapshot, ServerFull):  # then they keep waiting
             await snapshots.resume(self.versions.holding)
 
     async def close(self) -> None:
-        """Writes the last snapshot, and stops what runs beside the event loop."""
+        """Writes the last snapshot, and stops all threads and connections."""
         self.ready = False
         self.versions.close()
         self._executor.shutdown()
@@ -209,7 +209,7 @@ class ServiceContext:
                 self.exit_status = 1
             self.snapshots.close()
         await self.sessions.close()
-        self.metrics.keep_up()
+        self.metrics.publish()
         if self.tracing is not None:
             await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)
 

@@ -1,11 +1,12 @@
-"""The service's settings: one frozen class, each setting a flag of `cellserve serve` and a variable `CELLSERVE_...`."""
+"""The service's settings: each is a flag of `cellserve serve` and an environment variable `CELLSERVE_...`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cellserve.service.runtime.onnx_model import Optimization, Provider
@@ -14,10 +15,12 @@ LogFormat = Literal["text", "json"]
 WhenFull = Literal["refuse", "evict"]
 
 ENV_PREFIX = "CELLSERVE_"
+# Left out of --help: only measurements justify changing them. docs/settings.md has them all.
+TUNING = frozenset({"spinning", "memory_arena", "optimization", "quantum", "inline_microseconds", "store_replicas"})
 
 
 class Settings(BaseSettings):
-    """What can be set; `docs/settings.md` tells of each when to change it."""
+    """All settings; `docs/settings.md` says when to change each."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
@@ -81,7 +84,41 @@ class Settings(BaseSettings):
     allowed_origins: str = Field("", description="comma-separated page origins that may open a WebSocket")
     shutdown_seconds: int = Field(30, ge=0, description="seconds a stopping server has to finish accepted work")
 
+    @model_validator(mode="after")
+    def _check_sessions_are_shared(self) -> Self:
+        if self.workers > 1 and self.store == "memory":
+            raise _conflict(
+                "workers",
+                "each process would have its own sessions: give them a shared store with --store redis://HOST:PORT",
+            )
+        if self.snapshot is not None and self.store != "memory":
+            raise _conflict("snapshot", "the shared store keeps the sessions itself: leave out --snapshot or --store")
+        return self
+
+    @model_validator(mode="after")
+    def _check_ports_differ(self) -> Self:
+        if self.workers > 1 and self.grpc_port == 0:
+            raise _conflict("grpc_port", "0 would be another port in each of --workers: give a port number")
+        flags: dict[int, str] = {}
+        for name in ("port", "operations_port", "grpc_port"):
+            port = getattr(self, name)
+            if port in flags:
+                raise _conflict(name, f"{port} is {flags[port]} already: give it another")
+            if port:
+                flags[port] = flag(name)
+        return self
+
     @property
     def held_sessions(self) -> int:
         """Sessions of a model that have slots here, at most."""
         return self.max_sessions if self.store == "memory" else self.arena_sessions
+
+
+def flag(name: str) -> str:
+    """Returns a setting's flag."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _conflict(name: str, message: str) -> PydanticCustomError:
+    """Returns the error to raise where a setting conflicts with others."""
+    return PydanticCustomError("conflict", "{flag}: {message}", {"flag": flag(name), "message": message})

@@ -1,4 +1,4 @@
-"""Reads the body of a request and sends an answer, on plain ASGI; turns every error into a problem document."""
+"""Plain ASGI helpers: reading request bodies, sending answers, turning errors into problem documents."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ log = logging.getLogger("cellserve")
 
 _JSON = (b"content-type", b"application/json")
 REPLAY = ((b"idempotent-replay", b"true"),)
-RESUMABLE = "cellserve.resumable"  # in the scope of an answer that may be cut: the client can have the rest later
+RESUMABLE = "cellserve.resumable"  # a scope's key: the client can resume this answer after a disconnect
 
 
 class ClientGone(Exception):
-    """The client closed the connection before its request was whole."""
+    """The client disconnected before its request was complete or answered."""
 
 
 def content_type(scope: Scope) -> bytes:
-    """Gives the media type that a request says its body has, without parameters; empty where it says nothing."""
+    """Returns the media type of a request's `Content-Type`, without parameters; empty if it has none."""
     for name, value in scope["headers"]:
         if name == b"content-type":
             kind: bytes = value.partition(b";")[0].strip().lower()
@@ -46,7 +46,7 @@ def _content_encoding(scope: Scope) -> bytes | None:
 
 
 def check_json(kind: bytes) -> None:
-    """Raises UnsupportedMediaType where a content type is not JSON's."""
+    """Raises UnsupportedMediaType if a content type is not JSON."""
     if kind != b"application/json" and not kind.endswith(b"+json"):
         if not kind:
             raise UnsupportedMediaType("the body has no content type: send it with Content-Type: application/json")
@@ -56,32 +56,32 @@ def check_json(kind: bytes) -> None:
 
 
 async def read_json_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Reads the whole body of a request that must be JSON, as it was before it was compressed.
+    """Reads and decompresses the body of a request that must be JSON.
 
     Raises:
-        UnsupportedMediaType: The content type is another, or the content encoding.
-        BodyTooLarge: There are more than `limit` bytes.
-        NotJson: It cannot be decompressed.
-        ClientGone: It never came whole.
+        UnsupportedMediaType: The content type is not JSON, or the content encoding is not supported.
+        BodyTooLarge: The body has more than `limit` bytes.
+        NotJson: The body cannot be decompressed.
+        ClientGone: The client disconnected before the end of the body.
     """
     check_json(content_type(scope))
     message = await receive()
     body: bytes = message.get("body", b"")
     if message["type"] != "http.request" or message.get("more_body") or len(body) > limit:
-        body = await read_rest(message, scope, receive, limit)  # otherwise without a coroutine more, as nearly always
+        body = await read_rest(message, scope, receive, limit)  # rare: bodies in one message need no further coroutine
     encoding = _content_encoding(scope)
     return body if encoding is None else await decompressed(body, encoding, limit)
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Reads the whole body of a request, `limit` bytes at most; raises as `read_json_body` does."""
+    """Reads and decompresses a body of at most `limit` bytes; raises as `read_json_body` does."""
     body = await read_rest(await receive(), scope, receive, limit)
     encoding = _content_encoding(scope)
     return body if encoding is None else await decompressed(body, encoding, limit)
 
 
 async def read_rest(message: MutableMapping[str, Any], scope: Scope, receive: Receive, limit: int) -> bytes:
-    """Reads what follows the first message of a body, and gives the whole as it was sent."""
+    """Reads the messages after a body's first one; returns the whole body, not decompressed."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > limit:
             raise _too_large(limit)
@@ -99,18 +99,18 @@ async def read_rest(message: MutableMapping[str, Any], scope: Scope, receive: Re
 
 
 def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than {limit} bytes: send it in parts", limit=limit)
+    return BodyTooLarge(f"the body is larger than {limit} bytes: split it into several requests", limit=limit)
 
 
 class OnePerLoopIteration:
-    """Lets requests through one a turn of the event loop, so that many large bodies hold up nothing that is small."""
+    """Admits one request per iteration of the event loop, so that many large bodies do not delay small requests."""
 
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._passed = False  # one has, in this turn
+        self._passed = False  # whether a request was admitted in this iteration
 
     async def __call__(self) -> None:
-        """Waits for its turn; the order is that of arrival."""
+        """Waits for an iteration, first come first served."""
         loop = asyncio.get_running_loop()
         if not self._passed:
             self._passed = True
@@ -123,7 +123,7 @@ class OnePerLoopIteration:
     def _next(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._waiting:
             waiter = self._waiting.popleft()
-            if not waiter.done():  # whose client has not gone
+            if not waiter.done():  # not cancelled by a disconnect
                 waiter.set_result(None)
                 loop.call_soon(self._next, loop)
                 return
@@ -131,10 +131,10 @@ class OnePerLoopIteration:
 
 
 async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """Waits for work, and cancels it where the client goes first; costs a task, so it is for work that has to wait.
+    """Awaits work, and cancels it if the client disconnects first. It costs a task: use it for work that may wait.
 
     Raises:
-        ClientGone: The client closed the connection.
+        ClientGone: The client disconnected.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(receive())
     try:
@@ -148,7 +148,7 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -
 
 
 async def send_json(send: Send, document: Any, more: Iterable[tuple[bytes, bytes]] = ()) -> None:
-    """Sends a document; NumPy arrays in it are written with the fewest digits that give the same float32."""
+    """Sends a JSON document; NumPy floats are written with the fewest digits that read back as the same float32."""
     body = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     headers = [_JSON, (b"content-length", b"%d" % len(body)), *more]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -156,14 +156,14 @@ async def send_json(send: Send, document: Any, more: Iterable[tuple[bytes, bytes
 
 
 async def send_body(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-    """Sends an answer whole."""
+    """Sends a complete answer."""
     length = (b"content-length", b"%d" % len(body))
     await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
     await send({"type": "http.response.body", "body": body})
 
 
 class ProblemMiddleware:
-    """Wraps a plain ASGI endpoint so that what it raises is answered as a problem document."""
+    """Answers the exceptions of a plain ASGI endpoint as problem documents."""
 
     def __init__(self, endpoint: ASGIApp) -> None:
         self.endpoint = endpoint
@@ -179,12 +179,12 @@ class ProblemMiddleware:
 
 
 def as_problem(error: Exception, scope: Scope) -> Problem:
-    """Gives the problem to answer with; what nobody expected goes to the log, not to the client."""
+    """Returns the problem to answer with; an unexpected error is logged and its text kept from the client."""
     if isinstance(error, Problem):
         return error
-    about = {"request_id": get_context(scope).id}
-    log.error("%s %s failed", scope.get("method", "WS"), scope["path"], exc_info=error, extra={"fields": about})
-    return Problem("an error that is ours, not yours: it is in the server's log")
+    fields = {"request_id": get_context(scope).id}
+    log.error("%s %s failed", scope.get("method", "WS"), scope["path"], exc_info=error, extra={"fields": fields})
+    return Problem("internal error: the server's log has the details")
 
 
 async def send_problem(send: Send, problem: Problem, scope: Scope) -> None:

@@ -1,4 +1,4 @@
-"""gzip and deflate, as RFC 9110 (section 8.4.1) has them, of bodies that must not grow beyond a bound."""
+"""gzip and deflate content encodings (RFC 9110, section 8.4.1), with a limit on the decompressed size."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import zlib
 
 from cellserve.service.errors import BodyTooLarge, NotJson, UnsupportedMediaType
 
-_WINDOW = {b"gzip": 31, b"deflate": 15}  # of zlib: the format is chosen by it
-_LEVEL = 1  # most of the size for little of the time
-_SMALL = 1024  # bytes: an answer below gains nothing
-_LARGE = 64 * 1024  # bytes: a body beyond is done on a thread, beside the event loop
+_WINDOW = {b"gzip": 31, b"deflate": 15}  # zlib's wbits, which select the format
+_LEVEL = 1  # most of the gain at the least CPU time
+_SMALL = 1024  # bytes; compressing smaller answers gains nothing
+_LARGE = 64 * 1024  # bytes; larger answers are compressed on a thread
 
 
 async def decompressed(body: bytes, encoding: bytes, limit: int) -> bytes:
-    """Gives a body as it was before it was compressed.
+    """Returns a decompressed body.
 
     Raises:
         UnsupportedMediaType: The encoding is neither gzip nor deflate.
-        BodyTooLarge: It is larger than `limit` bytes.
-        NotJson: It is not what it says, or is cut off.
+        BodyTooLarge: It decompresses to more than `limit` bytes.
+        NotJson: It is not in that encoding, or is truncated.
     """
     window = _WINDOW.get(encoding.strip().lower())
     if window is None:
@@ -32,7 +32,7 @@ async def decompressed(body: bytes, encoding: bytes, limit: int) -> bytes:
 
 
 def accepted(header: bytes) -> bytes | None:
-    """Gives the encoding that an `Accept-Encoding` header lets an answer have, gzip before deflate."""
+    """Returns the encoding to answer with by an `Accept-Encoding` header, gzip before deflate; None for none."""
     offered = set()
     for part in header.lower().split(b","):
         name, _, weight = part.replace(b" ", b"").partition(b";q=")
@@ -42,7 +42,7 @@ def accepted(header: bytes) -> bytes | None:
 
 
 async def compressed(body: bytes, encoding: bytes) -> bytes | None:
-    """Gives a body compressed, or None where that is not worth it."""
+    """Returns the compressed body, or None if it is too small to gain."""
     if len(body) < _SMALL:
         return None
     if len(body) <= _LARGE:
@@ -60,9 +60,13 @@ def _decompress(body: bytes, window: int, limit: int) -> bytes:
     try:
         plain = decompressor.decompress(body, limit + 1)
     except zlib.error as error:
-        raise NotJson(f"the body cannot be decompressed ({error}): send it as its Content-Encoding says") from None
+        raise NotJson(
+            f"the body cannot be decompressed ({error}): its content must match its Content-Encoding"
+        ) from None
     if len(plain) > limit:
-        raise BodyTooLarge(f"the body is larger than {limit} bytes when decompressed: send it in parts", limit=limit)
+        raise BodyTooLarge(
+            f"the body is larger than {limit} bytes when decompressed: split it into several requests", limit=limit
+        )
     if not decompressor.eof or decompressor.unused_data:
-        raise NotJson("the compressed body is cut off, or something follows it: send one whole stream")
+        raise NotJson("the compressed body is truncated, or followed by other data: send one complete stream")
     return plain

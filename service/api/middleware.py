@@ -1,4 +1,4 @@
-"""What every request has beside its answer: an id, a place in the counts, and where asked for a log line and a span."""
+"""Middleware around the whole application: request ids, counters, and optionally the access log and spans."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ log = logging.getLogger("cellserve.access")
 
 
 class ObservabilityMiddleware:
-    """Wraps the whole application.
+    """Attaches a context to every request, and records its answer.
 
     Args:
         app: The application.
-        service: Holds the counts.
+        service: Its counters, tracing and settings are used.
     """
 
     def __init__(self, app: ASGIApp, service: ServiceContext) -> None:
@@ -36,50 +36,49 @@ class ObservabilityMiddleware:
             await self.app(scope, receive, send)
             return
         counts = self.service.counts
-        asked = scope[KEY] = RequestContext(self._id(scope), counts.surface(scope["path"]))
-        header = HEADER, asked.id.encode()
-        socket = scope["type"] == "websocket"
+        context = scope[KEY] = RequestContext(self._id(scope), counts.surface(scope["path"]))
+        header = HEADER, context.id.encode()
+        is_websocket = scope["type"] == "websocket"
 
-        async def answer(message: Any) -> None:
-            kind = message["type"]
-            if kind in ("http.response.start", "websocket.http.response.start", "websocket.accept"):
+        async def send_with_id(message: Any) -> None:
+            if message["type"] in ("http.response.start", "websocket.http.response.start", "websocket.accept"):
                 message["headers"] = [*message.get("headers", ()), header]
-                asked.status = message.get("status", 101)
+                context.status = message.get("status", 101)
             await send(message)
 
-        counts.sockets += socket
+        counts.sockets += is_websocket
         tracing = self.service.tracing
         try:
-            with nullcontext() if tracing is None or socket else tracing.request(scope, asked):
-                await self.app(scope, receive, answer)
+            with nullcontext() if tracing is None or is_websocket else tracing.request(scope, context):
+                await self.app(scope, receive, send_with_id)
         finally:
-            counts.sockets -= socket
-            took = perf_counter() - asked.begun
-            if asked.status and socket:
-                asked.surface.statuses[asked.status] += 1
-            elif asked.status:
-                asked.surface.record_response(asked.status, took)
+            counts.sockets -= is_websocket
+            took = perf_counter() - context.started
+            if context.status and is_websocket:
+                context.surface.statuses[context.status] += 1
+            elif context.status:
+                context.surface.record_response(context.status, took)
             if self.service.settings.access_log:
-                self._log(scope, asked, took)
+                self._log(scope, context, took)
 
     def _id(self, scope: Scope) -> str:
         for name, value in scope["headers"]:
             if name == HEADER and _ID.fullmatch(value):
-                given: str = value.decode()
-                return given
+                request_id: str = value.decode()
+                return request_id
         return new_id()
 
-    def _log(self, scope: Scope, asked: RequestContext, took: float) -> None:
+    def _log(self, scope: Scope, context: RequestContext, took: float) -> None:
         try:
             owner = self.service.owner(scope["headers"])
         except Unauthorized:
             owner = ""
-        told = {
+        fields = {
             "method": scope.get("method", "WS"),
             "path": route(scope["path"]),
-            "status": asked.status,
+            "status": context.status,
             "duration_ms": round(1000 * took, 3),
-            "request_id": asked.id,
+            "request_id": context.id,
             "owner": owner,
         }
-        log.info("%(method)s %(path)s %(status)s %(duration_ms)s ms", told, extra={"fields": told})
+        log.info("%(method)s %(path)s %(status)s %(duration_ms)s ms", fields, extra={"fields": fields})

@@ -1,4 +1,4 @@
-"""The OpenAPI document: FastAPI's own, with the plain ASGI endpoints and examples of every body written in."""
+"""The OpenAPI document: FastAPI's, plus the plain ASGI endpoints and examples of every body."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from cellserve.service.context import ServiceContext
 _SESSION = {"session": "0b54b1fd5d2a4f3f9d63a3a1e6a1c0de", "model": "sunspots", "version": 1, "position": 0,
             "expires_in": 3600.0, "durable": "none"}  # fmt: skip
 _NUMBERS = {"description": "numbers, nested as deep as the model's input and output have axes", "type": "array"}
-_STATES = {"type": "object", "description": "one array a state, by its tensor's name: see GET /models/{name}"}
-_OUTPUTS = {"enum": ["last", "all", None], "description": "outputs of the last or of all time steps; the model's own "
-            "default where it is missing"}  # fmt: skip
-_MODEL = {"type": ["string", "null"], "description": "NAME, its newest version, or NAME:VERSION; may be left out where "
+_STATES = {"type": "object", "description": "one array per state, by tensor name: see GET /models/{name}"}
+_OUTPUTS = {"enum": ["last", "all", None], "description": "outputs of the last or of all time steps; by default "
+            "the model's own"}  # fmt: skip
+_MODEL = {"type": ["string", "null"], "description": "NAME for its newest version, or NAME:VERSION; optional if "
           "one model is served"}  # fmt: skip
 
 _POSITION = {
     "type": ["integer", "null"],
     "minimum": 0,
-    "description": "where the session is to be; then the request may be sent again and is applied once",
+    "description": "the position that the session must be at; repeating the request then applies it once",
 }
 
 _BYTES = {"type": "string", "format": "binary"}
@@ -30,7 +30,7 @@ _SAFETENSORS = MEDIA_TYPES[0].decode()
 
 
 def install(app: FastAPI, service: ServiceContext) -> None:
-    """Makes the application's OpenAPI document whole."""
+    """Completes the application's OpenAPI document."""
     plain = app.openapi
 
     def whole() -> dict[str, Any]:
@@ -65,9 +65,7 @@ def install(app: FastAPI, service: ServiceContext) -> None:
             for path in paths.values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
-                    operation["responses"]["4XX"] = _problems(
-                        "The request does not fit; the detail says where and why."
-                    )
+                    operation["responses"]["4XX"] = _problems("The request is invalid; the detail says where and why.")
                     operation["responses"]["5XX"] = _problems(
                         "Nothing was applied; Retry-After says when to try again."
                     )
@@ -80,12 +78,12 @@ def install(app: FastAPI, service: ServiceContext) -> None:
 
 def _predict() -> dict[str, Any]:
     operation = _predict_json()
-    operation["description"] = "Also in safetensors, with the options in the query: docs/protocol.md has the tensors."
+    operation["description"] = "Also in safetensors, with the options in the query: see docs/protocol.md."
     tensors = {"schema": _BYTES}
     operation["requestBody"]["content"] |= {kind.decode(): tensors for kind in MEDIA_TYPES}
     operation["responses"]["200"]["content"][_SAFETENSORS] = tensors
     operation["parameters"] = [
-        {"name": name, "in": "query", "schema": schema, "description": "of a body in safetensors"}
+        {"name": name, "in": "query", "schema": schema, "description": "for a body in safetensors"}
         for name, schema in (("model", _MODEL), ("outputs", _OUTPUTS), ("return_states", {"type": "boolean"}))
     ]
     return operation
@@ -99,10 +97,10 @@ def _predict_json() -> dict[str, Any]:
         "requestBody": _body(
             {
                 "model": _MODEL,
-                "sequences": {**_NUMBERS, "description": "[sequence][time][feature], each sequence of its own length"},
+                "sequences": {**_NUMBERS, "description": "[sequence][time][feature]; sequences may differ in length"},
                 "outputs": _OUTPUTS,
-                "states": {"type": "array", "items": _STATES, "description": "one a sequence, to start from"},
-                "return_states": {"type": "boolean", "description": "also answer each sequence's last states"},
+                "states": {"type": "array", "items": _STATES, "description": "one per sequence, to start from"},
+                "return_states": {"type": "boolean", "description": "also return each sequence's final states"},
             },
             {"model": "sunspots", "sequences": [[[96.7], [104.3], [116.7]], [[92.8]]], "outputs": "last"},
             required=["sequences"],
@@ -126,8 +124,8 @@ def _step() -> dict[str, Any]:
             {
                 "x": {
                     "type": ["array", "integer", "number", "object"],
-                    "description": "one time step [feature], or several [time][feature], all or none; a number where "
-                    "the model takes one a time step, an object keyed by tensor where it has several inputs",
+                    "description": "one time step [feature], or several [time][feature], all or none; a number if "
+                    "a time step is one number, an object keyed by tensor if the model has several inputs",
                 },
                 "outputs": _OUTPUTS,
                 "position": _POSITION,
@@ -137,7 +135,7 @@ def _step() -> dict[str, Any]:
         ),
         "responses": {
             "200": _answer(
-                "the position after it, and the output",
+                "the position after the step, and the output",
                 {"session": _SESSION["session"], "position": 1, "y": [97.2], "durable": "none"},
             )
         },
@@ -148,29 +146,33 @@ def _rollout() -> dict[str, Any]:
     step = _step()
     x = step["requestBody"]["content"]["application/json"]["schema"]["properties"]["x"]
     last_event = {"name": "Last-Event-ID", "in": "header", "schema": {"type": "string", "pattern": "^[0-9]*$"},
-                  "description": "the last event that came: the stream goes on behind it"}  # fmt: skip
+                  "description": "the last event received: the stream continues after it"}  # fmt: skip
     answer = _answer(
-        "what it gave: symbols with their labels or text, or y; as events where they are asked for",
+        "generated symbols with their labels or text, or y; as events if requested",
         {"session": _SESSION["session"], "position": 13, "symbols": [46, 43, 1], "text": "he ", "durable": "none"},
     )
     answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     return {
         **step,
-        "summary": "Let a session go on by itself: its outputs are its next inputs",
-        "description": "With `stream`, or Accept: text/event-stream, in server-sent events: docs/protocol.md has them.",
+        "summary": "Generate autoregressively: a session's outputs become its next inputs",
+        "description": "With `stream`, or Accept: text/event-stream, in server-sent events: see docs/protocol.md.",
         "operationId": "rollout",
         "parameters": [*step["parameters"], last_event],
         "requestBody": _body(
             {
-                "steps": {"type": "integer", "minimum": 1, "description": "outputs to give; the last is not taken in"},
+                "steps": {
+                    "type": "integer",
+                    "minimum": 1,
+                    "description": "outputs to generate",
+                },
                 "x": x,
-                "text": {"type": "string", "description": "x in characters, where the model's symbols are such"},
+                "text": {"type": "string", "description": "x as characters, if the model's symbols are characters"},
                 "position": _POSITION,
                 "temperature": {"type": "number", "minimum": 0, "default": 1, "description": "0: the most probable"},
                 "top_k": {
                     "type": ["integer", "null"],
                     "minimum": 1,
-                    "description": "of so many, the likeliest",
+                    "description": "sample from this many likeliest symbols",
                 },
                 "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1, "default": 0},
                 "stream": {"type": "boolean", "default": False},

@@ -1,4 +1,4 @@
-"""What models there are, and whether the service is alive and ready."""
+"""Models and their versions, metrics, and whether the service is alive and ready."""
 
 from __future__ import annotations
 
@@ -15,90 +15,118 @@ from cellserve.service.model_repository.repository import VersionKey
 from cellserve.service.observability.prometheus import MEDIA_TYPE
 
 
-def router(service: ServiceContext) -> APIRouter:
-    """Makes the routes."""
-    routes = APIRouter()
-    versions = service.versions
-
-    def needs_key(request: Request) -> None:
-        service.owner(request.scope["headers"])
-
-    def needs_operator(request: Request) -> None:
-        service.operator(request.scope["headers"])
-
-    may = [Depends(needs_key)]
-
-    @routes.get("/models", dependencies=may, tags=["models"], summary="List the models and how each version stands")
-    async def models() -> dict[str, Any]:
-        return {"models": _all(service)}
-
-    @routes.get("/models/{name}", dependencies=may, tags=["models"], summary="Describe a model, NAME or NAME:VERSION")
-    async def model(name: str) -> dict[str, Any]:
-        key = VersionKey.parse(name)
-        loaded = None if key is None else versions.loaded.get(key)  # sessions may be on it where none may begin
-        found = (loaded or await service.engine_when_loaded(name)).model
-        return {**found.described(), "versions": [_stands(state) for state in versions.states()[found.name]]}
-
-    @routes.get("/models/{name}/versions/{version}", dependencies=may, tags=["models"], summary="Describe a version")
-    async def version(name: str, version: str) -> dict[str, Any]:
-        return await model(f"{name}:{version}")
-
-    routes.include_router(own(service, [Depends(needs_operator)]))
-    return routes
+async def _require_key(request: Request) -> None:
+    _service(request).owner(request.scope["headers"])
 
 
-def own(service: ServiceContext, may: list[Any]) -> APIRouter:
-    """Makes the routes that the port for operations has too; `may` keeps others from those that are not for all."""
-    routes = APIRouter(tags=["operations"])
-
-    @routes.get("/metrics", dependencies=may, summary="Metrics for Prometheus", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return Response(await service.metrics.text(), media_type=MEDIA_TYPE)
-
-    @routes.post(
-        "/models/reload",
-        dependencies=may,
-        tags=["models"],
-        summary="Look the model repository over now",
-    )
-    async def reload(request: Request) -> dict[str, Any]:
-        if await read_body(request.scope, request.receive, service.settings.max_body_bytes) not in (b"", b"{}"):
-            raise InvalidInput("the body: reloading takes none, it looks at all models: send the request without one")
-        versions = service.versions
-        before = set(versions.loaded)
-        await versions.reload(again=True)
-        return {"loaded": [str(key) for key in versions.loaded if key not in before], "models": _all(service)}
-
-    @routes.head("/healthz", include_in_schema=False)
-    @routes.get("/healthz", summary="Is the process alive?")
-    async def healthz() -> dict[str, str]:
-        return {"status": "alive"}
-
-    @routes.head("/readyz", include_in_schema=False)
-    @routes.get("/readyz", summary="Does it take requests?")
-    async def readyz(response: Response) -> dict[str, str]:
-        response.status_code = 200 if service.ready else 503
-        return {"status": "ready" if service.ready else "not ready"}
-
-    return routes
+async def _require_operator(request: Request) -> None:
+    _service(request).operator(request.scope["headers"])
 
 
-def _all(service: ServiceContext) -> list[dict[str, Any]]:
-    return [_listed(service, name, states) for name, states in service.versions.states().items()]
+models_router = APIRouter(tags=["models"], dependencies=[Depends(_require_key)])
+operator_router = APIRouter()  # for operators, or for everybody on the operations port
+health_router = APIRouter(tags=["operations"])
 
 
-def _listed(service: ServiceContext, name: str, states: list[VersionState]) -> dict[str, Any]:
-    """Gives what the list tells of a model: its newest version, where one is served, and how all of them stand."""
+@models_router.get("/models", summary="List the models and how each version stands")
+async def models(request: Request) -> dict[str, Any]:
+    """Lists the models."""
+    return {"models": _all_models(_service(request))}
+
+
+@models_router.get("/models/{name}", summary="Describe a model, NAME or NAME:VERSION")
+async def model(name: str, request: Request) -> dict[str, Any]:
+    """Describes the newest version of a model, or the version NAME:VERSION."""
+    service = _service(request)
+    key = VersionKey.parse(name)
+    # A draining version still has sessions, although it is no longer available for new ones.
+    loaded = None if key is None else service.versions.loaded.get(key)
+    found = (loaded or await service.engine_when_loaded(name)).model
+    return {**found.described(), "versions": [_version_state(state) for state in service.versions.states()[found.name]]}
+
+
+@models_router.get("/models/{name}/versions/{version}", summary="Describe a version")
+async def version(name: str, version: str, request: Request) -> dict[str, Any]:
+    """Describes a version of a model."""
+    return await model(f"{name}:{version}", request)
+
+
+@operator_router.get(
+    "/metrics", tags=["operations"], summary="Metrics for Prometheus", response_class=PlainTextResponse
+)
+async def metrics(request: Request) -> Response:
+    """Returns the metrics in Prometheus's text format."""
+    return Response(await _service(request).metrics.text(), media_type=MEDIA_TYPE)
+
+
+@operator_router.post("/models/reload", tags=["operations", "models"], summary="Scan the model repository now")
+async def reload(request: Request) -> dict[str, Any]:
+    """Scans the model repository, and loads what is new."""
+    service = _service(request)
+    if await read_body(request.scope, request.receive, service.settings.max_body_bytes) not in (b"", b"{}"):
+        raise InvalidInput("the body: reloading takes none, it scans all models: send the request without one")
+    before = set(service.versions.loaded)
+    await service.versions.reload(again=True)
+    return {
+        "loaded": [str(key) for key in service.versions.loaded if key not in before],
+        "models": _all_models(service),
+    }
+
+
+@health_router.head("/healthz", include_in_schema=False)
+@health_router.get("/healthz", summary="Is the process alive?")
+async def healthz() -> dict[str, str]:
+    """Answers as long as the process is alive."""
+    return {"status": "alive"}
+
+
+@health_router.head("/readyz", include_in_schema=False)
+@health_router.get("/readyz", summary="Does it take requests?")
+async def readyz(request: Request, response: Response) -> dict[str, str]:
+    """Answers 200 if the server takes requests, otherwise 503."""
+    ready = _service(request).ready
+    response.status_code = 200 if ready else 503
+    return {"status": "ready" if ready else "not ready"}
+
+
+def main_router() -> APIRouter:
+    """Returns the routes on the main port."""
+    router = APIRouter()
+    router.include_router(models_router)
+    router.include_router(operator_router, dependencies=[Depends(_require_operator)])
+    router.include_router(health_router)
+    return router
+
+
+def operations_port_router() -> APIRouter:
+    """Returns the routes on the operations port, where no key is needed."""
+    router = APIRouter()
+    router.include_router(operator_router)
+    router.include_router(health_router)
+    return router
+
+
+def _service(request: Request) -> ServiceContext:
+    service: ServiceContext = request.app.state.service
+    return service
+
+
+def _all_models(service: ServiceContext) -> list[dict[str, Any]]:
+    return [_model_summary(service, name, states) for name, states in service.versions.states().items()]
+
+
+def _model_summary(service: ServiceContext, name: str, states: list[VersionState]) -> dict[str, Any]:
+    """Returns a model's list entry: its newest version, if one is served, and the state of each version."""
     engine = service.engines.get(name)
     return {
         "name": name,
         "version": None if engine is None else engine.model.version,
         "description": "" if engine is None else engine.model.document.description,
         "precision": None if engine is None else engine.model.document.precision,
-        "versions": [_stands(state) for state in states],
+        "versions": [_version_state(state) for state in states],
     }
 
 
-def _stands(state: VersionState) -> dict[str, Any]:
-    told: dict[str, Any] = {"version": state.key.version, "state": state.state, "sessions": state.sessions}
-    return told | ({"reason": state.reason} if state.reason else {})
+def _version_state(state: VersionState) -> dict[str, Any]:
+    document: dict[str, Any] = {"version": state.key.version, "state": state.state, "sessions": state.sessions}
+    return document | ({"reason": state.reason} if state.reason else {})

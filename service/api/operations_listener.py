@@ -1,100 +1,56 @@
-"""A port of its own for operations, in the same process and event loop as the main one."""
+"""A second listener for operations, in the same process and event loop as the main server."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import socket
 from typing import Any
 
 import uvicorn
 from uvicorn.server import ServerState
+
+from cellserve.service.api.ports import bind_port
 
 _CLOSING_SECONDS = 1
 
 log = logging.getLogger("cellserve")
 
 
-class PortTaken(Exception):
-    """The port cannot be listened on; the message says why."""
-
-
-def check_free(flag: str, host: str, port: int, several: bool = False) -> None:
-    """Binds a port for a moment, before anything that takes long is done.
-
-    Args:
-        flag: The setting that names it, for the message.
-        host: The address.
-        port: The port.
-        several: Whether other processes of this server listen there too.
-
-    Raises:
-        PortTaken: It is not to be had.
-    """
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        raise PortTaken(f"--host {host}: {error.strerror}") from None
-    missing = []  # addresses that this machine has not: a name may have one of IPv6 where that is off
-    for kind, *_, address in addresses:
-        try:
-            with socket.socket(kind, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if several:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                probe.bind(address)
-        except OSError as error:
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                raise PortTaken(f"{flag} {port}: {error.strerror}") from None
-            missing.append(error.strerror)
-    if len(missing) == len(addresses):
-        raise PortTaken(f"--host {host}: {missing[0]}")
-
-
 class OperationsListener:
-    """A second listener. Signals are the main server's affair; this one opens and closes with the application.
+    """A second HTTP listener. The main server handles signals; this one opens and closes with the application.
 
     Args:
-        app: What answers there.
         host: The address.
-        port: The port.
-        several: Whether other processes of this server listen there too; then any of them answers.
+        port: The port, which is bound at once.
+        reuse_port: Whether other processes of this server listen there too; then any of them answers.
 
     Raises:
-        PortTaken: It is not to be had.
+        PortTaken: The port cannot be bound.
     """
 
-    def __init__(self, app: Any, host: str, port: int, several: bool) -> None:
-        self._config = uvicorn.Config(
+    def __init__(self, host: str, port: int, reuse_port: bool) -> None:
+        self._socket = bind_port("operations_port", host, port, reuse_port)
+        self._url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._state = ServerState()
+
+    async def open(self, app: Any) -> None:
+        """Starts to listen for requests to an ASGI application."""
+        config = uvicorn.Config(
             app, access_log=False, lifespan="off", interface="asgi3", ws="none", log_config=None,
             server_header=False, proxy_headers=False,
         )  # fmt: skip
-        self._config.load()
-        self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if several:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            self._socket.bind((host, port))
-        except OSError as error:
-            raise PortTaken(f"--operations-port {port}: {error.strerror}") from None
-        self._told = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        self._state = ServerState()
-
-    async def open(self) -> None:
-        """Begins to listen."""
+        config.load()
 
         def connection() -> asyncio.Protocol:
-            protocol: Any = self._config.http_protocol_class
-            made: asyncio.Protocol = protocol(config=self._config, server_state=self._state, app_state={})
-            return made
+            protocol: Any = config.http_protocol_class
+            created: asyncio.Protocol = protocol(config=config, server_state=self._state, app_state={})
+            return created
 
         self._server = await asyncio.get_running_loop().create_server(connection, sock=self._socket)
-        log.info("operations on %s", self._told)
+        log.info("operations on %s", self._url)
 
     async def close(self) -> None:
-        """Answers what is under way, and stops."""
+        """Finishes requests in progress, and stops listening."""
         self._server.close()
         for connection in list(self._state.connections):
             connection.shutdown()

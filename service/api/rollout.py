@@ -1,4 +1,4 @@
-"""`POST /sessions/{id}/rollout`: a session goes on by itself; answered at once, or as server-sent events."""
+"""`POST /sessions/{id}/rollout`: autoregressive generation, answered at once or as server-sent events."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _decoder = msgspec.json.Decoder(RolloutRequest)
 
 
 class RolloutEndpoint:
-    """`POST /sessions/{id}/rollout`, plain ASGI: FastAPI's responses do not stream with back-pressure as it is needed.
+    """The endpoint, plain ASGI: FastAPI's streaming responses lack the back-pressure that it needs.
 
     Args:
-        service: What it is a surface of.
+        service: The service.
     """
 
     def __init__(self, service: ServiceContext) -> None:
@@ -63,14 +63,14 @@ class RolloutEndpoint:
         accepts = EVENTS in headers.get(b"accept", b"")
         wanted, position = self._read(session.model, body, accepts)
         if wanted.streamed:
-            after = _last_event(headers.get(b"last-event-id"), position)
+            after = _last_event_id(headers.get(b"last-event-id"), position)
             await cancel_on_disconnect(self._stream(scope, send, session, wanted, position, after), receive)
             return
         rolled = await cancel_on_disconnect(self.service.rollouts.run(session, wanted, position), receive)
         answer = {
             "session": session.id,
             "position": rolled.position,
-            **_written(session.model, rolled.given),
+            **_steps_json(session.model, rolled.given),
             "durable": self.service.sessions.durable,
         }
         await send_json(send, answer, REPLAY if rolled.replayed else ())
@@ -78,29 +78,29 @@ class RolloutEndpoint:
     def _read(self, model: Model, body: bytes, streamed: bool) -> tuple[Rollout, int | None]:
         if model.document.rollout is None:
             raise CannotRollOut(
-                f"model {model.name!r} does not say that its output can be its next input: send its inputs to /step "
+                f"model {model.name!r} does not declare that its output can be its next input: send inputs to /step "
                 f"(or export it with --rollout)"
             )
-        asked, most = decode(_decoder, body), self.service.settings.max_rollout_steps
-        if asked.steps > most:
+        request, limit = decode(_decoder, body), self.service.settings.max_rollout_steps
+        if request.steps > limit:
             raise InvalidInput(
-                f"steps: {asked.steps}, where {most} may be at a time: send fewer, and go on from there",
+                f"steps: a request may have {limit}, got {request.steps}: send fewer, and continue from there",
                 place="steps",
-                limit=most,
+                limit=limit,
             )
         sampling = None
         if model.document.rollout != "value":
-            temperature = 1.0 if asked.temperature is None else asked.temperature
-            sampling = Sampling(temperature, asked.top_k, asked.seed or 0)
+            temperature = 1.0 if request.temperature is None else request.temperature
+            sampling = Sampling(temperature, request.top_k, request.seed or 0)
         else:
             for name in ("temperature", "top_k", "seed"):
-                if getattr(asked, name) is not None:
-                    raise InvalidInput(f"{name}: nothing is drawn, the model's output is its next input", place=name)
-        begins = bytes(asked.x) != b"null"
-        if begins == (asked.text is not None):
-            raise InvalidInput("x: send the time steps to begin with, as x or as text, one of the two", place="x")
-        x = model.reader.x(asked.x)[0] if begins else _encoded(model, asked.text)
-        return Rollout(x, asked.steps, sampling, asked.stream or streamed), asked.position
+                if getattr(request, name) is not None:
+                    raise InvalidInput(f"{name}: leave it out: this model samples nothing", place=name)
+        has_x = bytes(request.x) != b"null"
+        if has_x == (request.text is not None):
+            raise InvalidInput("x: send the first time steps, either as x or as text", place="x")
+        x = model.reader.x(request.x)[0] if has_x else _encode(model, request.text)
+        return Rollout(x, request.steps, sampling, request.stream or streamed), request.position
 
     async def _stream(
         self, scope: Scope, send: Send, session: Session, wanted: Rollout, position: int | None, after: int | None
@@ -115,17 +115,17 @@ class RolloutEndpoint:
                 begun = True
             await send({"type": "http.response.body", "body": content, "more_body": more})
 
-        reached = after
+        position_reached = after
         scope[RESUMABLE] = True
         try:
             async with aclosing(self.service.rollouts.stream(session, wanted, position, after)) as events:
                 async for given in events:
-                    reached = given.position
-                    await event(b"id: %d\ndata: %b\n\n" % (reached, _data(session.model, given)))
+                    position_reached = given.position
+                    await event(b"id: %d\ndata: %b\n\n" % (position_reached, _data(session.model, given)))
                     if self.service.stopping:
                         raise Stopping(
-                            "the server stops: send the request again in a second, with the position that it began at "
-                            "and Last-Event-ID"
+                            "the server is stopping: send the request again in a second, with the position that it "
+                            "began at and Last-Event-ID"
                         )
         except Exception as error:
             problem = as_problem(error, scope)
@@ -133,48 +133,48 @@ class RolloutEndpoint:
                 raise problem from None
             await event(b"event: problem\ndata: %b\n\n" % problem_body(problem, scope), False)
             return
-        end = {"session": session.id, "position": reached, "durable": self.service.sessions.durable}
+        end = {"session": session.id, "position": position_reached, "durable": self.service.sessions.durable}
         await event(b"event: end\ndata: %b\n\n" % orjson.dumps(end), False)
 
 
-def _last_event(header: bytes | None, position: int | None) -> int | None:
+def _last_event_id(header: bytes | None, position: int | None) -> int | None:
     if not header:
         return None
     if not header.isdigit() or len(header) > 18:
         raise InvalidInput(
-            f"Last-Event-ID: {header.decode('latin-1')[:80]!r} is no id of an event: send the last one that came",
+            f"Last-Event-ID: {header.decode('latin-1')[:80]!r} is not an event id: send the last event's id",
             place="Last-Event-ID",
         )
     if position is None:
         raise InvalidInput(
-            "position: a stream is resumed where it began: send the whole request again with the position that it "
-            "began at (the first event's id, less the time steps of x)",
+            "position: to resume a stream, send the whole request again with the position that it began at "
+            "(the first event's id, minus the time steps of x)",
             place="position",
         )
     return int(header)
 
 
 def _letters(model: Model) -> tuple[str, ...] | None:
-    """Gives the symbols' characters, where each of them is one."""
+    """Returns the symbols' labels if each is a single character, otherwise None."""
     labels = model.document.labels
     return labels if labels is not None and all(len(label) == 1 for label in labels) else None
 
 
 def _first(model: Model) -> int:
-    """Gives the first symbol's number."""
+    """Returns the smallest symbol."""
     bounds = model.runtime.signature.inputs[0].bounds
     return 0 if bounds is None else bounds[0]
 
 
-def _encoded(model: Model, text: str | None) -> Array:
+def _encode(model: Model, text: str | None) -> Array:
     letters = None if model.document.rollout == "value" else _letters(model)
     if letters is None:
-        raise InvalidInput("text: the model's symbols are no characters: send x", place="text")
+        raise InvalidInput("text: the model's symbols are not characters: send x", place="text")
     places = {letter: place for place, letter in enumerate(letters)}
     for place, letter in enumerate(text or ""):
         if letter not in places:
             raise InvalidInput(
-                f"text[{place}]: {letter!r} is none of the model's characters: send some of {''.join(letters)!r}",
+                f"text[{place}]: {letter!r} is not one of the model's characters: send some of {''.join(letters)!r}",
                 place=f"text[{place}]",
             )
     if not text:
@@ -183,8 +183,8 @@ def _encoded(model: Model, text: str | None) -> Array:
     return np.array([_first(model) + places[letter] for letter in text], spec.dtype)
 
 
-def _written(model: Model, given: list[Given]) -> dict[str, Any]:
-    """Writes what a session has given: `y [steps, *features]`, or the symbols and what they are called."""
+def _steps_json(model: Model, given: list[Given]) -> dict[str, Any]:
+    """Returns generated steps as JSON: `y [steps, *features]`, or the symbols with their labels or text."""
     if model.document.rollout == "value":
         return {"y": np.stack([one.x for one in given])}
     symbols = [int(one.x) for one in given]
@@ -196,7 +196,7 @@ def _written(model: Model, given: list[Given]) -> dict[str, Any]:
 
 
 def _data(model: Model, given: Given) -> bytes:
-    """Writes the data of one event."""
+    """Returns the data of one event."""
     singular = {"y": "y", "symbols": "symbol", "labels": "label", "text": "text"}
-    written = {singular[name]: value[0] for name, value in _written(model, [given]).items()}
-    return orjson.dumps({"position": given.position, **written}, option=orjson.OPT_SERIALIZE_NUMPY)
+    fields = {singular[name]: value[0] for name, value in _steps_json(model, [given]).items()}
+    return orjson.dumps({"position": given.position, **fields}, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,4 +1,4 @@
-"""`POST /predict` in safetensors (https://github.com/huggingface/safetensors, "Format"): tensors without JSON."""
+"""Predictions and states in safetensors (https://github.com/huggingface/safetensors, "Format") instead of JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from cellserve.models.signature import StateSpec, TensorSpec
 from cellserve.service.errors import InvalidInput, NotSafetensors
 from cellserve.service.model_repository.repository import Model
-from cellserve.service.validation.tensor_values import checked
+from cellserve.service.validation.tensor_values import validate
 
 Array = NDArray[Any]
 
@@ -25,7 +25,7 @@ MEDIA_TYPES = (b"application/x-safetensors", b"application/octet-stream")
 
 
 class Options(msgspec.Struct, forbid_unknown_fields=True):
-    """The query of a prediction in safetensors."""
+    """The query parameters of a prediction in safetensors."""
 
     model: str | None = None
     outputs: Literal["last", "all"] | None = None
@@ -33,7 +33,7 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read_options(query: bytes) -> Options:
-    """Reads the query; raises InvalidInput where it has something else in it."""
+    """Parses the query; raises InvalidInput if it has other parameters or values."""
     try:
         given = dict(parse_qsl(query.decode(), keep_blank_values=True, strict_parsing=bool(query)))
         return msgspec.convert(given, Options, strict=False)
@@ -42,18 +42,18 @@ def read_options(query: bytes) -> Options:
 
 
 def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] | None] | None]:
-    """Reads the tensors of a prediction.
+    """Decodes the tensors of a prediction.
 
-    `x` is `[sequences, time, *features]`, or, with `lengths [sequences]`, all time steps one sequence after the other,
-    `[sum of lengths, *features]`. Several inputs stand under their own names, each like x. The model's states, each
-    `[sequences, *shape]`, may be given to start from.
+    `x` is `[sequences, time, *features]`, or, with `lengths [sequences]`, the time steps of all sequences one after
+    the other, `[sum of lengths, *features]`. Several inputs have their own names in place of x. The model's states,
+    each `[sequences, *shape]`, are optional initial states.
 
     Returns:
-        The sequences, each `[time, *features]`, and the states of each where they are given.
+        The sequences, each `[time, *features]`, and the initial states of each, if given.
 
     Raises:
-        NotSafetensors: It cannot be parsed.
-        InvalidInput: A tensor is missing or does not fit.
+        NotSafetensors: The body cannot be parsed.
+        InvalidInput: A tensor is missing or invalid.
     """
     tensors, inputs = _load(body), model.inputs
     specs = {"x" if len(inputs.specs) == 1 else spec.name: spec for spec in inputs.specs}
@@ -61,7 +61,7 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
     if tensors.keys() - known or specs.keys() - tensors.keys():
         needed = ", ".join(specs)
         raise InvalidInput(
-            f"there are the tensors {sorted(tensors)}: send {needed}, and of {sorted(known - set(specs))} what you need"
+            f"got the tensors {sorted(tensors)}: send {needed}, and optionally any of {sorted(known - set(specs))}"
         )
     arrays = {name: _checked(tensors[name], spec, name) for name, spec in specs.items()}
     lengths = tensors.get("lengths")
@@ -84,14 +84,14 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
         sequences = list(inputs.join(list(arrays.values())))
     else:
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not lengths.size or (lengths < 1).any():
-            raise InvalidInput("lengths: send one integer a sequence, each at least 1", place="lengths")
-        total = sum(lengths.tolist())  # of Python's integers, which do not overflow
+            raise InvalidInput("lengths: send one integer per sequence, each at least 1", place="lengths")
+        total = sum(lengths.tolist())  # Python integers, which do not overflow
         for name, spec in specs.items():
             if arrays[name].shape != (total, *spec.shape):
                 shape = list(arrays[name].shape)
                 raise InvalidInput(
-                    f"{name}: its shape is {shape}, lengths ask for {_words(total, *spec.shape)}: send the time steps "
-                    f"of all sequences one after the other, without padding (sequences of one length need no lengths)",
+                    f"{name}: its shape is {shape}, lengths need {_words(total, *spec.shape)}: send the time steps "
+                    f"of all sequences one after the other, without padding (equally long sequences need no lengths)",
                     place=name,
                 )
         x = inputs.join(list(arrays.values()))
@@ -101,47 +101,47 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
     return sequences, _states(tensors, model, len(sequences)) if given else None
 
 
-def write_states(model: Model, states: dict[str, Array], told: dict[str, str]) -> bytes:
-    """Writes one session's states, each `[*shape]`, with what is told of them in the metadata."""
-    return save(states, {"model": model.name, "version": str(model.version), **told})
+def write_states(model: Model, states: dict[str, Array], metadata: dict[str, str]) -> bytes:
+    """Encodes one session's states, each `[*shape]`, with metadata."""
+    return save(states, {"model": model.name, "version": str(model.version), **metadata})
 
 
 def read_states(body: bytes, model: Model) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Reads one session's states, each `[*shape]`, and what the metadata tell of them.
+    """Decodes one session's states, each `[*shape]`, and their metadata.
 
     Raises:
-        NotSafetensors: It cannot be parsed.
-        InvalidInput: The tensors are not the model's states: their names, shapes, types, or a number is not finite.
+        NotSafetensors: The body cannot be parsed.
+        InvalidInput: The tensors are not the model's states: names, shapes or types differ, or a number is not finite.
     """
     tensors, specs = _load(body), model.reader.states_spec
     if tensors.keys() != specs.keys():
-        raise InvalidInput(f"there are the tensors {sorted(tensors)}: send the model's states, {sorted(specs)}")
+        raise InvalidInput(f"got the tensors {sorted(tensors)}: send the model's states, {sorted(specs)}")
     for name, tensor in tensors.items():
         tensors[name] = _checked(tensor, specs[name], name)
         if tensor.shape != specs[name].shape:
             raise InvalidInput(f"{name}: its shape is {list(tensor.shape)}: send {list(specs[name].shape)}", place=name)
-    # The format's header: its length, then JSON; whoever parsed the tensors has checked both.
-    told = orjson.loads(body[8 : 8 + int.from_bytes(body[:8], "little")]).get("__metadata__") or {}
-    return tensors, told
+    # The header is its length, then JSON; `_load` has checked both.
+    metadata = orjson.loads(body[8 : 8 + int.from_bytes(body[:8], "little")]).get("__metadata__") or {}
+    return tensors, metadata
 
 
 def _load(body: bytes) -> dict[str, Array]:
-    """Does what safetensors.numpy.load does, for the types that are taken here, in a third of its time."""
+    """Decodes tensors of the supported types; three times as fast as safetensors.numpy.load."""
     try:
         return {
-            name: np.frombuffer(told["data"], _DTYPES[told["dtype"]]).reshape(told["shape"])
-            for name, told in deserialize(body)  # type: ignore[no-untyped-call]
+            name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+            for name, tensor in deserialize(body)  # type: ignore[no-untyped-call]
         }
     except KeyError as error:
-        raise InvalidInput(f"there is a tensor of type {error}: send one of {', '.join(_DTYPES)}") from None
+        raise InvalidInput(f"the tensor type {error} is not supported: send one of {', '.join(_DTYPES)}") from None
     except (SafetensorError, ValueError) as error:
-        raise NotSafetensors(f"{error}: send what safetensors.numpy.save gives") from None
+        raise NotSafetensors(f"{error}: send what safetensors.numpy.save returns") from None
 
 
 def write(model: Model, outputs: list[Array], every_output: bool, states: list[dict[str, Array]] | None) -> bytes:
-    """Writes `y`: `[sequences, *outputs]`, or, of all time steps, `[sum of lengths, *outputs]` with `lengths`.
+    """Encodes `y`: `[sequences, *outputs]`, or, for all time steps, `[sum of lengths, *outputs]` with `lengths`.
 
-    Several outputs stand under their own names.
+    Several outputs have their own names in place of y.
     """
     y = np.concatenate(outputs)
     tensors: dict[str, Array] = {"y": y} if y.dtype.names is None else model.outputs.named(y)
@@ -169,7 +169,7 @@ def _checked(tensor: Array, spec: TensorSpec | StateSpec, name: str) -> Array:
         raise InvalidInput(f"{name}: its type is {tensor.dtype}: send float32", place=name)
     if spec.dtype != "float32" and tensor.dtype.kind not in "iu":
         raise InvalidInput(f"{name}: its type is {tensor.dtype}: send {spec.dtype}", place=name)
-    return checked(tensor, spec, name)
+    return validate(tensor, spec, name)
 
 
 def _words(*shape: int | str) -> str:

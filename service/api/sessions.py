@@ -1,4 +1,4 @@
-"""`/sessions`: create, step, read, list, fork, reset and delete sessions, and carry their states."""
+"""`/sessions`: create, step, read, list, fork, reset and delete sessions, and download and upload their states."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ _fork_decoder = msgspec.json.Decoder(ForkRequest)
 _reset_decoder = msgspec.json.Decoder(ResetRequest)
 
 
-class Step:
-    """`POST /sessions/{id}/step`, plain ASGI: it is one of those that carry the load."""
+class StepEndpoint:
+    """`POST /sessions/{id}/step`, plain ASGI for speed."""
 
     def __init__(self, service: ServiceContext) -> None:
         self.service = service
@@ -77,124 +77,157 @@ class Step:
             await send_problem(send, as_problem(error, scope), scope)
 
 
-def router(service: ServiceContext) -> APIRouter:
-    """Makes the routes of everything but the step."""
-    routes = APIRouter(tags=["sessions"], dependencies=[Depends(_check_query)])
-    store, limit = service.sessions, service.settings.max_body_bytes
-
-    def owner(request: Request) -> str:
-        return service.owner(request.scope["headers"])
-
-    async def body_or_nothing(request: Request) -> bytes:
-        """Reads a JSON body that may be left out."""
-        if content_type(request.scope):
-            return await read_json_body(request.scope, request.receive, limit)
-        return await read_body(request.scope, request.receive, limit) or b"{}"
-
-    def made(response: Response, session: Session, new: bool) -> dict[str, Any]:
-        response.status_code = 201 if new else 200
-        response.headers["location"] = f"/sessions/{session.id}"
-        return session_json(store, session)
-
-    def changed(response: Response, session: Session, position: int, replayed: bool) -> dict[str, Any]:
-        for name, value in REPLAY if replayed else ():
-            response.headers[name.decode()] = value.decode()
-        return session_json(store, session, position)
-
-    @routes.post("/sessions", status_code=201, summary="Create a session")
-    async def post(request: Request, response: Response) -> dict[str, Any]:
-        mine = owner(request)
-        wanted = decode(_create_decoder, await read_json_body(request.scope, request.receive, limit))
-        return made(response, *await create_session(service, mine, wanted))
-
-    @routes.put("/sessions/{session_id}", status_code=201, summary="Create a session under an id of your choice")
-    async def put(session_id: str, request: Request, response: Response) -> dict[str, Any]:
-        mine = owner(request)
-        wanted = decode(_create_decoder, await body_or_nothing(request))
-        return made(response, *await create_session(service, mine, wanted, session_id))
-
-    @routes.get("/sessions", summary="List your sessions, page by page")
-    async def pages(
-        request: Request,
-        limit: Annotated[int, Query(ge=1, le=_LARGEST_PAGE)] = 100,
-        after: Annotated[
-            str, Query(description="`next` of the page before", json_schema_extra={"pattern": f"^{_PAGE}$"})
-        ] = "0.0",
-    ) -> dict[str, Any]:
-        if not re.fullmatch(_PAGE, after):
-            raise InvalidInput(f"after: {after[:80]!r} is no page: send `next` of the page before", place="after")
-        engine, _, slot = after.partition(".")
-        sessions, following = await store.page(owner(request), (int(engine), int(slot)), limit)
-        return {
-            "sessions": [
-                {"session": one.id, "model": one.model, "version": one.version, "position": one.position}
-                for one in sessions
-            ],
-            "next": None if following is None else f"{following[0]}.{following[1]}",
-        }
-
-    @routes.get("/sessions/{session_id}", summary="Read where a session is")
-    async def read(session_id: str, request: Request) -> dict[str, Any]:
-        session = await store.find(owner(request), session_id)
-        _, position = await store.read_state(session)
-        return session_json(store, session, position)
-
-    @routes.delete("/sessions/{session_id}", status_code=204, summary="Delete a session")
-    async def delete(session_id: str, request: Request, position: Annotated[int | None, Query(ge=0)] = None) -> None:
-        await store.delete(owner(request), session_id, position)
-
-    @routes.post("/sessions/{session_id}/reset", summary="Set a session's state to zeros")
-    async def reset(session_id: str, request: Request, response: Response) -> dict[str, Any]:
-        session = await store.find(owner(request), session_id)
-        position = decode(_reset_decoder, await body_or_nothing(request)).position
-        once = None if position is None else state_request(position, None)
-        return changed(response, session, *await service.writer.set_state(session, None, once))
-
-    @routes.post("/sessions/{session_id}/fork", status_code=201, summary="Make another session of a session's state")
-    async def make_fork(session_id: str, request: Request, response: Response) -> dict[str, Any]:
-        session = await store.find(owner(request), session_id)
-        wanted = decode(_fork_decoder, await body_or_nothing(request))
-        return made(response, *await fork_session(service, session, wanted))
-
-    @routes.get("/sessions/{session_id}/state", summary="Download a session's state", response_class=Response)
-    async def state(session_id: str, request: Request) -> Response:
-        session = await store.find(owner(request), session_id)
-        states, position = await store.read_state(session)
-        told = {"position": str(position), "digest": session.model.digest}
-        content = safetensors.write_states(session.model, states, told)
-        return Response(content, media_type=safetensors.MEDIA_TYPES[0].decode())
-
-    @routes.put("/sessions/{session_id}/state", summary="Upload a session's state")
-    async def set_state(
-        session_id: str, request: Request, response: Response, position: Annotated[int | None, Query(ge=0)] = None
-    ) -> dict[str, Any]:
-        session = await store.find(owner(request), session_id)
-        kind = content_type(request.scope)
-        if kind not in safetensors.MEDIA_TYPES:
-            wanted = safetensors.MEDIA_TYPES[0].decode()
-            raise UnsupportedMediaType(f"the body has the content type {kind.decode('latin-1')[:100]!r}: send {wanted}")
-        body = await read_body(request.scope, request.receive, limit)
-        states = _uploaded(session.engine, body)
-        once = None if position is None else state_request(position, states)
-        return changed(response, session, *await service.writer.set_state(session, states, once))
-
-    return routes
-
-
-def _check_query(request: Request) -> None:
-    """Raises InvalidInput where the query has something in it that the path does not take."""
+async def _check_query(request: Request) -> None:
+    """Raises InvalidInput if the query has a parameter that the path does not take."""
     known = [field.alias for field in request.scope["route"].dependant.query_params]
     for name in request.query_params:
         if name not in known:
-            takes = f"send {', '.join(known)}, or none" if known else "send none"
-            raise InvalidInput(f"{name[:80]}: the query has no such parameter: {takes}", place=name[:80])
+            advice = f"send {', '.join(known)}, or none" if known else "send none"
+            raise InvalidInput(f"{name[:80]}: unknown query parameter: {advice}", place=name[:80])
+
+
+router = APIRouter(tags=["sessions"], dependencies=[Depends(_check_query)])
+
+
+@router.post("/sessions", status_code=201, summary="Create a session")
+async def post(request: Request, response: Response) -> dict[str, Any]:
+    """Creates a session, of zeros or of given states."""
+    service, owner = _caller(request)
+    body = await read_json_body(request.scope, request.receive, service.settings.max_body_bytes)
+    return _created(service, response, *await create_session(service, owner, decode(_create_decoder, body)))
+
+
+@router.put("/sessions/{session_id}", status_code=201, summary="Create a session under an id of your choice")
+async def put(session_id: str, request: Request, response: Response) -> dict[str, Any]:
+    """Creates a session under an id; repeating the request does no harm."""
+    service, owner = _caller(request)
+    wanted = decode(_create_decoder, await _optional_body(service, request))
+    return _created(service, response, *await create_session(service, owner, wanted, session_id))
+
+
+@router.get("/sessions", summary="List your sessions, page by page")
+async def pages(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=_LARGEST_PAGE)] = 100,
+    after: Annotated[
+        str, Query(description="`next` of the page before", json_schema_extra={"pattern": f"^{_PAGE}$"})
+    ] = "0.0",
+) -> dict[str, Any]:
+    """Lists the caller's live sessions."""
+    service, owner = _caller(request)
+    if not re.fullmatch(_PAGE, after):
+        raise InvalidInput(f"after: {after[:80]!r} is not a page: send `next` of the page before", place="after")
+    engine, _, slot = after.partition(".")
+    sessions, following = await service.sessions.page(owner, (int(engine), int(slot)), limit)
+    return {
+        "sessions": [
+            {"session": one.id, "model": one.model, "version": one.version, "position": one.position}
+            for one in sessions
+        ],
+        "next": None if following is None else f"{following[0]}.{following[1]}",
+    }
+
+
+@router.get("/sessions/{session_id}", summary="Read where a session is")
+async def read(session_id: str, request: Request) -> dict[str, Any]:
+    """Returns a session's model, version and position."""
+    service, session = await _find(request, session_id)
+    _, position = await service.sessions.read_state(session)
+    return session_json(service.sessions, session, position)
+
+
+@router.delete("/sessions/{session_id}", status_code=204, summary="Delete a session")
+async def delete(session_id: str, request: Request, position: Annotated[int | None, Query(ge=0)] = None) -> None:
+    """Deletes a session; with a position, only if the session is at it."""
+    service, owner = _caller(request)
+    await service.sessions.delete(owner, session_id, position)
+
+
+@router.post("/sessions/{session_id}/reset", summary="Set a session's state to zeros")
+async def reset(session_id: str, request: Request, response: Response) -> dict[str, Any]:
+    """Sets a session's state to zeros; its position goes up by one."""
+    service, session = await _find(request, session_id)
+    position = decode(_reset_decoder, await _optional_body(service, request)).position
+    key = None if position is None else state_request(position, None)
+    return _changed(service, response, session, *await service.writer.set_state(session, None, key))
+
+
+@router.post("/sessions/{session_id}/fork", status_code=201, summary="Make another session of a session's state")
+async def make_fork(session_id: str, request: Request, response: Response) -> dict[str, Any]:
+    """Creates a session with the state and position of another one."""
+    service, session = await _find(request, session_id)
+    wanted = decode(_fork_decoder, await _optional_body(service, request))
+    return _created(service, response, *await fork_session(service, session, wanted))
+
+
+@router.get("/sessions/{session_id}/state", summary="Download a session's state", response_class=Response)
+async def state(session_id: str, request: Request) -> Response:
+    """Returns a session's state in safetensors, with its position in the metadata."""
+    service, session = await _find(request, session_id)
+    states, position = await service.sessions.read_state(session)
+    metadata = {"position": str(position), "digest": session.model.digest}
+    content = safetensors.write_states(session.model, states, metadata)
+    return Response(content, media_type=safetensors.MEDIA_TYPES[0].decode())
+
+
+@router.put("/sessions/{session_id}/state", summary="Upload a session's state")
+async def set_state(
+    session_id: str, request: Request, response: Response, position: Annotated[int | None, Query(ge=0)] = None
+) -> dict[str, Any]:
+    """Sets a session's state to tensors in safetensors."""
+    service, session = await _find(request, session_id)
+    kind = content_type(request.scope)
+    if kind not in safetensors.MEDIA_TYPES:
+        allowed = safetensors.MEDIA_TYPES[0].decode()
+        raise UnsupportedMediaType(f"the body has the content type {kind.decode('latin-1')[:100]!r}: send {allowed}")
+    body = await read_body(request.scope, request.receive, service.settings.max_body_bytes)
+    states = _uploaded(session.engine, body)
+    key = None if position is None else state_request(position, states)
+    return _changed(service, response, session, *await service.writer.set_state(session, states, key))
+
+
+def _caller(request: Request) -> tuple[ServiceContext, str]:
+    """Returns the service, and the owner whose key the request has; raises Unauthorized."""
+    service: ServiceContext = request.app.state.service
+    return service, service.owner(request.scope["headers"])
+
+
+async def _find(request: Request, session_id: str) -> tuple[ServiceContext, Session]:
+    """Returns the service, and a session of the caller."""
+    service, owner = _caller(request)
+    return service, await service.sessions.find(owner, session_id)
+
+
+async def _optional_body(service: ServiceContext, request: Request) -> bytes:
+    """Reads a JSON body that may be left out; `{}` then."""
+    limit = service.settings.max_body_bytes
+    if content_type(request.scope):
+        return await read_json_body(request.scope, request.receive, limit)
+    return await read_body(request.scope, request.receive, limit) or b"{}"
+
+
+def _created(service: ServiceContext, response: Response, session: Session, new: bool) -> dict[str, Any]:
+    """Returns the answer with a session that was created, or was there already."""
+    response.status_code = 201 if new else 200
+    response.headers["location"] = f"/sessions/{session.id}"
+    return session_json(service.sessions, session)
+
+
+def _changed(
+    service: ServiceContext, response: Response, session: Session, position: int, replayed: bool
+) -> dict[str, Any]:
+    """Returns the answer with a session whose state was set."""
+    for name, value in REPLAY if replayed else ():
+        response.headers[name.decode()] = value.decode()
+    return session_json(service.sessions, session, position)
 
 
 def _uploaded(engine: Engine, body: bytes) -> dict[str, Array]:
-    states, told = safetensors.read_states(body, engine.model)
-    if told.get("digest", engine.model.digest) != engine.model.digest:
+    """Reads an uploaded state; raises StateOfAnotherModel if its metadata name another model's digest."""
+    states, metadata = safetensors.read_states(body, engine.model)
+    if metadata.get("digest", engine.model.digest) != engine.model.digest:
         raise StateOfAnotherModel(
-            f"the state is of model {str(told.get('model'))[:80]!r} (digest {str(told['digest'])[:64]}), "
-            f"the session of {engine.model.name!r} (digest {engine.model.digest}): make a session of that model"
+            f"the state is of model {str(metadata.get('model'))[:80]!r} (digest {str(metadata['digest'])[:64]}), "
+            f"the session of {engine.model.name!r} (digest {engine.model.digest}): create a session of that model"
         )
     return states

@@ -44,7 +44,7 @@ def parse_simple_step(model: Model, body: bytes) -> tuple[Array | None, Request 
         msgspec.MsgspecError: The body is not such a request; `read_step` says why.
     """
     plain = _simple_step_decoder.decode(body)
-    x = model.reader.single(plain.x)
+    x = model.reader.decode_one_step(plain.x)
     return x, None if x is None or plain.position is None else step_request(plain.position, x, True)
 
 

@@ -1,4 +1,4 @@
-"""The command `cellserve key`: draws an API key for an owner, and notes its hash in the file that the service reads."""
+"""The command `cellserve key`: generates an API key, and appends its hash to the file that the service reads."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ example:
   cellserve key alice --file keys.txt
   cellserve serve --api-keys-file keys.txt
 
-The key is printed once; the file holds only its hash. To take a key away, delete its line: a running server notices.
+The key is printed once; the file holds only its hash. To revoke a key, delete its line: a running server notices.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a new key and appends its line to the file; gives the exit status."""
+    """Prints a new key and appends its line to the file; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="cellserve key",
-        description="Draws an API key for an owner and appends its hash to a file of keys.",
+        description="Generates an API key for an owner and appends its hash to a file of keys.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("owner", help="whose sessions the key opens: letters, digits, '.', '_' and '-', 64 at most")
-    parser.add_argument("--file", type=Path, required=True, help="the file to append to; it is made if need be")
+    parser.add_argument("owner", help="the owner of the key's sessions: 1 to 64 letters, digits, '.', '_' and '-'")
+    parser.add_argument("--file", type=Path, required=True, help="the file to append to; created if missing")
     given = parser.parse_args(argv)
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given.owner):
-        parser.error(f"owner: {given.owner!r} has other characters than letters, digits, '.', '_' and '-', or over 64")
+        parser.error(f"owner: {given.owner!r} must be 1 to 64 letters, digits, '.', '_' and '-'")
     key = secrets.token_urlsafe(32)
     try:
         with given.file.open("a") as lines:

@@ -1,4 +1,4 @@
-"""The command `cellserve models`: what a repository holds, and whether it can be served here."""
+"""The command `cellserve models`: lists the models of a repository that can be served here."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ example:
   cellserve models --models artifacts
   cellserve models --json
 
-The newest version of each that is sound would be served; the exit status is 1 where none could be.
+Lists the newest valid version of each model; the exit status is 1 if there is none.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a table of the models; gives the exit status."""
+    """Prints a table of the models; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="cellserve models",
         description="Lists the models of a repository, as the service would open them.",
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--models", type=Path, default=Path("artifacts"), help="the repository (default: artifacts)")
-    parser.add_argument("--json", action="store_true", help="print all that GET /models/{name} says of each")
+    parser.add_argument("--json", action="store_true", help="print what GET /models/{name} returns for each")
     arguments = parser.parse_args(argv)
     # Here and not above, so that --help answers at once.
     from cellserve.service.model_repository.repository import BrokenModel, Repository
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 models.append(repository.open(version.key))
             except BrokenModel:
-                continue  # the log has told why
+                continue  # the reason is logged
             break
-    console = Console(width=None if sys.stdout.isatty() else _UNBOUNDED)  # a pipe has no width: nothing is cut for one
+    console = Console(width=None if sys.stdout.isatty() else _UNBOUNDED)  # a pipe has no width: cut nothing
     if arguments.json:
         console.out(json.dumps({"models": [model.described() for model in models]}, indent=2), highlight=False)
     else:

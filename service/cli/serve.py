@@ -1,4 +1,4 @@
-"""`cellserve serve`: reads the settings from flags and the environment, runs uvicorn, ends with exit status 0."""
+"""The command `cellserve serve`: reads settings from flags and the environment, and runs uvicorn."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ import sys
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from cellserve.service.observability import logging
-from cellserve.service.settings import ENV_PREFIX, Settings
+from cellserve.service.settings import ENV_PREFIX, TUNING, Settings, flag
 
-# A worker that has not said for so long that it lives is killed and started again: on a busy machine, or with a small
-# share of one, its imports alone may take the 5 seconds that uvicorn would give it.
+if TYPE_CHECKING:
+    from cellserve.service.api.middleware import ObservabilityMiddleware
+
+# uvicorn restarts a worker that does not answer its health check for so long. Its default is 5 seconds; on a busy
+# machine, or with a small share of one, a worker's imports alone may take that long.
 _WORKER_SECONDS = 30
-_MEMORY = "/dev/shm"  # what workers tell each other for /metrics need not reach a disk
+_MEMORY = "/dev/shm"  # a memory file system: metrics that workers share need no disk
 
 EXAMPLE = """\
 example:
   cellserve serve --port 9000 --provider cpu
   CELLSERVE_PORT=9000 CELLSERVE_PROVIDER=cpu cellserve serve
+
+docs/settings.md describes when to change each setting, and further settings for tuning.
 """
 
 
 def parser(prog: str = "cellserve serve") -> argparse.ArgumentParser:
-    """Makes the parser: a flag for each setting."""
+    """Returns a parser with a flag for each setting."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Serves the models of a repository over HTTP. Every flag is an environment variable too.",
@@ -37,87 +42,86 @@ def parser(prog: str = "cellserve serve") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, field in Settings.model_fields.items():
-        told = f"{field.description} ({ENV_PREFIX}{name.upper()}; default: {field.default})"
-        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-        parser.add_argument(f"--{name.replace('_', '-')}", help=told, default=argparse.SUPPRESS, **alone)
+        description = f"{field.description} ({ENV_PREFIX}{name.upper()}; default: {field.default})"
+        text = argparse.SUPPRESS if name in TUNING else description
+        value: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        parser.add_argument(flag(name), help=text, default=argparse.SUPPRESS, **value)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until it is told to stop; gives the exit status: 0, 1 where it could not start, 2 for a bad setting."""
+    """Serves until it is stopped; returns the exit status: 0, 1 if it could not start, 2 for an invalid setting."""
     given = vars(parser().parse_args(argv))
     try:
         settings = Settings(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "settings"
-        place = f"--{name.replace('_', '-')}" if name in given else f"{ENV_PREFIX}{name.upper()}"
-        print(f"cellserve serve: {place}: {first['msg']}, got {first['input']!r}", file=sys.stderr)
-        return 2
-    if settings.workers > 1 and settings.store == "memory":
-        print(
-            "cellserve serve: --workers: each process would have sessions of its own: "
-            "give them a shared store with --store redis://HOST:PORT",
-            file=sys.stderr,
-        )
-        return 2
-    if settings.workers > 1 and settings.grpc_port == 0:
-        print("cellserve serve: --grpc-port: 0 would be another port in each of --workers: give one", file=sys.stderr)
-        return 2
-    ports: dict[int, str] = {}
-    for name in ("port", "operations_port", "grpc_port"):
-        flag, port = f"--{name.replace('_', '-')}", getattr(settings, name)
-        if port and port in ports:
-            print(f"cellserve serve: {flag}: {port} is {ports[port]} already: give it another", file=sys.stderr)
-            return 2
-        if port is not None:
-            ports[port] = flag
-    if settings.snapshot is not None and settings.store != "memory":
-        print(
-            "cellserve serve: --snapshot: the shared store keeps the sessions itself: leave one of the two out",
-            file=sys.stderr,
-        )
-        return 2
+        return _fail(_explain(error, given), 2)
     # Here and not above, so that --help and a mistyped flag answer at once.
-    import uvicorn
-
-    from cellserve.service.api.fast_path import FastPathHttp, FastPathWebSocket
-    from cellserve.service.api.operations_listener import PortTaken, check_free
+    from cellserve.service.api.ports import PortTaken, check_port
     from cellserve.service.app import create_app
     from cellserve.service.auth import BadKeysFile
     from cellserve.service.model_repository.repository import BrokenModel
-    from cellserve.service.observability.prometheus import DIRECTORY
     from cellserve.service.runtime.onnx_model import RuntimeUnavailable
     from cellserve.service.sessions.stores.protocol import StoreUnusable
     from cellserve.service.sessions.stores.snapshot import BadSnapshot
 
     logging.configure(settings.log_format)
     try:
-        for port, flag in ports.items():
-            check_free(flag, settings.host, port)  # uvicorn would find it out when all models are loaded
+        check_port("port", settings.host, settings.port)  # uvicorn only binds it after all models are loaded
         app = create_app(settings)
     except ModuleNotFoundError as error:
-        parts = {
-            "redis": ("--store", "redis"),
-            "hiredis": ("--store", "redis"),
-            "opentelemetry": ("--tracing", "tracing"),
-        }
-        setting, extra = parts.get((error.name or "").partition(".")[0], ("--grpc-port", "grpc"))
-        print(f"cellserve serve: {setting} needs {error.name}: pip install 'cellserve[{extra}]'", file=sys.stderr)
-        return 1
+        return _fail(_missing_extra(error))
     except (BadKeysFile, BadSnapshot, BrokenModel, PortTaken, RuntimeUnavailable, StoreUnusable) as error:
-        print(f"cellserve serve: {error}", file=sys.stderr)
-        return 1
-    how: dict[str, Any] = {
+        return _fail(str(error))
+    return _run_one(app, settings) if settings.workers == 1 else _run_workers(settings, given)
+
+
+def _run_one(app: ObservabilityMiddleware, settings: Settings) -> int:
+    """Serves the application in this process."""
+    import uvicorn
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(app.service.exit_status)
+
+    # uvicorn raises the signal again after a graceful stop, which would end the process as if it had failed.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    server = uvicorn.Server(uvicorn.Config(app, **_uvicorn_options(settings)))
+    server.run()
+    return 0 if server.started else 1
+
+
+def _run_workers(settings: Settings, given: dict[str, str]) -> int:
+    """Serves in several processes; each builds its own application."""
+    import uvicorn
+
+    from cellserve.service.observability.prometheus import DIRECTORY
+
+    os.environ |= {f"{ENV_PREFIX}{name.upper()}": value for name, value in given.items()}
+    try:
+        folder = TemporaryDirectory(prefix="cellserve-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None)
+    except OSError as error:
+        return _fail(f"--workers need a folder to share their metrics: {error}")
+    with folder:
+        os.environ[DIRECTORY] = folder.name
+        options = _uvicorn_options(settings) | {"timeout_worker_healthcheck": _WORKER_SECONDS}
+        uvicorn.run("cellserve.service.app:from_environment", factory=True, workers=settings.workers, **options)
+    return 0
+
+
+def _uvicorn_options(settings: Settings) -> dict[str, Any]:
+    from cellserve.service.api.fast_path import FastPathHttp, FastPathWebSocket
+
+    options: dict[str, Any] = {
         "host": settings.host,
         "port": settings.port,
         "access_log": False,
         "timeout_graceful_shutdown": settings.shutdown_seconds,
-        # Longer than clients and nginx (60 seconds) keep an idle connection: whoever sends over one in the moment in
-        # which the server ends it has no answer.
+        # Longer than clients and nginx (60 seconds) keep an idle connection: a request that is sent just as the server
+        # closes its connection gets no answer.
         "timeout_keep_alive": 75,
         "server_header": False,
-        "proxy_headers": False,  # nothing here asks who the client is
+        "proxy_headers": False,  # nothing here uses the client's address
         "interface": "asgi3",
         "http": FastPathHttp,
         "ws": FastPathWebSocket,
@@ -125,32 +129,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ws_per_message_deflate": False,
     }
     if settings.log_format == "json":
-        how["log_config"] = None  # uvicorn's lines go where all others go
-    if settings.workers > 1:
-        # Each process makes its own; this one has found that it can be made.
-        os.environ |= {f"{ENV_PREFIX}{name.upper()}": value for name, value in given.items()}
-        try:
-            folder = TemporaryDirectory(prefix="cellserve-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None)
-        except OSError as error:
-            print(
-                f"cellserve serve: --workers need a folder to tell each other what they count: {error}", file=sys.stderr
-            )
-            return 1
-        with folder:
-            os.environ[DIRECTORY] = folder.name
-            how["timeout_worker_healthcheck"] = _WORKER_SECONDS
-            uvicorn.run("cellserve.service.app:from_environment", factory=True, workers=settings.workers, **how)
-        return 0
+        options["log_config"] = None  # uvicorn's lines go through our handler
+    return options
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(app.service.exit_status)
 
-    # uvicorn raises the signal again after a graceful stop; whoever asked for the stop is told that it went well.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    server = uvicorn.Server(uvicorn.Config(app, **how))
-    server.run()
-    return 0 if server.started else 1
+def _explain(error: ValidationError, given: dict[str, str]) -> str:
+    """Returns what is wrong with the first invalid setting, named as the user gave it."""
+    first = error.errors()[0]
+    if not first["loc"]:
+        return first["msg"]  # a conflict between settings names them itself
+    name = str(first["loc"][0])
+    place = flag(name) if name in given else f"{ENV_PREFIX}{name.upper()}"
+    return f"{place}: {first['msg']}, got {first['input']!r}"
+
+
+def _missing_extra(error: ModuleNotFoundError) -> str:
+    """Returns which setting needs a missing package, and how to install it."""
+    extras = {"redis": ("store", "redis"), "hiredis": ("store", "redis"), "opentelemetry": ("tracing", "tracing")}
+    name, extra = extras.get((error.name or "").partition(".")[0], ("grpc_port", "grpc"))
+    return f"{flag(name)} needs {error.name}: pip install 'cellserve[{extra}]'"
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"cellserve serve: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a process counts beside its engines and sessions: plain numbers, which `metrics.py` reads when it is asked."""
+"""Counters of a process's surfaces, sockets and snapshots: plain numbers, read by `prometheus.py` at each scrape."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ _SLOW_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
 
 class SurfaceCounts:
-    """What one surface answers."""
+    """Counters of one surface's answers."""
 
     def __init__(self) -> None:
         self.seconds = Distribution(SECONDS)
         self.statuses: Counter[int] = Counter()
-        self.problems: Counter[str] = Counter()  # of a binary frame each row's
+        self.problems: Counter[str] = Counter()  # by kind; each row of a binary frame counts
 
     def record_response(self, status: int, seconds: float) -> None:
-        """Notes an answer with an HTTP status, of a frame the one that HTTP would have."""
+        """Counts an answer. A frame's status is the one HTTP would have."""
         self.statuses[status] += 1
         self.seconds.note(seconds)
 
     def record_problem(self, problem: Problem) -> None:
-        """Notes what was answered instead of a result."""
+        """Counts a problem that was answered."""
         self.problems[problem.kind()] += 1
 
 
 class Counts:
-    """What a process counts beside its engines and sessions."""
+    """Counters of one process. Engines and sessions have their own."""
 
     def __init__(self) -> None:
         self.surfaces = {name: SurfaceCounts() for name in SURFACES}
-        self.sockets = 0  # that are open
+        self.sockets = 0  # open WebSockets
         self.snapshots = Distribution(_SLOW_SECONDS)
         self.snapshot_errors = 0
 
     def surface(self, path: str) -> SurfaceCounts:
-        """Gives the counts of the surface that a path belongs to."""
+        """Returns the counters of the surface that serves a path."""
         return self.surfaces[_SURFACE_OF.get(path.split("/", 2)[1] if path[:1] == "/" else "", "operations")]
 
 

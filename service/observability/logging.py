@@ -1,4 +1,4 @@
-"""The log: lines for people, or one JSON object a line."""
+"""The log's formats: text, or one JSON object per line."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from cellserve.service.settings import LogFormat
 
 
 def configure(form: LogFormat) -> None:
-    """Sends what is logged to stderr, one line a message in the form that is wanted."""
+    """Configures logging to stderr in a format."""
     handler = logging.StreamHandler()
     handler.setFormatter(formatter(form))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def formatter(form: LogFormat) -> logging.Formatter:
-    """Gives what makes a line of a message and the members that belong to it (`extra={"fields": {...}}`)."""
+    """Returns a formatter of messages and their fields (`extra={"fields": {...}}`)."""
     return _Json() if form == "json" else _Text("%(levelname)s: %(message)s")
 
 
 class _Text(logging.Formatter):
-    """A message and the members that belong to it, `name=value`."""
+    """The message, followed by its request id and owner as `name=value`."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        told = getattr(record, "fields", {})
-        more = (f" {name}={value}" for name, value in told.items() if name in ("request_id", "owner") and value)
+        fields = getattr(record, "fields", {})
+        more = (f" {name}={value}" for name, value in fields.items() if name in ("request_id", "owner") and value)
         return super().formatMessage(record) + "".join(more)
 
 
 class _Json(logging.Formatter):
-    """A message and the members that belong to it as an object: time (UTC), level, logger, message and those."""
+    """An object: time (UTC), level, logger, message and the message's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         document = {

@@ -1,7 +1,7 @@
-"""`/metrics`: what is counted, with the names and in the form of Prometheus.
+"""`/metrics`: the counters of the process as Prometheus metrics.
 
-With several workers each writes its numbers to files that prometheus-client can add up (its multiprocess mode), once a
-second and when it is asked itself: whichever worker is asked tells of all of them, and of those that were.
+With several workers, each writes its metrics to files once a second and at each scrape, and the worker that is scraped
+answers the sum over all workers, past ones included.
 """
 
 from __future__ import annotations
@@ -9,42 +9,37 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
-import secrets
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.mmap_dict import MmapedDict, mmap_key
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from cellserve.service.engine.engine import Engine
 from cellserve.service.engine.stats import Distribution
 from cellserve.service.errors import StoreAway
 from cellserve.service.observability.counters import Counts
+from cellserve.service.observability.prometheus_multiprocess import MultiprocessFiles
 from cellserve.service.sessions.stores.protocol import SessionStore
 from cellserve.service.sessions.writer import SessionWriter
 
 log = logging.getLogger("cellserve")
 
 MEDIA_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-DIRECTORY = "CELLSERVE_METRICS_DIRECTORY"  # where workers meet; `cellserve serve` makes and removes it
-_LIVE_MODES = {"process_start_time_seconds": "livemin", "process_max_fds": "livemin"}  # others: the sum over workers
+DIRECTORY = "CELLSERVE_METRICS_DIRECTORY"  # the workers' shared directory; `cellserve serve` creates and removes it
 
 
 class Metrics:
-    """What `/metrics` answers.
+    """The content of `/metrics`.
 
     Args:
-        counts: Of the process.
-        engines: Returns those that are loaded.
-        sessions: Where they are kept.
-        writer: Changes them.
-        workers: Processes that answer together.
+        counts: The process's counters.
+        engines: Returns the loaded engines.
+        sessions: The session store.
+        writer: The session writer.
+        workers: The number of processes of this server.
     """
 
     def __init__(
@@ -56,29 +51,29 @@ class Metrics:
         workers: int,
     ) -> None:
         self._sessions = sessions
-        self._own = _Own(counts, engines, sessions, writer)
+        self._process = _ProcessCollector(counts, engines, sessions, writer)
         directory = os.environ.get(DIRECTORY) if workers > 1 else None
-        self._files = None if directory is None else _Files(Path(directory))
+        self._files = None if directory is None else MultiprocessFiles(Path(directory))
 
-    def keep_up(self) -> None:
-        """Tells the other workers."""
+    def publish(self) -> None:
+        """Writes this worker's metrics for the other workers to read."""
         if self._files is not None:
             try:
-                self._files.write(self._own.collect())
+                self._files.write(self._process.collect())
             except OSError as error:
                 self._files = None
-                log.error("/metrics of this worker tells of this one alone from now on: %s", error)
+                log.error("this worker cannot share its metrics: its /metrics covers it alone from now on: %s", error)
 
     async def text(self) -> bytes:
-        """Gives all of it in Prometheus's text format."""
+        """Returns all metrics in Prometheus's text format."""
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Given(await self._of_all()))
-        self.keep_up()
-        registry.register(self._own if self._files is None else self._files.all())
+        registry.register(_MergedCollector(await self._shared()))
+        self.publish()
+        registry.register(self._process if self._files is None else self._files.collector())
         return generate_latest(registry)
 
-    async def _of_all(self) -> list[Metric]:
-        """Gives what every worker tells alike."""
+    async def _shared(self) -> list[Metric]:
+        """Returns the metrics that are the same in every worker, and so must not be summed."""
         versions = {"version": importlib.metadata.version("cellserve"), "runtime": _runtime_version()}
         build = GaugeMetricFamily("cellserve_build_info", "What runs here.", labels=list(versions))
         build.add_metric(list(versions.values()), 1)
@@ -89,8 +84,8 @@ class Metrics:
         return [build, GaugeMetricFamily("cellserve_sessions", "Live sessions; of a shared store, all of its.", live)]
 
 
-class _Given(Collector):
-    """What has been collected already."""
+class _MergedCollector(Collector):
+    """Metric families that have been collected already."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families
@@ -99,8 +94,8 @@ class _Given(Collector):
         return self._families
 
 
-class _Own(Collector):
-    """What this process has counted."""
+class _ProcessCollector(Collector):
+    """The metrics of this process."""
 
     def __init__(
         self, counts: Counts, engines: Callable[[], Iterable[Engine]], sessions: SessionStore, writer: SessionWriter
@@ -163,8 +158,8 @@ class _Own(Collector):
             (GaugeMetricFamily, "slots", "Slots of the arena in use: sessions held here, and sequences under way.",
              lambda one: one.arena.taken),
         )  # fmt: skip
-        for kind, name, told, read in numbers:
-            family: Any = kind(f"cellserve_{name}", told, labels=labels)  # type: ignore[call-arg]
+        for kind, name, documentation, read in numbers:
+            family: Any = kind(f"cellserve_{name}", documentation, labels=labels)  # type: ignore[call-arg]
             for values, engine in engines:
                 family.add_metric(values, read(engine))
             yield family
@@ -190,60 +185,9 @@ class _Own(Collector):
         )
 
 
-class _Files:
-    """The files of all workers, one of each type of metric; those of workers that are gone are counted on."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._name = f"{os.getpid()}-{secrets.token_hex(4)}"  # a process may get the id of one that is gone
-        self._open: dict[str, MmapedDict] = {}
-        self._keys: dict[Any, str] = {}
-
-    def write(self, families: Iterable[Metric]) -> None:
-        """Writes what this worker has counted."""
-        now = time.time()
-        for family in families:
-            kind = family.type
-            if kind == "gauge":
-                kind += "_" + _LIVE_MODES.get(family.name, "livesum")
-            if kind not in self._open:
-                file = self._directory / f"{kind}_{self._name}.new"
-                self._open[kind] = MmapedDict(str(file))
-                file.rename(file.with_suffix(".db"))  # readers see no file that is being made
-            for name, labels, value in _apart(family):
-                key = self._keys.get((name, *labels.items()))
-                if key is None:
-                    key = mmap_key(family.name, name, list(labels), list(labels.values()), family.documentation)
-                    self._keys[(name, *labels.items())] = key
-                self._open[kind].write_value(key, value, now)
-
-    def all(self) -> MultiProcessCollector:
-        """Gives what adds all of them up, without the gauges of workers that are gone."""
-        for file in self._directory.glob("gauge_*.db"):
-            name = file.stem.rpartition("_")[2]
-            try:
-                os.kill(int(name.partition("-")[0]), 0)
-            except ProcessLookupError:
-                mark_process_dead(name, str(self._directory))
-        return MultiProcessCollector(None, str(self._directory))
-
-
-def _apart(family: Metric) -> Iterator[tuple[str, dict[str, str], float]]:
-    """Gives a family's samples as files have them: each bucket without those below it, and no counts."""
-    below = 0.0
-    for sample in family.samples:
-        if family.type != "histogram":
-            yield sample.name, sample.labels, sample.value
-        elif sample.name.endswith("_bucket"):
-            yield sample.name, sample.labels, sample.value - below
-            below = 0.0 if sample.labels["le"] == "+Inf" else sample.value
-        elif sample.name.endswith("_sum"):
-            yield sample.name, sample.labels, sample.value
-
-
 def _add(family: HistogramMetricFamily, labels: list[str], distribution: Distribution) -> None:
     counts, total = distribution.read()
-    bounds = [floatToGoString(bound) for bound in (*distribution.bounds, float("inf"))]
+    bounds = [*(str(float(bound)) for bound in distribution.bounds), "+Inf"]
     reached, buckets = 0, []
     for bound, count in zip(bounds, counts, strict=True):
         reached += count

@@ -1,4 +1,4 @@
-"""The context of a request: its id, its surface's counters, and when it began; kept in its ASGI scope."""
+"""The context of a request, kept in its ASGI scope: its id, its surface's counters, its start and status."""
 
 from __future__ import annotations
 
@@ -15,54 +15,54 @@ from cellserve.service.errors import Problem
 from cellserve.service.observability.counters import SurfaceCounts
 
 HEADER = b"x-request-id"
-KEY = "cellserve.asked"  # of a scope
+KEY = "cellserve.context"  # in a scope
 _PROCESS = secrets.token_hex(8)
 _numbers = itertools.count(1)
 
 
 @dataclass(slots=True)
 class RequestContext:
-    """One request over HTTP, or one WebSocket."""
+    """The context of an HTTP request or a WebSocket."""
 
     id: str
     surface: SurfaceCounts
-    begun: float = field(default_factory=perf_counter)
-    status: int = 0  # of the answer, once there is one
+    started: float = field(default_factory=perf_counter)
+    status: int = 0  # HTTP status of the answer; 0 until it starts
 
 
 def get_context(scope: Scope) -> RequestContext:
-    """Gives what there is beside a request, by its scope."""
-    asked: RequestContext = scope[KEY]
-    return asked
+    """Returns a request's context."""
+    context: RequestContext = scope[KEY]
+    return context
 
 
-def make_scope(asked: RequestContext, **scope: Any) -> Scope:
-    """Makes a scope for what has none of its own."""
-    return {**scope, KEY: asked}
+def make_scope(context: RequestContext, **scope: Any) -> Scope:
+    """Returns a scope with a context, for a request that has no ASGI scope."""
+    return {**scope, KEY: context}
 
 
 def problem_body(problem: Problem, scope: Scope) -> bytes:
-    """Counts a problem, and gives its document with the request's id."""
-    asked = get_context(scope)
-    asked.surface.record_problem(problem)
-    return problem.document(asked.id)
+    """Counts a problem, and returns its JSON document with the request's id."""
+    context = get_context(scope)
+    context.surface.record_problem(problem)
+    return problem.document(context.id)
 
 
 def new_id() -> str:
-    """Makes a request's id; one is not used twice, and tells nobody how many there are elsewhere."""
+    """Returns a new unique request id: a random prefix for each process, and a counter."""
     return f"{_PROCESS}-{next(_numbers):x}"
 
 
 def has_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Says whether a request brings an id, by its headers with their names in lower case."""
-    for header in headers:  # noqa: SIM110  twice as fast as any(...), for each step over HTTP
+    """Whether headers, with names in lower case, contain a request id."""
+    for header in headers:  # noqa: SIM110  twice as fast as any(...), and runs for each HTTP step
         if header[0] == HEADER:
             return True
     return False
 
 
 def route(path: str) -> str:
-    """Gives a path as the log has it: without the session's id, on one line."""
+    """Returns a path for logs and spans: on one line, `{id}` in place of a session's id."""
     parts = path.split("/", 3)
     if len(parts) > 2 and parts[1] == "sessions":
         parts[2] = "{id}"

@@ -1,6 +1,6 @@
-"""Traces (OpenTelemetry): a span a request or frame, and below it one for each wait, run and write of its ticks.
+"""OpenTelemetry traces: a span per request or frame, with child spans for each wait, run and store write of its ticks.
 
-Where they go, and how many of them, is told by OpenTelemetry's own variables `OTEL_...`. The package is an extra.
+OpenTelemetry's own environment variables `OTEL_...` set the exporter's endpoint and the sampling.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _propagator = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """Makes the spans of one process.
+    """The spans of one process.
 
     Args:
-        exporter: Takes them; over OTLP and HTTP where it is left out.
+        exporter: Receives the spans; by default OTLP over HTTP.
     """
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
@@ -38,46 +38,46 @@ class Tracing:
         self._tracer = self._provider.get_tracer("cellserve")
 
     def close(self) -> None:
-        """Sends what has not been sent; blocks for seconds where nobody takes it."""
+        """Flushes the remaining spans; blocks for seconds if the endpoint does not answer."""
         self._provider.shutdown()
 
     @contextmanager
-    def request(self, scope: Any, asked: Any) -> Iterator[None]:
-        """Makes the span of a request over HTTP, below that of its `traceparent` (W3C Trace Context)."""
+    def request(self, scope: Any, request_context: Any) -> Iterator[None]:
+        """Records the span of an HTTP request, a child of its `traceparent` (W3C Trace Context)."""
         path = route(scope["path"])
         with self._span(f"{scope['method']} {path}", scope) as span:
             span.set_attributes({"http.request.method": scope["method"], "http.route": path})
             try:
                 yield
             finally:
-                span.set_attribute("http.response.status_code", asked.status)
-                if asked.status >= 500:
+                span.set_attribute("http.response.status_code", request_context.status)
+                if request_context.status >= 500:
                     span.set_status(StatusCode.ERROR)
 
     @contextmanager
     def frame(self, scope: Any) -> Iterator[None]:
-        """Makes the span of a WebSocket's frame, below that of the handshake's `traceparent`."""
+        """Records the span of a WebSocket frame, a child of the handshake's `traceparent`."""
         with self._span("WS /stream frame", scope):
             yield
 
     def here(self) -> Any:
-        """Gives what spans of other threads and turns are to be put below."""
+        """Returns the current span's context, the parent of spans that other threads or callbacks start later."""
         return context.get_current()
 
     def ran(self, advances: Sequence[Advance], start: float, took: float) -> None:
-        """Makes the spans of a tick's run, and of the wait for it, below each request that took part.
+        """Records the spans of a tick's run and of the wait for it, as children of each request in the tick.
 
         Args:
-            advances: That took part.
-            start: Seconds of `time.perf_counter`.
-            took: Seconds.
+            advances: The advances of the tick.
+            start: When the run began, in seconds of `time.perf_counter`.
+            took: The run's duration in seconds.
         """
         for advance in _one_a_request(advances):
             self._stage("queue", advance, advances, advance.arrived, start)
             self._stage("run", advance, advances, start, start + took)
 
     def stored(self, advances: Sequence[Advance], start: float, took: float) -> None:
-        """Makes the spans of the write of what a tick has come to, as `ran` does."""
+        """Records the spans of the store write after a tick; the arguments are those of `ran`."""
         for advance in _one_a_request(advances):
             self._stage("store", advance, advances, start, start + took)
 
@@ -97,5 +97,5 @@ class Tracing:
 
 
 def _one_a_request(advances: Sequence[Advance]) -> list[Advance]:
-    """Gives of each request the advance that came first."""
+    """Returns the first advance of each request."""
     return list({id(advance.trace): advance for advance in reversed(advances)}.values())

@@ -1,1 +1,1 @@
-"""JSON to arrays, and why not."""
+"""Parsing and validation of requests: JSON to arrays, with errors that say where and what to send instead."""

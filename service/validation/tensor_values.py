@@ -1,4 +1,4 @@
-"""Checks the numbers of one tensor against what the model takes; an error names the place in the request."""
+"""Validates the numbers of one tensor against its specification; errors name the place in the request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JSON_NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool
 
 
 def bounds_of(spec: TensorSpec | StateSpec) -> tuple[int, int]:
-    """Gives the smallest and the largest integer that a tensor takes."""
+    """Returns the smallest and the largest integer allowed in a tensor."""
     given = spec.bounds if isinstance(spec, TensorSpec) else None
     if given is not None:
         return given
@@ -29,13 +29,13 @@ def bounds_of(spec: TensorSpec | StateSpec) -> tuple[int, int]:
     return int(limits.min), int(limits.max)
 
 
-def checked(array: Array, spec: TensorSpec | StateSpec, place: str, skipped: int = 0) -> Array:
-    """Gives an array in a tensor's type, or raises InvalidInput where a number is not finite or out of bounds.
+def validate(array: Array, spec: TensorSpec | StateSpec, place: str, skipped: int = 0) -> Array:
+    """Returns an array in a tensor's dtype; raises InvalidInput if a number is not finite or out of bounds.
 
     Args:
-        array: Floating-point for a float32 tensor, integers for another.
-        spec: Of the tensor.
-        place: Of the array in the request.
+        array: Floating-point for a float32 tensor, otherwise integers.
+        spec: The tensor's specification.
+        place: The array's place in the request.
         skipped: Leading axes that the request does not have.
     """
     if spec.dtype == "float32":
@@ -53,15 +53,19 @@ def checked(array: Array, spec: TensorSpec | StateSpec, place: str, skipped: int
 
 
 def validate_together(array: Array, layout: Layout, place: str) -> Array:
-    """Checks the inputs that lie in one array, as `checked` does."""
+    """Validates all inputs in one array, as `validate` does."""
     if array.dtype.names is None:
-        return checked(array, layout.specs[0], place)
+        return validate(array, layout.specs[0], place)
     named = ((array[spec.name], spec, f"{place}[{json.dumps(spec.name)}]") for spec in layout.specs)
-    return layout.join([checked(*one) for one in named])
+    return layout.join([validate(*one) for one in named])
 
 
 def array_of(values: list[Any], spec: TensorSpec, place: str, single: bool = False) -> Array:
-    """Makes `[time, *shape]` of nested lists of numbers, or says where they do not fit; single: of one time step."""
+    """Returns `[time, *shape]` of nested lists of numbers; `single` says that the request has no time axis.
+
+    Raises:
+        InvalidInput: A list's length or a number is wrong; the error names its place.
+    """
     dtype = np.float32 if spec.dtype == "float32" else np.int64
     try:
         with np.errstate(over="ignore"):
@@ -74,19 +78,19 @@ def array_of(values: list[Any], spec: TensorSpec, place: str, single: bool = Fal
         array = None
     if array is None or array.shape[1:] != spec.shape or not len(array):
         raise _shape_error(values, spec, place, single)
-    return checked(array, spec, place, int(single))
+    return validate(array, spec, place, int(single))
 
 
 def state_of(values: Any, spec: StateSpec, place: str) -> Array:
-    """Makes a state `[*shape]` of nested lists of numbers, or raises InvalidInput that names the place."""
-    whole = spec.dtype != "float32"
+    """Returns a state `[*shape]` of nested lists of numbers; raises InvalidInput if they are invalid."""
+    is_integer = spec.dtype != "float32"
     for where, leaf in leaves(values, place):
-        if isinstance(leaf, bool) or not isinstance(leaf, int if whole else int | float):
-            raise InvalidInput(f"{where}: expected {'an integer' if whole else 'a number'}, got {json_name(leaf)}",
+        if isinstance(leaf, bool) or not isinstance(leaf, int if is_integer else int | float):
+            raise InvalidInput(f"{where}: expected {'an integer' if is_integer else 'a number'}, got {json_name(leaf)}",
                                place=where)  # fmt: skip
-        low, high = bounds_of(spec) if whole else (-FLOAT32_MAX, FLOAT32_MAX)
+        low, high = bounds_of(spec) if is_integer else (-FLOAT32_MAX, FLOAT32_MAX)
         if not low <= leaf <= high:
-            if whole:
+            if is_integer:
                 _out_of_bounds(leaf, spec, where)
             raise not_finite(where)
     try:
@@ -99,7 +103,7 @@ def state_of(values: Any, spec: StateSpec, place: str) -> Array:
 
 
 def describe_step(spec: TensorSpec) -> str:
-    """Says what one time step is in JSON: `[5 numbers]`."""
+    """Returns a description of one time step in JSON: `[5 numbers]`."""
     kind = "number" if spec.dtype == "float32" else "integer"
     if not spec.shape:
         return JSON_NAMES["float" if spec.dtype == "float32" else "int"]
@@ -108,7 +112,7 @@ def describe_step(spec: TensorSpec) -> str:
 
 
 def leaves(values: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Gives all that is no list in nested lists, each with its place."""
+    """Yields all values in nested lists, each with its place."""
     if isinstance(values, list):
         for number, value in enumerate(values):
             yield from leaves(value, f"{place}[{number}]")
@@ -117,17 +121,17 @@ def leaves(values: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 def brackets(where: tuple[int, ...]) -> str:
-    """Writes indices."""
+    """Returns indices in brackets, `[3][17]`."""
     return "".join(f"[{number}]" for number in where)
 
 
 def not_finite(place: str) -> InvalidInput:
-    """Gives what to raise of a number that float32 does not hold."""
+    """Returns the error for a number that float32 cannot hold."""
     return InvalidInput(f"{place}: not a finite number that float32 can hold", place=place)
 
 
 def json_name(value: Any) -> str:
-    """Gives what JSON calls a value."""
+    """Returns what a value is in JSON."""
     names = {bool: "bool", int: "int", float: "float", str: "str", type(None): "null", list: "array", dict: "object"}
     return JSON_NAMES[names[type(value)]]
 
@@ -143,25 +147,25 @@ def _shape_error(values: list[Any], spec: TensorSpec, place: str, single: bool) 
     if not values:
         return InvalidInput(f"{place}: empty: send at least one time step", place=place)
     for step, value in enumerate(values):
-        found = _first_misfit(value, spec.shape, place if single else f"{place}[{step}]")
+        found = _first_wrong_length(value, spec.shape, place if single else f"{place}[{step}]")
         if found:
-            where, length, wanted = found
+            where, length, expected = found
             return InvalidInput(
-                f"{where}: {length} number{'' if length == 1 else 's'} where the model takes {wanted} "
+                f"{where}: {length} number{'' if length == 1 else 's'} where the model takes {expected} "
                 f"(a time step is {describe_step(spec)})",
                 place=where,
             )
-    raise AssertionError("lists that fit do not get here")
+    raise AssertionError("called only for lists of a wrong shape")
 
 
-def _first_misfit(value: Any, shape: tuple[int, ...], place: str) -> tuple[str, int, int] | None:
-    """Gives the place of the first list of a wrong length, that length, and the right one."""
+def _first_wrong_length(value: Any, shape: tuple[int, ...], place: str) -> tuple[str, int, int] | None:
+    """Returns the place of the first list of a wrong length, that length, and the right one."""
     if not shape:
         return None
     if len(value) != shape[0]:
         return place, len(value), shape[0]
     for number, inner in enumerate(value):
-        found = _first_misfit(inner, shape[1:], f"{place}[{number}]")
+        found = _first_wrong_length(inner, shape[1:], f"{place}[{number}]")
         if found:
             return found
     return None

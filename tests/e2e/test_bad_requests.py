@@ -45,11 +45,16 @@ BAD = {
     "empty sequence": (body(sequences=[GOOD, []]), 422, "sequences[1]", "send at least one time step"),
     "no sequences": (body(sequences=[]), 422, "sequences", "send at least one sequence"),
     "unknown model": (body(model="lstn"), 404, "", "send one of"),
-    "unknown field": (body(sequence=1), 422, "sequence", "send sequences, and what you need of model, outputs, states"),
-    "missing field": (b"{}", 422, "sequences", "sequences: missing: send sequences, and what you need of model"),
-    "unknown outputs": (body(outputs="first"), 422, "outputs", '\'first\' is none of its values: send "all" or "last"'),
+    "unknown field": (body(sequence=1), 422, "sequence", "send sequences, and optionally model, outputs, states"),
+    "missing field": (b"{}", 422, "sequences", "sequences: missing: send sequences, and optionally model"),
+    "unknown outputs": (
+        body(outputs="first"),
+        422,
+        "outputs",
+        '\'first\' is not one of its values: send "all" or "last"',
+    ),
     "outputs of another type": (body(outputs=5), 422, "outputs", 'got an integer: send "all" or "last"'),
-    "an array": (b"[]", 422, "", "expected an object, got an array: send sequences, and what you need of model"),
+    "an array": (b"[]", 422, "", "expected an object, got an array: send sequences, and optionally model"),
     "a number for a time step": (
         body(sequences=[[1, 2]]),
         422,
@@ -106,18 +111,18 @@ def test_a_bad_step_is_named_and_not_applied(server: Server, x: Any, place: str,
 @pytest.mark.parametrize(
     ("path", "body", "place", "told"),
     [
-        ("/step", {"y": [1.0]}, "y", "y: there is no such field: send x, and what you need of outputs, position"),
+        ("/step", {"y": [1.0]}, "y", "y: unknown field: send x, and optionally outputs, position"),
         (
             "/step",
             {"x": GOOD, "extra": 1},
             "extra",
-            "extra: there is no such field: send x, and what you need of outputs",
+            "extra: unknown field: send x, and optionally outputs",
         ),
         ("/step", {"x": GOOD, "outputs": "some"}, "outputs", 'send "all" or "last"'),
-        ("/step", {}, "x", "x: missing: send x, and what you need of outputs, position"),
+        ("/step", {}, "x", "x: missing: send x, and optionally outputs, position"),
         ("/step", {"x": 5}, "x", "expected an array, got an integer: a time step is [5 numbers]"),
-        ("/reset", {"positon": 1}, "positon", "send what you need of position"),
-        ("/fork", {"id": "a"}, "id", "send what you need of session, position"),
+        ("/reset", {"positon": 1}, "positon", "send any of position"),
+        ("/fork", {"id": "a"}, "id", "send any of session, position"),
     ],
 )
 def test_a_field_or_value_that_there_is_not_is_told_which_there_are(
@@ -200,7 +205,7 @@ def test_reloading_takes_no_body(server: Server) -> None:
     ("query", "place", "told"),
     [
         ("next=0.5", "next", "send limit, after, or none"),
-        ("after=zzz", "after", "after: 'zzz' is no page: send `next` of the page before"),
+        ("after=zzz", "after", "after: 'zzz' is not a page: send `next` of the page before"),
         ("limit=0", "limit", ""),
     ],
 )

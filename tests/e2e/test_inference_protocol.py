@@ -221,8 +221,8 @@ def test_what_is_no_sequence_and_what_was_not_started_is_told(both: Server, kind
             await refused(client, "a batch of 1", x, sequence_id=5, sequence_start=True)
             lengths = client.input(np.array([1], np.int32), "lengths", "INT32")
             await refused(client, "a batch of 1", x[:1], lengths, sequence_id=5, sequence_start=True)
-            await refused(client, "cannot be one", x[:1], sequence_id="no/slash", sequence_start=True)
-            await refused(client, "of a sequence", x[:1], parameters={"position": 3})
+            await refused(client, "is not allowed", x[:1], sequence_id="no/slash", sequence_start=True)
+            await refused(client, "need one", x[:1], parameters={"position": 3})
             await refused(client, "starts at 0", x[:1], sequence_id=5, sequence_start=True, parameters={"position": 3})
             await refused(client, "position: send", x[:1], sequence_id=5, parameters={"position": "3"})
             for nobody in (0, ""):
@@ -337,7 +337,7 @@ def test_a_stream_goes_on_after_a_request_that_does_not_fit(both: Server) -> Non
             client.plain.stop_stream()
             assert sorted(str(error)[:40] for _, error in told if error) == [
                 "model: there is none named 'nobody': send"[:40],
-                "sequence '404' of model 'rnn' is not known"[:40],
+                "sequence '404' of model 'rnn' is unknown: send"[:40],
             ]
             assert [
                 np.array_equal(result.as_numpy("y"), predicted(both, "rnn", x)) for result, _ in told if result
@@ -505,12 +505,12 @@ def test_keys_are_wanted_and_sequences_are_their_owners(
                 nobody.call("get_server_metadata"), nobody.call("get_model_metadata", "lstm"),
                 nobody.call("get_inference_statistics"), nobody.infer("lstm", x),
             ):  # fmt: skip
-                with pytest.raises(InferenceServerException, match="wants a key") as error:
+                with pytest.raises(InferenceServerException, match="needs a key") as error:
                     await question
                 assert error.value.status() in ("401", "StatusCode.UNAUTHENTICATED")
         async with triton(kind, server, bearer(alice)) as one, triton(kind, server, bearer(bob)) as other:
             await one.infer("lstm", x, sequence_id=5, sequence_start=True)
-            with pytest.raises(InferenceServerException, match="not known"):
+            with pytest.raises(InferenceServerException, match="unknown"):
                 await other.infer("lstm", x, sequence_id=5)
             assert (await one.infer("lstm", x, sequence_id=5)).parameters["position"] == 2
 

@@ -1,4 +1,4 @@
-"""The bodies of `infer`: JSON, with tensors in it or as bytes behind it (Triton's binary tensor data extension).
+"""Bodies of `infer`: JSON, with tensors in it or as bytes after it (Triton's binary tensor data extension).
 
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 """
@@ -23,7 +23,7 @@ Array = NDArray[Any]
 
 HEADER_LENGTH = b"inference-header-content-length"
 _JSON, _BINARY = (b"content-type", b"application/json"), (b"content-type", b"application/octet-stream")
-_UNSUPPORTED = ("shared_memory_region", "classification")  # parameters of extensions that this server has not
+_UNSUPPORTED = ("shared_memory_region", "classification")  # parameters of unsupported extensions
 
 
 class _Input(msgspec.Struct):
@@ -50,42 +50,42 @@ _decoder = msgspec.json.Decoder(_Request)
 
 
 class InferRequest(NamedTuple):
-    """A request, read."""
+    """A decoded request."""
 
     id: str
     tensors: dict[str, Array]
     parameters: dict[str, Any]
-    outputs: dict[str, bool]  # the names of those wanted, and whether as bytes
+    outputs: dict[str, bool]  # names of the requested outputs, and whether each is sent as bytes
 
 
 def read(body: bytes, header_length: bytes | None, model: Model) -> InferRequest:
-    """Reads the body of a request.
+    """Decodes the body of a request.
 
     Args:
-        body: All of it, as it was before it was compressed.
-        header_length: The header `Inference-Header-Content-Length`, where the request has it: how much of it is JSON.
-        model: What is asked.
+        body: The decompressed body.
+        header_length: The header `Inference-Header-Content-Length`, if the request has it: the length of the JSON.
+        model: The requested model.
 
     Raises:
-        NotJson: It cannot be parsed.
-        InvalidInput: Something in it does not fit.
+        NotJson: The body cannot be parsed.
+        InvalidInput: Something in it is invalid.
     """
     length = len(body)
     if header_length is not None:
         if not (header_length.isdigit() and len(header_length) < 20 and int(header_length) <= len(body)):
             raise InvalidInput(
-                f"Inference-Header-Content-Length: send the length of the JSON, of the {len(body)} bytes of the body"
+                f"Inference-Header-Content-Length: send the length of the JSON, at most the body's {len(body)} bytes"
             )
         length = int(header_length)
         if not length:
-            return _raw(body, model)
+            return _read_raw(body, model)
     request = decode(_decoder, body[:length])
     binary = memoryview(body)[length:]
     tensors: dict[str, Array] = {}
     for tensor in request.inputs:
         check_parameters(tensor.name, tensor.parameters)
         if tensor.name in tensors:
-            raise InvalidInput(f"inputs: {tensor.name!r} is there twice", place="inputs")
+            raise InvalidInput(f"inputs: {tensor.name!r} appears twice", place="inputs")
         check_datatype(tensor.name, tensor.datatype, model.inputs.specs)
         size = tensor.parameters.get("binary_data_size")
         if size is None:
@@ -95,45 +95,49 @@ def read(body: bytes, header_length: bytes | None, model: Model) -> InferRequest
             continue
         if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary) or tensor.data:
             raise InvalidInput(
-                f"{tensor.name}: binary_data_size: send how many of the {len(binary)} bytes behind the JSON are its, "
-                f"and no data",
+                f"{tensor.name}: binary_data_size: send how many of the {len(binary)} bytes after the JSON belong to "
+                f"it, and no data",
                 place=tensor.name,
             )
         tensors[tensor.name] = from_bytes(tensor.name, tensor.datatype, tensor.shape, binary[:size])
         binary = binary[size:]
     if len(binary):
-        raise InvalidInput(f"{len(binary)} bytes behind the JSON are no input's: send binary_data_size with each")
-    return InferRequest(request.id, tensors, request.parameters, _wanted(request, model))
+        raise InvalidInput(f"{len(binary)} bytes after the JSON belong to no input: send binary_data_size with each")
+    return InferRequest(request.id, tensors, request.parameters, _requested_outputs(request, model))
 
 
-def _raw(body: bytes, model: Model) -> InferRequest:
-    """Reads a body that is the bytes of the model's one input alone: one sequence."""
+def _read_raw(body: bytes, model: Model) -> InferRequest:
+    """Decodes a body without JSON, the bytes of the model's only input: one sequence."""
     if len(model.inputs.specs) > 1:
-        raise InvalidInput("the body is bytes alone: the model has several inputs, send JSON that tells them apart")
+        raise InvalidInput("the body has no JSON, and the model has several inputs: send JSON that describes them")
     spec = model.inputs.specs[0]
     datatype, step = DATATYPES[spec.dtype], np.dtype(spec.dtype).itemsize * math.prod(spec.shape)
     if not body or len(body) % step:
-        raise InvalidInput(f"{spec.name}: {len(body)} bytes: a time step has {step}", place=spec.name)
+        raise InvalidInput(
+            f"{spec.name}: {len(body)} bytes: send a multiple of a time step's {step} bytes", place=spec.name
+        )
     x = from_bytes(spec.name, datatype, (1, len(body) // step, *spec.shape), body)
     return InferRequest("", {spec.name: x}, {}, {output.name: True for output in model.document.signature.outputs})
 
 
 def check_parameters(name: str, parameters: Any) -> None:
-    """Raises InvalidInput where the parameters of a tensor ask for what this server has not."""
+    """Raises InvalidInput if a tensor's parameters need an unsupported extension."""
     for parameter in _UNSUPPORTED:
         if parameter in parameters:
-            raise InvalidInput(f"{name}: this server has no {parameter}: send and take the tensor itself", place=name)
+            raise InvalidInput(
+                f"{name}: this server does not support {parameter}: send and receive the tensor itself", place=name
+            )
 
 
 def check_output(name: str, parameters: Any, model: Model) -> None:
-    """Raises InvalidInput where an output that was asked for is none of the model's."""
+    """Raises InvalidInput if a requested output is not one of the model's."""
     known = [spec.name for spec in model.document.signature.outputs]
     if name not in known:
-        raise InvalidInput(f"outputs: the model has no {name[:80]!r}: ask for {', '.join(known)}", place="outputs")
+        raise InvalidInput(f"outputs: the model has no {name[:80]!r}: request {', '.join(known)}", place="outputs")
     check_parameters(name, parameters)
 
 
-def _wanted(request: _Request, model: Model) -> dict[str, bool]:
+def _requested_outputs(request: _Request, model: Model) -> dict[str, bool]:
     every = _flag(request.parameters, "binary_data_output", False)
     for output in request.outputs:
         check_output(output.name, output.parameters, model)
@@ -149,11 +153,11 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def write(asked: InferRequest, inferred: InferenceResult) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Writes an answer: its headers, and its body."""
+def write(request: InferRequest, result: InferenceResult) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Returns the headers and the body of an answer."""
     outputs, contents = [], []
-    for name, as_bytes in asked.outputs.items():
-        y = inferred.outputs[name]
+    for name, as_bytes in request.outputs.items():
+        y = result.outputs[name]
         output: dict[str, Any] = {"name": name, "datatype": DATATYPES[y.dtype.name], "shape": y.shape}
         if as_bytes:
             contents.append(y.tobytes())
@@ -161,13 +165,13 @@ def write(asked: InferRequest, inferred: InferenceResult) -> tuple[list[tuple[by
         else:
             output["data"] = y.ravel()
         outputs.append(output)
-    told: dict[str, Any] = {"model_name": inferred.model.name, "model_version": str(inferred.model.version)}
-    if asked.id:
-        told["id"] = asked.id
-    if inferred.parameters:
-        told["parameters"] = inferred.parameters
-    told["outputs"] = outputs
-    head = orjson.dumps(told, option=orjson.OPT_SERIALIZE_NUMPY)
+    document: dict[str, Any] = {"model_name": result.model.name, "model_version": str(result.model.version)}
+    if request.id:
+        document["id"] = request.id
+    if result.parameters:
+        document["parameters"] = result.parameters
+    document["outputs"] = outputs
+    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     if not contents:
         return [_JSON], head
     return [_BINARY, (HEADER_LENGTH, b"%d" % len(head))], b"".join((head, *contents))

@@ -1,4 +1,4 @@
-"""What the protocol answers instead of a result: `{"error": ...}` with Triton's statuses, over gRPC a status code."""
+"""The protocol's errors: `{"error": ...}` with Triton's HTTP statuses, or a gRPC status."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import orjson
 
 from cellserve.service.errors import Problem
 
-# By the problem's own status: the HTTP status that Triton has for the like (`HttpCodeFromError` in its
-# http_server.cc), and the name of gRPC's code. Triton has no keys, positions or expired sequences: these are ours.
+# From a problem's own status to Triton's HTTP status for such an error (`HttpCodeFromError` in its http_server.cc) and
+# gRPC's code. Triton has no keys, positions or expired sequences: these rows are ours.
 _STATUSES = {
     400: (400, "INVALID_ARGUMENT"),
     401: (401, "UNAUTHENTICATED"),
@@ -24,21 +24,21 @@ _STATUSES = {
 
 
 class SequenceNotStarted(Problem):
-    """A step of a sequence that was never heard of, without the flag that starts it."""
+    """A step of an unknown sequence without `sequence_start`."""
 
     status = 400
     title = "The sequence was not started"
 
 
 class NotByProtocol(Problem):
-    """What the protocol has, and this server does in another way or not at all."""
+    """A part of the protocol that this server does not support."""
 
     status = 400
     title = "Not done over this protocol"
 
 
 class NotReady(Problem):
-    """The server takes no requests yet, or no more."""
+    """The server is starting or stopping."""
 
     status = 503
     title = "The server is not ready"
@@ -46,15 +46,15 @@ class NotReady(Problem):
 
 
 def http_status(problem: Problem) -> int:
-    """Gives the HTTP status of an answer."""
+    """Returns the HTTP status of an answer."""
     return _STATUSES.get(problem.status, (500, ""))[0]
 
 
 def grpc_code(problem: Problem) -> str:
-    """Gives the name of gRPC's status code."""
+    """Returns the name of gRPC's status code."""
     return _STATUSES.get(problem.status, (500, "INTERNAL"))[1]
 
 
 def document(problem: Problem, request_id: str) -> bytes:
-    """Gives the JSON of an answer: the message as `error`, beside it what a program can act on, such as `position`."""
+    """Returns the JSON of an answer: the message as `error`, and members for programs, such as `position`."""
     return orjson.dumps({"error": problem.detail, **problem.extensions, "request_id": request_id})

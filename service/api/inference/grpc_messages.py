@@ -1,4 +1,4 @@
-"""The messages of the protocol's gRPC form: tensors out of requests, outputs into answers."""
+"""gRPC messages of the protocol: tensors from requests, outputs to answers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cellserve.service.errors import InvalidInput
 from cellserve.service.model_repository.repository import Model
 
 Array = NDArray[Any]
-Message = Any  # of the protocol, or of grpc
+Message = Any  # a message of the protocol, or grpc's context
 
 _CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents", "INT64": "int64_contents"}
 
 
 def read_tensors(request: Message, model: Model) -> dict[str, Array]:
-    """Reads the tensors of a request to a model, which are all raw or all typed."""
+    """Returns the tensors of a request, which are all raw or all typed."""
     raw: Sequence[bytes] = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise InvalidInput(
-            f"raw_input_contents: {len(raw)} for {len(request.inputs)} inputs: send one for each, or none",
+            f"raw_input_contents: {len(raw)} for {len(request.inputs)} inputs: send one for each input, or none at all",
             place="raw_input_contents",
         )
     tensors: dict[str, Array] = {}
@@ -32,11 +32,11 @@ def read_tensors(request: Message, model: Model) -> dict[str, Array]:
         name = tensor.name
         check_parameters(name, tensor.parameters)
         if name in tensors:
-            raise InvalidInput(f"inputs: {name!r} is there twice", place="inputs")
+            raise InvalidInput(f"inputs: {name!r} appears twice", place="inputs")
         check_datatype(name, tensor.datatype, model.inputs.specs)
         if raw:
             if tensor.HasField("contents"):
-                raise InvalidInput(f"{name}: send its contents or raw_input_contents, not both", place=name)
+                raise InvalidInput(f"{name}: send contents or raw_input_contents, not both", place=name)
             tensors[name] = from_bytes(name, tensor.datatype, tensor.shape, raw[number])
         else:
             contents = getattr(tensor.contents, _CONTENTS.get(tensor.datatype, "fp32_contents"))
@@ -44,9 +44,15 @@ def read_tensors(request: Message, model: Model) -> dict[str, Array]:
     return tensors
 
 
-def write_answer(told: dict[str, str], outputs: dict[str, Array], parameters: dict[str, Any]) -> Message:
-    """Writes the answer to a request: what is told of it, the outputs by name, and its parameters."""
-    answer = pb.ModelInferResponse(**told, raw_output_contents=[y.tobytes() for y in outputs.values()])
+def write_answer(head: dict[str, str], outputs: dict[str, Array], parameters: dict[str, Any]) -> Message:
+    """Returns the answer to a request.
+
+    Args:
+        head: The model's name and version, and the request's id.
+        outputs: The outputs by name.
+        parameters: The answer's parameters.
+    """
+    answer = pb.ModelInferResponse(**head, raw_output_contents=[y.tobytes() for y in outputs.values()])
     for name, y in outputs.items():
         answer.outputs.add(name=name, datatype=DATATYPES[y.dtype.name], shape=y.shape)
     for name, value in parameters.items():
@@ -55,7 +61,7 @@ def write_answer(told: dict[str, str], outputs: dict[str, Array], parameters: di
 
 
 def plain(parameter: Message) -> Any:
-    """Gives a parameter's value, None where it has none."""
+    """Returns a parameter's value, None if it has none."""
     which = parameter.WhichOneof("parameter_choice")
     return None if which is None else getattr(parameter, which)
 

@@ -1,4 +1,4 @@
-"""The protocol over gRPC: `inference.GRPCInferenceService`, health and reflection, on a port of their own.
+"""The protocol over gRPC: `inference.GRPCInferenceService`, health and reflection, on their own port.
 
 The messages are tritonclient's, generated from
 https://github.com/triton-inference-server/common/blob/main/protobuf/grpc_service.proto.
@@ -25,10 +25,9 @@ from cellserve.service.api.inference import metadata
 from cellserve.service.api.inference.codec import check_output
 from cellserve.service.api.inference.errors import NotByProtocol, grpc_code, http_status
 from cellserve.service.api.inference.grpc_messages import Message, plain, read_tensors, write_answer
-from cellserve.service.api.inference.grpc_stream import Stream
+from cellserve.service.api.inference.grpc_stream import RequestStream
 from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.inference.statistics import Timing
-from cellserve.service.api.operations_listener import check_free
 from cellserve.service.errors import Problem, UnknownModel
 from cellserve.service.observability.request_context import HEADER, RequestContext, make_scope, new_id
 
@@ -39,39 +38,34 @@ _UNSUPPORTED = ("SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "Syste
              "CudaSharedMemoryStatus", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister", "TraceSetting",
              "LogSettings")  # fmt: skip
 
-_LONGEST_MESSAGE, _LONGEST_VALUE = 1000, 100  # letters: with many more, clients refuse the whole status
-_LOOK_SECONDS = 0.02  # between looks at what is under way
-_LAST_SECONDS = 0.5  # for the last answers to be sent
+_LONGEST_MESSAGE, _LONGEST_VALUE = 1000, 100  # characters; clients refuse a status that is much larger
+_POLL_SECONDS = 0.02  # between checks for requests in progress
+_FLUSH_SECONDS = 0.5  # for sending the last answers
 
 log = logging.getLogger("cellserve")
 
 
 class GrpcServer:
-    """The server; it lives in the event loop that everything else lives in.
+    """The gRPC server, in the same event loop as everything else.
 
     Args:
         inference: Answers the requests.
-
-    Raises:
-        PortTaken: Its port is not to be had.
     """
 
     def __init__(self, inference: Inference) -> None:
         self._settings = inference.service.settings
-        settings = self._settings  # gRPC itself says in many lines, and late, that it cannot listen
-        check_free("--grpc-port", settings.host, settings.grpc_port or 0, settings.workers > 1)
         self._methods = _Methods(inference)
         self._health = health.aio.HealthServicer()
         self._server: Any = None
 
     async def start(self) -> None:
-        """Begins to serve."""
+        """Starts to serve."""
         settings = self._settings
         self._server = grpc.aio.server(
             options=(
                 ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
-                # Workers share the port; otherwise a port that is taken is an error.
+                # Only workers share the port; otherwise a taken port is an error.
                 ("grpc.so_reuseport", int(settings.workers > 1)),
             )
         )
@@ -86,60 +80,61 @@ class GrpcServer:
         log.info("gRPC on %s:%d", host, port)
 
     async def stop(self) -> None:
-        """Ends when what was begun is answered, at the latest after `shutdown_seconds`."""
+        """Stops after answering the requests in progress, at the latest after `shutdown_seconds`."""
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.ensure_future(self._server.stop(self._settings.shutdown_seconds))
         await asyncio.sleep(0)
         methods = self._methods
         for stream in methods.streams:
             stream.end()
-        while (methods.under_way or methods.streams) and not stopping.done():
-            await asyncio.sleep(_LOOK_SECONDS)
-        # Whoever watches the health would go on doing so.
-        await asyncio.wait((stopping,), timeout=_LAST_SECONDS)
+        while (methods.in_flight or methods.streams) and not stopping.done():
+            await asyncio.sleep(_POLL_SECONDS)
+        # Health watches never end by themselves.
+        await asyncio.wait((stopping,), timeout=_FLUSH_SECONDS)
         await self._server.stop(None)
         await stopping
 
 
 def _answering(method: Method) -> Method:
-    """Counts a method's calls, and turns what it raises into a status."""
+    """Wraps a method: counts its calls, and turns its exceptions into a gRPC status."""
 
-    async def answer(self: Any, request: Message, context: Message) -> Message:
-        asked = self.asked(context)
+    async def wrapper(self: Any, request: Message, context: Message) -> Message:
+        about = self.request_context(context)
         try:
-            told = await method(self, request, context)
-            asked.surface.record_response(200, perf_counter() - asked.begun)
-            return told
+            answer = await method(self, request, context)
+            about.surface.record_response(200, perf_counter() - about.started)
+            return answer
         except Exception as error:
-            problem = _counted(error, asked, method.__name__)
-        await _abort(context, problem, asked)
+            problem = _record_problem(error, about, method.__name__)
+        await _abort(context, problem, about)
 
-    return answer
+    return wrapper
 
 
-def _counted(error: Exception, asked: RequestContext, method: str) -> Problem:
-    problem = as_problem(error, make_scope(asked, method="gRPC", path=method))
-    asked.surface.record_problem(problem)
-    asked.surface.record_response(http_status(problem), perf_counter() - asked.begun)
+def _record_problem(error: Exception, about: RequestContext, method: str) -> Problem:
+    """Returns the problem to answer with, and counts it."""
+    problem = as_problem(error, make_scope(about, method="gRPC", path=method))
+    about.surface.record_problem(problem)
+    about.surface.record_response(http_status(problem), perf_counter() - about.started)
     return problem
 
 
-async def _abort(context: Message, problem: Problem, asked: RequestContext) -> None:
-    told = {name: str(value) for name, value in problem.extensions.items()} | {HEADER.decode(): asked.id}
-    more = tuple((name, value) for name, value in told.items() if _is_metadata(value))
-    await context.abort(grpc.StatusCode[grpc_code(problem)], problem.detail[:_LONGEST_MESSAGE], more)
+async def _abort(context: Message, problem: Problem, about: RequestContext) -> None:
+    fields = {name: str(value) for name, value in problem.extensions.items()} | {HEADER.decode(): about.id}
+    trailing = tuple((name, value) for name, value in fields.items() if _is_metadata(value))
+    await context.abort(grpc.StatusCode[grpc_code(problem)], problem.detail[:_LONGEST_MESSAGE], trailing)
 
 
 def _is_metadata(value: str) -> bool:
-    """Says whether metadata can hold a text; the message has it too."""
+    """Whether a value can be sent as metadata; the message contains it too."""
     return len(value) <= _LONGEST_VALUE and value.isascii() and value.isprintable()
 
 
 class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     def __init__(self, inference: Inference) -> None:
         self._inference, self._service = inference, inference.service
-        self.streams: set[Stream] = set()
-        self.under_way = 0  # requests that are being answered
+        self.streams: set[RequestStream] = set()
+        self.in_flight = 0  # requests
 
     async def ServerLive(self, request: Message, context: Message) -> Message:
         return pb.ServerLiveResponse(live=True)
@@ -199,9 +194,9 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
         try:
             owner = self._owner(context)
         except Problem as problem:
-            asked = self.asked(context)
-            await _abort(context, _counted(problem, asked, "ModelStreamInfer"), asked)
-        stream = Stream(lambda request: self._streamed(owner, request), self._service.settings.stream_window)
+            about = self.request_context(context)
+            await _abort(context, _record_problem(problem, about, "ModelStreamInfer"), about)
+        stream = RequestStream(lambda request: self._streamed(owner, request), self._service.settings.stream_window)
         self.streams.add(stream)
         try:
             async for answer in stream.answers(requests):
@@ -210,21 +205,21 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
             self.streams.discard(stream)
 
     async def _streamed(self, owner: str, request: Message) -> Message:
-        asked = self.asked()
+        about = self.request_context()
         try:
             answer = await self._infer(owner, request)
         except Exception as error:
-            problem = _counted(error, asked, "ModelStreamInfer")
-            told = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
-            return pb.ModelStreamInferResponse(error_message=problem.detail, infer_response=told)
-        asked.surface.record_response(200, perf_counter() - asked.begun)
+            problem = _record_problem(error, about, "ModelStreamInfer")
+            failed = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
+            return pb.ModelStreamInferResponse(error_message=problem.detail, infer_response=failed)
+        about.surface.record_response(200, perf_counter() - about.started)
         answer.parameters["triton_final_response"].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=answer)
 
     async def _infer(self, owner: str, request: Message) -> Message:
         engine = await self._inference.engine(request.model_name, request.model_version)
         model, timing = engine.model, Timing()
-        self.under_way += 1
+        self.in_flight += 1
         try:
             with self._inference.statistics(engine).request(timing):
                 tensors = read_tensors(request, model)
@@ -233,17 +228,17 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
                 timing.decode_ended()
                 parameters = {name: plain(value) for name, value in request.parameters.items()}
                 any_version = not request.model_version
-                inferred = await self._inference.infer(owner, engine, tensors, parameters, any_version)
-                timing.run_ended(inferred.batch)
-                wanted = [output.name for output in request.outputs] or list(inferred.outputs)
-                model = inferred.model
-                told = {"model_name": model.name, "model_version": str(model.version), "id": request.id}
-                return write_answer(told, {name: inferred.outputs[name] for name in wanted}, inferred.parameters)
+                result = await self._inference.infer(owner, engine, tensors, parameters, any_version)
+                timing.run_ended(result.batch)
+                names = [output.name for output in request.outputs] or list(result.outputs)
+                model = result.model
+                head = {"model_name": model.name, "model_version": str(model.version), "id": request.id}
+                return write_answer(head, {name: result.outputs[name] for name in names}, result.parameters)
         finally:
-            self.under_way -= 1
+            self.in_flight -= 1
 
-    def asked(self, context: Message | None = None) -> RequestContext:
-        """Gives what there is beside a request: its id is taken from the metadata, or made."""
+    def request_context(self, context: Message | None = None) -> RequestContext:
+        """Returns a new context for a request, with the id in its metadata or a new one."""
         given = dict((context.invocation_metadata() or ()) if context is not None else ()).get(HEADER.decode(), "")
         return RequestContext(
             given if 0 < len(given) <= _LONGEST_VALUE else new_id(), self._service.counts.surfaces["inference"]
@@ -258,7 +253,7 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
 
 @_answering
 async def _unsupported(self: Any, request: Message, context: Message) -> Message:
-    raise NotByProtocol("this server has no such extension: ServerMetadata lists those that it has")
+    raise NotByProtocol("this server does not support this extension: ServerMetadata lists those it supports")
 
 
 for _name in _UNSUPPORTED:

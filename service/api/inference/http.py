@@ -1,4 +1,4 @@
-"""`/v2`: the protocol over HTTP, plain ASGI, since `infer` carries load."""
+"""`/v2`: the protocol over HTTP, plain ASGI for speed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cellserve.service.api.inference.statistics import Timing
 from cellserve.service.errors import MethodNotAllowed, NotFound
 from cellserve.service.observability.request_context import get_context
 
-_LARGE_BODY = 16 * 1024  # bytes: reading more takes longer than a step
+_LARGE_BODY = 16 * 1024  # bytes; decoding more takes longer than a step
 _PATHS = ("health", "models", "repository")
 _JSON = (b"content-type", b"application/json")
 
@@ -55,14 +55,14 @@ class HttpInference:
                 case ["models", name, "infer"]:
                     await self._infer(scope, receive, send, name, "")
                 case _:
-                    await send_body(send, 200, [_JSON], await self._told(scope, receive, path))
+                    await send_body(send, 200, [_JSON], await self._answer(scope, receive, path))
         except ClientGone:
             pass
         except Exception as error:
-            problem, asked = as_problem(error, scope), get_context(scope)
-            asked.surface.record_problem(problem)
+            problem, context = as_problem(error, scope), get_context(scope)
+            context.surface.record_problem(problem)
             headers = [header for header in problem.headers() if header[0] != b"content-type"]
-            await send_body(send, errors.http_status(problem), [_JSON, *headers], errors.document(problem, asked.id))
+            await send_body(send, errors.http_status(problem), [_JSON, *headers], errors.document(problem, context.id))
 
     async def _infer(self, scope: Scope, receive: Receive, send: Send, name: str, version: str) -> None:
         headers = dict(scope["headers"])
@@ -72,25 +72,25 @@ class HttpInference:
         content = await read_rest(await receive(), scope, receive, limit)
         timing = Timing()
         with self._inference.statistics(engine).request(timing):
-            encoding = headers.get(b"content-encoding", b"identity")
-            if encoding != b"identity":
-                content = await compression.decompressed(content, encoding, limit)
+            sent_encoding = headers.get(b"content-encoding", b"identity")
+            if sent_encoding != b"identity":
+                content = await compression.decompressed(content, sent_encoding, limit)
             if len(content) > _LARGE_BODY:
                 await self._one_per_iteration()
-            asked = codec.read(content, headers.get(codec.HEADER_LENGTH), engine.model)
+            request = codec.read(content, headers.get(codec.HEADER_LENGTH), engine.model)
             timing.decode_ended()
-            work = self._inference.infer(owner, engine, asked.tensors, asked.parameters, not version)
-            inferred = await (cancel_on_disconnect(work, receive) if engine.is_behind else work)
-            timing.run_ended(inferred.batch)
-            told, content = codec.write(asked, inferred)
-            wanted = compression.accepted(headers.get(b"accept-encoding", b""))
-            smaller = None if wanted is None else await compression.compressed(content, wanted)
-            if wanted is not None and smaller is not None:
-                told, content = [*told, (b"content-encoding", wanted)], smaller
-        await send_body(send, 200, told, content)
+            work = self._inference.infer(owner, engine, request.tensors, request.parameters, not version)
+            result = await (cancel_on_disconnect(work, receive) if engine.is_behind else work)
+            timing.run_ended(result.batch)
+            answer_headers, content = codec.write(request, result)
+            encoding = compression.accepted(headers.get(b"accept-encoding", b""))
+            smaller = None if encoding is None else await compression.compressed(content, encoding)
+            if encoding is not None and smaller is not None:
+                answer_headers, content = [*answer_headers, (b"content-encoding", encoding)], smaller
+        await send_body(send, 200, answer_headers, content)
 
-    async def _told(self, scope: Scope, receive: Receive, path: list[str]) -> bytes:
-        """Gives what anything but `infer` is answered."""
+    async def _answer(self, scope: Scope, receive: Receive, path: list[str]) -> bytes:
+        """Returns the body of the answer to any request but `infer`."""
         inference, service = self._inference, self._service
         match path:
             case ["health", "live"]:
@@ -110,12 +110,12 @@ class HttpInference:
             case ["models", "stats"]:
                 return orjson.dumps(await inference.statistics_document())
             case ["models", name, "versions", version, *rest]:
-                return await self._told_of(name, version, rest)
+                return await self._describe_model(name, version, rest)
             case ["models", name, *rest]:
-                return await self._told_of(name, "", rest)
+                return await self._describe_model(name, "", rest)
         raise NotFound(f"{scope['path'][:200]}: this server has no such extension: see /docs for what there is")
 
-    async def _told_of(self, name: str, version: str, what: list[str]) -> bytes:
+    async def _describe_model(self, name: str, version: str, what: list[str]) -> bytes:
         inference = self._inference
         engine = await inference.engine(name, version)
         match what:
@@ -128,4 +128,4 @@ class HttpInference:
                 return orjson.dumps(inference.config(engine))
             case ["stats"]:
                 return orjson.dumps(await inference.statistics_document(name, version))
-        raise NotFound(f"{'/'.join(what)[:80]}: a model has no such path, or this server no such extension: see /docs")
+        raise NotFound(f"{'/'.join(what)[:80]}: no such path of a model, or no such extension here: see /docs")

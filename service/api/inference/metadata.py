@@ -1,4 +1,4 @@
-"""What the protocol tells of the server and of its models: metadata, configuration, the repository's index."""
+"""The protocol's descriptions of the server and its models: metadata, configuration, repository index."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cellserve.service.model_repository.repository import Model
 
 EXTENSIONS = ("sequence", "sequence(string_id)", "binary_tensor_data", "model_configuration", "model_repository",
               "statistics", "parameters")  # fmt: skip
-PLATFORM = "onnxruntime_onnx"  # Triton's name for what runs these files
+PLATFORM = "onnxruntime_onnx"  # Triton's name for ONNX Runtime
 
 
 def server() -> dict[str, Any]:
-    """Gives the server's metadata."""
+    """Returns the server's metadata."""
     return {"name": "cellserve", "version": importlib.metadata.version("cellserve"), "extensions": list(EXTENSIONS)}
 
 
 def metadata(model: Model, versions: list[str]) -> dict[str, Any]:
-    """Gives a model's metadata, and which versions can be asked for; -1 is any number.
+    """Returns a model's metadata with its available versions; -1 stands for any size.
 
-    Its states are the server's and are not told. Nor is the optional `lengths`: there is no word for optional here, and
-    clients that make up data for every input (perf_analyzer) would send it.
+    States are left out: the server keeps them. So is the optional input `lengths`: the protocol cannot mark an input as
+    optional, and clients that generate data for every input (perf_analyzer) would send it.
     """
     signature = model.document.signature
     return {
@@ -40,11 +40,11 @@ def metadata(model: Model, versions: list[str]) -> dict[str, Any]:
 
 
 def config(engine: Engine, idle_seconds: float) -> dict[str, Any]:
-    """Gives a model's configuration, as the JSON of Triton's ModelConfig (model_config.proto).
+    """Returns a model's configuration, as the JSON of Triton's ModelConfig (model_config.proto).
 
     Args:
-        engine: Of the model.
-        idle_seconds: A sequence not used for so long expires.
+        engine: The model's engine.
+        idle_seconds: The idle time after which a sequence expires.
     """
     model = engine.model
     signature = model.document.signature
@@ -64,9 +64,9 @@ def config(engine: Engine, idle_seconds: float) -> dict[str, Any]:
 
 
 def index(states: Iterable[VersionState]) -> list[dict[str, str]]:
-    """Gives the repository's index: which versions there are, and how they stand."""
+    """Returns the repository's index: all versions with their states."""
     words = {"serving": "READY", "draining": "READY", "loaded": "READY", "refused": "UNAVAILABLE"}
-    # What is on disk alone is loaded when it is asked for.
+    # Other states are ready too: a version that is only on disk is loaded on request.
     return [
         {
             "name": one.key.name,
@@ -79,10 +79,10 @@ def index(states: Iterable[VersionState]) -> list[dict[str, str]]:
 
 
 def loading_unsupported() -> NotByProtocol:
-    """Gives what to raise where a model is to be loaded or unloaded."""
+    """Returns the error for requests to load or unload a model."""
     return NotByProtocol(
-        "models are not loaded or unloaded over this protocol: the operator puts NAME/VERSION/ into the folder of "
-        "--models, or takes it out"
+        "models are not loaded or unloaded over this protocol: the operator adds NAME/VERSION/ to the folder of "
+        "--models, or removes it"
     )
 
 
@@ -100,5 +100,5 @@ def _configured(signature: Signature, specs: Iterable[TensorSpec]) -> list[dict[
 
 
 def _axes(signature: Signature, spec: TensorSpec) -> list[int]:
-    """Gives a tensor's axes without the batch."""
+    """Returns a tensor's axes without the batch."""
     return [*([-1] if signature.time_axis else []), *spec.shape]

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of `/v2`."""
+"""The OpenAPI document's part for `/v2`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PARAMETERS = {
         "position": {
             "type": "integer",
             "minimum": 0,
-            "description": "where the sequence is; then it may be sent again",
+            "description": "the sequence's position; makes the request safe to repeat",
         },
         "binary_data_output": {"type": "boolean"},
     },
@@ -63,7 +63,7 @@ _DOCUMENT = {"application/json": {"schema": {"type": ["object", "array"]}}}
 
 
 def paths() -> dict[str, Any]:
-    """Gives the paths."""
+    """Returns the paths."""
     found = {
         "/v2": {"get": _operation("The server's metadata", "v2_server", _DOCUMENT)},
         "/v2/health/live": {"get": _operation("Is the process alive?", "v2_live")},
@@ -97,7 +97,7 @@ def _infer(operation_id: str) -> dict[str, Any]:
             "application/octet-stream": binary,
         },
     )
-    operation["description"] = "docs/inference-protocol.md tells of tensors as bytes, sequences and positions."
+    operation["description"] = "docs/inference-protocol.md describes tensors as bytes, sequences and positions."
     operation["requestBody"] = {
         "required": True,
         "content": {"application/json": {"schema": _INFER, "example": _EXAMPLE}, "application/octet-stream": binary},
@@ -113,7 +113,7 @@ def _operation(summary: str, operation_id: str, content: dict[str, Any] | None =
         "operationId": operation_id,
         "responses": {
             "200": {"description": "done", **({"content": content} if content else {})},
-            "4XX": {"description": "The request does not fit; the error says where and why.", **failed},
+            "4XX": {"description": "The request is invalid; the error says where and why.", **failed},
             "5XX": {"description": "Nothing was applied; Retry-After says when to try again.", **failed},
         },
     }

@@ -1,4 +1,4 @@
-"""What the protocol's statistics extension tells of a model: requests of this protocol, and all runs of the model.
+"""The protocol's statistics extension: requests of this protocol, and all runs of the model.
 
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_statistics.md
 """
@@ -16,29 +16,29 @@ _STAGES = ("queue", "compute_input", "compute_infer", "compute_output")
 
 
 class Timing:
-    """The times of one request, in nanoseconds of `time.perf_counter_ns`."""
+    """Timestamps of one request, in nanoseconds of `time.perf_counter_ns`."""
 
     __slots__ = ("decoded", "ran", "rows", "start")
 
     def __init__(self) -> None:
         self.start = time.perf_counter_ns()
-        self.rows = 1  # of its batch
-        self.decoded = self.ran = self.start  # when the tensors were there, when the outputs were
+        self.rows = 1  # batch size
+        self.decoded = self.ran = self.start  # when the tensors, and the outputs, were available
 
     def decode_ended(self) -> None:
-        """Notes that the tensors are there."""
+        """Records that the tensors are decoded."""
         self.decoded = self.ran = time.perf_counter_ns()
 
     def run_ended(self, rows: int) -> None:
-        """Notes that the outputs of a batch of so many rows are there."""
+        """Records that the outputs are available, for a batch of `rows`."""
         self.ran, self.rows = time.perf_counter_ns(), rows
 
 
 class Statistics:
-    """One model's requests, as counts and nanoseconds.
+    """Counts and durations of one model's requests.
 
     Args:
-        engine: Of the model.
+        engine: The model's engine.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -46,11 +46,11 @@ class Statistics:
         self._last = 0  # milliseconds since 1970
         self._inferences = 0
         self._success, self._fail = [0, 0], [0, 0]
-        self._stages = [0] * len(_STAGES)  # nanoseconds, over the requests that succeeded
+        self._stages = [0] * len(_STAGES)  # nanoseconds, summed over successful requests
 
     @contextmanager
     def request(self, timing: Timing) -> Iterator[None]:
-        """Counts a request: one that raises has failed."""
+        """Counts a request, as failed if it raises."""
         before = self._counts.run_seconds
         try:
             yield
@@ -59,7 +59,7 @@ class Statistics:
             raise
         end = time.perf_counter_ns()
         waited = timing.ran - timing.decoded
-        # What of the waiting the model ran for, for whomever; the rest it stood in a queue.
+        # The part of the wait in which the model ran, for any request; the rest is time in the queue.
         ran = min(waited, int(1e9 * (self._counts.run_seconds - before)))
         self._count(self._success, end - timing.start)
         for stage, took in enumerate((waited - ran, timing.decoded - timing.start, ran, end - timing.ran)):
@@ -68,7 +68,7 @@ class Statistics:
         self._last = time.time_ns() // 1_000_000
 
     def document(self) -> dict[str, Any]:
-        """Gives the extension's object of a model."""
+        """Returns the extension's JSON object for the model."""
         model, (succeeded, _) = self._model, self._success
         runs = {rows: (int(count), int(1e9 * took)) for rows, (count, took) in sorted(self._counts.by_rows.items())}
         stages = zip(_STAGES, self._stages, strict=True)

@@ -1,4 +1,4 @@
-"""The protocol's tensors: datatypes, and arrays out of bytes or numbers; an error names the tensor."""
+"""The protocol's tensors: datatypes, and arrays from bytes or numbers; errors name the tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cellserve.service.validation.json_input import decode
 
 Array = NDArray[Any]
 
-# https://kserve.github.io/website, "Open Inference Protocol", "Tensor Data Types", of those a model here may have.
+# The supported ones of https://kserve.github.io/website, "Open Inference Protocol", "Tensor Data Types".
 DATATYPES = {"float32": "FP32", "int32": "INT32", "int64": "INT64"}
 _WIRE: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT32": np.dtype("<i4"), "INT64": np.dtype("<i8")}
 _MOST_AXES = 8
@@ -33,10 +33,10 @@ _FLOATS, _INTEGERS = _nested(float), _nested(int)
 
 
 def from_bytes(name: str, datatype: str, shape: Sequence[int], content: bytes | memoryview) -> Array:
-    """Makes an array of little-endian bytes, row by row.
+    """Returns an array of row-major little-endian bytes.
 
     Raises:
-        InvalidInput: The datatype is not taken here, or the shape asks for another number of bytes.
+        InvalidInput: The datatype is not supported, or the shape needs another number of bytes.
     """
     dtype = _dtype(name, datatype)
     size = _size(name, shape) * dtype.itemsize
@@ -48,7 +48,7 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], content: bytes | 
 
 
 def from_numbers(name: str, datatype: str, shape: Sequence[int], numbers: Any) -> Array:
-    """Makes an array of numbers, flat row by row or nested; raises InvalidInput as `from_bytes` does."""
+    """Returns an array of numbers, flat and row-major or nested; raises InvalidInput as `from_bytes` does."""
     dtype = _dtype(name, datatype)
     size = _size(name, shape)
     try:
@@ -62,18 +62,18 @@ def from_numbers(name: str, datatype: str, shape: Sequence[int], numbers: Any) -
 
 
 def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw) -> Array:
-    """Makes an array of JSON's numbers; raises InvalidInput as `from_bytes` does."""
+    """Returns an array of JSON numbers; raises InvalidInput as `from_bytes` does."""
     decoders = _FLOATS if _dtype(name, datatype).kind == "f" else _INTEGERS
     content = bytes(data)
     head = content[:64].translate(None, b" \t\r\n")
     depth = len(head) - len(head.lstrip(b"["))
     if depth > _MOST_AXES:
-        raise InvalidInput(f"{name}: its data are nested too deeply: send them flat", place=name)
+        raise InvalidInput(f"{name}: its data is nested too deeply: send it flat", place=name)
     return from_numbers(name, datatype, shape, decode(decoders[max(depth, 1) - 1], data, name))
 
 
 def check_datatype(name: str, datatype: str, specs: Sequence[TensorSpec]) -> None:
-    """Raises InvalidInput where a tensor is one of the model's inputs and of another datatype than that has."""
+    """Raises InvalidInput if a tensor is a model's input and has another datatype than that."""
     for spec in specs:
         if spec.name == name and DATATYPES[spec.dtype] != datatype:
             raise InvalidInput(
@@ -90,5 +90,5 @@ def _dtype(name: str, datatype: str) -> np.dtype[Any]:
 
 def _size(name: str, shape: Sequence[int]) -> int:
     if len(shape) > _MOST_AXES or any(axis < 0 for axis in shape):
-        raise InvalidInput(f"{name}: its shape is {list(shape)[:_MOST_AXES]}: send that of the data", place=name)
+        raise InvalidInput(f"{name}: its shape is {list(shape)[:_MOST_AXES]}: send the shape of the data", place=name)
     return math.prod(shape)

@@ -1,4 +1,4 @@
-"""The binary frames of `WS /stream`: steps of many sessions in one; `docs/protocol.md` has them to the byte."""
+"""The binary frames of `WS /stream`: steps of many sessions in one; `docs/protocol.md` specifies them."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from cellserve.service.validation.tensor_values import validate_together
 
 Array = NDArray[Any]
 
-_HEADER = struct.Struct("<4I")  # kind, ref, number of sessions, time steps; all that follows is little-endian too
+_HEADER = struct.Struct("<4I")  # kind, ref, number of sessions, time steps; everything is little-endian
 STEP, STEP_FROM = 1, 2
-_STEPPED = 0x80  # and the kind of what is answered
-_REPLAYED = 1  # a status
+_ANSWER = 0x80  # added to a frame's kind, this is its answer's kind
+_REPLAYED = 1  # the status of a replayed row
 
 
 class Frame(NamedTuple):
-    """A step of many sessions, read up to its numbers."""
+    """A step of many sessions, parsed except for x."""
 
     kind: int
     ref: int
-    steps: int  # time steps of each session
+    steps: int  # time steps per session
     handles: NDArray[np.uint32]  # [sessions]
-    positions: NDArray[np.uint64] | None  # [sessions], where they are to start from
+    positions: NDArray[np.uint64] | None  # [sessions], required positions before the step
     body: bytes
-    start: int  # of x in the body
+    start: int  # offset of x in the body
 
     @classmethod
     def read(cls, body: bytes) -> Frame:
-        """Reads a frame; raises InvalidInput where it cannot be one."""
+        """Parses a frame; raises InvalidInput if it is malformed."""
         if len(body) < _HEADER.size:
-            raise InvalidInput(f"the frame has {len(body)} bytes: its header alone has {_HEADER.size}")
+            raise InvalidInput(f"the frame has {len(body)} bytes: the header alone needs {_HEADER.size}")
         kind, ref, count, steps = _HEADER.unpack_from(body)
         if kind not in (STEP, STEP_FROM):
-            raise InvalidInput(f"kind: {kind} is none: send {STEP} to step, {STEP_FROM} to step from positions")
+            raise InvalidInput(f"kind: {kind} is unknown: send {STEP} to step, {STEP_FROM} to step from positions")
         if not count or not steps:
             raise InvalidInput(f"the frame has {count} sessions and {steps} time steps: send at least one of each")
         behind = _HEADER.size + 4 * count
@@ -55,14 +55,14 @@ class Frame(NamedTuple):
         return cls(kind, ref, steps, handles, positions, body, start)
 
     def x(self, model: Model) -> Array:
-        """Gives `[sessions, time, *features]`, checked; raises InvalidInput where it does not fit."""
+        """Returns x `[sessions, time, *features]`; raises InvalidInput if its size or a value is wrong."""
         inputs, count, steps, start = model.inputs, len(self.handles), self.steps, self.start
         size = math.prod(inputs.shape) * inputs.frame_dtype.itemsize
-        whole = start + count * steps * size  # of Python's integers, which no header makes overflow
-        if len(self.body) != whole:
+        expected = start + count * steps * size  # Python integers: no header makes them overflow
+        if len(self.body) != expected:
             raise InvalidInput(
                 f"the frame has {len(self.body)} bytes: x, {count} sessions by {steps} time steps of {size} bytes, "
-                f"makes it {whole}"
+                f"makes it {expected}"
             )
         x = np.frombuffer(self.body, inputs.frame_dtype, offset=start).reshape(count, steps, *inputs.shape)
         return validate_together(x, inputs, "x")
@@ -70,37 +70,37 @@ class Frame(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Sessions that stand in a binary frame together."""
+    """The sessions of a binary frame."""
 
     sessions: list[Session]
     slots: Slots
-    mixed: bool = False  # whether they are of several versions
-    endings: int = -1  # how many sessions had ended when all of these were seen alive
+    mixed: bool = False  # whether their models are of several versions
+    endings: int = -1  # the table's count of ended sessions when all of these were last seen alive
 
     @classmethod
     def of(cls, sessions: list[Session]) -> Group:
-        """Groups sessions; raises InvalidInput where they are not of one model, or of versions with other tensors."""
+        """Groups sessions; raises InvalidInput unless they share a model and its inputs and outputs."""
         engines = {session.engine for session in sessions}
         signatures = [engine.model.document.signature for engine in engines]
         alike = {engine.model.name for engine in engines}, {(one.inputs, one.outputs) for one in signatures}
         if any(len(kinds) > 1 for kinds in alike):
             raise InvalidInput(
-                "the sessions are of several models, or of versions with other inputs or outputs: send a frame for each"
+                "the sessions are of several models, or versions with unlike inputs or outputs: send a frame for each"
             )
         return cls(sessions, np.array([session.slot for session in sessions]), len(engines) > 1)
 
 
 def answer(kind: int, ref: int, stepped: BatchStepResult) -> bytes:
-    """Writes the answer to a frame."""
+    """Returns the answer to a frame."""
     y = stepped.y
     statuses = np.zeros(len(y), "<u4")
     statuses[list(stepped.replayed)] = _REPLAYED
     for row, problem in stepped.problems.items():
         statuses[row] = problem.status
-    parts = _HEADER.pack(kind | _STEPPED, ref, *y.shape[:2]), stepped.positions.astype("<u8"), statuses, y
+    parts = _HEADER.pack(kind | _ANSWER, ref, *y.shape[:2]), stepped.positions.astype("<u8"), statuses, y
     return b"".join([bytes(part) for part in parts])
 
 
 def ref_of(body: bytes) -> int | None:
-    """Gives the ref of a frame that did not fit, as far as it can be read."""
+    """Returns the ref of a malformed frame, None if it is too short."""
     return int(_HEADER.unpack_from(body)[1]) if len(body) >= _HEADER.size else None

@@ -1,6 +1,6 @@
 """`WS /stream`: many sessions over one socket, in JSON frames or in binary frames of many steps each.
 
-`docs/protocol.md` describes the frames to the byte.
+`docs/protocol.md` specifies the frames byte by byte.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ Array = NDArray[Any]
 
 _AUTH_SECONDS = 10
 _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
-_GROUPS = 8  # of sessions that a socket has stepped together are remembered
+_CACHED_GROUPS = 8  # groups of sessions per socket
 
 
-class Stream:
-    """The endpoint, plain ASGI: one instance serves all sockets."""
+class StreamEndpoint:
+    """The endpoint, plain ASGI; one instance serves all sockets."""
 
     def __init__(self, service: ServiceContext) -> None:
         self.service = service
@@ -59,8 +59,8 @@ class Stream:
         await receive()
         try:
             self._check_origin(scope)
-            bears_key = self.service.keys is None or any(name == b"authorization" for name, _ in scope["headers"])
-            owner = self.service.owner(scope["headers"]) if bears_key else None
+            has_key = self.service.keys is None or any(name == b"authorization" for name, _ in scope["headers"])
+            owner = self.service.owner(scope["headers"]) if has_key else None
         except Problem as problem:
             start = {"type": "websocket.http.response.start", "status": problem.status, "headers": problem.headers()}
             await send(start)
@@ -73,16 +73,18 @@ class Stream:
             await _Socket(self.service, owner, scope, send).serve(receive)
 
     def _check_origin(self, scope: Scope) -> None:
-        """Raises Forbidden where a page of another origin than ours or an allowed one opens the socket (RFC 6454)."""
+        """Raises Forbidden if a page of a foreign origin (RFC 6454) that is not allowed opens the socket."""
         headers = dict(scope["headers"])
         origin = headers.get(b"origin", b"").decode("latin-1")
         allowed = self.service.settings.allowed_origins.split(",")
         same = origin.partition("://")[2] == headers.get(b"host", b"").decode("latin-1")
         if origin and not same and origin not in [one.strip() for one in allowed]:
-            raise Forbidden(f"pages of {origin[:200]} may not open sockets here: allow them with --allowed-origins")
+            raise Forbidden(
+                f"pages of {origin[:200]} may not open sockets here: the server can allow them with --allowed-origins"
+            )
 
     async def _authenticated(self, scope: Scope, receive: Receive, send: Send) -> str | None:
-        """Reads the first frame, which must bear a key; gives the owner, or None where the socket was closed."""
+        """Reads the first frame, which must have a key; returns its owner, or None if the socket was closed."""
         ref: Any = None
         try:
             async with asyncio.timeout(_AUTH_SECONDS):
@@ -95,22 +97,24 @@ class Stream:
             await send({"type": "websocket.send", "text": orjson.dumps({"op": "auth", "ref": ref}).decode()})
             return owner
         except (Problem, TimeoutError) as error:
-            wanted = 'this server wants a key: send {"op": "auth", "key": ...} in the first frame'
-            problem = error if isinstance(error, Unauthorized) else Unauthorized(wanted)
-            await send({"type": "websocket.send", "text": orjson.dumps(_problem(scope, ref, problem)).decode()})
+            detail = 'this server needs a key: send {"op": "auth", "key": ...} in the first frame'
+            problem = error if isinstance(error, Unauthorized) else Unauthorized(detail)
+            await send({"type": "websocket.send", "text": orjson.dumps(_error_frame(scope, ref, problem)).decode()})
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
             return None
 
 
 async def reject_plain_http(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers whoever asks for the socket's path over plain HTTP; always raises UpgradeRequired."""
-    raise UpgradeRequired("it is a WebSocket: open ws://HOST:PORT/stream with a client of such (docs/protocol.md)")
+    """Raises UpgradeRequired: the endpoint for plain HTTP requests to the socket's path."""
+    raise UpgradeRequired(
+        "this path is a WebSocket: open ws://HOST:PORT/stream with a WebSocket client (docs/protocol.md)"
+    )
 
 
 class _Socket:
-    """One socket. Frames are answered as they are done, at most `stream_window` of them under way.
+    """One socket. Frames are answered as they complete, with at most `stream_window` of them in flight.
 
-    A client that does not read its answers fills the window, and its frames are not read until it does.
+    A client that does not read its answers fills the window; then no further frames of it are read.
     """
 
     def __init__(self, service: ServiceContext, owner: str, scope: Scope, send: Send) -> None:
@@ -118,31 +122,31 @@ class _Socket:
         self.owner = owner
         self.scope = scope
         self.fast: FastPathWebSocket | None = scope["extensions"].get(FRAMES_EXTENSION)
-        self.outbox = SendQueue(send, self.fast, service.settings.stream_window)
+        self.send_queue = SendQueue(send, self.fast, service.settings.stream_window)
         self.counts = get_context(scope).surface
-        self.sessions: list[Session] = []  # by handle
+        self.sessions: list[Session] = []  # indexed by handle
         self.handles: dict[str, int] = {}
-        self.groups: dict[bytes, Group] = {}  # by the handles of a binary frame
-        self.beginning = 0  # tasks of frames that have not run yet; whoever comes later must not pass them
+        self.groups: dict[bytes, Group] = {}  # keyed by the handles in binary frames
+        self.unstarted_tasks = 0  # frames' tasks that have not started; later frames must not overtake them
         self.tasks: set[asyncio.Task[None]] = set()
-        self.pending: set[PendingStep | PendingBatch] = set()  # what was begun without a task
+        self.pending: set[PendingStep | PendingBatch] = set()  # steps submitted without a task
 
     async def serve(self, receive: Receive) -> None:
-        """Reads frames until the socket is closed; what nobody waits for any more is dropped."""
+        """Reads frames until the socket is closed, then cancels what is still in progress."""
         loop = asyncio.get_running_loop()
-        writing = loop.create_task(self.outbox.write())
+        writing = loop.create_task(self.send_queue.write())
         if self.fast:
-            self.fast.on_message = self._take
+            self.fast.on_message = self._on_message
         try:
             while (message := await receive())["type"] == "websocket.receive":
                 text = message.get("text")
                 body = message["bytes"] if text is None else text.encode()
-                if not self._take(body, text is not None):
-                    self.outbox.under_way += 1
-                    self.beginning += 1
-                    self._later(self._answer(body, text is not None))
-                if self.outbox.is_full:
-                    await self.outbox.room(writing)
+                if not self._on_message(body, text is not None):
+                    self.send_queue.in_flight += 1
+                    self.unstarted_tasks += 1
+                    self._spawn(self._answer(body, text is not None))
+                if self.send_queue.is_full:
+                    await self.send_queue.wait_for_room(writing)
         finally:
             if self.fast:
                 self.fast.on_message = None
@@ -153,30 +157,30 @@ class _Socket:
                 pending.cancel()
 
     def _put_json(self, document: Any, last: bool = True) -> None:
-        self.outbox.put(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), True, last)
+        self.send_queue.put(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), True, last)
 
-    def _take(self, body: bytes, text: bool) -> bool:
-        """Begins a frame without a task of its own where that can be; says whether it has."""
-        if self.beginning or self.outbox.is_full or self.service.tracing:
+    def _on_message(self, body: bytes, text: bool) -> bool:
+        """Starts a frame without a task if possible; returns whether it did."""
+        if self.unstarted_tasks or self.send_queue.is_full or self.service.tracing:
             return False
-        begun = self._step_at_once(body) if text else self._frame_at_once(body)
-        self.outbox.under_way += begun
-        return begun
+        started = self._try_step(body) if text else self._try_frame(body)
+        self.send_queue.in_flight += started
+        return started
 
-    def _step_at_once(self, text: bytes) -> bool:
-        """Begins what nearly every frame is, a step of a session that nobody else holds."""
+    def _try_step(self, text: bytes) -> bool:
+        """Submits the most common JSON frame, a step of an unlocked session; returns whether it did."""
         try:
-            frame = json_frames.plain_decoder.decode(text)
+            frame = json_frames.simple_step_decoder.decode(text)
             session = self._session(frame.session)
-            x = session.model.reader.single(frame.x)
+            x = session.model.reader.decode_one_step(frame.x)
             once = None if x is None or frame.position is None else step_request(frame.position, x, True)
             on_done = partial(self._answer_step, frame.ref, session)
             pending = None if x is None else self.service.writer.try_submit(session, x, True, once, on_done)
         except (msgspec.MsgspecError, UnicodeError, RecursionError, Problem):
-            return False  # the long way finds out what is wrong and says it
-        return self._is_under_way(pending)
+            return False  # `_answer` reports what is wrong
+        return self._track(pending)
 
-    def _is_under_way(self, pending: PendingStep | PendingBatch | None) -> bool:
+    def _track(self, pending: PendingStep | PendingBatch | None) -> bool:
         if pending is not None:
             self.pending.add(pending)
         return pending is not None
@@ -188,7 +192,7 @@ class _Socket:
         answer: dict[str, Any] = {"op": "step", "ref": orjson.Fragment(bytes(ref))}
         if isinstance(outcome, Exception):
             problem = as_problem(outcome, self.scope)
-            answer, status = _problem(self.scope, answer["ref"], problem), problem.status
+            answer, status = _error_frame(self.scope, answer["ref"], problem), problem.status
         else:
             answer |= step_json(self.service.sessions, session, outcome.y, outcome.position, True, True)
             answer |= {"replayed": True} if outcome.replayed else {}
@@ -196,13 +200,13 @@ class _Socket:
         self.counts.record_response(status, perf_counter() - pending.advance.arrived)
         self._put_json(answer)
 
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    def _frame_at_once(self, body: bytes) -> bool:
-        """Begins a binary frame in the same way."""
+    def _try_frame(self, body: bytes) -> bool:
+        """Submits a binary frame of unlocked sessions; returns whether it did."""
         try:
             frame = Frame.read(body)
             group = self._group(frame.handles)
@@ -210,7 +214,7 @@ class _Socket:
                 return False
             x = frame.x(group.sessions[0].model)
             on_done = partial(self._answer_frame, frame, group)
-            return self._is_under_way(self.service.writer.try_submit_many(group.sessions, group.slots, x, on_done))
+            return self._track(self.service.writer.try_submit_many(group.sessions, group.slots, x, on_done))
         except Problem:
             return False
 
@@ -221,19 +225,19 @@ class _Socket:
         if isinstance(outcome, Exception):
             problem = as_problem(outcome, self.scope)
             self.counts.record_response(problem.status, perf_counter() - pending.advance.arrived)
-            self._put_json(_problem(self.scope, frame.ref, problem))
+            self._put_json(_error_frame(self.scope, frame.ref, problem))
         else:
             self._put_frame(frame, group, outcome, pending.advance.arrived)
 
     def _is_alive(self, group: Group) -> bool:
-        """Says whether all sessions of a group are alive; none of them need be asked where none has ended since."""
+        """Whether all sessions of a group are alive; checked again only after any session has ended."""
         endings = self.service.sessions.table.endings
         if group.endings != endings and all(session.alive for session in group.sessions):
             group.endings = endings
         return group.endings == endings
 
     async def _answer(self, body: bytes, text: bool) -> None:
-        self.beginning -= 1
+        self.unstarted_tasks -= 1
         begun, tracing = perf_counter(), self.service.tracing
         try:
             with nullcontext() if tracing is None else tracing.frame(self.scope):
@@ -246,7 +250,7 @@ class _Socket:
         except Exception as error:
             problem = as_problem(error, self.scope)
             self.counts.record_response(problem.status, perf_counter() - begun)
-            self._put_json(_problem(self.scope, (json_frames if text else binary_frames).ref_of(body), problem))
+            self._put_json(_error_frame(self.scope, (json_frames if text else binary_frames).ref_of(body), problem))
 
     async def _text(self, body: bytes) -> dict[str, Any]:
         store = self.service.sessions
@@ -254,15 +258,18 @@ class _Socket:
         answer: dict[str, Any] = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
         match frame:
             case Auth():
-                # The first frame where it had to be; otherwise nobody needs it, and whoever sends it anyway goes on.
+                # The socket is authenticated already; a key of the same owner does no harm.
                 if self.service.keys is not None and self.service.owner([_bearer_header(frame.key)]) != self.owner:
-                    raise InvalidInput("key: it is of another owner than the socket: open one of its own", place="key")
+                    raise InvalidInput(
+                        "key: it belongs to another owner than the socket's: open another socket with it", place="key"
+                    )
                 return answer
             case Step():
                 session = await self._found(frame.session)
                 x, single = session.model.reader.x(frame.x)
-                asked = frame.outputs, frame.position
-                stepped, every_output = await step_session(self.service.writer, session, x, single, *asked)
+                stepped, every_output = await step_session(
+                    self.service.writer, session, x, single, frame.outputs, frame.position
+                )
                 answer |= step_json(store, session, stepped.y, stepped.position, single, every_output)
                 return answer | ({"replayed": True} if stepped.replayed else {})
             case Open():
@@ -275,8 +282,8 @@ class _Socket:
                 return answer | {"handle": self._handle(session)} | session_json(store, session, position)
             case Reset():
                 session = await self._found(frame.session)
-                once = None if frame.position is None else state_request(frame.position, None)
-                position, replayed = await self.service.writer.set_state(session, None, once)
+                key = None if frame.position is None else state_request(frame.position, None)
+                position, replayed = await self.service.writer.set_state(session, None, key)
                 return answer | session_json(store, session, position) | ({"replayed": True} if replayed else {})
             case Fork():
                 session, _ = await fork_session(
@@ -303,7 +310,7 @@ class _Socket:
         return session if session.alive else self.service.sessions.get(self.owner, session.id)
 
     async def _found(self, name: int | str) -> Session:
-        """Gives a session, wherever it is."""
+        """Returns a session by handle or id, loading it from the store if necessary."""
         try:
             return self._session(name)
         except Problem:
@@ -324,7 +331,7 @@ class _Socket:
         if not self._is_alive(group):
             for session in group.sessions:
                 if not session.alive:
-                    with suppress(Problem):  # its row says so
+                    with suppress(Problem):  # answered in the session's row
                         await self._found(self.handles[session.id])
             self.groups.clear()
             group = self._group(frame.handles)
@@ -333,14 +340,14 @@ class _Socket:
 
     def _put_frame(self, frame: Frame, group: Group, stepped: BatchStepResult, begun: float) -> None:
         for row, problem in stepped.problems.items():
-            about = _problem(self.scope, frame.ref, problem, session=group.sessions[row].id, row=row)
+            about = _error_frame(self.scope, frame.ref, problem, session=group.sessions[row].id, row=row)
             self._put_json(about, last=False)
         status = max((problem.status for problem in stepped.problems.values()), default=200)
         self.counts.record_response(status, perf_counter() - begun)
-        self.outbox.put(binary_frames.answer(frame.kind, frame.ref, stepped), False)
+        self.send_queue.put(binary_frames.answer(frame.kind, frame.ref, stepped), False)
 
     def _group(self, handles: NDArray[np.uint32]) -> Group:
-        """Gives the sessions of some handles; mostly the same as in a frame before."""
+        """Returns the group of the sessions with these handles, mostly from the cache."""
         key = handles.tobytes()
         group = self.groups.get(key)
         if group is None:
@@ -348,18 +355,18 @@ class _Socket:
                 raise UnknownSession(f"no handle {int(handles.max())} on this socket: open or attach the session first")
             named = handles.tolist()
             if len(set(named)) < len(named):
-                raise InvalidInput("a session is in the frame twice: send its time steps side by side, or two frames")
+                raise InvalidInput("a session is in the frame twice: send its time steps in one row, or in two frames")
             group = Group.of([self.sessions[handle] for handle in named])
-            if len(self.groups) >= _GROUPS:
+            if len(self.groups) >= _CACHED_GROUPS:
                 self.groups.clear()
             self.groups[key] = group
         return group
 
 
-def _problem(scope: Scope, ref: Any, problem: Problem, **more: Any) -> dict[str, Any]:
-    return {"op": "error", "ref": ref, **more, "problem": orjson.Fragment(problem_body(problem, scope))}
+def _error_frame(scope: Scope, ref: Any, problem: Problem, **fields: Any) -> dict[str, Any]:
+    return {"op": "error", "ref": ref, **fields, "problem": orjson.Fragment(problem_body(problem, scope))}
 
 
 def _bearer_header(key: str) -> tuple[bytes, bytes]:
-    """Gives the header that would have borne a frame's key."""
+    """Returns the header equivalent to an `auth` frame's key."""
     return b"authorization", b"Bearer " + key.encode()

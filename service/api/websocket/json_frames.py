@@ -1,4 +1,4 @@
-"""The JSON frames of `WS /stream`, as msgspec reads them."""
+"""The JSON frames of `WS /stream`, as msgspec structs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cellserve.service.api.step_codec import Position
 
 
 class _Frame(msgspec.Struct, tag_field="op", kw_only=True, forbid_unknown_fields=True):
-    ref: msgspec.Raw = msgspec.Raw(b"null")  # comes back with the answer
+    ref: msgspec.Raw = msgspec.Raw(b"null")  # returned with the answer
 
 
 class Open(_Frame, tag="open", kw_only=True):
@@ -23,19 +23,19 @@ class Open(_Frame, tag="open", kw_only=True):
 
 
 class Auth(_Frame, tag="auth", kw_only=True):
-    """Says who it is, in the first frame: a browser can send no header with a socket."""
+    """Authenticates in the first frame: browsers cannot send headers with a socket."""
 
     key: str
 
 
 class Attach(_Frame, tag="attach", kw_only=True):
-    """Gives a handle for a session that was opened elsewhere."""
+    """Returns a handle for an existing session."""
 
     session: str
 
 
 class Step(_Frame, tag="step", kw_only=True):
-    """Steps a session, named by its handle or its id."""
+    """Steps a session, given by its handle or id."""
 
     session: int | str
     x: msgspec.Raw
@@ -43,8 +43,8 @@ class Step(_Frame, tag="step", kw_only=True):
     position: Position | None = None
 
 
-class PlainStep(_Frame, tag="step", kw_only=True):
-    """What nearly every step is, one time step of plain numbers."""
+class SimpleStep(_Frame, tag="step", kw_only=True):
+    """The most common step, one time step of plain numbers."""
 
     session: int | str
     x: list[float] | int
@@ -60,7 +60,7 @@ class Reset(_Frame, tag="reset", kw_only=True):
 
 
 class Fork(_Frame, tag="fork", kw_only=True):
-    """Makes another session of a session's state."""
+    """Creates a session with the state of another one."""
 
     session: int | str
     to: str | None = None
@@ -77,7 +77,7 @@ class Close(_Frame, tag="close", kw_only=True):
 Frame = Auth | Open | Attach | Step | Reset | Fork | Close
 decoder: msgspec.json.Decoder[Frame] = msgspec.json.Decoder(Frame)
 auth_decoder = msgspec.json.Decoder(Auth)
-plain_decoder = msgspec.json.Decoder(PlainStep)
+simple_step_decoder = msgspec.json.Decoder(SimpleStep)
 
 
 class _Ref(msgspec.Struct):
@@ -88,7 +88,7 @@ _ref_decoder = msgspec.json.Decoder(_Ref)
 
 
 def ref_of(text: bytes) -> Any:
-    """Gives the ref of a frame that did not fit, as far as it can be read."""
+    """Returns the ref of an invalid frame, None if it cannot be parsed."""
     try:
         return orjson.Fragment(bytes(_ref_decoder.decode(text).ref))
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
