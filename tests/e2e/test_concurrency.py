@@ -73,7 +73,7 @@ async def traffic(server: Server) -> AsyncIterator[None]:
             async with httpx.AsyncClient(base_url=server.url, timeout=random_.choice((0.001, 0.01, 0.05))) as client:
                 with contextlib.suppress(httpx.TimeoutException):
                     await client.post("/predict", content=body, headers=JSON)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # a pace, for the others to be served too
 
     async def poison(seed: int) -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
 import threading
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -61,13 +62,12 @@ def test_sessions_go_on_after_a_restart_where_they_were(repository: Path, serve:
 def test_a_session_that_expired_while_the_server_was_down_is_told_to_have_expired(
     repository: Path, serve: Serve, tmp_path: Path
 ) -> None:
-    flags = "--models", str(repository), "--snapshot", str(tmp_path / "s"), "--session-idle-seconds", "2"
+    flags = "--models", str(repository), "--snapshot", str(tmp_path / "s")
     server = serve(*flags)
     with server.client() as client:
         session = create(client, "lstm")
     server.stop()
-    time.sleep(2)
-    server = serve(*flags)
+    server = serve(*flags, "--session-idle-seconds", "0.1")  # a restart takes longer
     with server.client() as client:
         answer = client.get(f"/sessions/{session}")
         assert (answer.status_code, answer.json()["reason"]) == (410, "expired")
@@ -152,17 +152,20 @@ def test_a_kill_at_any_point_leaves_a_whole_snapshot(
     for _ in range(kills):
         server = serve(*flags)
 
-        def steps(url: str = server.url) -> None:
-            with httpx.Client(base_url=url, timeout=20) as client:
-                try:
-                    while True:
-                        client.post(f"/sessions/{random_.choice(sessions)}/step", json={"x": x})
-                except httpx.HTTPError:
-                    pass
+        enough = threading.Event()
+
+        def steps(url: str = server.url, enough: threading.Event = enough) -> None:
+            """Steps sessions until the server is gone."""
+            with httpx.Client(base_url=url, timeout=20) as client, suppress(httpx.HTTPError):
+                before_the_kill = random_.randint(100, 1000)
+                for number in itertools.count():
+                    client.post(f"/sessions/{random_.choice(sessions)}/step", json={"x": x})
+                    if number == before_the_kill:
+                        enough.set()
 
         stepping = threading.Thread(target=steps)
         stepping.start()
-        time.sleep(1 + random_.random())
+        assert enough.wait(timeout=120)
         server.stop(signal.SIGKILL)
         stepping.join()
         with (server := serve(*flags)).client() as client:

@@ -61,7 +61,7 @@ async def stepping(url: str, session: str, x: list[list[float]], done: asyncio.E
         while len(ys) < len(x) - 1 and not done.is_set():
             body = {"x": x[len(ys)], "position": len(ys)}
             ys.append((await client.post(f"/sessions/{session}/step", json=body)).raise_for_status().json()["y"])
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # a pace: sixty sessions step at once
         await done.wait()
         answer = await client.post(f"/sessions/{session}/step", json={"x": x[len(ys)], "position": len(ys)})
         ys.append(answer.raise_for_status().json()["y"])
@@ -109,8 +109,9 @@ def test_a_new_version_comes_under_load_and_every_session_stays_on_the_one_it_be
         assert client.get(f"/sessions/{sessions[50]}").json()["version"] == 2
         for session in sessions[:49]:
             client.delete(f"/sessions/{session}")
-        await asyncio.sleep(1)  # ten looks at the repository
-        assert versions(client)[1]["state"] == "draining"
+        for _ in range(10):
+            client.post("/models/reload").raise_for_status()  # a look at the repository
+            assert versions(client)[1]["state"] == "draining"
         client.delete(f"/sessions/{sessions[49]}")
         return ys
 

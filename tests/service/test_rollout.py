@@ -74,8 +74,9 @@ async def test_a_rollout_that_nobody_waits_for_any_more_has_applied_nothing(make
     engine, store, writer = make()
     session, _ = store.create_now(engine, None)
     work = asyncio.create_task(Rollouts(writer).run(session, asked(np.ones((1, 2), np.float32), 4000), 0))
-    while len(halving(engine).runs) < 20:
-        await asyncio.sleep(0)
+    async with asyncio.timeout(60):
+        while len(halving(engine).runs) < 20:
+            await asyncio.sleep(0)
     work.cancel()
     with pytest.raises(asyncio.CancelledError):
         await work
