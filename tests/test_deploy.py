@@ -18,13 +18,13 @@ DEPLOY = Path(__file__).parent.parent / "deploy"
 SETTINGS = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
 
 
-def test_the_compose_file_is_one() -> None:
+def test_the_compose_file_is_valid() -> None:
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     subprocess.run([*command, str(DEPLOY / "compose.yaml")], check=True)
 
 
 @pytest.mark.parametrize("file", sorted((DEPLOY / "kubernetes").glob("*.yaml")), ids=lambda file: file.name)
-def test_the_kubernetes_files_are_such(file: Path) -> None:
+def test_the_kubernetes_manifests_are_valid(file: Path) -> None:
     documents = list(yaml.safe_load_all(file.read_text()))
     assert documents
     for document in documents:
@@ -32,7 +32,7 @@ def test_the_kubernetes_files_are_such(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(DEPLOY.rglob("*.yaml")), ids=lambda file: file.name)
-def test_the_variables_that_they_set_are_settings(file: Path) -> None:
+def test_the_variables_set_by_the_files_are_settings(file: Path) -> None:
     assert set(re.findall(rf"{ENV_PREFIX}[A-Z_]+", file.read_text())) <= SETTINGS
 
 
@@ -44,7 +44,7 @@ def test_prometheus_scrapes_the_replicas_at_their_port_for_operations() -> None:
     assert set(job["static_configs"][0]["targets"]) == {f"{name}:{port}" for name in replicas}
 
 
-def test_nginx_takes_its_file(tmp_path: Path) -> None:
+def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
     text = (DEPLOY / "nginx.conf").read_text().replace("/tmp/nginx", str(tmp_path / "nginx"))
     text = re.sub(r"replica-\d:8000", "127.0.0.1:1", text)
     (tmp_path / "nginx.conf").write_text(text)

@@ -31,7 +31,7 @@ def references(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.long
 @pytest.mark.timeout(2 * SECONDS)
-def test_the_tests_for_a_gpu_pass_on_the_cpu_and_write_their_report(references: Path, tmp_path: Path) -> None:
+def test_the_gpu_tests_pass_on_the_cpu_and_write_their_report(references: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.md"
     flags = "--provider", "cpu", "--references", references, "--report", report
     ran = run("pytest", "tests/gpu", *flags)

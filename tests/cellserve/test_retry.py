@@ -28,7 +28,7 @@ def test_pauses_grow_at_random_and_are_bounded() -> None:
         assert max(pauses) > bound / 2
 
 
-def test_the_servers_wish_is_the_least() -> None:
+def test_a_retry_waits_at_least_the_servers_retry_after() -> None:
     for _ in range(20):
         assert 7 <= Tries(Retry(first=1)).pause(problem(503, "server-full", 7)) <= 8
 

@@ -125,7 +125,7 @@ def test_a_bad_step_is_named_and_not_applied(server: Server, x: Any, place: str,
         ("/fork", {"id": "a"}, "id", "send any of session, position"),
     ],
 )
-def test_a_field_or_value_that_there_is_not_is_told_which_there_are(
+def test_an_unknown_field_or_value_is_answered_with_the_known_ones(
     server: Server, path: str, body: Any, place: str, told: str
 ) -> None:
     with server.client() as client:
@@ -135,7 +135,7 @@ def test_a_field_or_value_that_there_is_not_is_told_which_there_are(
     assert told in answer.json()["detail"]
 
 
-def test_another_content_type_method_path_or_session_is_told_what_to_do(server: Server) -> None:
+def test_a_wrong_content_type_method_path_or_session_is_answered_with_advice(server: Server) -> None:
     with server.client() as client:
         assert client.post("/predict", content=body(), headers={"content-type": "text/plain"}).status_code == 415
         assert client.post("/predict", content=body()).status_code == 415
@@ -151,7 +151,7 @@ def test_another_content_type_method_path_or_session_is_told_what_to_do(server: 
             assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_what_a_path_takes_is_said_by_methods_and_upgrades(server: Server) -> None:
+def test_wrong_methods_and_upgrades_are_answered_with_what_the_path_takes(server: Server) -> None:
     with server.client() as client:
         for path, allowed in (
             ("/sessions", "GET, POST"),
@@ -171,7 +171,7 @@ def test_what_a_path_takes_is_said_by_methods_and_upgrades(server: Server) -> No
             assert answer.json()["type"] == "urn:cellserve:problem:upgrade-required"
 
 
-def test_a_compressed_body_is_taken_on_every_path_and_bounded(server: Server) -> None:
+def test_compressed_bodies_are_accepted_on_every_path_up_to_the_limit(server: Server) -> None:
     def compressed(content: bytes, encoding: str = "gzip") -> dict[str, Any]:
         packed = gzip.compress(content) if encoding == "gzip" else zlib.compress(content)
         return {"content": packed, "headers": {"content-type": "application/json", "content-encoding": encoding}}
@@ -209,14 +209,14 @@ def test_reloading_takes_no_body(server: Server) -> None:
         ("limit=0", "limit", ""),
     ],
 )
-def test_a_page_that_there_is_not_is_told_how_to_ask_for_one(server: Server, query: str, place: str, told: str) -> None:
+def test_a_bad_page_is_answered_with_how_to_ask_for_one(server: Server, query: str, place: str, told: str) -> None:
     with server.client() as client:
         answer = client.get(f"/sessions?{query}")
     assert (answer.status_code, answer.json()["place"]) == (422, place)
     assert told in answer.json()["detail"]
 
 
-def test_a_port_that_is_taken_is_told_before_any_model_is_loaded(server: Server, repository: Path) -> None:
+def test_a_taken_port_is_reported_before_any_model_is_loaded(server: Server, repository: Path) -> None:
     port = server.url.rpartition(":")[2]
     command = [sys.executable, "-m", "cellserve.cli", "serve", "--models", str(repository)]
     for flags in (("--port", port), ("--port", "0", "--operations-port", port), ("--port", "0", "--grpc-port", port)):
@@ -233,7 +233,7 @@ def test_a_port_that_is_taken_is_told_before_any_model_is_loaded(server: Server,
         (("--operations-port", "7", "--grpc-port", "7"), "--grpc-port: 7 is --operations-port already"),
     ],
 )
-def test_ports_that_are_the_same_are_a_mistake_of_one_line(flags: tuple[str, ...], told: str) -> None:
+def test_equal_ports_are_refused_in_one_line(flags: tuple[str, ...], told: str) -> None:
     failed = subprocess.run([sys.executable, "-m", "cellserve.cli", "serve", *flags], capture_output=True, text=True)
     assert failed.returncode == 2
     assert failed.stderr.startswith(f"cellserve serve: {told}") and failed.stderr.count("\n") == 1
@@ -268,7 +268,7 @@ def test_a_damaged_model_is_not_served(repository: Path, tmp_path: Path) -> None
     assert "changed or damaged" in done.stderr
 
 
-def test_the_pages_for_people_need_no_other_host(server: Server) -> None:
+def test_the_html_pages_need_no_other_host(server: Server) -> None:
     with server.client() as client:
         page = client.get("/docs").text
         assert 'src="http' not in page

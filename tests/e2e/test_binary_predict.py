@@ -19,7 +19,7 @@ def x(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).normal(size=(*shape, FEATURES)).astype(np.float32)
 
 
-def test_sequences_side_by_side_and_one_after_the_other(server: Server, tmp_path: Any) -> None:
+def test_sequences_in_safetensors_give_the_predictions_of_json(server: Server, tmp_path: Any) -> None:
     lengths = [7, 1, 90, 33]
     packed = x(sum(lengths))
     sequences = np.split(packed, np.cumsum(lengths)[:-1])
@@ -53,7 +53,7 @@ def test_sequences_side_by_side_and_one_after_the_other(server: Server, tmp_path
         assert file.metadata() == {"model": "lstm", "version": "1"}
 
 
-def test_states_given_are_gone_on_from(server: Server) -> None:
+def test_a_prediction_can_start_from_given_states(server: Server) -> None:
     with server.client() as client:
         url = "/predict?model=rnn&outputs=all&return_states=true"
         whole = load(client.post(url, content=save({"x": x(3, 12)}), headers=TYPE).content)
@@ -87,7 +87,9 @@ def test_states_given_are_gone_on_from(server: Server) -> None:
     ],
     ids=range(11),
 )
-def test_what_does_not_fit_is_told(server: Server, tensors: Any, query: str, status: int, told: str) -> None:
+def test_bad_tensors_are_refused_with_the_reason(
+    server: Server, tensors: Any, query: str, status: int, told: str
+) -> None:
     body = tensors if isinstance(tensors, bytes) else save(tensors)
     with server.client() as client:
         answer = client.post(f"/predict?model=lstm{query}", content=body, headers=TYPE)

@@ -55,7 +55,7 @@ def test_sequences_of_several_lengths_are_predicted_from_given_states(client: Cl
     assert (mixed.y[0] == wholes.y[0][5:]).all() and (mixed.y[1] == wholes.y[1]).all()
 
 
-def test_one_sequence_gives_one_answer(client: Client) -> None:
+def test_one_sequence_gives_one_prediction(client: Client) -> None:
     x = inputs(9)
     one = client.predict("lstm", x, outputs="all", return_states=True)
     many = client.predict("lstm", [x.tolist()], outputs="all")
@@ -127,7 +127,7 @@ def test_models_are_listed_and_described(client: Client) -> None:
         client.model("none")
 
 
-def test_what_the_server_refuses_is_raised_as_what_it_is(client: Client) -> None:
+def test_each_refusal_is_raised_as_its_own_exception(client: Client) -> None:
     with pytest.raises(UnknownModel) as unknown:
         client.predict("none", inputs(2))
     assert (unknown.value.status, unknown.value.type) == (404, "urn:cellserve:problem:unknown-model")
@@ -147,7 +147,7 @@ def test_what_the_server_refuses_is_raised_as_what_it_is(client: Client) -> None
         Client("localhost:8000")
 
 
-def test_whoever_else_moves_a_session_is_found_out(client: Client) -> None:
+def test_a_session_moved_by_somebody_else_is_detected(client: Client) -> None:
     x = inputs(3)
     with client.session("lstm") as session:
         session.step(x[0])
@@ -184,7 +184,7 @@ def test_an_error_in_the_block_is_not_hidden_by_the_deletion() -> None:
         pass
 
 
-def test_a_stream_steps_hundreds_of_sessions_to_the_bit(client: Client) -> None:
+def test_a_stream_steps_hundreds_of_sessions_bit_for_bit(client: Client) -> None:
     x = inputs(300, 8)
     with client.stream() as stream:
         sessions = [stream.open("lstm") for _ in x]
@@ -211,7 +211,7 @@ def test_a_stream_steps_hundreds_of_sessions_to_the_bit(client: Client) -> None:
     sessions[1].delete()
 
 
-def test_what_befalls_some_sessions_of_a_frame_is_told_by_row(client: Client) -> None:
+def test_failures_of_some_sessions_of_a_frame_are_reported_by_row(client: Client) -> None:
     x = inputs(4, 2)
     with client.stream() as stream:
         sessions = [stream.open("lstm") for _ in x]
@@ -248,7 +248,7 @@ def test_what_befalls_some_sessions_of_a_frame_is_told_by_row(client: Client) ->
             stream.attach("never").step(x[0, 0])
 
 
-def test_the_client_for_asyncio_does_the_same(server: Server, client: Client) -> None:
+def test_the_asyncio_client_gives_what_the_synchronous_one_gives(server: Server, client: Client) -> None:
     x = inputs(40, 6)
     wholes = client.predict("lstm", list(x), outputs="all")
 

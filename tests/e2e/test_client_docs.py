@@ -13,7 +13,7 @@ from tests.server import Serve
 TEXT = (ROOT / "docs/client.md").read_text()
 
 
-def test_what_the_page_shows_runs(examples: Path, tmp_path: Path, serve: Serve) -> None:
+def test_the_pages_examples_run(examples: Path, tmp_path: Path, serve: Serve) -> None:
     models = write_repository(tmp_path / "models")
     for model in examples.iterdir():
         (models / model.name).symlink_to(model)

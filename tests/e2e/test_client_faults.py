@@ -57,7 +57,9 @@ def test_a_session_is_stepped_once_whatever_happens_on_the_way(server: Server, p
             assert np.concatenate(ys).tobytes() == predict_all(plain, x).tobytes()
 
 
-def test_the_client_for_asyncio_does_so_too(server: Server, proxy: FaultyProxy) -> None:
+def test_the_asyncio_client_steps_a_session_once_whatever_happens_on_the_way(
+    server: Server, proxy: FaultyProxy
+) -> None:
     x = inputs(6, 8)
     proxy.faults.extend(mishaps(40))
 
@@ -76,7 +78,7 @@ def test_the_client_for_asyncio_does_so_too(server: Server, proxy: FaultyProxy) 
     assert set(proxy.done) >= {*FAULTS}
 
 
-def test_a_stream_opens_its_socket_again_and_sends_again_what_had_no_answer(server: Server, proxy: FaultyProxy) -> None:
+def test_a_stream_reconnects_and_resends_what_had_no_answer(server: Server, proxy: FaultyProxy) -> None:
     x = inputs(50, 8)
     # What befalls the frame of each step, and the handshakes after it.
     plan = [[], ["lose"], ["cut"], ["delay"], [], ["lose", "busy"], ["cut", "bad gateway", "lose"], ["lose", "cut"]]
@@ -95,7 +97,7 @@ def test_a_stream_opens_its_socket_again_and_sends_again_what_had_no_answer(serv
             assert {plain.attach(session.id).refresh() for session in sessions} == {len(plan)}
 
 
-def test_a_stream_for_asyncio_does_so_too_with_many_frames_under_way(server: Server, proxy: FaultyProxy) -> None:
+def test_an_asyncio_stream_reconnects_and_resends_many_frames_in_flight(server: Server, proxy: FaultyProxy) -> None:
     x = inputs(30, 10)
     proxy.faults.extend(["none"] * 5 + ["lose", "none", "none", "none", "cut"] * 3 + ["none"] * 10 + ["delay"])
 
@@ -114,7 +116,7 @@ def test_a_stream_for_asyncio_does_so_too_with_many_frames_under_way(server: Ser
     assert set(proxy.done) >= {"lose", "cut", "delay"}
 
 
-def test_who_gives_up_raises_one_exception_and_knows_where_the_session_is(server: Server, proxy: FaultyProxy) -> None:
+def test_a_client_that_gives_up_raises_one_exception_and_knows_the_position(server: Server, proxy: FaultyProxy) -> None:
     x = inputs(4)
     with Client(proxy.url, retry=Retry(attempts=3, first=0.01)) as client:
         session = client.session("lstm")
@@ -152,7 +154,7 @@ def test_who_gives_up_raises_one_exception_and_knows_where_the_session_is(server
             assert (streamed.position, session.refresh()) == (6, 6)
 
 
-def test_a_cancelled_step_may_be_sent_again(server: Server, proxy: FaultyProxy) -> None:
+def test_a_cancelled_step_can_be_sent_again(server: Server, proxy: FaultyProxy) -> None:
     x = inputs(2)
 
     async def main() -> None:
@@ -231,7 +233,7 @@ def test_tasks_go_on_when_their_server_is_killed(repository: Path, serve: Serve,
         assert [y.tobytes() for y in ys] == [y.tobytes() for y in wholes]
 
 
-def test_a_server_that_has_forgotten_a_session_is_found_out(repository: Path, serve: Serve, tmp_path: Path) -> None:
+def test_a_server_that_has_lost_a_session_is_detected(repository: Path, serve: Serve, tmp_path: Path) -> None:
     port = ("--port", str(free_port()))
     server = serve("--models", str(repository), *port)
     x = inputs(3)
@@ -246,7 +248,7 @@ def test_a_server_that_has_forgotten_a_session_is_found_out(repository: Path, se
                 one.step(x)
 
 
-def test_a_store_that_has_gone_back_is_found_out(repository: Path, serve: Serve, tmp_path: Path) -> None:
+def test_a_store_that_has_gone_back_is_detected(repository: Path, serve: Serve, tmp_path: Path) -> None:
     snapshot = ("--snapshot", str(tmp_path / "snapshot"), "--snapshot-seconds", "1000")
     port = ("--port", str(free_port()))
     server = serve("--models", str(repository), *snapshot, *port)

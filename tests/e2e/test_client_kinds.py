@@ -72,7 +72,7 @@ def together(answers: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_predict_steps_and_streams_give_the_same(client: Client, kind: str) -> None:
+def test_predict_steps_and_streams_give_the_same_outputs(client: Client, kind: str) -> None:
     x, told = drawn(kind), KINDS[kind][1]
     sequences = [at(x, row) for row in range(ROWS)]
     whole = client.predict(kind, sequences, outputs="all", return_states=True)
@@ -117,7 +117,7 @@ def test_predict_steps_and_streams_give_the_same(client: Client, kind: str) -> N
         same(begun.step(sequences[0]), rest)
 
 
-def test_the_client_for_asyncio_gives_the_same(server: Server, client: Client) -> None:
+def test_the_asyncio_client_gives_the_same_outputs(server: Server, client: Client) -> None:
     async def one(mine: AsyncClient, kind: str) -> None:
         x = drawn(kind)
         sequences = [at(x, row) for row in range(ROWS)]
@@ -149,7 +149,7 @@ def test_the_client_for_asyncio_gives_the_same(server: Server, client: Client) -
     asyncio.run(main())
 
 
-def test_numbers_may_be_written_as_integers_where_the_model_takes_others(client: Client) -> None:
+def test_integers_are_accepted_where_the_model_takes_floats(client: Client) -> None:
     x = np.arange(12).reshape(4, 3)
     wanted = client.predict("frames", x.astype(np.float32), "all", {"s": np.ones(4, np.float32)}).y
     same(client.predict("frames", x, "all", {"s": [1, 1, 1, 1]}).y, wanted)
@@ -195,7 +195,7 @@ BAD: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize("number", range(len(BAD)))
-def test_what_does_not_fit_is_told_and_moves_nobody(client: Client, number: int) -> None:
+def test_a_bad_step_is_refused_and_moves_no_session(client: Client, number: int) -> None:
     kind, x, told = BAD[number]
     with client.session(kind) as session, client.stream() as stream:
         with pytest.raises(InvalidInput, match=told):
@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_told_and_moves_nobody(client: Client, number: int)
         assert session.refresh() == streamed.position == 0
 
 
-def test_a_prediction_that_does_not_fit_is_told(client: Client) -> None:
+def test_a_bad_prediction_is_refused(client: Client) -> None:
     for x, told in ((np.array([1.5]), "float32: send int32"), (np.array([1, 9]), "9 is out of bounds")):
         with pytest.raises(InvalidInput, match=told) as refused:
             client.predict("letters", x)
@@ -232,7 +232,7 @@ def test_a_model_that_cannot_be_stepped_predicts_and_says_why_not(client: Client
         client.predict("both-ways", x, return_states=True)
 
 
-def test_failures_of_a_frame_of_several_outputs_stand_beside_the_others_outputs(client: Client) -> None:
+def test_failures_in_a_frame_of_several_outputs_come_with_the_others_outputs(client: Client) -> None:
     x = drawn("symbols")
     with client.stream() as stream:
         sessions = [stream.open("symbols") for _ in range(ROWS)]

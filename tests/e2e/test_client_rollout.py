@@ -39,7 +39,7 @@ def whole(client: Client, steps: int) -> str:
         return session.rollout("Alice was", steps, **ASKED).text or ""
 
 
-def test_outputs_come_one_by_one_and_are_those_of_a_rollout_at_once(client: Client, server: Server) -> None:
+def test_streamed_outputs_are_those_of_a_rollout_at_once(client: Client, server: Server) -> None:
     text = whole(client, 50)
     with client.session("characters") as session, session.rollout_stream("Alice was", 30, **ASKED) as letters:
         told = list(letters)
@@ -64,7 +64,7 @@ def test_outputs_come_one_by_one_and_are_those_of_a_rollout_at_once(client: Clie
         assert at_once is not None and y.tobytes() == at_once.tobytes()
 
 
-def test_a_reader_that_leaves_goes_on_from_where_the_session_is(client: Client) -> None:
+def test_a_reader_that_stops_can_continue_from_the_sessions_position(client: Client) -> None:
     with client.session("characters") as session:
         with session.rollout_stream("Alice was", 4000, **ASKED) as letters:
             assert len(list(islice(letters, 5))) == 5
@@ -82,7 +82,9 @@ def test_a_reader_that_leaves_goes_on_from_where_the_session_is(client: Client) 
         next(session.rollout_stream("Alice", 0))
 
 
-def test_lost_answers_are_asked_for_again_and_who_gave_up_may_go_on(server: Server, client: Client) -> None:
+def test_lost_answers_are_requested_again_and_a_client_that_gave_up_may_continue(
+    server: Server, client: Client
+) -> None:
     text = whole(client, 60)
     proxy = FaultyProxy(server.url)
     with Client(proxy.url, timeout=SHORT, retry=QUICK) as mine, mine.session("characters") as session:

@@ -83,7 +83,7 @@ async def traffic(server: Server) -> AsyncIterator[None]:
                 bad = await client.post(f"/sessions/{session}/step", content=content, headers=JSON)
                 assert bad.status_code == 422
                 huge = await client.post("/predict", json={"model": "rnn", "sequences": [[[3e38] * FEATURES] * 5]})
-                assert huge.status_code in (200, 422)
+                assert huge.status_code == 200  # the sums overflow, and tanh saturates
 
     others = [asyncio.create_task(act(number)) for number, act in enumerate((predict, predict, leave, poison))]
     try:
@@ -99,7 +99,7 @@ def check(all_: dict[int, np.ndarray], run: Callable[[str, np.ndarray], np.ndarr
         assert y.tobytes() == run(MODELS[number % 3], sequence(number)).tobytes(), f"session {number}"
 
 
-def test_200_sessions_over_http(server: Server, repository: Path) -> None:
+def test_200_concurrent_sessions_are_exact_over_http(server: Server, repository: Path) -> None:
     results: dict[int, np.ndarray] = {}
 
     async def session(client: httpx.AsyncClient, number: int) -> None:
@@ -123,7 +123,7 @@ def test_200_sessions_over_http(server: Server, repository: Path) -> None:
 
 
 @pytest.mark.parametrize("sockets", [1, 20])
-def test_200_sessions_over_json_frames(server: Server, repository: Path, sockets: int) -> None:
+def test_200_concurrent_sessions_are_exact_over_json_frames(server: Server, repository: Path, sockets: int) -> None:
     results: dict[int, np.ndarray] = {}
 
     async def one_socket(numbers: list[int]) -> None:
@@ -164,7 +164,7 @@ def test_200_sessions_over_json_frames(server: Server, repository: Path, sockets
     check(results, truth(repository))
 
 
-def test_200_sessions_over_binary_frames(server: Server, repository: Path) -> None:
+def test_200_concurrent_sessions_are_exact_over_binary_frames(server: Server, repository: Path) -> None:
     results: dict[int, list[np.ndarray]] = {number: [] for number in range(SESSIONS)}
 
     async def one_model(place: int) -> None:

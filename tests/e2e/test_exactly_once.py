@@ -32,7 +32,7 @@ def server(repository: Path, store: str) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("steps", [1, 3, 3000])
-def test_a_step_sent_again_is_told_the_same_answer_and_not_applied_again(client: httpx.Client, steps: int) -> None:
+def test_a_repeated_step_gets_the_same_answer_and_is_not_applied_again(client: httpx.Client, steps: int) -> None:
     session, x = create(client, "lstm"), frames(steps + 2)
     body = {"x": x[0] if steps == 1 else x[:steps], "outputs": "all", "position": 0}
     first = client.post(f"/sessions/{session}/step", json=body)
@@ -56,7 +56,9 @@ def test_a_step_sent_again_is_told_the_same_answer_and_not_applied_again(client:
         ({"position": 9}, "session-went-back"),
     ],
 )
-def test_anything_else_is_told_where_the_session_is(client: httpx.Client, change: dict[str, Any], type_: str) -> None:
+def test_a_step_at_another_position_is_refused_with_the_sessions_position(
+    client: httpx.Client, change: dict[str, Any], type_: str
+) -> None:
     session, zero = create(client, "rnn"), [0.0] * FEATURES
     for position in range(3):
         client.post(f"/sessions/{session}/step", json={"x": zero, "position": position})
@@ -65,7 +67,7 @@ def test_anything_else_is_told_where_the_session_is(client: httpx.Client, change
     assert client.get(f"/sessions/{session}").json()["position"] == 3
 
 
-def test_a_repetition_may_come_on_another_surface(server: Server, client: httpx.Client) -> None:
+def test_a_step_may_be_repeated_over_another_protocol(server: Server, client: httpx.Client) -> None:
     session, x = create(client, "decaying"), frames(3)
     with connect(server.url.replace("http", "ws") + "/stream") as stream:
         stream.send(json.dumps({"op": "attach", "session": session}))
@@ -87,7 +89,7 @@ def test_a_repetition_may_come_on_another_surface(server: Server, client: httpx.
     assert reject_plain_http.headers["idempotent-replay"] == "true"
 
 
-def test_a_binary_frame_applies_repeats_and_refuses_by_session(server: Server, client: httpx.Client) -> None:
+def test_a_binary_frame_is_applied_repeated_or_refused_per_session(server: Server, client: httpx.Client) -> None:
     x = np.random.default_rng(0).normal(size=(4, 2, FEATURES)).astype("<f4")
     with connect(server.url.replace("http", "ws") + "/stream") as stream:
         for _ in range(4):
@@ -131,7 +133,7 @@ def test_resets_and_uploads_move_the_position_by_one_and_are_applied_once(client
     assert second["y"] == whole[1]
 
 
-def test_creating_and_forking_under_an_id_of_ones_own_is_safe_to_retry(client: httpx.Client) -> None:
+def test_creating_and_forking_under_a_chosen_id_is_safe_to_retry(client: httpx.Client) -> None:
     name = f"mine-{random.random()}"
     made = [client.put(f"/sessions/{name}", json={"model": "lstm"}) for _ in range(3)]
     assert [answer.status_code for answer in made] == [201, 200, 200]
@@ -157,11 +159,11 @@ def test_creating_and_forking_under_an_id_of_ones_own_is_safe_to_retry(client: h
 
 
 @pytest.mark.parametrize(("name", "status"), [("a b", 422), ("x" * 129, 422), ("ü", 422), ("a%2Fb", 404)])
-def test_ids_that_cannot_be_are_refused(client: httpx.Client, name: str, status: int) -> None:
+def test_invalid_session_ids_are_refused(client: httpx.Client, name: str, status: int) -> None:
     assert client.put(f"/sessions/{name}", json={"model": "lstm"}).status_code == status
 
 
-def test_a_state_goes_down_and_up_and_only_where_it_fits(client: httpx.Client) -> None:
+def test_a_state_can_be_downloaded_and_uploaded_where_it_fits(client: httpx.Client) -> None:
     x = frames(6)
     first = create(client, "lstm")
     client.post(f"/sessions/{first}/step", json={"x": x[:3]})
@@ -212,7 +214,7 @@ def test_sessions_are_listed_page_by_page(repository: Path, serve: Serve) -> Non
     assert {told["session"] for told in left} == made - deleted
 
 
-def test_a_full_server_may_evict_the_one_idle_for_the_longest_time(repository: Path, serve: Serve) -> None:
+def test_a_full_server_may_evict_the_longest_idle_session(repository: Path, serve: Serve) -> None:
     server = serve("--models", str(repository), "--max-sessions", "3", "--when-full", "evict")
     with server.client() as client:
         sessions = [create(client, "lstm") for _ in range(3)]
@@ -254,7 +256,7 @@ def test_steps_sent_twice_late_and_out_of_order_by_many_clients_are_applied_once
     assert len(answers) > len(x) // 2
 
 
-def test_a_step_while_one_with_a_position_is_under_way_is_told_to_wait(server: Server, client: httpx.Client) -> None:
+def test_a_step_sent_while_another_is_in_flight_is_told_to_wait(server: Server, client: httpx.Client) -> None:
     session, x = create(client, "decaying"), frames(1)[0]
 
     async def race() -> list[httpx.Response]:

@@ -18,9 +18,7 @@ _CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,r
 
 
 @pytest.mark.parametrize("examples", [10, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(1500)])])
-def test_no_request_is_answered_with_a_servers_mistake_or_not_at_all(
-    server: Server, tmp_path: Path, examples: int
-) -> None:
+def test_every_request_is_answered_without_a_server_error(server: Server, tmp_path: Path, examples: int) -> None:
     names: dict[str, list[Any]] = {"name": ["lstm", "rnn"], "version": ["1", "2"]}
     with server.client() as client:
         for session in ("one", "lstm~7"):

@@ -48,7 +48,7 @@ def as_dict(told: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
-def test_a_client_finds_out_what_there_is(both: Server, kind: str) -> None:
+def test_a_client_discovers_servers_and_models(both: Server, kind: str) -> None:
     async def ask() -> None:
         async with triton(kind, both) as client:
             for question in ("is_server_live", "is_server_ready"):
@@ -106,7 +106,7 @@ def test_whole_sequences_give_the_bits_of_predict(both: Server, kind: str) -> No
 @pytest.mark.parametrize("kind", HTTP[:2])
 @pytest.mark.parametrize("sent", [None, "gzip", "deflate"])
 @pytest.mark.parametrize("wanted", [None, "gzip", "deflate"])
-def test_bodies_are_compressed_as_asked(both: Server, kind: str, sent: str | None, wanted: str | None) -> None:
+def test_bodies_are_compressed_as_requested(both: Server, kind: str, sent: str | None, wanted: str | None) -> None:
     x = noise(2, 200, FEATURES)
 
     async def ask() -> None:
@@ -176,7 +176,7 @@ def test_a_sequence_in_any_chunks_is_one_run_and_a_session(both: Server, kind: s
     asyncio.run(ask())
 
 
-def test_sequences_of_one_id_are_apart_in_two_models(both: Server) -> None:
+def test_sequences_of_one_id_are_separate_in_two_models(both: Server) -> None:
     x = noise(1, 6, FEATURES)
 
     async def ask() -> None:
@@ -190,7 +190,7 @@ def test_sequences_of_one_id_are_apart_in_two_models(both: Server) -> None:
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
-def test_a_start_begins_anew_whatever_was_there(both: Server, kind: str) -> None:
+def test_a_sequence_start_replaces_an_existing_sequence(both: Server, kind: str) -> None:
     x = noise(1, 4, FEATURES)
     first = predicted(both, "rnn", x)[:, 0]
 
@@ -207,7 +207,7 @@ def test_a_start_begins_anew_whatever_was_there(both: Server, kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
-def test_what_is_no_sequence_and_what_was_not_started_is_told(both: Server, kind: str) -> None:
+def test_missing_and_unstarted_sequences_are_refused(both: Server, kind: str) -> None:
     x = noise(2, 1, FEATURES)
 
     async def refused(client: Any, told: str, *arguments: Any, **options: Any) -> None:
@@ -232,7 +232,7 @@ def test_what_is_no_sequence_and_what_was_not_started_is_told(both: Server, kind
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
-def test_with_a_position_every_request_may_be_sent_again(both: Server, kind: str) -> None:
+def test_requests_with_a_position_can_be_repeated(both: Server, kind: str) -> None:
     x = noise(1, 3, FEATURES)
     whole = predicted(both, "decaying", x)
 
@@ -324,7 +324,7 @@ def test_sequences_over_one_stream_keep_their_order(both: Server, kind: str) -> 
     assert list(seen.values()) == [list(range(steps))] * 3
 
 
-def test_a_stream_goes_on_after_a_request_that_does_not_fit(both: Server) -> None:
+def test_a_stream_continues_after_a_bad_request(both: Server) -> None:
     x = noise(1, 2, FEATURES)
 
     async def ask() -> None:
@@ -378,7 +378,7 @@ def test_statistics_count_requests_and_runs(repository: Path, serve: Serve, kind
 
 
 @pytest.mark.parametrize("store", ["snapshot", "redis"])
-def test_a_sequence_goes_on_after_a_restart(
+def test_a_sequence_continues_after_a_restart(
     repository: Path, serve: Serve, tmp_path: Path, redis: RedisServer, store: str
 ) -> None:
     where = ("--snapshot", str(tmp_path / "s")) if store == "snapshot" else ("--store", redis.url)
@@ -409,7 +409,7 @@ def test_a_sequence_goes_on_after_a_restart(
 
 
 @pytest.mark.parametrize("store", ["memory", "redis"])
-def test_an_expired_sequence_is_told_to_have_expired_and_may_begin_anew(
+def test_an_expired_sequence_is_answered_as_expired_and_may_start_again(
     repository: Path, serve: Serve, redis: RedisServer, store: str
 ) -> None:
     redis.flush()
@@ -455,7 +455,7 @@ def test_two_servers_over_one_store_serve_a_sequence_in_turn(
 
 
 @pytest.mark.parametrize("store", ["memory", "redis"])
-def test_whatever_races_in_one_sequence_is_answered_and_nothing_is_left_behind(
+def test_racing_requests_of_one_sequence_are_all_answered_and_leave_nothing_behind(
     repository: Path, serve: Serve, redis: RedisServer, store: str
 ) -> None:
     where = ("--store", redis.url) if store == "redis" else ()
@@ -490,7 +490,7 @@ def test_whatever_races_in_one_sequence_is_answered_and_nothing_is_left_behind(
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
-def test_keys_are_wanted_and_sequences_are_their_owners(
+def test_keys_are_required_and_sequences_belong_to_their_owner(
     repository: Path, serve: Serve, tmp_path: Path, kind: str
 ) -> None:
     file = tmp_path / "keys"
@@ -527,7 +527,7 @@ def test_health_and_reflection_are_served(both: Server) -> None:
         assert "inference.GRPCInferenceService" in ProtoReflectionDescriptorDatabase(channel).get_services()
 
 
-def test_a_stopping_server_answers_what_it_has_and_ends_idle_streams(repository: Path, serve: Serve) -> None:
+def test_a_stopping_server_answers_pending_requests_and_ends_idle_streams(repository: Path, serve: Serve) -> None:
     server = serve("--models", str(repository), "--grpc-port", "0", "--shutdown-seconds", "60")
     x = noise(16, 4000, FEATURES)
     answers: list[Any] = []
@@ -553,7 +553,7 @@ def test_a_stopping_server_answers_what_it_has_and_ends_idle_streams(repository:
     assert [result.as_numpy("y").shape for result, _ in answers if result] == [(16, 4000, OUTPUTS)]
 
 
-def test_workers_share_the_port_of_grpc(repository: Path, serve: Serve, redis: RedisServer) -> None:
+def test_workers_share_the_grpc_port(repository: Path, serve: Serve, redis: RedisServer) -> None:
     port = free_port()
     server = serve("--models", str(repository), "--store", redis.url, "--workers", "2", "--grpc-port", str(port))
     x = noise(1, 10, FEATURES)
@@ -579,9 +579,7 @@ def test_workers_share_the_port_of_grpc(repository: Path, serve: Serve, redis: R
     assert server.stop() == 0
 
 
-def test_a_port_that_is_taken_and_packages_that_are_missing_are_told_in_one_line(
-    both: Server, repository: Path
-) -> None:
+def test_a_taken_grpc_port_and_missing_packages_are_reported_in_one_line(both: Server, repository: Path) -> None:
     port = both.grpc.rpartition(":")[2]
     command = ["serve", "--models", str(repository), "--port", "0", "--grpc-port"]
     hidden = "import sys; sys.modules['grpc'] = None; from cellserve.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -604,7 +602,7 @@ def test_the_examples_of_the_docs_run(examples: Path, serve: Serve) -> None:
     exec(over_grpc.replace("once-only", "another").replace('["parameters"]["replayed"]', '.parameters["replayed"]'), {})
 
 
-def test_the_openapi_document_has_all_of_it(both: Server) -> None:
+def test_the_openapi_document_describes_every_path(both: Server) -> None:
     with both.client() as client:
         paths = json.loads(client.get("/openapi.json").text)["paths"]
     assert {"/v2", "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/stats"} <= set(paths)

@@ -130,13 +130,13 @@ def check(server: Server, content: bytes, headers: dict[str, str], status: int, 
 
 
 @pytest.mark.parametrize("case", JSON)
-def test_a_body_that_does_not_fit_is_told_why(both: Server, case: str) -> None:
+def test_a_bad_json_body_is_refused_with_the_reason(both: Server, case: str) -> None:
     content, status, told = JSON[case]
     check(both, content, {}, status, told)
 
 
 @pytest.mark.parametrize("case", BINARY)
-def test_bytes_that_do_not_fit_are_told_why(both: Server, case: str) -> None:
+def test_bad_binary_data_is_refused_with_the_reason(both: Server, case: str) -> None:
     content, headers, status, told = BINARY[case]
     check(both, content, headers, status, told)
 
@@ -157,7 +157,7 @@ def test_bytes_that_do_not_fit_are_told_why(both: Server, case: str) -> None:
         ("POST", "/v2/repository/models/lstm/unload", 400, "the operator"),
     ],
 )
-def test_paths_and_methods_that_are_not_there_are_told_in_the_protocols_form(
+def test_unknown_paths_and_methods_are_answered_in_the_protocols_format(
     both: Server, method: str, path: str, status: int, told: str
 ) -> None:
     with both.client() as client:
@@ -217,7 +217,7 @@ GRPC: dict[str, tuple[Any, str, str]] = {
 
 @pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
 @pytest.mark.parametrize("case", GRPC)
-def test_a_message_that_does_not_fit_is_told_why(both: Server, case: str, compression: grpc.Compression) -> None:
+def test_a_bad_grpc_message_is_refused_with_the_reason(both: Server, case: str, compression: grpc.Compression) -> None:
     asked, code, told = GRPC[case]
     with grpc.insecure_channel(both.grpc, compression=compression) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -228,7 +228,7 @@ def test_a_message_that_does_not_fit_is_told_why(both: Server, case: str, compre
         assert stub.ModelInfer(request()).raw_output_contents
 
 
-def test_what_the_service_has_not_is_told_to_be_missing(both: Server) -> None:
+def test_unsupported_grpc_methods_and_garbage_are_refused(both: Server) -> None:
     with grpc.insecure_channel(both.grpc) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         for method, asked in (
@@ -245,7 +245,7 @@ def test_what_the_service_has_not_is_told_to_be_missing(both: Server) -> None:
         assert stub.ServerLive(service_pb2.ServerLiveRequest()).live
 
 
-def test_a_client_that_does_not_read_its_stream_holds_up_nobody(both: Server) -> None:
+def test_a_client_that_does_not_read_its_stream_delays_nobody(both: Server) -> None:
     with grpc.insecure_channel(both.grpc) as channel, grpc.insecure_channel(both.grpc) as other:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         large = request(shape=[1, 2000, FEATURES])

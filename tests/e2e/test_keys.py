@@ -19,7 +19,7 @@ from tests.server import Serve
 STEP = {"x": [0.125] * FEATURES}
 
 
-def test_keys_open_ones_own_sessions_only(repository: Path, serve: Serve, keys: tuple[Path, str, str]) -> None:
+def test_a_key_opens_only_its_owners_sessions(repository: Path, serve: Serve, keys: tuple[Path, str, str]) -> None:
     file, alice, bob = keys
     assert alice not in file.read_text()
     server = serve("--models", str(repository), "--api-keys-file", str(file))
@@ -58,7 +58,7 @@ def test_keys_open_ones_own_sessions_only(repository: Path, serve: Serve, keys: 
     assert alice not in log and bob not in log and "0.125" not in log
 
 
-def test_a_socket_bears_its_key_in_a_header_or_in_the_first_frame(
+def test_a_socket_sends_its_key_in_a_header_or_in_the_first_frame(
     repository: Path, serve: Serve, keys: tuple[Path, str, str]
 ) -> None:
     file, alice, bob = keys
@@ -104,7 +104,9 @@ def test_pages_of_other_origins_open_no_sockets(repository: Path, serve: Serve) 
 
 
 @pytest.mark.parametrize("content", ["alice", "alice:123", "ali ce:" + "0" * 64, None])
-def test_a_file_of_keys_that_is_wrong_stops_the_start(repository: Path, tmp_path: Path, content: str | None) -> None:
+def test_a_server_does_not_start_with_an_invalid_key_file(
+    repository: Path, tmp_path: Path, content: str | None
+) -> None:
     file = tmp_path / "keys"
     if content is not None:
         file.write_text(content)
@@ -124,7 +126,7 @@ def test_a_file_of_keys_that_is_wrong_stops_the_start(repository: Path, tmp_path
     assert "Traceback" not in done.stderr
 
 
-def test_a_key_command_that_cannot_be_done_says_so_in_a_line(tmp_path: Path) -> None:
+def test_a_failing_key_command_says_why_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cellserve.cli", "key"]
     bad = subprocess.run([*command, "a b", "--file", str(tmp_path / "k")], capture_output=True, text=True)
     assert bad.returncode == 2

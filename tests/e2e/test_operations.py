@@ -200,9 +200,7 @@ def workers_of(server: Server) -> set[int]:
     return {int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()}
 
 
-def test_an_operator_s_key_opens_the_metrics_or_a_port_of_their_own(
-    repository: Path, serve: Serve, tmp_path: Path
-) -> None:
+def test_metrics_need_an_operators_key_or_the_operations_port(repository: Path, serve: Serve, tmp_path: Path) -> None:
     file, port = tmp_path / "keys.txt", free_port()
     alice, ops = new_key("alice", file), new_key("ops", file)
     flags = "--api-keys-file", str(file), "--operators", "root,ops", "--operations-port", str(port)
@@ -226,7 +224,7 @@ def test_an_operator_s_key_opens_the_metrics_or_a_port_of_their_own(
             client.get("/healthz")
 
 
-def test_a_request_s_id_comes_back_on_every_surface(server: Server) -> None:
+def test_a_request_id_is_returned_by_every_protocol(server: Server) -> None:
     x, given = frames(1)[0], {"x-request-id": "0f/a:b~"}
     with server.client() as client:
         session = create(client, "lstm")
@@ -258,7 +256,7 @@ def test_a_request_s_id_comes_back_on_every_surface(server: Server) -> None:
         assert ask(stream, op="attach", session="none")["problem"]["request_id"] == "0f/a:b~"
 
 
-def test_a_problem_of_a_tick_has_an_id_too(server: Server) -> None:
+def test_a_problem_found_in_a_tick_carries_the_request_id(server: Server) -> None:
     with server.client() as client, connect(server.url.replace("http", "ws") + "/stream") as stream:
         (state,) = client.get("/models/rnn").json()["signature"]["states"]
         draw = np.random.default_rng(0)
@@ -276,7 +274,7 @@ def test_a_problem_of_a_tick_has_an_id_too(server: Server) -> None:
         assert problem["request_id"] == stream.response.headers["x-request-id"]
 
 
-def test_the_log_is_json_and_has_neither_keys_nor_payloads(repository: Path, serve: Serve, tmp_path: Path) -> None:
+def test_the_log_is_json_without_keys_and_payloads(repository: Path, serve: Serve, tmp_path: Path) -> None:
     file = tmp_path / "keys.txt"
     key = new_key("alice", file)
     server = serve(
@@ -309,7 +307,7 @@ def test_the_log_is_json_and_has_neither_keys_nor_payloads(repository: Path, ser
     assert all(line["duration_ms"] > 0 for line in access)
 
 
-def test_no_request_is_a_line_of_the_log_unless_asked_for(repository: Path, serve: Serve) -> None:
+def test_requests_are_logged_only_if_asked_for(repository: Path, serve: Serve) -> None:
     server = serve("--models", str(repository))
     with server.client() as client:
         client.post(f"/sessions/{create(client, 'lstm')}/step", json={"x": [0.5] * 5})
@@ -323,7 +321,7 @@ def test_no_request_is_a_line_of_the_log_unless_asked_for(repository: Path, serv
     ]
 
 
-def test_a_setting_that_is_on_or_off_is_turned_on_by_its_flag_alone(repository: Path, serve: Serve) -> None:
+def test_a_boolean_setting_is_turned_on_by_its_bare_flag(repository: Path, serve: Serve) -> None:
     server = serve("--access-log", "--models", str(repository))
     with server.client() as client:
         client.get("/models")
@@ -358,7 +356,7 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
     thread.join()
 
 
-def test_traces_tell_of_requests_and_their_stages(
+def test_traces_show_requests_and_their_stages(
     repository: Path, serve: Serve, own_redis: RedisServer, collector: tuple[str, list[Any]]
 ) -> None:
     address, spans = collector
@@ -399,7 +397,7 @@ def frames_of(count: int) -> list[list[list[float]]]:
     return [frames(2) for _ in range(count)]
 
 
-def test_the_page_and_the_dashboard_name_the_metrics_that_there_are(server: Server) -> None:
+def test_the_docs_and_the_dashboard_name_existing_metrics(server: Server) -> None:
     with server.client() as client:
         create(client, "lstm")
         client.post("/predict", json={})

@@ -38,7 +38,7 @@ def test_sequences_of_unequal_lengths_are_answered_in_order(server: Server) -> N
     assert last["outputs"] == [y[-1] for y in alone]
 
 
-def test_a_prediction_goes_on_from_the_states_that_another_returned(server: Server) -> None:
+def test_a_prediction_continues_from_the_states_that_another_returned(server: Server) -> None:
     x = frames(20)
     ask = {"model": "lstm", "outputs": "all", "return_states": True}
     with server.client() as client:
@@ -164,7 +164,7 @@ def test_sigterm_finishes_what_was_accepted_and_exits_with_0(repository: Path, s
     assert answers == [200]
 
 
-def test_a_large_body_is_read_in_parts_as_a_small_one_is_at_once(server: Server) -> None:
+def test_a_large_body_read_in_parts_gives_what_a_small_one_gives(server: Server) -> None:
     x = np.array(frames(9000), np.float32)
     cuts = [3, 5, 4000, 4002, 9000]
     sequences = np.split(x, cuts[:-1])

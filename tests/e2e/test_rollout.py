@@ -80,7 +80,7 @@ def test_the_text_model_knows_more_than_n_grams(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.8, 20, 7), Sampling(0), Sampling(1.0, None, 123)])
-def test_a_rollout_is_stepping_by_hand(client: httpx.Client, sampling: Sampling) -> None:
+def test_a_rollout_gives_what_stepping_by_hand_gives(client: httpx.Client, sampling: Sampling) -> None:
     asked = {"text": "Alice was", **{name: value for name, value in sampling._asdict().items() if value is not None}}
     session, other = create(client, "characters"), create(client, "characters")
     answer = roll_out(client, session, **asked, steps=60).json()
@@ -95,7 +95,7 @@ def test_a_rollout_is_stepping_by_hand(client: httpx.Client, sampling: Sampling)
     parts=st.lists(st.tuples(st.integers(1, 40), st.sampled_from(["one", "events", "steps"])), max_size=6),
     data=st.data(),
 )
-def test_a_rollout_in_any_parts_is_the_rollout(
+def test_a_rollout_in_parts_gives_the_whole_rollout(
     client: httpx.Client, parts: list[tuple[int, str]], data: st.DataObject
 ) -> None:
     sampling = Sampling(data.draw(st.sampled_from([0, 0.5, 1, 2])), data.draw(st.integers(1, 80)), data.draw(SEEDS))
@@ -115,7 +115,7 @@ def test_a_rollout_in_any_parts_is_the_rollout(
     assert client.get(f"/sessions/{session}").json()["position"] == whole["position"]
 
 
-def test_among_other_traffic_nothing_changes(server: Server, client: httpx.Client) -> None:
+def test_other_traffic_does_not_change_a_rollout(server: Server, client: httpx.Client) -> None:
     alone = [
         roll_out(client, create(client, "characters"), **{**ASKED, "seed": seed}, steps=80).json()["text"]
         for seed in range(6)
@@ -141,7 +141,7 @@ def test_among_other_traffic_nothing_changes(server: Server, client: httpx.Clien
     assert len(set(alone)) == 6
 
 
-def test_what_gives_numbers_is_continued_with_them(client: httpx.Client) -> None:
+def test_a_model_with_numeric_outputs_is_continued_with_them(client: httpx.Client) -> None:
     session, other = create(client, "sunspots"), create(client, "sunspots")
     x = [[96.7], [104.3], [116.7]]
     answer = roll_out(client, session, x=x, steps=120).json()
@@ -153,7 +153,7 @@ def test_what_gives_numbers_is_continued_with_them(client: httpx.Client) -> None
     assert [data["y"] for _, data in told[:-1]] == ys
 
 
-def test_a_rollout_with_a_position_is_applied_once_and_told_again(client: httpx.Client) -> None:
+def test_a_rollout_with_a_position_is_applied_once_and_repeated(client: httpx.Client) -> None:
     session = create(client, "characters")
     first = roll_out(client, session, **ASKED, steps=30, position=0)
     again = roll_out(client, session, **ASKED, steps=30, position=0)
@@ -171,7 +171,7 @@ def test_a_rollout_with_a_position_is_applied_once_and_told_again(client: httpx.
     assert roll_out(client, session, **ASKED, steps=30, position=0).status_code == 409
 
 
-def test_events_are_the_rollout_and_their_ids_the_positions(client: httpx.Client) -> None:
+def test_events_carry_the_rollout_and_positions_as_ids(client: httpx.Client) -> None:
     whole = roll_out(client, create(client, "characters"), **ASKED, steps=25).json()
     session = create(client, "characters")
     *told, (last, end) = events(client, session, **ASKED, steps=25)
@@ -182,7 +182,7 @@ def test_events_are_the_rollout_and_their_ids_the_positions(client: httpx.Client
     assert (last, end) == ("end", {"session": session, "position": 33, "durable": whole["durable"]})
 
 
-def test_a_stream_goes_on_behind_the_last_event_that_came(client: httpx.Client) -> None:
+def test_a_stream_resumes_after_the_last_event_received(client: httpx.Client) -> None:
     asked = {**ASKED, "steps": 400, "position": 0}
     whole = roll_out(client, create(client, "characters"), **ASKED, steps=400).json()["text"]
     session, text, after = create(client, "characters"), "", None
@@ -198,9 +198,7 @@ def test_a_stream_goes_on_behind_the_last_event_that_came(client: httpx.Client) 
     assert "".join(data.get("text", "") for _, data in events(client, session, **asked)) == whole
 
 
-def test_a_stream_asked_for_again_goes_on_there_and_no_symbol_is_applied_twice(
-    client: httpx.Client, server: Server
-) -> None:
+def test_a_repeated_stream_resumes_and_applies_no_symbol_twice(client: httpx.Client, server: Server) -> None:
     asked = {**ASKED, "steps": 1500, "position": 0}
     session = create(client, "characters")
     with server.client() as other, closing(events(other, session, **asked)) as older:
@@ -254,7 +252,7 @@ def test_a_server_that_stops_ends_its_streams_at_once(examples: Path, serve: Ser
             assert [int(kind) for kind, _ in islice(stream, 3)] == [after + 1, after + 2, after + 3]
 
 
-def test_whoever_steps_a_session_ends_its_stream_and_waits_for_nothing(client: httpx.Client, server: Server) -> None:
+def test_a_step_ends_the_sessions_stream_without_waiting(client: httpx.Client, server: Server) -> None:
     session = create(client, "characters")
     with server.client() as other, closing(events(other, session, **ASKED, steps=4096)) as stream:
         next(stream)  # and nobody reads on
@@ -264,7 +262,7 @@ def test_whoever_steps_a_session_ends_its_stream_and_waits_for_nothing(client: h
             assert [kind for kind, _ in stream][-1] == "problem"
 
 
-def test_a_client_that_goes_leaves_a_session_that_goes_on(client: httpx.Client, server: Server) -> None:
+def test_a_session_continues_after_its_client_has_left(client: httpx.Client, server: Server) -> None:
     session = create(client, "characters")
     with pytest.raises(httpx.ReadTimeout), server.client() as other:
         other.post(f"/sessions/{session}/rollout", json={**ASKED, "steps": 4096}, timeout=httpx.Timeout(60, read=0.02))
@@ -299,7 +297,7 @@ def test_a_killed_server_loses_no_symbol_of_a_stream(examples: Path, serve: Serv
     assert text == whole
 
 
-def test_the_python_client_rolls_out_too(server: Server, client: httpx.Client) -> None:
+def test_the_python_client_rolls_out(server: Server, client: httpx.Client) -> None:
     told = roll_out(client, create(client, "characters"), **ASKED, steps=30).json()
     x = [[96.7], [104.3]]
     values = roll_out(client, create(client, "sunspots"), x=x, steps=5).json()
@@ -340,7 +338,7 @@ def test_the_python_client_rolls_out_too(server: Server, client: httpx.Client) -
         ({"steps": 3, "text": "a", "beam": 4}, 422, "beam"),
     ],
 )
-def test_what_does_not_fit_is_told_where_and_changes_nothing(
+def test_a_bad_rollout_is_refused_with_the_place_and_changes_nothing(
     client: httpx.Client, body: dict[str, Any], status: int, place: str
 ) -> None:
     session = create(client, "characters")
@@ -350,7 +348,7 @@ def test_what_does_not_fit_is_told_where_and_changes_nothing(
     assert client.get(f"/sessions/{session}").json()["position"] == 0
 
 
-def test_models_and_sessions_that_cannot_are_told_so(client: httpx.Client) -> None:
+def test_models_and_sessions_that_cannot_roll_out_say_so(client: httpx.Client) -> None:
     vowels, sunspots = create(client, "vowels"), create(client, "sunspots")
     assert problem_kind(roll_out(client, vowels, x=[0.0] * 12, steps=3)) == "cannot-roll-out"
     assert roll_out(client, sunspots, x=[1.0], steps=3, seed=1).json()["place"] == "seed"

@@ -47,7 +47,9 @@ def test_two_servers_serve_one_session_in_turn(repository: Path, serve: Serve, o
         assert one.post(f"/sessions/{session}/step", json={"x": x[0]}).status_code == 410
 
 
-def test_a_store_that_is_away_is_told_of_and_comes_back(repository: Path, serve: Serve, own_redis: RedisServer) -> None:
+def test_an_unreachable_store_is_reported_until_it_comes_back(
+    repository: Path, serve: Serve, own_redis: RedisServer
+) -> None:
     server = serve("--models", str(repository), "--store", own_redis.url, "--store-timeout-seconds", "2")
     x = frames(3)
     with server.client() as client:
@@ -71,7 +73,7 @@ def test_a_store_that_is_away_is_told_of_and_comes_back(repository: Path, serve:
         assert [first["y"], again.json()["y"], last.json()["y"]] == whole
 
 
-def test_a_store_that_has_gone_back_is_found_out(repository: Path, serve: Serve, own_redis: RedisServer) -> None:
+def test_a_store_that_has_gone_back_is_detected(repository: Path, serve: Serve, own_redis: RedisServer) -> None:
     server = serve("--models", str(repository), "--store", own_redis.url)
     file = next(own_redis.folder.glob("appendonlydir/*.incr.aof"))
     x = frames(5)
@@ -97,7 +99,7 @@ def test_a_store_that_has_gone_back_is_found_out(repository: Path, serve: Serve,
         assert ys == client.post("/predict", json=body).json()["outputs"][0][2:]
 
 
-def test_a_step_is_answered_when_so_many_replicas_of_the_store_have_it(
+def test_a_step_is_answered_once_enough_replicas_of_the_store_have_it(
     repository: Path, serve: Serve, own_redis: RedisServer, tmp_path: Path
 ) -> None:
     (tmp_path / "replica").mkdir()
@@ -190,7 +192,7 @@ def test_more_sessions_than_slots_live_in_the_store_and_a_full_store_refuses_or_
         assert sum(client.get(f"/sessions/{one}").status_code == 410 for one in sessions) == 1
 
 
-def test_idle_sessions_expire_in_the_store_and_leave_word(
+def test_idle_sessions_expire_in_the_store_and_are_answered_as_expired(
     repository: Path, serve: Serve, own_redis: RedisServer
 ) -> None:
     server = serve("--models", str(repository), "--store", own_redis.url, "--session-idle-seconds", "3")
@@ -229,7 +231,7 @@ def test_workers_share_the_store_and_stop_with_status_0(repository: Path, serve:
         (("--store", "redis://127.0.0.1:1", "--snapshot", "sessions"), 2, "--snapshot"),
     ],
 )
-def test_settings_that_cannot_be_end_in_one_line(
+def test_impossible_store_settings_are_refused_in_one_line(
     repository: Path, flags: tuple[str, ...], status: int, told: str
 ) -> None:
     command = [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", "--models", str(repository), *flags]

@@ -22,7 +22,7 @@ from tests.helpers import FEATURES
 from tests.server import Serve
 
 
-def test_sessions_go_on_after_a_restart_where_they_were(repository: Path, serve: Serve, tmp_path: Path) -> None:
+def test_sessions_continue_after_a_restart_where_they_were(repository: Path, serve: Serve, tmp_path: Path) -> None:
     file = tmp_path / "sessions"
     flags = "--models", str(repository), "--snapshot", str(file), "--tombstone-seconds", "600"
     x = frames(3000)
@@ -59,7 +59,7 @@ def test_sessions_go_on_after_a_restart_where_they_were(repository: Path, serve:
         assert client.get(f"/sessions/{deleted}").status_code == 410
 
 
-def test_a_session_that_expired_while_the_server_was_down_is_told_to_have_expired(
+def test_a_session_that_expired_while_the_server_was_down_is_answered_as_expired(
     repository: Path, serve: Serve, tmp_path: Path
 ) -> None:
     flags = "--models", str(repository), "--snapshot", str(tmp_path / "s")
@@ -103,7 +103,7 @@ def start(repository: Path, file: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty", "folder"])
-def test_a_damaged_or_foreign_file_is_refused_and_left_as_it_is(
+def test_a_damaged_or_foreign_snapshot_is_refused_and_left_unchanged(
     repository: Path, serve: Serve, tmp_path: Path, damage: str
 ) -> None:
     file = tmp_path / "sessions"

@@ -36,7 +36,7 @@ def test_a_session_is_opened_stepped_and_closed(server: Server, stream: ClientCo
     assert (gone["op"], gone["ref"], gone["problem"]["status"]) == ("error", 9, 410)
 
 
-def test_a_session_from_elsewhere_is_attached_and_outlives_the_socket(server: Server) -> None:
+def test_an_attached_session_outlives_the_socket(server: Server) -> None:
     x = frames(4)
     with server.client() as client:
         session = create(client, "rnn")
@@ -50,7 +50,7 @@ def test_a_session_from_elsewhere_is_attached_and_outlives_the_socket(server: Se
     assert ys == whole_sequence(server, "rnn", x)
 
 
-def test_a_key_that_nobody_wanted_harms_nothing(stream: ClientConnection) -> None:
+def test_a_key_that_is_not_required_is_ignored(stream: ClientConnection) -> None:
     stream.send('{"op": "auth", "key": "of another server", "ref": 1}')
     assert json.loads(stream.recv(timeout=30)) == {"op": "auth", "ref": 1}
 
@@ -86,7 +86,7 @@ def test_a_key_that_nobody_wanted_harms_nothing(stream: ClientConnection) -> Non
     ],
     ids=range(25),
 )
-def test_a_frame_that_does_not_fit_is_answered_and_the_socket_stays_open(
+def test_a_bad_frame_is_answered_and_the_socket_stays_open(
     server: Server, stream: ClientConnection, frame: str | bytes, status: int, told: str
 ) -> None:
     ask(stream, op="open", model="lstm")
@@ -102,9 +102,7 @@ def test_a_frame_that_does_not_fit_is_answered_and_the_socket_stays_open(
     assert (step["position"], [step["y"]]) == (1, whole_sequence(server, "lstm", frames(1)))
 
 
-def test_binary_frames_step_many_sessions_at_once_each_to_the_bits_of_one_run(
-    server: Server, stream: ClientConnection
-) -> None:
+def test_binary_frames_step_many_sessions_at_once_bit_for_bit(server: Server, stream: ClientConnection) -> None:
     count = 300  # more than one tick takes
     x = np.random.default_rng(3).normal(size=(count, 9, FEATURES)).astype(np.float32)
     for _ in range(count):
@@ -140,9 +138,7 @@ def test_in_a_binary_frame_an_error_concerns_its_own_session(server: Server, str
         assert y[row].tolist() == np.array(whole_sequence(server, "rnn", x[row].tolist()), np.float32).tolist()
 
 
-def test_frames_may_be_sent_ahead_and_a_session_takes_them_in_their_order(
-    server: Server, stream: ClientConnection
-) -> None:
+def test_frames_sent_ahead_are_applied_in_order(server: Server, stream: ClientConnection) -> None:
     x = frames(500)
     ask(stream, op="open", model="decaying")
     for number, row in enumerate(x):
@@ -153,7 +149,7 @@ def test_frames_may_be_sent_ahead_and_a_session_takes_them_in_their_order(
     assert [answer["y"] for answer in answers] == whole_sequence(server, "decaying", x)
 
 
-def test_a_short_frame_never_passes_a_long_one_that_was_sent_before(server: Server, stream: ClientConnection) -> None:
+def test_a_short_frame_never_overtakes_a_long_one(server: Server, stream: ClientConnection) -> None:
     x = frames(300)
     ask(stream, op="open", model="decaying")
     sent, done = [], 0
@@ -182,7 +178,7 @@ def test_a_short_frame_never_passes_a_long_one_that_was_sent_before(server: Serv
     )
 
 
-def test_a_client_that_does_not_read_is_not_read_and_holds_nobody_up(server: Server) -> None:
+def test_a_client_that_does_not_read_is_not_read_and_delays_nobody(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -211,6 +207,6 @@ def test_a_client_that_does_not_read_is_not_read_and_holds_nobody_up(server: Ser
         assert client.get("/readyz").status_code == 200
 
 
-def test_an_unknown_path_is_no_socket(server: Server) -> None:
+def test_a_websocket_on_an_unknown_path_is_refused(server: Server) -> None:
     with pytest.raises(Exception, match=r"40[34]"), connect(server.url.replace("http", "ws") + "/nothing"):
         pass

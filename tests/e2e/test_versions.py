@@ -74,9 +74,7 @@ async def until_stepped(ys: list[list[list[float]]]) -> None:
             await asyncio.sleep(0.02)
 
 
-def test_a_new_version_comes_under_load_and_every_session_stays_on_the_one_it_began_with(
-    models: Path, serve: Serve
-) -> None:
+def test_every_session_keeps_its_version_when_a_new_one_arrives_under_load(models: Path, serve: Serve) -> None:
     server = serve("--models", str(models), *WATCHING)
     sequences = [frames(1000, seed) for seed in range(60)]
 
@@ -128,7 +126,7 @@ def test_a_new_version_comes_under_load_and_every_session_stays_on_the_one_it_be
     assert "ERROR" not in log
 
 
-def test_versions_are_asked_for_by_number_on_every_surface(models: Path, serve: Serve) -> None:
+def test_a_version_can_be_chosen_by_number_over_every_protocol(models: Path, serve: Serve) -> None:
     add_version(models, "lstm", 2)
     server = serve("--models", str(models))
     x = frames(6)
@@ -170,7 +168,7 @@ def test_versions_are_asked_for_by_number_on_every_surface(models: Path, serve: 
             assert "several models" in json.loads(socket.recv(timeout=30))["problem"]["detail"]
 
 
-def test_what_is_broken_is_told_in_models_and_once_in_the_log_and_going_back_is_taking_away(
+def test_a_broken_version_is_reported_in_models_and_once_in_the_log_and_removing_a_version_rolls_back(
     models: Path, serve: Serve
 ) -> None:
     server = serve("--models", str(models), *WATCHING)
@@ -202,7 +200,7 @@ def test_what_is_broken_is_told_in_models_and_once_in_the_log_and_going_back_is_
     assert server.log[-1].count("lstm/2 is refused") == 1
 
 
-def test_operators_reload_at_once_and_nobody_else_does(models: Path, serve: Serve, tmp_path: Path) -> None:
+def test_only_operators_may_reload(models: Path, serve: Serve, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     alice, bob = new_key("alice", keys), new_key("bob", keys)
     port = free_port()
@@ -229,7 +227,7 @@ def test_operators_reload_at_once_and_nobody_else_does(models: Path, serve: Serv
         assert client.get("/models/lstm", headers=bearer(alice)).json()["version"] == 2
 
 
-def test_sessions_of_older_versions_come_back_onto_them_and_wait_for_those_that_are_not_there(
+def test_restored_sessions_keep_their_versions_and_wait_for_missing_ones(
     models: Path, serve: Serve, tmp_path: Path
 ) -> None:
     flags = "--models", str(models), "--snapshot", str(tmp_path / "sessions"), *WATCHING
@@ -309,7 +307,7 @@ def test_two_replicas_change_versions_one_after_the_other(
     assert ys == {old: expected[1], new: expected[2]}
 
 
-def test_a_socket_goes_on_with_sessions_of_a_version_that_has_to_be_loaded(
+def test_a_socket_continues_sessions_of_a_version_that_has_to_be_loaded(
     models: Path, serve: Serve, redis: RedisServer
 ) -> None:
     redis.flush()
@@ -327,9 +325,7 @@ def test_a_socket_goes_on_with_sessions_of_a_version_that_has_to_be_loaded(
         assert y[row].tobytes() == float32(truth(models / "lstm" / version, x[row].tolist()))
 
 
-def test_a_sequence_of_the_inference_protocol_stays_on_its_version_whatever_is_newest(
-    models: Path, serve: Serve
-) -> None:
+def test_a_sequence_of_the_inference_protocol_keeps_its_version(models: Path, serve: Serve) -> None:
     server, x = serve("--models", str(models), *WATCHING), frames(6)
 
     def step(client: httpx.Client, row: list[float], path: str = "lstm", **parameters: Any) -> dict[str, Any]:

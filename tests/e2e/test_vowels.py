@@ -31,7 +31,7 @@ def test_the_whole_test_split_gives_the_accuracy_that_the_model_file_states(clie
     assert np.allclose(np.sum(answer["outputs"], axis=1), 1, atol=1e-5)  # probabilities
 
 
-def test_stepping_frame_by_frame_gives_bit_for_bit_what_predict_gives(client: httpx.Client) -> None:
+def test_stepping_frame_by_frame_gives_the_bits_of_predict(client: httpx.Client) -> None:
     test = vowels().test
     for number in (0, 100, 369):
         frames = test.x[number, : test.lengths[number]].tolist()

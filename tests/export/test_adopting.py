@@ -188,7 +188,7 @@ def time_first(batch: Any = "batch") -> Any:
 @pytest.mark.parametrize(
     ("batch", "flags"), [("batch", []), ("batch", ["--input", "x:time_axis=0"]), (1, ["--input", "x:time_axis=0"])]
 )
-def test_time_first_is_turned(adopt: Adopt, batch: Any, flags: list[str]) -> None:
+def test_a_model_with_time_before_batch_is_transposed(adopt: Adopt, batch: Any, flags: list[str]) -> None:
     model, other = adopt(time_first(batch), *flags), foreign.lstm()
     signature = model.document.signature
     assert (signature.time_axis, signature.batch) == (True, None if batch == "batch" else 1)

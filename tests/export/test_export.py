@@ -100,7 +100,7 @@ def test_any_batch_lengths_chunks_and_padding_give_the_bits_of_single_steps_and_
 
 
 @pytest.mark.parametrize("kind", CELLS)
-def test_no_loop_is_left(kind: str) -> None:
+def test_an_exported_step_contains_no_loop(kind: str) -> None:
     _, runtime = example(kind, 7, 3)
     operators = runtime.document.operators
     assert "Loop" not in operators

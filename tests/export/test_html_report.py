@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield export(Request(path, "mine", home / "artifacts", data=home / "test.npz"), Console(quiet=True))
 
 
-def test_every_part_is_there(folder: Path) -> None:
+def test_the_report_has_every_section(folder: Path) -> None:
     page = Page((folder / REPORT_NAME).read_text())
     headings = re.findall(r"<h2[^>]*>([^<]+)</h2>", (folder / REPORT_NAME).read_text())
     assert headings == [

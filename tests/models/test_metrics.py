@@ -17,7 +17,7 @@ def test_a_class_is_judged_by_the_last_valid_output() -> None:
     assert evaluate(y_pred, data) == {"accuracy": 0.5}
 
 
-def test_numbers_are_judged_where_they_are_valid_and_weigh() -> None:
+def test_padding_and_zero_weights_do_not_count_in_metrics() -> None:
     y_pred = np.array([[[1.0], [5.0], [9.0]]])
     data = {"lengths": np.array([2]), "y": np.array([[[4.0], [1.0], [0.0]]])}
     assert evaluate(y_pred, data) == {"rmse": pytest.approx(np.sqrt(12.5))}

@@ -48,7 +48,9 @@ def test_a_symbol_is_drawn_that_can_be_among_the_most_probable_and_always_the_sa
     SAMPLINGS,
     POSITIONS,
 )
-def test_of_logits_too(logits: list[float], sampling: Sampling, position: int) -> None:
+def test_a_symbol_drawn_from_logits_is_one_of_the_top_k_and_always_the_same(
+    logits: list[float], sampling: Sampling, position: int
+) -> None:
     output = np.array(logits, np.float32)
     place = draw(output, True, sampling, position)
     assert np.count_nonzero(output > output[place]) < (sampling.top_k or len(output))
