@@ -331,7 +331,7 @@ keras.Sequential([keras.Input((None, 2)), keras.layers.RNN(LeakyCell(4), return_
 def test_a_cell_of_the_users_own_is_exported_by_the_script_without_a_word_of_tensorflow(tmp_path: Path) -> None:
     (tmp_path / "leaky.py").write_text(CELL)
     subprocess.run([sys.executable, "-c", MAKE], cwd=tmp_path, check=True, env=_environment(tmp_path))
-    command = [sys.executable, "-m", "export", "mine.keras", "--name", "mine"]
+    command = [sys.executable, "-m", "cellserve.export", "mine.keras", "--name", "mine"]
     lost = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
     assert (lost.returncode, lost.stderr.count("\n")) == (1, 1)
     assert "the class 'LeakyCell' (registered as 'mine>LeakyCell') is not known" in lost.stderr
