@@ -16,7 +16,8 @@ from starlette.routing import Match, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cellserve.service.api import openapi, operations, sessions
-from cellserve.service.api.asgi import ProblemMiddleware, as_problem
+from cellserve.service.api.asgi import OnePerLoopIteration, ProblemMiddleware, as_problem
+from cellserve.service.api.fast_path import FastPath
 from cellserve.service.api.inference.http import HttpInference
 from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.middleware import ObservabilityMiddleware
@@ -88,7 +89,8 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
         lifespan=lifespan,
         redoc_url=None,
     )
-    predict, step = ProblemMiddleware(Predict(service)), sessions.StepEndpoint(service)
+    one_per_iteration = OnePerLoopIteration()
+    predict, step = ProblemMiddleware(Predict(service, one_per_iteration)), sessions.StepEndpoint(service)
     app.router.routes.append(Route("/predict", predict, methods=["POST"]))
     app.router.routes.append(Route("/sessions/{session_id}/step", step, methods=["POST"]))
     roll_out = ProblemMiddleware(RolloutEndpoint(service))
@@ -100,7 +102,8 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
     app.state.service = service
     _answer_problems(app)
     openapi.install(app, service)
-    return ObservabilityMiddleware(HotPaths(app, predict, step, HttpInference(inference)), service)
+    hot_paths = HotPaths(app, predict, step, HttpInference(inference))
+    return ObservabilityMiddleware(hot_paths, service, FastPath(service, one_per_iteration))
 
 
 def from_environment() -> ObservabilityMiddleware:

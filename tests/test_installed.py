@@ -117,5 +117,5 @@ def test_everything_works_beside_files_of_the_same_names(installed: Path, tmp_pa
             assert run("python", "ask.py", url).split("\n")[:2] == ["(4, 1)", "(4, 1)"]
         finally:
             server.send_signal(signal.SIGTERM)
-            server.stderr.read()
+            server.communicate(timeout=60)
     assert server.returncode == 0

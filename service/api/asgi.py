@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Coroutine, Iterable, MutableMapping
+from collections.abc import Callable, Coroutine, Iterable, MutableMapping
 from typing import Any, TypeVar
 
 import orjson
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 log = logging.getLogger("cellserve")
 
-_JSON = (b"content-type", b"application/json")
+JSON = (b"content-type", b"application/json")
 REPLAY = ((b"idempotent-replay", b"true"),)
 RESUMABLE = "cellserve.resumable"  # a scope's key: the client can resume this answer after a disconnect
 
@@ -103,31 +103,41 @@ def _too_large(limit: int) -> BodyTooLarge:
 
 
 class OnePerLoopIteration:
-    """Admits one request per iteration of the event loop, so that many large bodies do not delay small requests."""
+    """Admits one piece of work per iteration of the event loop, so that many large bodies never delay what is small."""
 
     def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._passed = False  # whether a request was admitted in this iteration
+        self._waiting: deque[Callable[[], bool]] = deque()
+        self._admitted = False  # in this iteration
 
     async def __call__(self) -> None:
-        """Waits for an iteration, first come first served."""
+        """Waits to be admitted, in order of arrival."""
+        admitted = asyncio.get_running_loop().create_future()
+
+        def admit() -> bool:
+            if admitted.done():  # cancelled: its client has disconnected
+                return False
+            admitted.set_result(None)
+            return True
+
+        self.submit(admit)
+        await admitted
+
+    def submit(self, work: Callable[[], bool]) -> None:
+        """Calls `work` now or in a later iteration, in order of arrival; it says whether there was anything to do."""
+        if self._admitted:
+            self._waiting.append(work)
+            return
+        self._admitted = True
         loop = asyncio.get_running_loop()
-        if not self._passed:
-            self._passed = True
-            loop.call_soon(self._next, loop)
-        else:
-            waiter = loop.create_future()
-            self._waiting.append(waiter)
-            await waiter
+        loop.call_soon(self._next, loop)
+        work()
 
     def _next(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._waiting:
-            waiter = self._waiting.popleft()
-            if not waiter.done():  # not cancelled by a disconnect
-                waiter.set_result(None)
+            if self._waiting.popleft()():
                 loop.call_soon(self._next, loop)
                 return
-        self._passed = False
+        self._admitted = False
 
 
 async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
@@ -150,7 +160,7 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -
 async def send_json(send: Send, document: Any, more: Iterable[tuple[bytes, bytes]] = ()) -> None:
     """Sends a JSON document; NumPy floats are written with the fewest digits that read back as the same float32."""
     body = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-    headers = [_JSON, (b"content-length", b"%d" % len(body)), *more]
+    headers = [JSON, (b"content-length", b"%d" % len(body)), *more]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -1,238 +1,159 @@
-"""uvicorn protocols that serve single HTTP steps and `WS /stream` frames without an ASGI task or ASGI messages.
+"""The fast path: single steps, and predictions of one sequence, over HTTP without an ASGI task or ASGI messages.
 
-All other requests, and every request with an error in it, go unchanged to the ASGI application.
+A request that is not of the simple form, or that anything is wrong with, is left to the ASGI endpoint of its path.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from functools import partial
-from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import orjson
-from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.exceptions import InvalidState
-from websockets.http11 import Request
 
-from cellserve.service.api.asgi import REPLAY, RESUMABLE, as_problem
-from cellserve.service.api.step_codec import parse_simple_step, step_json
+from cellserve.service.api.asgi import JSON, REPLAY, OnePerLoopIteration, as_problem
+from cellserve.service.api.predict_codec import parse_simple_prediction, prediction_json, wants_every_output
+from cellserve.service.api.step_codec import NOT_SIMPLE, parse_simple_step, step_json
 from cellserve.service.context import ServiceContext
-from cellserve.service.errors import Problem
-from cellserve.service.observability.request_context import (
-    HEADER,
-    RequestContext,
-    has_request_id,
-    make_scope,
-    new_id,
-    problem_body,
-)
+from cellserve.service.engine.pending import Pending
+from cellserve.service.engine.sequences import SequenceResult, name_sequence, start_sequence
+from cellserve.service.errors import NotFinite, Problem
+from cellserve.service.model_repository.repository import Model
+from cellserve.service.observability.counters import SurfaceCounts
+from cellserve.service.observability.request_context import HEADER, RequestContext, make_scope, new_id, problem_body
 from cellserve.service.sessions.pending import PendingStep, StepResult
 from cellserve.service.sessions.session import Session
 
+Headers = Iterable[tuple[bytes, bytes]]
+
 _BEGIN, _END = b"/sessions/", b"/step"
-_JSON = (b"content-type", b"application/json")
-_LARGEST_BODY = 64 * 1024
-FRAMES_EXTENSION = "cellserve.frames"  # ASGI extension: the connection, whose `on_message` the endpoint sets
-_SCOPE = {"method": "POST", "path": "/sessions/{id}/step"}  # logged for a failed step
-
-_log = logging.getLogger("cellserve.sockets")
-_log.setLevel(logging.WARNING)  # uvicorn and websockets log a line per socket, which the access log has too
+_NO_STATES = msgspec.Raw(b"null")
 
 
-class _Step:
-    """A step request in progress, with the attributes uvicorn reads of its own request-response cycles."""
+class Connection(Protocol):
+    """What carries the answers."""
 
-    def __init__(self) -> None:
+    def respond(self, exchange: Exchange, status: int, body: bytes, headers: Headers | None = None) -> None:
+        """Sends an answer; without headers it is JSON. Nothing happens where the client has disconnected."""
+
+
+class Route(NamedTuple):
+    """What the fast path does with the requests of one endpoint."""
+
+    start: Callable[[Exchange], bool]  # starts a request; False where it is one for the ASGI endpoint
+    surface: SurfaceCounts
+    path: str  # logged for a failed request
+    is_admitted: bool  # whether bodies take long enough to read that they have to be admitted first
+
+
+class Exchange:
+    """One request and its answer, with the attributes that uvicorn reads of its own request-response cycles.
+
+    Args:
+        connection: Carries the answer.
+        route: Its endpoint's.
+        url: The request's target.
+        headers: Its headers, with their names in lower case.
+    """
+
+    def __init__(self, connection: Connection, route: Route, url: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        self.connection, self.route, self.url, self.headers = connection, route, url, headers
         self.body = b""
+        self.is_started = False
+        self.pending: Pending | None = None
         self.response_complete = False
         self.disconnected = False
         self.keep_alive = True
         self.message_event = self
-        self.pending: PendingStep | None = None
 
     def set(self) -> None:
-        """Cancels the step if the client has disconnected; uvicorn calls it as an event's `set`."""
+        """Cancels the work if the client has disconnected; uvicorn calls it as an event's `set`."""
         if self.disconnected and self.pending:
             self.pending.cancel()
 
 
-class FastPathHttp(HttpToolsProtocol):
-    """An HTTP/1.1 connection with a fast path for single steps.
+class FastPath:
+    """Starts requests of the simple form at once, and answers them from within the tick.
 
     Args:
-        config: uvicorn's configuration; its loaded application has a `service`.
-        more: Further arguments of uvicorn's protocols.
+        service: The service.
+        one_per_iteration: Admits the bodies of predictions to be read, those of the ASGI endpoint too.
     """
 
-    # uvicorn's default headers, and the head of a 200 response made of them; shared by all connections.
-    _ok_head_cache: ClassVar[tuple[list[tuple[bytes, bytes]], bytes]] = [], b""
+    def __init__(self, service: ServiceContext, one_per_iteration: OnePerLoopIteration) -> None:
+        self.service = service
+        self.admit = one_per_iteration.submit
+        # The default headers of answers, and the head of an answer with status 200 that is made of them.
+        self.ok_head: tuple[list[tuple[bytes, bytes]], bytes] = [], b""
+        surfaces = service.counts.surfaces
+        self._step = Route(self._start_step, surfaces["sessions"], "/sessions/{id}/step", False)
+        self._predict = Route(self._start_prediction, surfaces["predict"], "/predict", True)
 
-    def __init__(self, config: Config, *more: Any, **named: Any) -> None:
-        super().__init__(config, *more, **named)
-        self._service: ServiceContext = config.loaded_app.service
-        self._counts = self._service.counts.surfaces["sessions"]
-        self._step: _Step | None = None  # the step whose body is being received
+    def route(self, url: bytes) -> Route | None:
+        """Returns the route of a target; None where all its requests are the ASGI application's."""
+        if url == b"/predict":
+            return self._predict
+        return self._step if url.startswith(_BEGIN) and url.endswith(_END) else None
 
-    def shutdown(self) -> None:
-        """Closes the connection; aborts a resumable stream whose client reads too slowly."""
-        self._service.stopping = True
-        if self.flow.write_paused and RESUMABLE in getattr(self.cycle, "scope", ()):
-            self.transport.abort()
-        super().shutdown()
-
-    def on_message_begin(self) -> None:
-        """Starts a request; its scope is only built if it falls back to ASGI."""
-        self.url = b""
-        self.headers = []
-        self.expect_100_continue = False
-
-    def on_headers_complete(self) -> None:
-        """Chooses between the fast path and ASGI."""
-        url, parser = self.url, self.parser
-        if (
-            url.startswith(_BEGIN)
-            and url.endswith(_END)
-            and _JSON in self.headers
-            and (self.cycle is None or self.cycle.response_complete)
-            and parser.get_method() == b"POST"
-            and parser.get_http_version() == "1.1"
-            and parser.should_keep_alive()
-            and not parser.should_upgrade()
-            and not self.expect_100_continue
-            and not self._service.observes_each_request
-            and not has_request_id(self.headers)
-        ):
-            self._step = self.cycle = _Step()  # type: ignore[assignment]
-        else:
-            self._fall_back_to_asgi()
-
-    def on_body(self, body: bytes) -> None:
-        """Appends a part of the body."""
-        step = self._step
-        if step is None:
-            super().on_body(body)
-            return
-        step.body += body
-        if len(step.body) > _LARGEST_BODY:
-            self._fall_back_with_body(step)
-
-    def on_message_complete(self) -> None:
-        """Submits the step, or falls back to ASGI."""
-        step = self._step
-        if step is None:
-            super().on_message_complete()
-            return
+    def _start_step(self, exchange: Exchange) -> bool:
+        """Starts `POST /sessions/{id}/step` of one time step."""
+        service = self.service
         try:
-            owner = self._service.owner(self.headers)
-            session = self._service.sessions.get(owner, self.url[len(_BEGIN) : -len(_END)].decode())
-            x, once = parse_simple_step(session.model, step.body)
-            on_done = partial(self._answer, step, session)
-            pending = None if x is None else self._service.writer.try_submit(session, x, True, once, on_done)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, Problem):
-            pending = None
-        if pending is None:
-            self._fall_back_with_body(step)
-            super().on_message_complete()
-            return
-        self._step = None
-        step.pending = pending
+            owner = service.owner(exchange.headers)
+            session = service.sessions.get(owner, exchange.url[len(_BEGIN) : -len(_END)].decode())
+            x, key = parse_simple_step(session.model, exchange.body)
+            if x is None:
+                return False
+            on_done = partial(self._answer_step, exchange, session)
+            exchange.pending = service.writer.try_submit(session, x, True, key, on_done)
+        except (*NOT_SIMPLE, Problem):
+            return False
+        return exchange.pending is not None
 
-    def _answer(self, step: _Step, session: Session, pending: PendingStep, outcome: StepResult | Exception) -> None:
-        if step.disconnected or self.transport.is_closing():
-            return
+    def _answer_step(
+        self, exchange: Exchange, session: Session, pending: PendingStep, outcome: StepResult | Exception
+    ) -> None:
         if isinstance(outcome, Exception):
-            self._respond_with_problem(step, outcome)
+            self._answer_problem(exchange, outcome)
             return
-        answer = step_json(self._service.sessions, session, outcome.y, outcome.position, True, True)
-        body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-        head = self._head(200, (_JSON, *REPLAY)) if outcome.replayed else self._ok_head()
-        self._respond(step, 200, head, body)
+        answer = step_json(self.service.sessions, session, outcome.y, outcome.position, True, True)
+        self._answer(exchange, answer, (JSON, *REPLAY) if outcome.replayed else None)
 
-    def _respond_with_problem(self, step: _Step, error: Exception) -> None:
-        asked = RequestContext(new_id(), self._counts)
-        scope = make_scope(asked, **_SCOPE)
-        problem = as_problem(error, scope)
-        head = self._head(problem.status, (*problem.headers(), (HEADER, asked.id.encode())))
-        self._respond(step, problem.status, head, problem_body(problem, scope))
-
-    def _respond(self, step: _Step, status: int, head: bytes, body: bytes) -> None:
-        assert step.pending is not None
-        self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
-        self._counts.record_response(status, perf_counter() - step.pending.advance.arrived)
-        step.response_complete = True
-        if not step.keep_alive:
-            self.transport.close()
-        self.on_response_complete()
-
-    def _head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-        lines = [b"%b: %b\r\n" % header for header in (*self.server_state.default_headers, *headers)]
-        return STATUS_LINE[status] + b"".join(lines)
-
-    def _ok_head(self) -> bytes:
-        # The default headers contain the date; uvicorn replaces the list every second.
-        default, head = self._ok_head_cache
-        if default is not self.server_state.default_headers:
-            head = self._head(200, (_JSON,))
-            FastPathHttp._ok_head_cache = self.server_state.default_headers, head
-        return head
-
-    def _fall_back_to_asgi(self) -> None:
-        """Replays uvicorn's own handling up to the end of the headers."""
-        url, headers, expect = self.url, self.headers, self.expect_100_continue
-        super().on_message_begin()
-        self.url, self.expect_100_continue = url, expect
-        self.headers += headers  # in place: the scope refers to this list
-        super().on_headers_complete()
-
-    def _fall_back_with_body(self, step: _Step) -> None:
-        """Falls back to ASGI with the part of the body received so far."""
-        self._step = self.cycle = None  # type: ignore[assignment]
-        self._fall_back_to_asgi()
-        super().on_body(step.body)
-
-
-class FastPathWebSocket(WebSocketsSansIOProtocol):
-    """A WebSocket whose endpoint can handle messages as they arrive and send without awaiting.
-
-    Args:
-        config: uvicorn's configuration.
-        more: Further arguments of uvicorn's protocols.
-    """
-
-    # Called with a message and whether it is text; returns whether it handled the message.
-    on_message: Callable[[bytes, bool], bool] | None = None
-
-    def __init__(self, config: Config, *more: Any, **named: Any) -> None:
-        super().__init__(config, *more, **named)
-        self.logger = self.conn.logger = _log
-
-    def handle_connect(self, event: Request) -> None:
-        """Accepts the handshake and offers this connection to the endpoint."""
-        super().handle_connect(event)
-        if self.handshake_initiated and not self.close_sent:
-            self.scope["extensions"][FRAMES_EXTENSION] = self  # type: ignore[assignment]
-
-    def send_receive_event_to_app(self) -> None:
-        """Passes a message to `on_message`, or to the ASGI queue if that is not empty or the handler declines."""
-        if self.on_message is not None and self.queue.empty() and not self.close_sent:
-            message = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
-            if self.on_message(bytes(message), self.curr_msg_data_type == "text"):
-                self.frames = []
-                return
-        super().send_receive_event_to_app()
-
-    def send_now(self, data: bytes, text: bool) -> bool:
-        """Sends a message at once; returns False if the client reads too slowly or has disconnected."""
-        if not self.writable.is_set() or self.close_sent or self.transport.is_closing():
-            return False
+    def _start_prediction(self, exchange: Exchange) -> bool:
+        """Starts `POST /predict` of one sequence from zeros."""
         try:
-            (self.conn.send_text if text else self.conn.send_binary)(data)
-        except InvalidState:
+            self.service.owner(exchange.headers)
+            request = parse_simple_prediction(exchange.body)
+            engine = self.service.engine(request.model)
+            model = engine.model
+            if len(request.sequences) != 1 or request.states != _NO_STATES or not model.reader.plain or engine.whole:
+                return False
+            (x,) = model.reader.arrays(request.sequences)
+            every_output = wants_every_output(model, request.outputs)
+            on_done = partial(self._answer_prediction, exchange, model, every_output)
+            exchange.pending = start_sequence(engine, x, every_output, request.return_states, on_done)
+        except (*NOT_SIMPLE, Problem):
             return False
-        self.transport.write(b"".join(self.conn.data_to_send()))
         return True
+
+    def _answer_prediction(
+        self, exchange: Exchange, model: Model, every_output: bool, outcome: SequenceResult | Exception
+    ) -> None:
+        if isinstance(outcome, Exception):
+            error = name_sequence(outcome, "sequences[0]") if isinstance(outcome, NotFinite) else outcome
+            self._answer_problem(exchange, error)
+            return
+        states = None if outcome.states is None else [outcome.states]
+        self._answer(exchange, prediction_json(model, [outcome.y], every_output, states))
+
+    def _answer(self, exchange: Exchange, document: dict[str, Any], headers: Headers | None = None) -> None:
+        body = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+        exchange.connection.respond(exchange, 200, body, headers)
+
+    def _answer_problem(self, exchange: Exchange, error: Exception) -> None:
+        context = RequestContext(new_id(), exchange.route.surface)
+        scope = make_scope(context, method="POST", path=exchange.route.path)
+        problem = as_problem(error, scope)
+        headers = (*problem.headers(), (HEADER, context.id.encode()))
+        exchange.connection.respond(exchange, problem.status, problem_body(problem, scope), headers)

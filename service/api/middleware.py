@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cellserve.service.api.fast_path import FastPath
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import Unauthorized
 from cellserve.service.observability.request_context import HEADER, KEY, RequestContext, new_id, route
@@ -25,10 +26,11 @@ class ObservabilityMiddleware:
     Args:
         app: The application.
         service: Its counters, tracing and settings are used.
+        fast_path: Serves what needs no ASGI application; the server's protocols find it here.
     """
 
-    def __init__(self, app: ASGIApp, service: ServiceContext) -> None:
-        self.app, self.service = app, service
+    def __init__(self, app: ASGIApp, service: ServiceContext, fast_path: FastPath | None = None) -> None:
+        self.app, self.service, self.fast_path = app, service, fast_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one connection."""

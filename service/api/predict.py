@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
@@ -19,42 +18,38 @@ from cellserve.service.api.asgi import (
     send_body,
     send_json,
 )
-from cellserve.service.api.step_codec import labels_json
+from cellserve.service.api.predict_codec import (
+    PredictRequest,
+    parse_simple_prediction,
+    prediction_json,
+    read_prediction,
+    read_prediction_in_parts,
+    wants_every_output,
+)
+from cellserve.service.api.step_codec import NOT_SIMPLE
 from cellserve.service.context import ServiceContext
 from cellserve.service.engine.engine import Engine
 from cellserve.service.engine.sequences import run_sequences
 from cellserve.service.errors import BodyTooLarge, InvalidInput, VersionLoading
-from cellserve.service.validation.json_input import PART_BYTES, decode
+from cellserve.service.validation.json_input import PART_BYTES
 
 Array = NDArray[Any]
 
-
-S = TypeVar("S")
-
-
-class PredictRequest(msgspec.Struct, Generic[S], forbid_unknown_fields=True):
-    """The body of `POST /predict`."""
-
-    sequences: S
-    model: str | None = None
-    outputs: Literal["last", "all"] | None = None
-    states: msgspec.Raw = msgspec.Raw(b"null")
-    return_states: bool = False
-
-
-_decoder = msgspec.json.Decoder(PredictRequest[msgspec.Raw])
-_plain_decoder = msgspec.json.Decoder(PredictRequest[list[list[list[float]]]])
-_parts_decoder = msgspec.json.Decoder(PredictRequest[list[msgspec.Raw]])
 
 _LARGE_BODY = 256 * 1024  # bytes; larger bodies are parsed in parts, one per loop iteration
 
 
 class Predict:
-    """The endpoint, plain ASGI for speed."""
+    """The endpoint, plain ASGI for speed.
 
-    def __init__(self, service: ServiceContext) -> None:
+    Args:
+        service: The service.
+        one_per_iteration: Admits bodies to be read, those of the fast path too.
+    """
+
+    def __init__(self, service: ServiceContext, one_per_iteration: OnePerLoopIteration) -> None:
         self.service = service
-        self._one_per_iteration = OnePerLoopIteration()
+        self._one_per_iteration = one_per_iteration
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request in its own format, JSON or safetensors."""
@@ -81,31 +76,25 @@ class Predict:
         if bytes(request.states) != b"null":
             states = model.reader.states(request.states, len(sequences))
         outputs, every_output, final = await self._advance(engine, receive, sequences, states, request)
-        answer: dict[str, Any] = {"model": model.name, "version": model.version}
-        wanted = outputs if every_output else [y[-1] for y in outputs]
-        answer["outputs"] = [model.outputs.named(y) for y in wanted]
-        answer |= labels_json(model.document, wanted)
-        if request.return_states:
-            # orjson writes NumPy scalars, but not arrays without axes.
-            answer["states"] = [{name: s if s.ndim else s[()] for name, s in states.items()} for states in final]
+        answer = prediction_json(model, outputs, every_output, final if request.return_states else None)
         await send_json(send, answer)
 
     def _read(self, body: bytes) -> tuple[PredictRequest[Any], Engine, list[Array]]:
         try:
             # Most requests parse in this single pass; the general path below handles the others and all errors.
-            plain = _plain_decoder.decode(body)
+            plain = parse_simple_prediction(body)
             engine = self.service.engine(plain.model)
             if engine.model.reader.plain:
                 return plain, engine, engine.model.reader.arrays(plain.sequences)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except NOT_SIMPLE:
             pass
-        request = decode(_decoder, body)
+        request = read_prediction(body)
         engine = self.service.engine(request.model)
         return request, engine, engine.model.reader.sequences(request.sequences)
 
     async def _read_in_parts(self, body: bytes) -> tuple[PredictRequest[Any], Engine, list[Array]]:
         """Parses a large body in parts: it blocks the event loop 3 ms per MB, at once 20 ms per MB."""
-        request = decode(_parts_decoder, body)
+        request = read_prediction_in_parts(body)
         engine = await self.service.engine_when_loaded(request.model)
         sequences: list[Array] = []
         read = 0  # bytes since the last yield to the event loop
@@ -145,7 +134,7 @@ class Predict:
                 f"sequences: a request may have {limit}, got {len(sequences)}: split it into several requests",
                 limit=limit,
             )
-        every_output = (options.outputs or engine.model.document.signature.default_output) == "all"
+        every_output = wants_every_output(engine.model, options.outputs)
         work = run_sequences(engine, sequences, states, every_output, options.return_states)
         may_wait = engine.is_behind or engine.whole is not None
         outputs, final = await (cancel_on_disconnect(work, receive) if may_wait else work)

@@ -32,6 +32,9 @@ class StepRequest(msgspec.Struct, Generic[X], forbid_unknown_fields=True):
 _step_decoder = msgspec.json.Decoder(StepRequest[msgspec.Raw])
 _simple_step_decoder = msgspec.json.Decoder(StepRequest[list[float] | int])
 
+# Raised for a body that is not of the simple form.
+NOT_SIMPLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
 
 def parse_simple_step(model: Model, body: bytes) -> tuple[Array | None, Request | None]:
     """Parses the most common step request, one time step of plain numbers, in one pass.
@@ -41,7 +44,7 @@ def parse_simple_step(model: Model, body: bytes) -> tuple[Array | None, Request 
         of this simple form: `read_step` reads all forms.
 
     Raises:
-        msgspec.MsgspecError: The body is not such a request; `read_step` says why.
+        NOT_SIMPLE: The body is not such a request; `read_step` says why.
     """
     plain = _simple_step_decoder.decode(body)
     x = model.reader.decode_one_step(plain.x)

@@ -110,7 +110,7 @@ def _run_workers(settings: Settings, given: dict[str, str]) -> int:
 
 
 def _uvicorn_options(settings: Settings) -> dict[str, Any]:
-    from cellserve.service.api.fast_path import FastPathHttp, FastPathWebSocket
+    from cellserve.service.api.uvicorn_protocols import FastPathHttp, FastPathWebSocket
 
     options: dict[str, Any] = {
         "host": settings.host,

@@ -147,6 +147,17 @@ class Engine:
             loop.call_soon(self._gather, 0)
         return advance
 
+    def borrow(self, count: int) -> Slots:
+        """Takes slots for the length of a request, their states zero; the arena takes them back.
+
+        Raises:
+            QueueFull: There are not so many.
+        """
+        slots = self.arena.take_many(count)
+        if slots is None:
+            raise QueueFull(f"too many sequences are in flight for model {self.model.name!r}: try again in a second")
+        return slots
+
     @contextmanager
     def scratch(self, states: Sequence[dict[str, Array] | None]) -> Iterator[Slots]:
         """Gives slots for the length of a request, one for each of these states by name; None for zeros.
@@ -154,9 +165,7 @@ class Engine:
         Raises:
             QueueFull: There are not so many.
         """
-        slots = self.arena.take_many(len(states))
-        if slots is None:
-            raise QueueFull("too many sequences are in flight: try again in a second")
+        slots = self.borrow(len(states))
         try:
             for slot, own in zip(slots.tolist(), states, strict=True):
                 if own is not None:
@@ -193,9 +202,7 @@ class Engine:
         return self._cost.predict(rows, steps) <= self._inline_seconds
 
     def _copied(self, slots: Slots) -> Slots:
-        copies = self.arena.take_many(len(slots))
-        if copies is None:
-            raise QueueFull(f"too many sequences are in flight for model {self.model.name!r}: try again in a second")
+        copies = self.borrow(len(slots))
         self.arena.copy(slots, copies)
         return copies
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cellserve.service.engine.scheduler import Advance
+from cellserve.service.engine.pending import Pending
 from cellserve.service.errors import Problem, Stale
 from cellserve.service.idempotency import Request
 from cellserve.service.sessions.session import Session
@@ -46,41 +46,23 @@ class Resubmitting(Protocol):
         """Steps those of a batch again that were found changed elsewhere."""
 
 
-class Pending:
-    """A step under way that nobody awaits; the engine completes it as it would a future."""
+class _Retrying(Pending):
+    """A step that is submitted again where its session was found changed elsewhere."""
 
-    __slots__ = ("_state", "advance", "retry")
-
-    advance: Advance
+    __slots__ = ("retry",)
 
     def __init__(self) -> None:
-        self.retry: asyncio.Task[None] | None = None  # the step again, after its session was found changed elsewhere
-        self._state = 0  # 1 when done, 2 when cancelled
-
-    def done(self) -> bool:
-        """Tells whether it has ended."""
-        return self._state != 0
-
-    def cancelled(self) -> bool:
-        """Tells whether it was cancelled."""
-        return self._state == 2
+        super().__init__()
+        self.retry: asyncio.Task[None] | None = None
 
     def cancel(self) -> None:
         """Drops what has not been computed; the callback is not called then."""
-        self._state = self._state or 2
+        super().cancel()
         if self.retry is not None:
             self.retry.cancel()
 
-    def set_result(self, y: Array) -> None:
-        """Completes it; called by the engine."""
-        raise NotImplementedError
 
-    def set_exception(self, error: BaseException) -> None:
-        """Completes it with an error; called by the engine."""
-        raise NotImplementedError
-
-
-class PendingStep(Pending):
+class PendingStep(_Retrying):
     """A step of one session under way.
 
     Args:
@@ -121,7 +103,7 @@ class PendingStep(Pending):
         self._on_done(self, outcome)
 
 
-class PendingBatch(Pending):
+class PendingBatch(_Retrying):
     """A step of several sessions under way.
 
     Args:

@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.pending import Pending
 from cellserve.service.engine.scheduler import Advance, Moved
 from cellserve.service.engine.state_arena import Slots
 from cellserve.service.errors import Problem, Stale, StepInFlight
 from cellserve.service.idempotency import Applied, Request, check
 from cellserve.service.sessions.locks import Lease
-from cellserve.service.sessions.pending import BatchStepResult, Pending, PendingBatch, PendingStep, StepResult
+from cellserve.service.sessions.pending import BatchStepResult, PendingBatch, PendingStep, StepResult
 from cellserve.service.sessions.session import Session
 from cellserve.service.sessions.stores.protocol import SessionStore, States
 

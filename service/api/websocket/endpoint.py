@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from cellserve.service.api.asgi import as_problem
-from cellserve.service.api.fast_path import FRAMES_EXTENSION, FastPathWebSocket
 from cellserve.service.api.session_requests import (
     CreateRequest,
     ForkRequest,
@@ -29,6 +28,7 @@ from cellserve.service.api.session_requests import (
     step_session,
 )
 from cellserve.service.api.step_codec import session_json, step_json
+from cellserve.service.api.uvicorn_protocols import FRAMES_EXTENSION, FastPathWebSocket
 from cellserve.service.api.websocket import binary_frames, json_frames
 from cellserve.service.api.websocket.binary_frames import STEP, Frame, Group
 from cellserve.service.api.websocket.json_frames import Attach, Auth, Close, Fork, Open, Reset, Step

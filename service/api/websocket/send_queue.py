@@ -7,7 +7,7 @@ from collections import deque
 
 from starlette.types import Send
 
-from cellserve.service.api.fast_path import FastPathWebSocket
+from cellserve.service.api.uvicorn_protocols import FastPathWebSocket
 
 
 class SendQueue:

@@ -1,4 +1,4 @@
-"""Steps over HTTP however they are sent: the short way and the long one give the same answers, in order."""
+"""Requests over HTTP however they are sent: the fast path and the ASGI endpoints give the same answers, in order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import FEATURES
+from tests.e2e.helpers import is_busy
+from tests.helpers import FEATURES, until
 from tests.server import Server
 
 STEP = {"x": [0.25] * FEATURES}
@@ -30,16 +31,25 @@ def session(server: Server) -> str:
         return str(client.post("/sessions", json={"model": "lstm"}).json()["session"])
 
 
-def request(session: str, body: Any, *headers: str, version: str = "1.1") -> bytes:
+def post(path: str, body: Any, *headers: str, version: str = "1.1") -> bytes:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     more = headers or ("Content-Type: application/json", f"Content-Length: {len(data)}")
-    return "\r\n".join((f"POST /sessions/{session}/step HTTP/{version}", "Host: test", *more, "", "")).encode() + data
+    return "\r\n".join((f"POST {path} HTTP/{version}", "Host: test", *more, "", "")).encode() + data
+
+
+def request(session: str, body: Any, *headers: str, version: str = "1.1") -> bytes:
+    return post(f"/sessions/{session}/step", body, *headers, version=version)
 
 
 def answers(connection: socket.socket, count: int) -> list[tuple[int, dict[str, Any]]]:
     """Reads so many answers: their statuses and documents."""
+    return [(status, json.loads(body)) for status, body in raw_answers(connection, count)]
+
+
+def raw_answers(connection: socket.socket, count: int) -> list[tuple[int, bytes]]:
+    """Reads so many answers: their statuses and bodies."""
     data = b""
-    found: list[tuple[int, dict[str, Any]]] = []
+    found: list[tuple[int, bytes]] = []
     while len(found) < count:
         part = connection.recv(65536)
         assert part, data
@@ -50,7 +60,7 @@ def answers(connection: socket.socket, count: int) -> list[tuple[int, dict[str, 
             end = head + 4 + int(length[1])
             if len(data) < end:
                 break
-            found.append((int(data[9:12]), json.loads(data[head + 4 : end])))
+            found.append((int(data[9:12]), data[head + 4 : end]))
             data = data[end:]
     assert not data
     return found
@@ -112,3 +122,63 @@ def test_clients_that_leave_without_their_answer_disturb_nobody(server: Server, 
         position = client.post(f"/sessions/{session}/step", json=STEP).json()["position"]
         assert 1 <= position <= 51
         assert client.post(f"/sessions/{session}/step", json=STEP).json()["position"] == position + 1
+
+
+PREDICTIONS = [
+    {"model": "lstm", "sequences": [[STEP["x"]] * 7]},
+    {"model": "lstm", "sequences": [[STEP["x"]] * 200], "outputs": "last", "return_states": True},
+    {"model": "rnn", "sequences": [[STEP["x"]]], "outputs": "all", "return_states": True},
+    {"model": "rnn", "sequences": [[STEP["x"]] * 3, [STEP["x"]] * 2]},
+    {"model": "decaying", "sequences": [[STEP["x"]] * 3], "states": None},
+    {"model": "lstm", "sequences": []},
+    {"model": "lstm", "sequences": [[]]},
+    {"model": "lstm", "sequences": [[[1e30] * FEATURES, ["x"] * FEATURES]]},
+    {"model": "unknown", "sequences": [[STEP["x"]]]},
+    {"model": "lstm", "sequences": [[STEP["x"]]], "more": 1},
+    {"model": "lstm", "sequences": [[[0.5]]]},
+]
+STATUSES = [200] * 5 + [422] * 3 + [404] + [422] * 2  # of them
+
+
+def test_predictions_are_the_same_bytes_on_the_fast_path_and_over_asgi(connection: socket.socket) -> None:
+    headers = "Content-Type: application/json", "X-Request-Id: mine"  # an id takes the request to the ASGI endpoint
+    over_asgi = []
+    for body in PREDICTIONS:
+        connection.sendall(post("/predict", body, *headers, f"Content-Length: {len(json.dumps(body))}"))
+        over_asgi += raw_answers(connection, 1)
+    connection.sendall(b"".join(post("/predict", body) for body in PREDICTIONS))  # without waiting for answers
+    at_once = raw_answers(connection, len(PREDICTIONS))
+    assert [status for status, _ in at_once] == STATUSES
+    for (status, body), (status_over_asgi, body_over_asgi) in zip(at_once, over_asgi, strict=True):
+        assert status == status_over_asgi
+        assert re.sub(rb'"request_id":"[^"]*"', b"", body) == re.sub(rb'"request_id":"[^"]*"', b"", body_over_asgi)
+
+
+def test_predictions_and_steps_on_one_connection_are_answered_in_order(connection: socket.socket, session: str) -> None:
+    bodies = [PREDICTIONS[number % len(PREDICTIONS)] for number in range(40)]
+    connection.sendall(b"".join(post("/predict", body) + request(session, STEP) for body in bodies))
+    told = answers(connection, 80)
+    assert [document.get("position") for _, document in told[1::2]] == list(range(1, 41))
+    assert [status for status, _ in told[::2]] == [
+        ([200] * 5 + [422] * 3 + [404] + [422] * 2)[n % 11] for n in range(40)
+    ]
+
+
+def test_clients_that_leave_without_their_prediction_leave_no_slot_in_use(server: Server) -> None:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    body = {"model": "lstm", "sequences": [[STEP["x"]] * 200]}
+    for _ in range(50):
+        with socket.create_connection((host, int(port)), timeout=20) as leaving:
+            leaving.sendall(post("/predict", body) * 3)
+    with server.client() as client:
+        assert client.post("/predict", json=body).status_code == 200
+        until(lambda: not is_busy(client))
+
+
+def test_a_trailer_is_not_a_header(connection: socket.socket, session: str) -> None:
+    body = b'{"model": "lstm", "sequences": [[[0.25, 0.25, 0.25, 0.25, 0.25]]]}'
+    for path, data in ((f"/sessions/{session}/step", json.dumps(STEP).encode()), ("/predict", body)):
+        head = post(path, b"", "Transfer-Encoding: chunked")  # without the type that a body must have
+        chunks = b"%x\r\n%b\r\n0\r\nContent-Type: application/json\r\n\r\n" % (len(data), data)
+        connection.sendall(head + chunks)
+        assert answers(connection, 1)[0][0] == 415
