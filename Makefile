@@ -42,6 +42,7 @@ check: $(BIN)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/unasync.py --check
 	UV=$(BIN)/uv sh requirements/lock.sh --check
 
 # Writes the pinned versions. Those that still fit are kept; `make lock UPGRADE=1` takes the newest.

@@ -1,4 +1,7 @@
-"""The Python client of Cellserve, and its command line (`cellserve.cli`); names are imported when they are used."""
+"""The Python client of Cellserve, and its command line (`cellserve.cli`). Names are imported when they are first used.
+
+The client is written once, in `_async`; `_sync` is generated from it by `scripts/unasync.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cellserve.client import AsyncClient as AsyncClient
-    from cellserve.client import Client as Client
+    from cellserve._async.client import AsyncClient as AsyncClient
+    from cellserve._sync.client import Client as Client
     from cellserve.errors import CellserveError as CellserveError
     from cellserve.retry import Retry as Retry
     from cellserve.retry import Timeout as Timeout
 
 _HOMES = {
-    "AsyncClient": "cellserve.client",
+    "AsyncClient": "cellserve._async.client",
     "CellserveError": "cellserve.errors",
-    "Client": "cellserve.client",
+    "Client": "cellserve._sync.client",
     "Retry": "cellserve.retry",
     "Timeout": "cellserve.retry",
 }

@@ -1,11 +1,11 @@
-"""All that the client raises, as a tree: catch at the level that you mean.
+"""The exceptions of the client, as a tree: catch at the level that you mean.
 
 ```
 CellserveError
-├── GaveUp                  the tries came to their end; the cause is the last one's
-├── ConnectionLost          no answer, or half of one (the cause of a GaveUp)
-├── UnexpectedAnswer        what answers does not speak Cellserve's protocol
-├── StepsFailed             some of the sessions of a frame could not be stepped
+├── RetriesExhausted        no attempt was left; the cause is the error of the last one
+├── ConnectionLost          no answer, or part of one (the cause of a RetriesExhausted)
+├── UnexpectedAnswer        the URL does not speak the protocol of Cellserve
+├── StepsFailed             some sessions of a frame could not be stepped
 └── Problem                 the server's problem document (RFC 9457)
     ├── InvalidInput        the request does not fit: NotFinite, CannotBeStepped, CannotRollOut, BodyTooLarge
     ├── Unauthorized, Forbidden
@@ -26,43 +26,46 @@ _URN = "urn:cellserve:problem:"
 
 
 class CellserveError(Exception):
-    """Whatever the client raises."""
+    """The base of everything that the client raises, except ValueError for input that it does not send."""
 
 
-class GaveUp(CellserveError):
-    """The tries came to their end without an answer; `__cause__` is what ended the last one.
+class RetriesExhausted(CellserveError):
+    """No attempt is left and there was no answer; `__cause__` is the error of the last attempt.
 
-    A change that was under way may have been applied or not. The session stays at the position that it had been told
-    of: the very same call again is safe, it is applied once. `refresh` asks the server instead.
+    A change that was under way may have been applied or not. The session keeps its last acknowledged position: the same
+    call again is safe, since it is applied once. `refresh` reads the position from the server instead.
 
     Attributes:
-        attempts: How many tries there were.
-        seconds: How long they took.
+        attempts: Number of attempts.
+        seconds: Time they took together.
     """
 
     def __init__(self, attempts: int, seconds: float, last: CellserveError) -> None:
         super().__init__(
-            f"given up after {attempts} {'try' if attempts == 1 else 'tries'} in {seconds:.1f} seconds: {last}"
+            f"gave up after {attempts} {'attempt' if attempts == 1 else 'attempts'} in {seconds:.1f} seconds: {last}"
         )
         self.attempts = attempts
         self.seconds = seconds
         self.__cause__ = last
 
 
+GaveUp = RetriesExhausted  # the former name
+
+
 class ConnectionLost(CellserveError):
-    """There was no connection, no answer in time, or half of one."""
+    """There was no connection, no answer in time, or only part of an answer."""
 
 
 class UnexpectedAnswer(CellserveError):
-    """What answers at the URL does not speak Cellserve's protocol."""
+    """The server at the URL does not speak the protocol of Cellserve."""
 
 
 class StepsFailed(CellserveError):
-    """Some sessions of a frame could not be stepped; the others have been, and their positions have moved.
+    """Some sessions of a frame could not be stepped; the others were, and their positions have moved.
 
     Attributes:
-        failures: Why, by row.
-        y: The outputs by row, `[sessions, time, *outputs]` (of several outputs a dict); zeros where there are none.
+        failures: The error of each row that was not stepped.
+        y: Outputs `[sessions, time, *outputs]` (a dict for several outputs), with zeros in the failed rows.
     """
 
     def __init__(self, failures: dict[int, CellserveError], count: int, y: Any) -> None:
@@ -76,12 +79,12 @@ class Problem(CellserveError):
     """The server answered with a problem.
 
     Attributes:
-        status: Of HTTP.
-        type: The problem's URN.
-        title: What it is, in a few words.
+        status: HTTP status.
+        type: URN of the kind of problem.
+        title: The kind of problem in a few words.
         detail: What was wrong, where, and what to send instead.
-        extensions: The document's further members.
-        retry_after: After how many seconds the server wants to be asked again, where it says so.
+        extensions: Further members of the document.
+        retry_after: Seconds after which the server asks to repeat the request; None if it does not say.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class Problem(CellserveError):
 
 
 class InvalidInput(Problem):
-    """The request does not fit; `extensions["place"]` says where."""
+    """The request is invalid; `extensions["place"]` says where."""
 
 
 class NotFinite(InvalidInput):
@@ -111,19 +114,19 @@ class NotFinite(InvalidInput):
 
 
 class CannotBeStepped(InvalidInput):
-    """The model takes whole sequences only, `detail` says why: `predict` serves it, sessions do not."""
+    """The model takes whole sequences only, as `detail` explains: use `predict`, not sessions."""
 
 
 class CannotRollOut(InvalidInput):
-    """The model does not say that its output can be its next input."""
+    """The model does not declare that its output can be its next input."""
 
 
 class BodyTooLarge(InvalidInput):
-    """The request is over a limit of the server's: send it in parts."""
+    """The request exceeds a limit of the server: send it in parts."""
 
 
 class Unauthorized(Problem):
-    """The server wants a key, or another one."""
+    """The server requires a key, or another one."""
 
 
 class Forbidden(Problem):
@@ -131,77 +134,77 @@ class Forbidden(Problem):
 
 
 class NotFound(Problem):
-    """There is nothing of that name."""
+    """Nothing has that name."""
 
 
 class UnknownModel(NotFound):
-    """No model of that name is served."""
+    """No model with that name is served."""
 
 
 class UnknownSession(NotFound):
-    """No session of that id is known: a server without a store or a snapshot has been started again, say."""
+    """No session with that id is known; a server without a store or a snapshot was restarted, say."""
 
 
 class SessionGone(Problem):
-    """The session was deleted, has expired or was evicted: `extensions` has `reason` and `position`."""
+    """The session was deleted, expired or evicted; `extensions` has `reason` and `position`."""
 
 
 class Conflict(Problem):
-    """The session is not as the request takes it to be; nothing was applied."""
+    """The session is not in the state that the request assumes; nothing was applied."""
 
     @property
     def position(self) -> int | None:
-        """Where the session is, where the server says so."""
+        """Position of the session; None if the server does not say."""
         position: int | None = self.extensions.get("position")
         return position
 
 
 class PositionConflict(Conflict):
-    """The session has gone on by another request than this one: someone else moves it, or a change was given up."""
+    """Another request has changed the session: someone else's, or one that raised RetriesExhausted."""
 
 
 class SessionWentBack(Conflict):
-    """The server's store has lost changes that it had acknowledged: send the steps from `position` on again."""
+    """The server's store has lost acknowledged changes: send the steps from `position` on again."""
 
 
 class StepInFlight(Conflict):
-    """A change is under way in the session: an earlier try of the same, or someone else's."""
+    """A change of the session is under way: an earlier attempt of the same, or someone else's."""
 
 
 class SessionExists(Conflict):
-    """There is a session of that id, which another request has made."""
+    """A session with that id exists, created by another request."""
 
 
 class StateOfAnotherModel(Conflict):
-    """The state was taken from another model, or another version of it."""
+    """The state belongs to another model, or to another version of it."""
 
 
 class ServerProblem(Problem):
-    """The server, or what stands before it, cannot answer now."""
+    """The server, or a load balancer in front of it, cannot answer now."""
 
 
 class ServerFull(ServerProblem):
-    """There are as many sessions as may be."""
+    """The server holds as many sessions as it may."""
 
 
 class ModelVersionNotHere(ServerProblem):
-    """The session is bound to a version of a model that the server has not."""
+    """The session is bound to a version of a model that the server does not have."""
 
 
 class VersionLoading(ServerProblem):
-    """The version is being loaded, since a request has asked for it."""
+    """The version is being loaded because a request asked for it."""
 
 
 class StoreAway(ServerProblem):
-    """The server's store of sessions does not answer."""
+    """The server's session store does not answer."""
 
 
 class QueueFull(ServerProblem):
-    """More work is waiting than may wait."""
+    """The queue is full."""
 
 
 class ModelFailed(ServerProblem):
-    """The model could not be run on this request; nothing was applied."""
+    """Running the model failed on this request; nothing was applied."""
 
 
 _BY_TYPE = {
@@ -237,18 +240,18 @@ _BY_STATUS: dict[int, type[Problem]] = {
 
 
 def problem_of(document: Mapping[str, Any], retry_after: float | None = None) -> Problem:
-    """Makes the error of a problem document; types that are not known here become the class of their status."""
-    told = dict(document)
-    status, urn = int(told.pop("status", 500)), str(told.pop("type", "about:blank"))
+    """Returns the error for a problem document; an unknown type becomes the class of its status."""
+    members = dict(document)
+    status, urn = int(members.pop("status", 500)), str(members.pop("type", "about:blank"))
     kind = (
         _BY_TYPE.get(urn.removeprefix(_URN)) or _BY_STATUS.get(status) or (ServerProblem if status >= 500 else Problem)
     )
-    detail, title = str(told.pop("detail", "")), str(told.pop("title", ""))
-    return kind(status, detail, urn, title, told, retry_after)
+    detail, title = str(members.pop("detail", "")), str(members.pop("title", ""))
+    return kind(status, detail, urn, title, members, retry_after)
 
 
 def problem_of_body(status: int, body: bytes, retry_after: float | None = None) -> Problem:
-    """Makes the error of an answer that is no success, by whomever; a balancer's page has no document."""
+    """Returns the error for an answer that is not a success; the page of a load balancer has no problem document."""
     try:
         document = json.loads(body)
         return problem_of({"status": status, **document}, retry_after)

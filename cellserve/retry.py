@@ -1,4 +1,4 @@
-"""For how long an answer is waited for, and how often and for how long a request is tried again."""
+"""How long the client waits for an answer, and when it repeats a request."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from cellserve.errors import CellserveError, ConnectionLost, GaveUp, Problem, StepInFlight
+from cellserve.errors import CellserveError, ConnectionLost, Problem, RetriesExhausted, StepInFlight
 
-_PASSING = (429, 502, 503, 504)  # statuses of what may be better in a moment (RFC 9110; 502 and 504 are a balancer's)
+_TRANSIENT = (429, 502, 503, 504)  # RFC 9110; 502 and 504 come from a load balancer
 
 
 @dataclass(frozen=True, slots=True)
 class Timeout:
-    """For how long one try waits.
+    """How long one attempt may take.
 
     Args:
-        connect: Seconds, for a connection.
+        connect: Seconds to connect.
         answer: Seconds without a byte of an answer.
     """
 
@@ -28,16 +28,16 @@ class Timeout:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How a request that had no answer is tried again: with exponential backoff and full jitter.
+    """How a request without an answer is repeated: with exponential backoff and full jitter.
 
-    Every request of this client may be repeated without fear: what changes a session carries its position.
-    The source of the backoff: Brooker, *Exponential Backoff and Jitter*, AWS Architecture Blog, 2015 ("full jitter").
+    Every request of this client is safe to repeat: one that changes a session carries the session's position.
+    Source: Brooker, *Exponential Backoff and Jitter*, AWS Architecture Blog, 2015 ("full jitter").
 
     Args:
-        seconds: After so many since the first try none more is begun.
-        attempts: Tries, at most; None for as many as the time allows.
-        first: Seconds, at most, before the second try; twice as many before the third, and so on.
-        longest: Seconds between two tries, at most, unless the server's `Retry-After` asks for more.
+        seconds: No attempt starts later than this after the first one.
+        attempts: Most attempts, the first included; None for as many as the time allows.
+        first: Longest delay in seconds before the second attempt; it doubles with each further attempt.
+        longest: Longest delay in seconds between two attempts, unless the server's `Retry-After` asks for more.
     """
 
     seconds: float = 60
@@ -49,11 +49,11 @@ class Retry:
 ONCE = Retry(attempts=1)
 
 
-class Tries:
-    """The tries of one call.
+class Backoff:
+    """The failed attempts of one request, and the delays between them.
 
     Args:
-        retry: How many there may be.
+        retry: The limits.
     """
 
     def __init__(self, retry: Retry) -> None:
@@ -61,34 +61,34 @@ class Tries:
         self._began = time.monotonic()
         self.failed = 0
 
-    def pause(self, error: CellserveError) -> float:
-        """Notes that a try has failed; gives the seconds to wait before the next.
+    def delay_after(self, error: CellserveError) -> float:
+        """Counts a failed attempt and returns the seconds to wait before the next.
 
         Raises:
-            CellserveError: The error itself, where another try would end the same way.
-            GaveUp: There may be none more.
+            CellserveError: The error itself, if it is not worth repeating the request.
+            RetriesExhausted: No attempt is left.
         """
-        if not is_passing(error):
+        if not is_retryable(error):
             raise error
         self.failed += 1
         retry, spent = self._retry, time.monotonic() - self._began
         wait = random.uniform(0, min(retry.longest, retry.first * 2 ** min(self.failed - 1, 30)))
         if isinstance(error, Problem) and error.retry_after is not None:
-            wait += error.retry_after  # jitter on top, lest all who were told the same come back together
+            wait += error.retry_after  # keeps the jitter, so that clients told the same do not return together
         if self.failed == retry.attempts or spent + wait > retry.seconds:
-            raise GaveUp(self.failed, spent, error)
+            raise RetriesExhausted(self.failed, spent, error)
         return wait
 
 
-def is_passing(error: CellserveError) -> bool:
-    """Says whether the same request may fare better in a moment."""
+def is_retryable(error: CellserveError) -> bool:
+    """Whether the same request may succeed a moment later."""
     if isinstance(error, Problem):
-        return error.status in _PASSING or isinstance(error, StepInFlight)
+        return error.status in _TRANSIENT or isinstance(error, StepInFlight)
     return isinstance(error, ConnectionLost)
 
 
 def retry_after(header: str | None) -> float | None:
-    """Reads a `Retry-After` header, seconds or a date (RFC 9110, section 10.2.3); None where it is neither."""
+    """Reads a `Retry-After` header, seconds or a date (RFC 9110, section 10.2.3); None if it is neither."""
     if header is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a client knows of models: their signatures and labels, read once for each version."""
+"""Signatures of models, as far as the client needs them, cached per version."""
 
 from __future__ import annotations
 
@@ -8,90 +8,80 @@ from typing import Any
 
 import numpy as np
 
-from cellserve import calls
-from cellserve.calls import Call
-from cellserve.layout import Layout, Outputs, Tensor
-from cellserve.numbers import Array
-from cellserve.retry import Retry
+from cellserve.tensors import Array, FrameLayout, Outputs, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """A version of a model, as far as its tensors have to be told apart.
+    """The tensors of one version of a model.
 
     Attributes:
-        model: The model's name.
-        version: Its version.
-        inputs: In the types that binary frames have.
-        outputs: In the model's types.
-        states: Their names, and whether they are of integers.
-        default_output: Those of `all` time steps or the `last`.
-        labels: Of the entries of the (first) output's last axis; empty where they have none.
+        model: Name of the model.
+        version: Version of the model.
+        inputs: Layout in the types of binary frames.
+        outputs: Layout in the model's own types.
+        states: `{name: whether the state holds integers}`.
+        default_output: Which outputs a request without `outputs` gets.
+        labels: Names along the last axis of the first output; empty if the model has none.
     """
 
     model: str
     version: int
-    inputs: Layout
-    outputs: Layout
+    inputs: FrameLayout
+    outputs: FrameLayout
     states: Mapping[str, bool]
     default_output: Outputs
     labels: tuple[str, ...]
 
-    def as_wanted(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
-        """Makes float32 of integers given by name for what is none of integers: an input (`x`, if alone), a state."""
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Signature:
+        """Reads the answer to `GET /models/{name}`."""
+        signature = document["signature"]
+        return cls(
+            document["name"],
+            document["version"],
+            FrameLayout([_tensor(one, "int32") for one in signature["inputs"]]),
+            FrameLayout([_tensor(one) for one in signature["outputs"]]),
+            {one["name"]: one["dtype"] != "float32" for one in signature["states"]},
+            signature["default_output"],
+            tuple(document.get("labels") or ()),
+        )
+
+    def cast_to_signature(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """Casts named integer arrays to float32 where the signature is float. A single input is named `x`."""
         names = ["x"] if len(self.inputs.tensors) == 1 else self.inputs.names
-        whole = dict(self.states)
-        whole |= {name: one.dtype.kind == "i" for name, one in zip(names, self.inputs.tensors, strict=True)}
-        return {name: one if whole.get(name, True) else one.astype(np.float32) for name, one in tensors.items()}
+        integer = dict(self.states)
+        integer |= {name: one.dtype.kind == "i" for name, one in zip(names, self.inputs.tensors, strict=True)}
+        return {name: one if integer.get(name, True) else one.astype(np.float32) for name, one in tensors.items()}
 
 
-class Signatures:
-    """The signatures that a client has read.
+class SignatureCache:
+    """The signatures that a client has read, by `NAME:VERSION`, and by `NAME` for the newest version seen."""
 
-    Args:
-        retry: How a request for one is tried again.
-    """
+    def __init__(self) -> None:
+        self._known: dict[str, Signature] = {}
 
-    def __init__(self, retry: Retry) -> None:
-        self._retry = retry
-        self._known: dict[str, Signature] = {}  # by NAME:VERSION, and by NAME for the version that served it last
+    def get(self, name: str) -> Signature | None:
+        """Returns what is known under `NAME` or `NAME:VERSION`."""
+        return self._known.get(name)
 
-    def of(self, model: str, version: int | None = None) -> Call[Signature]:
-        """Gives that of a version, or of the newest, or of the one that the name itself says."""
-        name = model if version is None else f"{model}:{version}"
+    def remember(self, name: str, signature: Signature) -> None:
+        """Stores a signature under the name it was asked for by, and under its version."""
+        self._known[name] = self._known[f"{signature.model}:{signature.version}"] = signature
+
+    def forget(self, name: str) -> None:
+        """Makes the next request under this name read the signature again."""
+        self._known.pop(name, None)
+
+    def forget_if_outdated(self, name: str, version: int) -> None:
+        """Forgets the signature under a name for which another version has just answered."""
         known = self._known.get(name)
-        if known is None:
-            known = _signature((yield from calls.model(name, self._retry)))
-            self._known[name] = self._known[f"{known.model}:{known.version}"] = known
-        return known
-
-    def answered(self, asked: str, version: int) -> None:
-        """Notes which version has answered to a name: another may have become the newest."""
-        known = self._known.get(asked)
         if known is not None and known.version != version:
-            self._known.pop(asked, None)
-
-    def has_changed(self, model: str, known: Signature) -> Call[bool]:
-        """Asks whether another version is the newest now than the one that was known."""
-        if ":" in model:
-            return False
-        self._known.pop(model, None)
-        return (yield from self.of(model)).version != known.version
+            self.forget(name)
 
 
-def _signature(document: Mapping[str, Any]) -> Signature:
-    told = document["signature"]
-    return Signature(
-        document["name"],
-        document["version"],
-        Layout([_tensor(one, "int32") for one in told["inputs"]]),
-        Layout([_tensor(one) for one in told["outputs"]]),
-        {one["name"]: one["dtype"] != "float32" for one in told["states"]},
-        told["default_output"],
-        tuple(document.get("labels") or ()),
+def _tensor(document: Mapping[str, Any], integer_type: str | None = None) -> TensorSpec:
+    dtype = document["dtype"]
+    return TensorSpec(
+        document["name"], np.dtype(dtype if dtype == "float32" else integer_type or dtype), tuple(document["shape"])
     )
-
-
-def _tensor(told: Mapping[str, Any], whole: str | None = None) -> Tensor:
-    dtype = told["dtype"]
-    return Tensor(told["name"], np.dtype(dtype if dtype == "float32" else whole or dtype), tuple(told["shape"]))

@@ -19,13 +19,13 @@ def test_the_client_works_where_nothing_of_the_server_is_installed() -> None:
     told = run(
         f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED}))\n"  # None: importing it fails
         "from cellserve import AsyncClient, CellserveError, Client, Retry, Timeout\n"
-        "from cellserve.errors import GaveUp\n"
+        "from cellserve.errors import RetriesExhausted\n"
         "client = Client('http://127.0.0.1:9', retry=Retry(attempts=1))\n"
         "assert not client.ready()\n"
         "client.stream()\n"
-        "try:\n    client.models()\nexcept GaveUp as error:\n    print(error)\n"
+        "try:\n    client.models()\nexcept RetriesExhausted as error:\n    print(error)\n"
     )
-    assert "given up after 1 try" in told
+    assert "gave up after 1 attempt" in told
 
 
 def test_importing_the_package_imports_nothing_else() -> None:

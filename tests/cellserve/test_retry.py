@@ -7,8 +7,8 @@ from email.utils import formatdate
 
 import pytest
 
-from cellserve.errors import ConnectionLost, GaveUp, Problem, problem_of
-from cellserve.retry import Retry, Tries, retry_after
+from cellserve.errors import ConnectionLost, Problem, RetriesExhausted, problem_of
+from cellserve.retry import Backoff, Retry, retry_after
 
 
 def problem(status: int, name: str = "", wait: float | None = None) -> Problem:
@@ -20,9 +20,9 @@ def test_pauses_grow_at_random_and_are_bounded() -> None:
     for failed in range(10):
         pauses = []
         for _ in range(50):
-            tries = Tries(retry)
-            tries.failed = failed
-            pauses.append(tries.pause(ConnectionLost("lost")))
+            backoff = Backoff(retry)
+            backoff.failed = failed
+            pauses.append(backoff.delay_after(ConnectionLost("lost")))
         bound = min(16, 2**failed)
         assert 0 <= min(pauses) < max(pauses) <= bound
         assert max(pauses) > bound / 2
@@ -30,22 +30,22 @@ def test_pauses_grow_at_random_and_are_bounded() -> None:
 
 def test_a_retry_waits_at_least_the_servers_retry_after() -> None:
     for _ in range(20):
-        assert 7 <= Tries(Retry(first=1)).pause(problem(503, "server-full", 7)) <= 8
+        assert 7 <= Backoff(Retry(first=1)).delay_after(problem(503, "server-full", 7)) <= 8
 
 
 def test_a_wish_beyond_the_time_there_is_ends_the_tries_at_once() -> None:
-    with pytest.raises(GaveUp) as gave_up:
-        Tries(Retry(seconds=10)).pause(problem(503, "model-version-not-here", 60))
-    assert isinstance(gave_up.value.__cause__, Problem)
+    with pytest.raises(RetriesExhausted) as exhausted:
+        Backoff(Retry(seconds=10)).delay_after(problem(503, "model-version-not-here", 60))
+    assert isinstance(exhausted.value.__cause__, Problem)
 
 
 def test_the_tries_are_counted() -> None:
-    tries = Tries(Retry(attempts=3, first=0))
+    backoff = Backoff(Retry(attempts=3, first=0))
     for _ in range(2):
-        tries.pause(ConnectionLost("lost"))
-    with pytest.raises(GaveUp, match="after 3 tries") as gave_up:
-        tries.pause(ConnectionLost("lost"))
-    assert gave_up.value.attempts == 3
+        backoff.delay_after(ConnectionLost("lost"))
+    with pytest.raises(RetriesExhausted, match="after 3 attempts") as exhausted:
+        backoff.delay_after(ConnectionLost("lost"))
+    assert exhausted.value.attempts == 3
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,10 @@ def test_the_tries_are_counted() -> None:
 )
 def test_only_what_may_pass_is_tried_again(error: Problem, again: bool) -> None:
     if again:
-        Tries(Retry()).pause(error)
+        Backoff(Retry()).delay_after(error)
     else:
         with pytest.raises(type(error)) as raised:
-            Tries(Retry()).pause(error)
+            Backoff(Retry()).delay_after(error)
         assert raised.value is error
 
 

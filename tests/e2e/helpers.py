@@ -19,7 +19,7 @@ import numpy as np
 from websockets.sync.client import ClientConnection
 
 from cellserve import Client, Retry, Timeout
-from cellserve.numbers import Array
+from cellserve.tensors import Array
 from tests.faulty_proxy import DELAY_SECONDS
 from tests.helpers import FEATURES, OUTPUTS, free_port
 from tests.redis_server import RedisServer

@@ -13,9 +13,9 @@ import pytest
 
 from cellserve import AsyncClient, Client, Retry
 from cellserve.errors import (
-    GaveUp,
     InvalidInput,
     PositionConflict,
+    RetriesExhausted,
     SessionExists,
     SessionGone,
     StateOfAnotherModel,
@@ -24,7 +24,7 @@ from cellserve.errors import (
     UnknownModel,
     UnknownSession,
 )
-from cellserve.numbers import Array
+from cellserve.tensors import Array
 from tests.e2e.helpers import inputs, new_key, predict_all
 from tests.helpers import FEATURES, OUTPUTS
 from tests.server import Serve, Server
@@ -177,10 +177,10 @@ def test_threads_that_share_a_session_take_turns(client: Client) -> None:
 def test_an_error_in_the_block_is_not_hidden_by_the_deletion() -> None:
     client = Client("http://127.0.0.1:9", retry=Retry(seconds=0))
     session = client.attach("away")
-    session.keep, session._position = False, 0
+    session.keep, session._record.position = False, 0
     with pytest.raises(KeyError), session:
         raise KeyError("the caller's own")
-    with pytest.raises(GaveUp), session:
+    with pytest.raises(RetriesExhausted), session:
         pass
 
 
@@ -217,7 +217,7 @@ def test_failures_of_some_sessions_of_a_frame_are_reported_by_row(client: Client
         sessions = [stream.open("lstm") for _ in x]
         y = stream.step(sessions, x[:, 0])
         sessions[1].delete()
-        assert sessions[1].id not in stream._own  # a stream that lives long does not gather what is gone
+        assert sessions[1].id not in stream._to_delete  # a stream that lives long does not gather what is gone
         with client.attach(sessions[3].id) as other:
             other.step(x[0, 1])
         with pytest.raises(StepsFailed, match="2 of 4") as failed:

@@ -12,8 +12,15 @@ import numpy as np
 import pytest
 
 from cellserve import AsyncClient, Client, Retry
-from cellserve.errors import ConnectionLost, GaveUp, PositionConflict, ServerProblem, SessionWentBack, UnknownSession
-from cellserve.numbers import Array
+from cellserve.errors import (
+    ConnectionLost,
+    PositionConflict,
+    RetriesExhausted,
+    ServerProblem,
+    SessionWentBack,
+    UnknownSession,
+)
+from cellserve.tensors import Array
 from tests.e2e.helpers import QUICK, SHORT, inputs, killed_again_and_again, predict_all
 from tests.faulty_proxy import DELAY_SECONDS, FaultyProxy
 from tests.helpers import OUTPUTS, free_port
@@ -122,14 +129,14 @@ def test_a_client_that_gives_up_raises_one_exception_and_knows_the_position(serv
         session = client.session("lstm")
         ys = [session.step(x[0])]
         proxy.faults.extend(["lose"] * 3)
-        with pytest.raises(GaveUp, match="after 3 tries") as gave_up:
+        with pytest.raises(RetriesExhausted, match="after 3 attempts") as exhausted:
             session.step(x[1])
-        assert (gave_up.value.attempts, session.position) == (3, 1)
-        assert isinstance(gave_up.value.__cause__, ConnectionLost)
+        assert (exhausted.value.attempts, session.position) == (3, 1)
+        assert isinstance(exhausted.value.__cause__, ConnectionLost)
         ys.append(session.step(x[1]))  # the same again: it had been applied, and is told
         assert session.position == 2
         proxy.faults.extend(["lose"] * 3)
-        with pytest.raises(GaveUp):
+        with pytest.raises(RetriesExhausted):
             session.step(x[2])
         with pytest.raises(PositionConflict):
             session.step(x[3])  # something else: it says so
@@ -138,7 +145,8 @@ def test_a_client_that_gives_up_raises_one_exception_and_knows_the_position(serv
         wholes = predict_all(client, x)
         assert np.array_equal(np.stack(ys), wholes[[0, 1, 3]])
         proxy.faults.extend(["busy"] * 3)
-        with Client(proxy.url, retry=Retry(seconds=0.5)) as hasty, pytest.raises(GaveUp, match="busy") as busy:
+        hasty = Client(proxy.url, retry=Retry(seconds=0.5))
+        with hasty, pytest.raises(RetriesExhausted, match="busy") as busy:
             hasty.predict("lstm", x)
         assert isinstance(busy.value.__cause__, ServerProblem) and busy.value.__cause__.retry_after == 1
         proxy.faults.clear()
@@ -146,7 +154,7 @@ def test_a_client_that_gives_up_raises_one_exception_and_knows_the_position(serv
             streamed = stream.attach(session.id)
             assert np.array_equal(streamed.step(x[0]), predict_all(client, np.concatenate([x, x[:1]]))[-1])
             proxy.faults.extend(["lose"] * 9)
-            with pytest.raises(GaveUp, match="after 3 tries"):
+            with pytest.raises(RetriesExhausted, match="after 3 attempts"):
                 streamed.step(x[1])
             proxy.faults.clear()
             assert streamed.position == 5

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -284,7 +285,7 @@ def test_a_signature_is_read_once_and_only_where_it_is_needed(server: Server) ->
 
 
 def test_all_sessions_are_listed_page_after_page(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cellserve.calls._PAGE", 2)
+    monkeypatch.setattr("cellserve.protocol.http._PAGE", 2)
     made = [client.session("letters") for _ in range(5)]
     for session in made:
         session.step([1, 2])
@@ -308,7 +309,7 @@ def test_a_session_stays_on_its_version_and_a_new_one_may_take_other_tensors(tmp
             same(old.step(ids[:1], outputs="all"), first.y[:1])
             same(streamed.step(ids[:1]), first.y[:1])
             repository_writer.write(models, "letters", None, {MODEL_NAME: foreign.described(foreign.frames(), FRAMES)})
-            client._http.post("/models/reload").raise_for_status()
+            httpx.post(f"{server.url}/models/reload").raise_for_status()
             same(old.step(ids[1:], outputs="all"), first.y[1:])
             same(streamed.step(ids[1:]), first.y[1:])
             same(client.attach("old").state()["s"], first.states["s"])
@@ -333,7 +334,7 @@ def test_a_session_stays_on_its_version_and_a_new_one_may_take_other_tensors(tmp
             wanted = old.step(ids, outputs="all")
             old.set_state(again.state() | first.states)
             remove_version(models, "letters", 1)
-            client._http.post("/models/reload").raise_for_status()
+            httpx.post(f"{server.url}/models/reload").raise_for_status()
             with Client(server.url) as other, other.stream() as another:  # which knows nothing yet
                 same(another.attach("old").step(ids), wanted)
     finally:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cellserve import AsyncClient, Client
-from cellserve.errors import CannotRollOut, GaveUp, InvalidInput, PositionConflict
+from cellserve.errors import CannotRollOut, InvalidInput, PositionConflict, RetriesExhausted
 from tests.e2e.helpers import QUICK, SHORT, killed_again_and_again
 from tests.faulty_proxy import FaultyProxy
 from tests.redis_server import RedisServer
@@ -100,10 +100,10 @@ def test_lost_answers_are_requested_again_and_a_client_that_gave_up_may_continue
 
     assert asyncio.run(other_form()) == text
     with Client(proxy.url) as mine, mine.session("characters", keep=True) as session:
-        mine.retry = session._retry = type(QUICK)(attempts=2, first=0.01)
+        mine._transport.retry = type(QUICK)(attempts=2, first=0.01)
         proxy.faults.extend(["lose"] * 2)
         letters = session.rollout_stream("Alice was", 60, **ASKED)
-        with pytest.raises(GaveUp):
+        with pytest.raises(RetriesExhausted):
             next(letters)
         assert "".join(one.label or "" for one in letters) == text
         session.delete()

@@ -10,7 +10,7 @@ import orjson
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cellserve.numbers import y_of
+from cellserve.protocol.tensor_codec import read_y
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
@@ -20,7 +20,7 @@ from cellserve.numbers import y_of
 def check_numbers(numbers: list[float]) -> None:
     y = np.array(numbers, np.float32)
     written = orjson.dumps({"y": y}, option=orjson.OPT_SERIALIZE_NUMPY)
-    assert y_of(written).tobytes() == y.tobytes()
+    assert read_y(written).tobytes() == y.tobytes()
 
 
 def test_what_the_server_writes_is_read_to_the_bit() -> None:
