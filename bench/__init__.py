@@ -1,6 +1,6 @@
-"""What prints the performance table: `python -m bench`."""
+"""The benchmark that prints the performance table: `python -m bench`."""
 
 import os
 
-# ONNX Runtime asks a host of its maker's otherwise; every process that is started from here inherits this.
+# Keeps ONNX Runtime from sending telemetry; every process started from here inherits it.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"

@@ -1,4 +1,4 @@
-"""`python -m bench`: measures Cellserve beside what else there is, all in one run, and prints the table."""
+"""`python -m bench`: measures Cellserve and its alternatives in one run, and prints the table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ examples:
 
 
 def machine() -> str:
-    """Says what was measured on, and when."""
+    """Returns the CPU, Python version and date of the run."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -42,11 +42,11 @@ def machine() -> str:
 
 
 def document(bench: Bench, rows: list[table.Row]) -> dict[str, object]:
-    """Gives everything that was measured."""
-    told = []
+    """Returns everything that was measured, as a JSON document."""
+    listed = []
     for row in rows:
         comparison = row.comparison
-        told.append(
+        listed.append(
             {
                 "measure": row.measure,
                 "beside": row.beside,
@@ -69,30 +69,30 @@ def document(bench: Bench, rows: list[table.Row]) -> dict[str, object]:
         "seconds": bench.seconds,
         "mosec": bench.mosec,
         "missing": bench.missing,
-        "rows": told,
+        "rows": listed,
         "figures": figures,
     }
 
 
 def sections(text: str) -> tuple[str, ...]:
-    """Reads `--only`."""
+    """Parses `--only`."""
     chosen = tuple(text.split(","))
     if unknown := {*chosen} - {*SECTIONS}:
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}: choose from {', '.join(SECTIONS)}")
     return chosen
 
 
 def odd(text: str) -> int:
-    """Reads `--rounds`."""
+    """Parses `--rounds`."""
     if not text.isdigit() or int(text) % 2 == 0:
-        raise argparse.ArgumentTypeError("an odd number is needed: the round with the median ratio is shown")
+        raise argparse.ArgumentTypeError("must be odd, since the round with the median ratio is shown")
     return int(text)
 
 
-def unfit() -> str | None:
-    """Says what is missing here, and how to get it."""
+def missing_requirement() -> str | None:
+    """Returns what this machine lacks to run the benchmark, and how to get it; None if nothing."""
     if not sys.platform.startswith("linux"):
-        return "it reads CPU times from Linux; it does not run here"
+        return "it runs on Linux only, since it reads CPU times from /proc"
     for name in ("tensorflow", "mosec", "redis"):
         if find_spec(name) is None:
             return f"{name} is not installed: pip install -e '.[bench]'"
@@ -102,21 +102,21 @@ def unfit() -> str | None:
 
 
 def main() -> int:
-    """Runs the command; gives its exit status."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description=__doc__,
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rounds", type=odd, default=5, help="how often everything is measured, odd (default: 5)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for how long at a time (default: 1)")
+    parser.add_argument("--rounds", type=odd, default=5, help="number of rounds, odd (default: 5)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per measurement (default: 1)")
     parser.add_argument("--only", type=sections, default=SECTIONS, metavar="SECTIONS",
-                        help=f"some of {','.join(SECTIONS)} (default: all)")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="a file to write everything to")
+                        help=f"some of {','.join(SECTIONS)}, separated by commas (default: all)")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
     arguments = parser.parse_args()
     try:
-        if reason := unfit():
+        if reason := missing_requirement():
             raise RuntimeError(reason)
         load.build()
         pin(LOAD_CORE)

@@ -1,4 +1,4 @@
-"""Compares what the servers answer before anything is timed: a server that is fast at something else proves nothing."""
+"""Checks that all servers give the same answers, before anything is timed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LENGTHS = [30, 7, 1, 64, 12, 200, 33, 30, 9, 18, 77, 25, 40, 30, 11, 50]
 
 
 class DifferentAnswers(RuntimeError):
-    """Two servers answer the same question differently."""
+    """Two servers gave different answers to the same request."""
 
 
 def compare(ours: Server, others: Iterable[Server]) -> None:
-    """Asks all for the same sequences, one by one and sixteen in a request, and for the steps of one.
+    """Sends all servers the same sequences, one and sixteen per request, and the steps of one sequence.
 
     Raises:
-        DifferentAnswers: One answers otherwise than ours to its JSON `/predict`.
+        DifferentAnswers: An answer differs from what Cellserve answers to `/predict` in JSON.
     """
     sequences = [numbers(length, FEATURES) for length in LENGTHS]
     lengths = LENGTHS
@@ -35,9 +35,9 @@ def compare(ours: Server, others: Iterable[Server]) -> None:
         dialect = DIALECTS[server.name]
         got = dialect.outputs(ask(server.port, dialect.predict(sequences)), lengths)
         for sequence, given, want in zip(sequences, got, wanted, strict=True):
-            _check(f"{server.name}, 16 sequences a request", given, want)
+            _check(f"{server.name}, 16 sequences per request", given, want)
             (alone,) = dialect.outputs(ask(server.port, dialect.predict([sequence])), [len(sequence)])
-            _check(f"{server.name}, one sequence a request", alone, want)
+            _check(f"{server.name}, one sequence per request", alone, want)
         session = dialect.session(server.port)
         y = [dialect.y(ask(server.port, dialect.step(session, x, k == 0))) for k, x in enumerate(sequences[0])]
         _check(f"{server.name}, steps", np.stack(y), wanted[0])
@@ -64,6 +64,6 @@ def _open(socket: ClientConnection) -> int:
 
 def _check(who: str, given: Array, wanted: Array) -> None:
     if given.shape != wanted.shape:
-        raise DifferentAnswers(f"{who}: the answer has the shape {given.shape}, that of Cellserve {wanted.shape}")
+        raise DifferentAnswers(f"{who}: the answer has the shape {given.shape}, but Cellserve's has {wanted.shape}")
     if not np.allclose(given, wanted, rtol=0, atol=TOLERANCE):
         raise DifferentAnswers(f"{who}: differs from Cellserve by {np.abs(given - wanted).max():.2g}")

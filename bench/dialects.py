@@ -1,4 +1,4 @@
-"""How each kind of server is asked for the same thing: a step of a session, and whole sequences."""
+"""The requests and answers of each kind of server for a step of a session and for whole sequences."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ FEATURES, OUTPUTS = 16, 4
 
 
 def request(path: str, body: bytes, content_type: str = "application/json", method: str = "POST") -> bytes:
-    """Writes an HTTP request."""
+    """Returns an HTTP request."""
     head = f"{method} {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: {content_type}\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def post(path: str, document: Any) -> bytes:
-    """Writes a request with a JSON document."""
+    """Returns a POST request with a JSON document."""
     return request(path, json.dumps(document).encode())
 
 
 def ask(port: int, data: bytes) -> bytes:
-    """Sends one request, as a load sends it, and gives the body of the answer.
+    """Sends one request, as the load generator does, and returns the body of the answer.
 
     Raises:
         RuntimeError: The answer is an error.
@@ -44,18 +44,18 @@ def ask(port: int, data: bytes) -> bytes:
 
 
 class Cellserve:
-    """Ours, and the usual services, which are written in its image.
+    """Cellserve's JSON, which the `usual` peers also speak.
 
-    `x` is one time step, `[features]`; sequences are `[time, features]` each, as lists of numbers. All are answered
-    with every time step's output, `[time, outputs]`.
+    `x` is one time step, `[features]`. Sequences are lists of numbers, `[time, features]` each; the answer has the
+    outputs of all time steps, `[time, outputs]`.
     """
 
     def session(self, port: int) -> str:
-        """Opens a session and gives its name."""
+        """Opens a session and returns its id."""
         return str(json.loads(ask(port, post("/sessions", {})))["session"])
 
     def step(self, session: str, x: list[float], first: bool = False) -> bytes:
-        """Writes the request for a step; the first of a session, or of its life begun anew, may differ."""
+        """Returns the request for a step; `first` marks the first step of a session, which starts it."""
         return post(f"/sessions/{session}/step", {"x": x})
 
     def y(self, body: bytes) -> Array:
@@ -63,23 +63,23 @@ class Cellserve:
         return np.asarray(json.loads(body)["y"], np.float32)
 
     def predict(self, sequences: Sequence[Any]) -> bytes:
-        """Writes the request for whole sequences."""
+        """Returns the request for whole sequences."""
         return post("/predict", {"sequences": sequences})
 
     def outputs(self, body: bytes, lengths: list[int]) -> list[Array]:
-        """Reads the answer to it, an array for each sequence."""
+        """Reads the answer to a request for whole sequences, an array for each."""
         return [np.asarray(output, np.float32) for output in json.loads(body)["outputs"]]
 
 
 class Floor(Cellserve):
-    """Answers anything."""
+    """The floor, which answers every request with the same constant."""
 
     def session(self, port: int) -> str:
         return "0" * 32
 
 
 class Mosec(Cellserve):
-    """One route a worker; the session's name travels in the body."""
+    """One route per worker; the session's id is in the body."""
 
     _numbers = itertools.count()
 
@@ -96,7 +96,7 @@ class Triton(Cellserve):
     https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_sequence.md
     """
 
-    _numbers = itertools.count(1)  # 0 is no sequence
+    _numbers = itertools.count(1)  # 0 means no sequence
 
     def session(self, port: int) -> str:
         return str(next(self._numbers))
@@ -110,7 +110,7 @@ class Triton(Cellserve):
 
     def predict(self, sequences: Sequence[Any]) -> bytes:
         lengths = [len(sequence) for sequence in sequences]
-        # Flat: nested lists take Triton longer to read.
+        # Flat, since Triton takes longer to read nested lists.
         x = list(itertools.chain.from_iterable(itertools.chain.from_iterable(sequences)))
         inputs = [
             _tensor("x", [1, sum(lengths), FEATURES], x),

@@ -1,29 +1,30 @@
-// Drives one server on this machine and prints, as a JSON object, what came of it. One thread, one epoll loop.
+// Drives one server on this machine and prints the result as a JSON object. One thread, one epoll loop.
 //
 // usage: load PORT WARM SECONDS PLAN [RATE]
 //
-//   WARM     seconds that go by unmeasured before SECONDS are measured (a closed loop measures longer where in them not
-//            even one answer a connection has come)
-//   PLAN     a file: who sends what (below)
-//   RATE     requests a second of all connections together: an open loop. Without it the loop is closed: a connection
-//            sends its next request when an answer comes.
+//   WARM     seconds of load before the SECONDS that are measured (a closed loop is measured for longer if there have
+//            been fewer answers than connections)
+//   PLAN     a file with the connections and their requests (below)
+//   RATE     requests per second of all connections together, for an open loop. Without it the loop is closed: a
+//            connection sends its next request when an answer comes.
 //
-// The plan, of little-endian uint32: the number of connections; for each its depth (requests under way at once), how
-// many of its requests lead (are sent once, one after the other, before anything is timed) and how many it has with
-// those; for each request its time steps, its length in bytes, and the bytes. Those that do not lead go round. A
-// connection speaks HTTP/1.1 until an answer is 101; from then on it is a WebSocket (RFC 6455). A client's frames must
-// be masked: the plan's carry a mask of zeros, which leaves the payload as it is and costs nothing here.
+// The plan, in little-endian uint32: the number of connections; for each its depth (requests in flight at once), the
+// number of its leads (requests that are sent once, one after the other, before anything is timed) and the number of
+// all its requests, leads included; for each request its time steps, its length in bytes, and the bytes. The requests after
+// the leads are sent in a cycle. A connection speaks HTTP/1.1 until an answer is 101; from then on it is a WebSocket
+// (RFC 6455). A client's frames must be masked: those of the plan have a mask of zeros, which leaves the payload as it
+// is and costs nothing here.
 //
-// In an open loop each connection has its share of a constant rate, evenly spread, and a latency counts from the moment
-// at which the request was due, sent or not. So a server that stalls is charged with all whom it kept waiting, not with
-// those alone whose requests it had (coordinated omission; Gil Tene's correction, as wrk2 does it:
+// In an open loop each connection has an equal share of a constant rate, and a latency counts from the moment at which
+// the request was due, even if it was sent later. So the latencies include every request that a stall of the server
+// delayed, not only those that it had received (coordinated omission; Gil Tene's correction, as in wrk2:
 // https://github.com/giltene/wrk2). A closed loop cannot see that; its latencies are those of the requests sent.
 //
-// stdout: a line "from" when the measured time begins, a line "to" at its end (so that the caller can read other clocks
-// then), and the object. It ends when all that was sent is answered, so that a server has nothing left to do that would
-// slow whoever is measured next. "busy" is the CPU time of this process over the measured time, "delayed" the time in which it
-// could have run while its core was another's: where they come near 1 together, it is the generator that is measured. It
-// takes the CPU affinity of its caller.
+// stdout: a line "from" when the measured time begins, a line "to" at its end (so that the caller can read other
+// clocks), and the object. The program ends when all requests are answered, so that no leftover work of the server
+// slows the next measurement. "busy" is the CPU time of this process divided by the measured time, "delayed" the share of the
+// time in which others used its core while it was ready to run. If they are close to 1 together, the generator is the
+// bottleneck. It inherits the CPU affinity of its caller.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -41,7 +42,7 @@
 #include <unistd.h>
 
 #define SECOND 1000000000LL
-#define PATIENCE (30 * SECOND)  // for the leading requests, and for what is still owed at the end
+#define PATIENCE (30 * SECOND)  // for the leads, and for the answers that are missing at the end
 
 typedef struct {
   uint32_t steps, length;
@@ -56,15 +57,15 @@ typedef struct {
 typedef struct {
   int fd;  // -1 when the server has closed it
   bool websocket, wants_out;
-  uint32_t place, depth, leads, count, led;  // led: leading requests that are answered
+  uint32_t place, depth, leads, count, led;  // led: leads that are answered
   Request *requests;
-  uint32_t next, offset;  // the request to send, and how much of it has gone
-  Flight *flights;        // a ring of `depth`: answers come in the order of the requests, or nobody minds
+  uint32_t next, offset;  // the request to send, and how many of its bytes are sent
+  Flight *flights;        // a ring of `depth`; answers are taken to come in the order of the requests
   uint32_t first, flying;
-  uint64_t due, taken;  // open loop: requests that have come due so far, and those of them that were sent
-  char *in;             // what has been received: [begin, end) is not yet understood
+  uint64_t due, taken;  // open loop: requests due so far, and how many of them were sent
+  char *in;             // received bytes; [begin, end) is not parsed yet
   size_t begin, end, room;
-  uint8_t opcode;  // of the WebSocket message that is coming in
+  uint8_t opcode;  // of the WebSocket message being received
 } Connection;
 
 static Connection *connections;
@@ -86,7 +87,7 @@ static int64_t clock_ns(clockid_t id) {
 }
 static int64_t now(void) { return clock_ns(CLOCK_MONOTONIC); }
 
-static int64_t run_delay(void) {  // the second number there, where the kernel keeps it; nanoseconds
+static int64_t run_delay(void) {  // the second number there, if the kernel counts it; nanoseconds
   long long run, delay = 0;
   FILE *f = fopen("/proc/self/schedstat", "r");
   if (f && fscanf(f, "%lld %lld", &run, &delay) != 2) delay = 0;
@@ -115,7 +116,7 @@ static void lose(Connection *c) {
   c->fd = -1;
 }
 
-// When the k-th of all requests is due in an open loop: they go to the connections in turn.
+// When the k-th request of an open loop is due; the connections take turns.
 static int64_t due_at(uint64_t k) { return started + (int64_t)(k * (double)SECOND / rate); }
 
 static bool may_send(const Connection *c) {
@@ -152,7 +153,7 @@ static void complain(const char *data, size_t length) {
   if (!bad++) fprintf(stderr, "load: the first answer that is none: %.*s\n", (int)(length < 600 ? length : 600), data);
 }
 
-// An answer has come whole.
+// A complete answer has been received.
 static void take(Connection *c, bool good, const char *data, size_t length) {
   if (!c->flying) return complain(data, length);
   Flight f = c->flights[c->first];
@@ -171,7 +172,7 @@ static void take(Connection *c, bool good, const char *data, size_t length) {
   latencies[answers++] = (t - f.since) / 1000, steps += f.request->steps;
 }
 
-// Each of these two gives the length of the answer that begins at `d`, or 0 where it is not whole yet.
+// Each of these two returns the length of the answer that begins at `d`, or 0 if it is not complete.
 
 static size_t chunks(const char *d, size_t have) {  // RFC 9112, section 7.1; `d` ends in a zero
   size_t at = 0;
@@ -223,10 +224,10 @@ static size_t frame(Connection *c, const char *data, size_t have) {
   if (have < head + size) return 0;
   uint8_t opcode = d[0] & 15;
   if (opcode == 8) return lose(c), head + size;
-  if (opcode > 8) return head + size;  // pings: a run is over before a server runs out of patience (uvicorn: 20 s)
+  if (opcode > 8) return head + size;  // pings: a run ends before a server times out (uvicorn: 20 s)
   if (opcode) c->opcode = opcode;
   if (d[0] & 128) {
-    // What is no answer here: text to a binary frame, and Cellserve's {"op":"error"...}.
+    // Bad answers: text to a binary frame, and Cellserve's {"op":"error"...}.
     uint8_t asked = c->flying ? c->flights[c->first].request->bytes[0] & 15 : 0;
     bool error = opcode && size >= 12 && !memcmp(data + head, "{\"op\":\"error\"", 12);
     take(c, c->opcode == asked && !error, data + head, size);
@@ -254,7 +255,7 @@ static void receive(Connection *c) {
   push(c);
 }
 
-// Open loop: hands out what has come due, and sets the timer for what comes next.
+// Open loop: sends the requests that are due, and sets the timer for the next one.
 static void hand_out(void) {
   static uint64_t k;
   if (!to) return;
@@ -308,7 +309,7 @@ static void read_plan(const char *path) {
   }
 }
 
-static uint64_t owing(void) {  // how many requests are sent or due and not answered
+static uint64_t owing(void) {  // number of requests that are sent or due but not answered
   uint64_t n = 0;
   for (Connection *c = connections; c < connections + count; c++)
     if (c->fd >= 0) n += c->flying + c->due - c->taken;
@@ -327,7 +328,7 @@ int main(int argc, char **argv) {
   server = (struct sockaddr_in){AF_INET, htons(atoi(argv[1])), {htonl(INADDR_LOOPBACK)}, {0}};
   read_plan(argv[4]);
   if ((events = epoll_create1(0)) < 0) die("epoll_create1");
-  if (rate) {  // epoll_wait itself sleeps by the millisecond, too coarse for a schedule
+  if (rate) {  // epoll_wait sleeps in whole milliseconds, too coarse for a schedule
     timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK);
     struct epoll_event e = {.events = EPOLLIN, .data.ptr = 0};
     if (timer < 0 || epoll_ctl(events, EPOLL_CTL_ADD, timer, &e)) die("timerfd");
@@ -355,12 +356,12 @@ int main(int argc, char **argv) {
     if (!to && t - begun > PATIENCE) errno = 0, die("the leading requests were not answered");
     if (!to) continue;
     if (!measuring && !over && t >= from) {
-      // A closed loop's window begins and ends where the loop comes by; an open loop's is that of its schedule.
+      // In a closed loop the measured time begins and ends at this point of the loop, in an open loop by its schedule.
       if (!rate) from = t, to = t + seconds;
       measuring = true, cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID), delay = run_delay();
       puts("from"), fflush(stdout);
     }
-    // A closed loop goes on until there have been as many answers as connections: of slower ones no rate can be told.
+    // A closed loop runs until there are as many answers as connections: with fewer there is no meaningful rate.
     if (measuring && t >= to && (rate || answers >= count || bad || closed || t - to > PATIENCE)) {
       if (!rate) to = t;
       measuring = false, over = true;

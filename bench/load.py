@@ -1,4 +1,4 @@
-"""The load generator from here: builds `load.c`, writes its plan, runs it, and reads what came of it."""
+"""The load generator `load.c`: builds it, writes its plan, runs it and reads the result."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing import NamedTuple
 
 SOURCE = Path(__file__).with_name("load.c")
 FLAGS = ("-O2", "-Wall", "-Wextra")
-INSTALL = "the load generator is compiled, and there is no C compiler `cc`: apt-get install gcc libc6-dev"
-BUSY = 0.7  # a generator that takes, or waits for, more of its core than this may be what is measured
+INSTALL = "the load generator needs a C compiler `cc`: apt-get install gcc libc6-dev"
+BUSY = 0.7  # above this share of its core, used or waited for, the generator itself may be the bottleneck
 
 
 class LoadFailed(RuntimeError):
-    """The generator could not be built or run, or not everything was answered as it should be."""
+    """The generator could not be built or run, or a server gave a bad answer or none."""
 
 
 class Request(NamedTuple):
-    """One request."""
+    """One request of a load."""
 
     data: bytes
     steps: int = 1  # time steps in it
@@ -34,18 +34,18 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One connection and what goes over it: the leads once, the requests round and round."""
+    """One connection. It sends the leads once, then the requests in a cycle."""
 
     requests: Sequence[Request]
     leads: Sequence[bytes] = ()
-    depth: int = 1  # requests under way at once
+    depth: int = 1  # requests in flight at once
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What came of a load. Milliseconds; in an open loop from when a request was due, in a closed one from its sending.
+    """The result of a load, as `load.c` prints it.
 
-    The order is that of the generator's answer.
+    Latencies are in milliseconds: in an open loop from when a request was due, in a closed loop from when it was sent.
     """
 
     answers: int
@@ -56,20 +56,20 @@ class Load:
     p90_ms: float
     p99_ms: float
     max_ms: float
-    waiting_ms: float  # closed loop: the longest wait of those who still waited at the end of the time
+    waiting_ms: float  # closed loop: the longest wait for an answer that came after the measured time
     unanswered: int
     bad: int
     closed: int
-    busy: float  # the generator's CPU time over the time measured
-    delayed: float  # the share of the time in which it could have run while others had its core
-    cpu: dict[str, float] = field(default_factory=dict)  # CPU seconds of the processes asked for, within the time
+    busy: float  # the generator's CPU time divided by the measured time
+    delayed: float  # share of the measured time in which others used its core while it was ready to run
+    cpu: dict[str, float] = field(default_factory=dict)  # CPU seconds of other processes in that time, by name
 
 
 def build() -> Path:
-    """Compiles the generator where its source has changed; gives the program.
+    """Compiles the generator if its source has changed, and returns the program.
 
     Raises:
-        LoadFailed: There is no compiler, or it fails.
+        LoadFailed: There is no compiler, or it failed.
     """
     text = f"{platform.machine()} {FLAGS}".encode() + SOURCE.read_bytes()
     program = SOURCE.parent / ".build" / f"load-{hashlib.sha256(text).hexdigest()[:16]}"
@@ -88,7 +88,7 @@ def build() -> Path:
 
 
 def plan(clients: Sequence[Client]) -> bytes:
-    """Writes the plan, as the head of `load.c` describes it."""
+    """Returns the plan in the format that the head of `load.c` describes."""
     parts = [struct.pack("<I", len(clients))]
     for client in clients:
         requests = [*(Request(lead, 0) for lead in client.leads), *client.requests]
@@ -99,15 +99,15 @@ def plan(clients: Sequence[Client]) -> bytes:
 
 
 class Generator:
-    """A load that runs, on the core of this process.
+    """A running load, on the core of this process.
 
     Args:
-        port: Where the server listens, on this machine.
+        port: Port of the server on this machine.
         clients: The connections.
-        seconds: How long is measured.
-        warm: Seconds before that; a tenth of them, and at least 0.1, where nothing is said.
-        rate: Requests a second, for an open loop.
-        nice: How far it stands back behind other processes on its core.
+        seconds: How long to measure.
+        warm: Seconds of load before that; by default a tenth of `seconds`, at least 0.1.
+        rate: Requests per second of an open loop; None for a closed loop.
+        nice: Niceness of the generator's process.
     """
 
     def __init__(
@@ -124,10 +124,10 @@ class Generator:
         with tempfile.NamedTemporaryFile(prefix="cellserve-load-", delete=False) as file:
             file.write(plan(clients))
         self._plan = Path(file.name)
-        self._begun = False
+        self._started = False
         warm = max(0.1, 0.1 * seconds) if warm is None else warm
         arguments = [port, warm, seconds, self._plan, *([] if rate is None else [rate])]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  open as long as the process runs
         self._process = subprocess.Popen(
             ["nice", "-n", str(nice), program, *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -135,23 +135,23 @@ class Generator:
             text=True,
         )
 
-    def wait_for_begin(self) -> None:
+    def wait_for_start(self) -> None:
         """Waits until the measured time begins."""
-        if not self._begun:
+        if not self._started:
             self._line()
-        self._begun = True
+        self._started = True
 
     def result(self, clocks: dict[str, Callable[[], float]] | None = None) -> Load:
-        """Waits for the end.
+        """Waits for the end and returns the result.
 
         Args:
-            clocks: CPU clocks to read when the measured time begins and when it ends, seconds.
+            clocks: CPU clocks in seconds, by name, read when the measured time begins and ends.
 
         Raises:
             LoadFailed: An answer was bad or missing, or a connection was closed.
         """
         clocks = clocks or {}
-        self.wait_for_begin()
+        self.wait_for_start()
         before = {name: clock() for name, clock in clocks.items()}
         self._line()
         cpu = {name: clock() - before[name] for name, clock in clocks.items()}
@@ -171,7 +171,7 @@ class Generator:
         return load
 
     def stop(self) -> None:
-        """Ends it, if it has not ended."""
+        """Ends the process, if it still runs."""
         self._process.kill()
         self._process.wait()
         self._errors.close()
@@ -192,5 +192,5 @@ def drive(
     rate: float | None = None,
     clocks: dict[str, Callable[[], float]] | None = None,
 ) -> Load:
-    """Runs a load and waits for what comes of it; the arguments are those of `Generator`."""
+    """Runs a load and returns its result; the arguments are those of `Generator`."""
     return Generator(port, clients, seconds, rate=rate).result(clocks)

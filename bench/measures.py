@@ -1,4 +1,4 @@
-"""The order of a run: what is started, compared and measured, and beside what."""
+"""A run of the benchmark: which servers are started, and what is measured back to back."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from websockets.sync.client import connect
 from bench import answers, workloads
 from bench.network import UNITS
 from bench.rounds import Figure, Rounds
-from bench.servers import ROOT, SERVER_CORE, NotToBeHad, Server, redis
+from bench.servers import ROOT, SERVER_CORE, Server, Unavailable, redis
 from bench.workloads import FRAME
 
 SECTIONS = ("http", "websocket", "predict", "latency", "transfers", "memory", "export", "start")
 OTHERS = ("usual", "usual_keras", "mosec", "triton")
-PREDICTORS = ("usual", "mosec", "triton")  # Keras cannot be the best: whole sequences take it many times longer
+PREDICTORS = ("usual", "mosec", "triton")  # without Keras, which takes many times longer for whole sequences
 STARTS = 3
-MANY = 100_000  # sessions, for their memory
-MOSEC = [(batch, wait) for batch in (16, 32) for wait in (0, 1)]  # batch, milliseconds; the best of them is taken
+MANY = 100_000  # sessions in the memory measurement
+MOSEC = [(batch, wait) for batch in (16, 32) for wait in (0, 1)]  # batch size, milliseconds; the best is used
 Run = Callable[[float], Figure]
 
 
@@ -32,32 +32,32 @@ class Bench:
     """One run.
 
     Args:
-        folder: Where to put what is made on the way.
+        folder: Folder for models, snapshots and other files of the run.
         rounds: How often everything is measured.
-        seconds: For how long at a time.
-        tell: Called with what is being done.
+        seconds: Seconds per measurement.
+        report: Called with a description of what is being done.
     """
 
-    def __init__(self, folder: Path, rounds: int, seconds: float, tell: Callable[[str], None]) -> None:
-        self.folder, self.rounds, self.seconds, self.tell = folder, rounds, seconds, tell
+    def __init__(self, folder: Path, rounds: int, seconds: float, report: Callable[[str], None]) -> None:
+        self.folder, self.rounds, self.seconds, self.report = folder, rounds, seconds, report
         self.figures = Rounds()
-        self.missing: dict[str, str] = {}  # servers that are not to be had here, and why
-        self.mosec: dict[str, tuple[int, int]] = {}  # its best batch and wait, by route
+        self.missing: dict[str, str] = {}  # servers that do not start here, and why
+        self.mosec: dict[str, tuple[int, int]] = {}  # the best batch size and wait, by route
         self._servers: dict[str, Server] = {}
 
     def run(self, sections: tuple[str, ...]) -> None:
-        """Measures some sections.
+        """Measures the given sections.
 
         Raises:
-            DifferentAnswers: The servers do not do the same.
-            LoadFailed: A server did not answer as it should.
+            DifferentAnswers: The servers do not give the same answers.
+            LoadFailed: A server gave a bad answer or none.
         """
-        self.tell("making and exporting the network")
+        self.report("making and exporting the network")
         made = subprocess.run(
             [sys.executable, "-m", "bench.network", str(self.folder)], cwd=ROOT, capture_output=True, text=True
         )
         if made.returncode:
-            raise RuntimeError(f"the network cannot be made: {made.stderr[-2000:]}")
+            raise RuntimeError(f"creating the network failed: {made.stderr[-2000:]}")
         if "export" in sections:
             timings = json.loads(made.stdout.splitlines()[-1])["1x50"]
             for name in ("ours", "tf2onnx", "keras"):
@@ -66,16 +66,16 @@ class Bench:
             self._starts()
         with ExitStack() as stack:
             groups = self._groups(stack, sections)
-            self.tell("comparing answers")
+            self.report("comparing answers")
             answers.compare(
                 self._servers["cellserve"],
                 [server for name, server in self._servers.items() if name not in ("cellserve", "floor")],
             )
             for turn in range(self.rounds):
                 for group, runs in groups.items():
-                    # Every second round the other way round, so that neither side always comes second.
+                    # Every second round in reverse order, so that neither side is always measured second.
                     for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
-                        self.tell(f"round {turn + 1} of {self.rounds}: {group}, {name}")
+                        self.report(f"round {turn + 1} of {self.rounds}: {group}, {name}")
                         self.figures.add(group, name, run(self.seconds))
         if "memory" in sections:
             self._memory()
@@ -88,7 +88,7 @@ class Bench:
         return (*peer, *more) if name == "floor" else (*peer, str(self.folder), *more)
 
     def _start(self, stack: ExitStack, name: str, *more: str) -> Server:
-        self.tell(f"starting {name}")
+        self.report(f"starting {name}")
         ready = {"cellserve": "/readyz", "redis": "/readyz", "triton": "/v2/health/ready"}.get(name)
         server = Server(name, *self._command(name, *more), ready=ready)
         stack.callback(server.stop)
@@ -96,14 +96,14 @@ class Bench:
         return server
 
     def _groups(self, stack: ExitStack, sections: tuple[str, ...]) -> dict[str, dict[str, Run]]:
-        """Starts what is needed; gives what is to be taken back to back."""
+        """Starts the servers; returns the groups of runs that are measured back to back."""
         ours = self._start(stack, "cellserve")
         others: list[Server] = []
         if {"http", "predict"} & {*sections}:
             others = self._others(stack)
         floor = self._start(stack, "floor") if {"http", "websocket"} & {*sections} else None
         groups: dict[str, dict[str, Run]] = {}
-        self.tell("opening sessions")
+        self.report("opening sessions")
         if "http" in sections:
             assert floor
             own = workloads.steps(ours)
@@ -150,17 +150,17 @@ class Bench:
             try:
                 more = self._best_mosec() if name == "mosec" else ()
                 found.append(self._start(stack, name, *more))
-            except NotToBeHad as error:
+            except Unavailable as error:
                 self.missing[name] = str(error).splitlines()[-1]
         return found
 
     def _best_mosec(self) -> tuple[str, ...]:
-        """Gives Mosec's flags with what suits each of its routes best on this machine."""
+        """Returns Mosec's flags with the best batch size and wait of each route on this machine."""
         rates: dict[str, dict[tuple[int, int], float]] = {"step": {}, "predict": {}}
         for setting in MOSEC:
             with ExitStack() as stack:
                 server = self._start(stack, "mosec", *map(str, setting * 2))
-                self.tell(f"trying Mosec with batches of {setting[0]} and {setting[1]} ms")
+                self.report(f"trying Mosec with batches of {setting[0]} and {setting[1]} ms")
                 for route, run in (("step", workloads.steps(server)), ("predict", workloads.predictions(server))):
                     run(0.2)
                     rates[route][setting] = run(min(1.0, self.seconds)).value
@@ -168,9 +168,9 @@ class Bench:
         self.mosec = {route: max(own, key=own.__getitem__) for route, own in rates.items()}
         return tuple(map(str, (*self.mosec["step"], *self.mosec["predict"])))
 
-    def _bare(self, what: str, steps_a_request: float) -> Run:
-        """ONNX Runtime alone on the servers' core, with our model or the peers', whichever is faster."""
-        # Where our model has a graph for single steps beside it, that takes no sequences.
+    def _bare(self, what: str, steps_per_request: float) -> Run:
+        """Returns a run of bare ONNX Runtime on the servers' core, with the fastest of our and the peers' models."""
+        # A graph for single steps beside our model takes no sequences.
         theirs, ours = {"steps": ("step.onnx", "*.onnx"), "sequences": ("fused.onnx", "model.onnx")}[what]
         models = [self.folder / theirs, *sorted((self.folder / "artifacts/bench/1").glob(ours))]
 
@@ -180,8 +180,8 @@ class Bench:
                 cwd=ROOT, check=True, capture_output=True, text=True,
                 preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
             )  # fmt: skip
-            told = json.loads(done.stdout)
-            return Figure(told["steps_per_s"], 1e6 * told["cpu_s"] * steps_a_request)
+            result = json.loads(done.stdout)
+            return Figure(result["steps_per_s"], 1e6 * result["cpu_s"] * steps_per_request)
 
         return run
 
@@ -193,11 +193,11 @@ class Bench:
             self.figures.add("start", "wanted", Figure(2.0))
 
     def _memory(self) -> None:
-        """Opens many sessions; starts a server once more from their snapshot."""
+        """Measures the memory of many sessions, and how long a server takes to restore them from a snapshot."""
         snapshot = "--snapshot", f"{self.folder}/sessions", "--snapshot-seconds", "3600"
         with ExitStack() as stack:
             server = self._start(stack, "cellserve", *snapshot)
-            self.tell(f"opening {MANY:,} sessions")
+            self.report(f"opening {MANY:,} sessions")
             before = server.resident_bytes
             with connect(f"ws://127.0.0.1:{server.port}/stream", compression=None) as socket:
                 for _ in range(MANY // 100):
@@ -208,7 +208,7 @@ class Bench:
             time.sleep(0.5)
             self.figures.add("memory", "cellserve", Figure((server.resident_bytes - before) / MANY))
             self.figures.add("memory", "states", Figure(2 * UNITS * 4))
-            self.tell("writing the snapshot")
+            self.report("writing the snapshot")
         with ExitStack() as stack:
             server = self._start(stack, "cellserve", *snapshot)
         self.figures.add("restore", "restored", Figure(server.seconds_to_start))
@@ -217,5 +217,5 @@ class Bench:
 
 
 def microseconds(figure: Figure) -> Figure:
-    """Turns a rate of one client into the time that one request takes."""
+    """Converts the rate of a single client to the time per request."""
     return Figure(1e6 / figure.value, figure.cpu_us, figure.load)

@@ -1,9 +1,9 @@
-"""Makes the network that is measured, an LSTM of 128 units over 16 features with 4 outputs, in each server's form.
+"""Creates the measured network, an LSTM of 128 units with 16 features and 4 outputs, in the format of each server.
 
 usage: python -m bench.network FOLDER
 
-All have the same weights: `cells.keras`, with our own cell, and `artifacts/bench/1`, which our export makes of it; for
-the peers `bench.keras`, with Keras's LSTM; `step.onnx`, one step with all gates in one Gemm; and `fused.onnx`, the
+All have the same weights. For Cellserve: `cells.keras` with our own cell, and its export in `artifacts/bench/1`. For
+the peers: `bench.keras` with Keras's LSTM; `step.onnx`, one step with all gates in one Gemm; and `fused.onnx`, the
 `LSTM` operator over padded sequences.
 """
 
@@ -23,7 +23,7 @@ Weights = dict[str, NDArray[np.float32]]
 
 
 def weights() -> Weights:
-    """Draws the weights; gates in the order of the ONNX operator: input, output, forget, cell."""
+    """Draws the weights, with gates in the order of the ONNX operator: input, output, forget, cell."""
     rng = np.random.default_rng(1)
     limit = 1 / np.sqrt(UNITS)
     shapes = {"W": (4 * UNITS, FEATURES), "R": (4 * UNITS, UNITS), "b": (4 * UNITS,), "Wd": (UNITS, OUTPUTS)}
@@ -31,7 +31,7 @@ def weights() -> Weights:
 
 
 def save_onnx(folder: Path, own: Weights) -> None:
-    """Writes the peers' two graphs."""
+    """Writes the two ONNX models of the peers."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -120,11 +120,11 @@ def save_keras(folder: Path, own: Weights) -> None:
     our_network.save(folder / "cells.keras")
 
 
-_GATES = {gate: slice(k * UNITS, (k + 1) * UNITS) for k, gate in enumerate("iofc")}  # as the ONNX operator has them
+_GATES = {gate: slice(k * UNITS, (k + 1) * UNITS) for k, gate in enumerate("iofc")}  # in the order of the ONNX operator
 
 
 def make(folder: Path) -> dict[str, Any]:
-    """Writes all forms in a folder; gives what our export measured beside tf2onnx's own form and Keras."""
+    """Writes all models to a folder; returns the export's timings of our form, tf2onnx's and Keras."""
     from cellserve.models.quiet import import_tensorflow
 
     import_tensorflow()

@@ -1,7 +1,7 @@
-"""Figures of several rounds, and the comparison that is made of them.
+"""Measurements of several rounds, and their comparison.
 
-A noisy minute must spoil neither side alone: what is compared is taken back to back within a round, and the ratio is
-taken there. Of all rounds the one with the median ratio is shown, whole: so the two figures give the ratio beside them.
+Figures that are compared are measured back to back within a round, so that noise on the machine affects both, and each
+round has its own ratio. The round with the median ratio is shown, so that the two figures and the ratio agree.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ class Figure:
     """One measurement."""
 
     value: float
-    cpu_us: float | None = None  # of the server's processes, microseconds a request
+    cpu_us: float | None = None  # CPU time of the server's processes, microseconds per request
     load: Load | None = None
 
     @property
     def doubtful(self) -> bool:
-        """Whether the generator may be what was measured."""
+        """Whether the load generator may have been the bottleneck."""
         return self.load is not None and self.load.busy + self.load.delayed > BUSY
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Our figures beside others, a pair a round.
+    """Our figures and those of another, one pair per round.
 
     Args:
-        ours: One figure a round.
-        theirs: The same.
-        inverse: Whether the ratio is theirs over ours: how many times less ours is.
+        ours: Our figure of each round.
+        theirs: The other's figure of each round.
+        inverse: Whether the ratio is theirs over ours, for figures of which less is better.
     """
 
     ours: Sequence[Figure]
@@ -47,35 +47,35 @@ class Comparison:
         return [theirs / ours if self.inverse else ours / theirs for ours, theirs in pairs]
 
     @property
-    def middle(self) -> int:
-        """The round with the median ratio; of an even number the lower one of the two."""
+    def median_round(self) -> int:
+        """The round with the median ratio; the lower of the two in an even number of rounds."""
         ratios = self.ratios
         return sorted(range(len(ratios)), key=ratios.__getitem__)[(len(ratios) - 1) // 2]
 
     @property
     def ratio(self) -> float:
-        """The ratio of that round."""
-        return self.ratios[self.middle]
+        """The median ratio."""
+        return self.ratios[self.median_round]
 
     @property
     def shown(self) -> tuple[Figure, Figure]:
-        """Both figures of that round."""
-        return self.ours[self.middle], self.theirs[self.middle]
+        """Both figures of the round with the median ratio."""
+        return self.ours[self.median_round], self.theirs[self.median_round]
 
 
 class Rounds:
-    """All figures, by the group within which they are taken back to back, and by name."""
+    """All figures, by group, whose figures are measured back to back, and by name."""
 
     def __init__(self) -> None:
         self.figures: dict[str, dict[str, list[Figure]]] = {}
 
     def add(self, group: str, name: str, figure: Figure) -> None:
-        """Notes one figure."""
+        """Adds a figure."""
         self.figures.setdefault(group, {}).setdefault(name, []).append(figure)
 
     def __contains__(self, group: str) -> bool:
         return group in self.figures
 
     def compare(self, group: str, ours: str, theirs: str, inverse: bool = False) -> Comparison:
-        """Compares two of a group."""
+        """Compares two names of a group."""
         return Comparison(self.figures[group][ours], self.figures[group][theirs], inverse)

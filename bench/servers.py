@@ -1,4 +1,4 @@
-"""Starts the servers that are measured, each with all its processes on the first core. Linux only: it reads /proc."""
+"""The measured server processes, all pinned to one core. Linux only, since it reads /proc."""
 
 from __future__ import annotations
 
@@ -17,59 +17,59 @@ ROOT = Path(__file__).parent.parent
 SERVER_CORE, LOAD_CORE = 0, 1
 
 
-class NotToBeHad(RuntimeError):
-    """A server does not start here; the message says why."""
+class Unavailable(RuntimeError):
+    """A server does not start on this machine; the message says why."""
 
 
 def pin(core: int, process: int = 0) -> None:
-    """Keeps a process (0: this one) on one core, where the machine has several and allows it."""
+    """Pins a process (0: this one) to a core, if the machine has and allows it."""
     if core in os.sched_getaffinity(0) | os.sched_getaffinity(process):
         os.sched_setaffinity(process, {core})
 
 
 class Server:
-    """A server process, and those that it starts.
+    """A server process with its child processes.
 
     Args:
-        name: Who it is.
-        command: What to run after the Python interpreter; `{port}` is replaced.
-        ready: The path that is answered 200 once it takes requests; where there is none, it does so once it listens.
+        name: Key of the server in `DIALECTS`.
+        command: Arguments of the Python interpreter; `{port}` is replaced.
+        ready: Path that answers 200 once the server accepts requests; None if it does as soon as it listens.
     """
 
     def __init__(self, name: str, *command: str, ready: str | None = None) -> None:
         self.name = name
         self.port = free_port()
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  open as long as the process runs
         start = time.perf_counter()
         self.process = subprocess.Popen(
             [sys.executable, *(part.format(port=self.port) for part in command)],
             cwd=ROOT,
             stdout=self._log,
             stderr=self._log,
-            # The parent's core is inherited, and a thread pool sized before a later pinning would not fit.
+            # Pinned before it starts: thread pools are sized for the cores that a process has at its start.
             preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
         )
         while not is_ready(self.port, ready):
             if self.process.poll() is not None:
                 self._log.seek(0)
-                raise NotToBeHad(f"{name} does not start: {self._log.read().strip()[-1000:]}")
+                raise Unavailable(f"{name} does not start: {self._log.read().strip()[-1000:]}")
             if time.perf_counter() - start > 120:
                 self.stop()
-                raise NotToBeHad(f"{name} is not ready after two minutes")
+                raise Unavailable(f"{name} is not ready after two minutes")
             time.sleep(0.005)
         self.seconds_to_start = time.perf_counter() - start
 
     def cpu_seconds(self) -> float:
-        """Gives the CPU time that it has taken so far, with all processes that it has started and that still run."""
+        """Returns the CPU time so far of the process and its running descendants."""
         return sum(cpu_seconds(process) for process in tree(self.process.pid))
 
     @property
     def resident_bytes(self) -> int:
-        """Gives the memory that the first process has in use."""
+        """Resident memory of the first process."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
-        raise RuntimeError("this system does not tell the memory of a process")
+        raise RuntimeError("/proc does not show the memory of the process")
 
     def stop(self) -> None:
         """Ends the process."""
@@ -83,7 +83,7 @@ class Server:
 
 
 def is_ready(port: int, path: str | None) -> bool:
-    """Tells whether a server listens, and, of a path, whether it answers 200."""
+    """Whether a server listens and, if a path is given, answers 200 to it."""
     try:
         if path is None:
             socket.create_connection(("127.0.0.1", port), 0.2).close()
@@ -97,16 +97,16 @@ def is_ready(port: int, path: str | None) -> bool:
 
 
 def cpu_seconds(process: int) -> float:
-    """Gives the CPU time of a process, of all its threads, those that have ended too, to the nanosecond."""
-    # What clock_getcpuclockid(3) gives for a process; Python has no name for it. /proc tells it in ticks of 10 ms only.
+    """Returns the CPU time of a process, including threads that have ended, to the nanosecond."""
+    # The clock that clock_getcpuclockid(3) returns, which Python does not expose. /proc counts in ticks of 10 ms only.
     try:
         return time.clock_gettime((~process << 3) | 2)
     except OSError:
-        return 0.0  # it has just ended
+        return 0.0  # the process has just ended
 
 
 def tree(process: int) -> list[int]:
-    """Gives a process and all that descend from it."""
+    """Returns a process and its descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -124,7 +124,7 @@ def tree(process: int) -> list[int]:
 
 @contextlib.contextmanager
 def redis(folder: Path) -> Iterator[tuple[str, int]]:
-    """Runs a Redis that appends to its file each second, on the load's core; gives its address and its process."""
+    """Runs a Redis that syncs its file each second, on the load's core; yields its URL and process id."""
     port = free_port()
     flags = "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", "--appendonly", "yes"
     process = subprocess.Popen(["redis-server", *flags, "--loglevel", "warning"], stdout=subprocess.DEVNULL)
@@ -139,7 +139,7 @@ def redis(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def free_port() -> int:
-    """Gives a port that is free now."""
+    """Returns a port that the kernel says is free. Tests, which run side by side, have their own way."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

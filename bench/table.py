@@ -1,4 +1,4 @@
-"""The table: which figures stand beside which, what is wanted of them, and how a row reads."""
+"""The table: which figures are compared, their goals, and how a row is written."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ HEAD = """\
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     measure: str
     beside: str
-    comparison: Comparison | None = None  # none where the other is not to be had here
+    comparison: Comparison | None = None  # None if the other is not available here
     unit: str = "steps/s"
-    wanted: float | None = None  # nothing where it is only told
-    at_most: bool = False  # whether the ratio is to stay below
+    wanted: float | None = None  # goal of the ratio; None if there is none
+    at_most: bool = False  # whether the goal is an upper bound
     digits: int = 0  # decimals of the figures
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is reached, where there is one."""
+        """Whether the goal is met; None if there is none."""
         if self.wanted is None or self.comparison is None:
             return None
         ratio = self.comparison.ratio
@@ -61,17 +61,17 @@ class Row:
 
 
 def ratio(value: float) -> str:
-    """Writes a ratio."""
+    """Formats a ratio."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def short(value: float) -> str:
-    """Writes microseconds."""
+    """Formats microseconds."""
     return f"{value:,.1f}" if value < 10 else f"{value:,.0f}"
 
 
 def rows(bench: Bench) -> Iterator[Row]:
-    """Gives the rows of what was measured."""
+    """Yields a row for everything that was measured."""
     figures = bench.figures
     http, predict = f"HTTP JSON, {SESSIONS} sessions", f"`/predict`, {CLIENTS} clients"
     one, sixteen = f"{predict}, a sequence a request", f"{predict}, 16 sequences a request"
@@ -124,14 +124,14 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 
 def best_other(bench: Bench, group: str) -> str | None:
-    """Names the other server with the highest median rate."""
+    """Returns the other server with the highest median rate."""
     own = {name: bench.figures.figures.get(f"{group} {name}") for name in PREDICTORS}
     medians = {name: statistics.median(f.value for f in group["other"]) for name, group in own.items() if group}
     return max(medians, key=medians.__getitem__, default=None)
 
 
 def notes(bench: Bench) -> Iterator[str]:
-    """Says how to read the table."""
+    """Yields the notes that explain the table."""
     every = [figure for group in bench.figures.figures.values() for own in group.values() for figure in own]
     loads = [figure.load for figure in every if figure.load]
     yield (

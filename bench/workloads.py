@@ -1,4 +1,4 @@
-"""What is asked of the servers: who sends which requests. A workload is run as often as one likes, a figure a time."""
+"""The workloads: which clients send which requests. A workload can be run many times, each run gives one figure."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ UPGRADE = (
     b"GET /stream HTTP/1.1\r\nHost: bench\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
-STEP_RATE = 400  # steps a second where a step's latency is measured: far from what saturates anything
+STEP_RATE = 400  # steps per second in latency measurements: far below what saturates a server
 
 rng = np.random.default_rng(0)
 
 
 def numbers(*shape: int) -> Any:
-    """Draws numbers as a client would send them: float32, written short."""
+    """Draws float32 numbers with few digits, as a client would send them, in nested lists."""
     return np.round(rng.normal(size=shape), 4).tolist()
 
 
 def lengths(count: int) -> list[int]:
-    """Draws lengths of sequences: log-normal, median 30, from 7 to 200."""
+    """Draws sequence lengths: log-normal with median 30, clipped to 7 to 200."""
     return [int(length) for length in np.clip(np.exp(rng.normal(np.log(30), 0.7, count)), 7, 200)]
 
 
 def frame(payload: bytes, opcode: int) -> bytes:
-    """Writes a client's WebSocket frame (RFC 6455, section 5.2); its mask is zero."""
+    """Returns a client's WebSocket frame (RFC 6455, section 5.2) with a mask of zeros."""
     length = len(payload)
     if length < 126:
         head = bytes((0x80 | opcode, 0x80 | length))
@@ -55,8 +55,8 @@ class Workload:
 
     Args:
         server: The server.
-        clients: What is sent.
-        beside: A process on the load's core that works for the server: a store.
+        clients: The connections and their requests.
+        beside: A process on the load's core that works for the server (a store), whose CPU time counts too.
     """
 
     server: Server
@@ -64,13 +64,13 @@ class Workload:
     beside: int | None = None
 
     def __call__(self, seconds: float) -> Figure:
-        """Runs it in a closed loop; gives time steps a second."""
+        """Runs a closed loop and returns the time steps per second."""
         load = self.load(seconds)
         cpu = sum(load.cpu.values()) / load.answers
         return Figure(load.steps_per_s, 1e6 * cpu, load)
 
     def load(self, seconds: float, rate: float | None = None) -> Load:
-        """Runs it; gives all that came of it."""
+        """Runs an open loop at a rate, or a closed loop, and returns the full result."""
         clocks = {"server": self.server.cpu_seconds}
         if (beside := self.beside) is not None:
             clocks["beside"] = lambda: cpu_seconds(beside)
@@ -78,7 +78,7 @@ class Workload:
 
 
 def steps(server: Server, sessions: int = SESSIONS, beside: int | None = None) -> Workload:
-    """So many clients, a session each, one JSON step after the other over HTTP."""
+    """Returns clients with a session each that send one JSON step after the other over HTTP."""
     dialect, clients = DIALECTS[server.name], []
     for _ in range(sessions):
         session = dialect.session(server.port)
@@ -88,7 +88,7 @@ def steps(server: Server, sessions: int = SESSIONS, beside: int | None = None) -
 
 
 def sockets(server: Server) -> Workload:
-    """64 WebSockets, a session each, one JSON step after the other."""
+    """Returns 64 WebSockets with a session each that send one JSON step after the other."""
     bodies = [json.dumps({"op": "step", "session": 0, "x": numbers(FEATURES)}).encode() for _ in range(8)]
     leads = [UPGRADE] if server.name == "floor" else [UPGRADE, frame(b'{"op":"open"}', 1)]
     client = Client([Request(frame(body, 1)) for body in bodies], leads)
@@ -96,7 +96,7 @@ def sockets(server: Server) -> Workload:
 
 
 def binary_frames(server: Server) -> Workload:
-    """One WebSocket, two frames under way on it, each of 256 sessions of its own."""
+    """Returns one WebSocket with two binary frames in flight, each for 256 sessions of its own."""
     requests = []
     for place in range(8):
         handles = np.arange(FRAME, dtype="<u4") + FRAME * (place % 2)
@@ -108,9 +108,12 @@ def binary_frames(server: Server) -> Workload:
 
 
 def predictions(server: Server, sequences: int = 1, binary: bool = False) -> Workload:
-    """32 clients that send sequences of 7 to 200 time steps, so many in a request, in JSON or in safetensors.
+    """Returns 32 clients that send sequences of 7 to 200 time steps, in JSON or safetensors, for all outputs.
 
-    All are answered with every time step's output.
+    Args:
+        server: The server.
+        sequences: Number of sequences per request.
+        binary: Whether to send safetensors.
     """
     clients = []
     for _ in range(CLIENTS):
@@ -129,7 +132,7 @@ def predictions(server: Server, sequences: int = 1, binary: bool = False) -> Wor
 
 
 def transfers(server: Server) -> dict[str, Workload]:
-    """One client that asks for a step, a fork, a state's download or its upload, one after the other."""
+    """Returns a single client each for steps, forks, and downloads and uploads of a state."""
     session = DIALECTS[server.name].session(server.port)
     path = f"/sessions/{session}"
     download = f"GET {path}/state HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
@@ -144,19 +147,19 @@ def transfers(server: Server) -> dict[str, Workload]:
 
 
 def latency(workload: Workload, seconds: float) -> Figure:
-    """Gives the 99th percentile of a step at a constant rate, milliseconds from when it was due."""
+    """Returns the 99th percentile of a step's latency at a constant rate, in milliseconds from when it was due."""
     load = workload.load(seconds, rate=STEP_RATE)
     return Figure(load.p99_ms, None, load)
 
 
 def latency_under(saturating: Workload, workload: Workload, seconds: float) -> Figure:
-    """Gives the same while another load saturates the server."""
-    # Niced: the client whose latency is measured goes first on the core that both share.
+    """Returns the same while another load saturates the server."""
+    # Niced, so that the client whose latency is measured has priority on the core that both share.
     other = Generator(saturating.server.port, saturating.clients, 1.2 * seconds + 1, warm=0.5, nice=10)
     try:
-        other.wait_for_begin()
+        other.wait_for_start()
         figure = latency(workload, seconds)
-        other.result()  # it was there all the time, and its answers were good
+        other.result()  # raises if the load ended early or got bad answers
     finally:
         other.stop()
     return figure

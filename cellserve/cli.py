@@ -1,4 +1,4 @@
-"""The command `cellserve`: each part's own command line behind one name, imported only when it is called for."""
+"""The command `cellserve`: dispatches to the command line of each part, which is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "serve": ("cellserve.service.cli.serve", "serve the models of a repository over HTTP", "cpu]' or 'cellserve[gpu"),
-    "key": ("cellserve.service.cli.key", "draw an API key", "cpu]' or 'cellserve[gpu"),
+    "key": ("cellserve.service.cli.key", "create an API key", "cpu]' or 'cellserve[gpu"),
     "models": ("cellserve.service.cli.models", "list the models of a repository", "cpu]' or 'cellserve[gpu"),
     "train": ("cellserve.models.training_cli", "train the example networks", "export"),
-    "export": ("cellserve.export.__main__", "turn a saved Keras network into a model to serve", "export"),
-    "adopt": ("cellserve.export.cli.adopt", "take a stateful ONNX model made elsewhere", "adopt"),
+    "export": ("cellserve.export.__main__", "export a saved Keras network as a model to serve", "export"),
+    "adopt": ("cellserve.export.cli.adopt", "adopt a stateful ONNX model made elsewhere", "adopt"),
 }
 
 HELP = """\
 usage: cellserve COMMAND ...
 
-Serves stateful recurrent models: Keras cells to exact, fast ONNX to sessions that step bit for bit.
+Exports recurrent networks from Keras to ONNX and serves them in stateful sessions, bit for bit.
 
 commands:
 {commands}
@@ -27,12 +27,12 @@ examples:
   cellserve serve --port 8000
   cellserve export my_network.keras --name mine
 
-`cellserve COMMAND --help` tells of each.
+Run `cellserve COMMAND --help` for the options of a command.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; gives its exit status, 2 where there is no such command."""
+    """Runs a command and returns its exit status, 2 if there is no such command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = "\n".join(f"  {name:8}{what}" for name, (_, what, _) in COMMANDS.items())
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"cellserve: there is no command {name!r}: one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"cellserve: there is no command {name!r}: choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module, _, extra = COMMANDS[name]
     try:

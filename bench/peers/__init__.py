@@ -1,1 +1,1 @@
-"""The servers that Cellserve is measured beside, each written as a competent user would write it."""
+"""The servers that Cellserve is compared with, each written as a competent user would write it."""

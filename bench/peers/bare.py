@@ -1,4 +1,4 @@
-"""Bare ONNX Runtime in a loop: prints its steps a second and CPU seconds a step, at the best of some models and shapes.
+"""Bare ONNX Runtime in a loop: prints steps per second and CPU seconds per step, for the best model and shape.
 
 usage: python -m bench.peers.bare steps|sequences SECONDS MODEL.onnx...
 """

@@ -1,6 +1,6 @@
-"""What every peer over ONNX Runtime shares: the sessions of ONNX Runtime, the dict of states, the padding.
+"""What all peers on ONNX Runtime share: opening a model, the dict of states, padding.
 
-It stands alone, with NumPy and ONNX Runtime: Triton's models get a copy.
+It imports NumPy and ONNX Runtime only, since Triton's models get a copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def load(path: str) -> ort.InferenceSession:
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # As Cellserve has it: a state that decays would become slow otherwise.
+    # As in Cellserve: otherwise a decaying state becomes slow.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
@@ -29,21 +29,21 @@ def zero() -> np.ndarray:
 
 
 class Stepper:
-    """Steps of sessions; `step.onnx` has one Gemm for all gates. The states stay here, by the session's name."""
+    """Steps sessions with `step.onnx`, which has one Gemm for all gates, and keeps their states by id."""
 
     def __init__(self, path: str) -> None:
         self.model = load(path)
         self.states: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
 
     def one(self, session: Any, x: Any) -> np.ndarray:
-        """x: [features]; gives y, [outputs]."""
+        """Steps one session by x `[features]`; returns y `[outputs]`."""
         h, c = self.states.get(session) or (zero(), zero())
         y, h, c = self.model.run(None, {"x": np.asarray([x], np.float32), "h": h, "c": c})
         self.states[session] = h, c
         return np.asarray(y[0])
 
     def many(self, sessions: list[Any], xs: list[Any]) -> list[Any]:
-        """A batch; a session that stands in it twice is stepped in order, in rounds."""
+        """Steps a batch of sessions; one that occurs twice is stepped in order, in a second round."""
         if len(sessions) == 1:
             return [self.one(sessions[0], xs[0])]
         out: list[Any] = [None] * len(sessions)
@@ -70,13 +70,13 @@ class Stepper:
 
 
 class Predictor:
-    """Whole sequences, padded to a batch with their true lengths; `fused.onnx` is the `LSTM` operator."""
+    """Runs whole sequences, padded to one batch, with `fused.onnx`, which has the `LSTM` operator."""
 
     def __init__(self, path: str) -> None:
         self.model = load(path)
 
     def many(self, sequences: list[Any]) -> list[np.ndarray]:
-        """Sequences: [time, features] each; gives [time, outputs] each."""
+        """Returns the outputs `[time, outputs]` of sequences `[time, features]`."""
         arrays = [np.asarray(sequence, np.float32) for sequence in sequences]
         lengths = np.array([len(array) for array in arrays], np.int32)
         if len(arrays) == 1:

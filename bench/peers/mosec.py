@@ -1,6 +1,6 @@
-"""Mosec: a Rust front end with dynamic batching before one Python worker a route, which holds the states.
+"""Mosec: a Rust front end with dynamic batching, and one Python worker per route, which holds the states.
 
-Its own JSON is Python's; with orjson it is faster, as a user who measures would find.
+It uses orjson in place of Mosec's own JSON, since that is faster.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Predict(Json):
 
 if __name__ == "__main__":
     port, folder, *limits = sys.argv[1:]
-    os.environ["BENCH_FOLDER"] = folder  # its workers are processes of their own
+    os.environ["BENCH_FOLDER"] = folder  # the workers are other processes
     sys.argv[1:] = ["--address", "127.0.0.1", "--port", port, "--log-level", "error", "--timeout", "60000"]
     server = Server()
     step_batch, step_wait, predict_batch, predict_wait = map(int, limits)

@@ -2,9 +2,9 @@
 
 usage: python -m bench.peers.triton PORT FOLDER
 
-FOLDER holds the networks. Triton comes with nvidia-pytriton from PyPI, in an environment of its own, `.venv-triton`:
-its Python backend is built for NumPy 1. The backend runs a model in a process of its own, a stub that is linked to the
-library of one version of Python; there is one stub for each of Python 3.8 to 3.13.
+FOLDER holds the networks. Triton comes with nvidia-pytriton from PyPI, in its own environment `.venv-triton`, since its
+Python backend is built for NumPy 1. The backend runs a model in a separate process, a stub linked to the library of one
+Python version; there is a stub for each of Python 3.8 to 3.13.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ sequence_batching {
   oldest { max_candidate_sequences: 1024 }
 }
 """
-# A request is one row: its sequences one after the other, and their lengths. Ragged: requests need not be alike to
-# make a batch.
+# A request is one row: its sequences concatenated, and their lengths. Ragged, so that requests of different sizes can
+# share a batch.
 PREDICT = """\
 name: "predict"
 backend: "python"
@@ -51,9 +51,9 @@ def main() -> None:
     port, folder = sys.argv[1], Path(sys.argv[2])
     python = ENVIRONMENT / "bin/python"
     if not python.exists():
-        sys.exit(f"{ENVIRONMENT.name} is missing: `make bench` makes it")
-    told = subprocess.run([python, "-c", WHERE], check=True, capture_output=True, text=True).stdout.split("\n")
-    minor, packages, base = told[0], Path(told[1]), told[2]
+        sys.exit(f"{ENVIRONMENT.name} is missing: run `make bench`")
+    found = subprocess.run([python, "-c", WHERE], check=True, capture_output=True, text=True).stdout.split("\n")
+    minor, packages, base = found[0], Path(found[1]), found[2]
     triton = packages / "pytriton/tritonserver"
     stub = triton / f"python_backend_stubs/3.{minor}/triton_python_backend_stub"
     for path in (triton / "bin/tritonserver", stub):
@@ -83,7 +83,7 @@ def main() -> None:
         "backend-directory": backends,
         "http-address": "127.0.0.1",
         "http-port": port,
-        "http-thread-count": 2,  # its default of 8 is for more cores than one
+        "http-thread-count": 2,  # the default of 8 is meant for several cores
         "allow-grpc": "false",
         "allow-metrics": "false",
     }

@@ -1,4 +1,4 @@
-"""Triton's model of whole sequences: `model.py` in its repository."""
+"""Triton's model for whole sequences, `model.py` in its repository."""
 
 from __future__ import annotations
 

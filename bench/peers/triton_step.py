@@ -1,4 +1,4 @@
-"""Triton's model of steps: `model.py` in its repository. The states stay here, by the sequence's id."""
+"""Triton's model for steps, `model.py` in its repository. It keeps the states by sequence id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The usual service with Keras in place of ONNX Runtime."""
+"""The usual service with Keras instead of ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def running(start: Callable[[], Coroutine[None, None, Server]]) -> Iterator[int]
 
 @contextmanager
 def http_server(answer: Callable[[int], Coroutine[None, None, bytes]]) -> Iterator[int]:
-    """Answers each request with the bytes that `answer` gives for its number; none closes the connection."""
+    """Answers each request with the bytes that `answer` returns for its number; empty bytes close the connection."""
     numbers = itertools.count(1)
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,7 +103,7 @@ def clients(count: int, *requests: bytes, leads: tuple[bytes, ...] = (), depth: 
     return [Client([Request(data, 3) for data in requests], leads, depth)] * count
 
 
-def test_a_closed_loop_counts_answers_and_their_time_steps_without_the_leads() -> None:
+def test_a_closed_loop_counts_answers_and_time_steps_but_not_the_leads() -> None:
     asked: list[int] = []
 
     async def answer(number: int) -> bytes:
@@ -133,22 +133,22 @@ def test_an_open_loop_keeps_its_rate() -> None:
 
     with http_server(answer) as port:
         found = drive(port, clients(5, GET), 0.5, rate=200)
-    assert found.answers in (99, 100, 101)  # what was due within half a second, however late it came
+    assert found.answers in (99, 100, 101)  # all that were due within half a second, however late the answers came
 
 
-def test_latencies_of_an_open_loop_hold_the_wait_of_all_whom_a_stall_kept_waiting() -> None:
+def test_open_loop_latencies_include_every_request_that_a_stall_delayed() -> None:
     stall, rate = 0.4, 250
 
     async def answer(number: int) -> bytes:
         if number == 100:
-            threading.Event().wait(stall)  # the whole server stands still
+            threading.Event().wait(stall)  # stalls the whole server
         return OK
 
     with http_server(answer) as port:
         found = drive(port, clients(2, GET), 1.0, rate=rate)
         closed = drive(port, clients(2, GET), 1.0)
-    # Of 250 requests 100 came due during the stall; half of these waited longer than half of it. A generator that waits
-    # for the answer before it counts would have seen two.
+    # 100 of 250 requests were due during the stall, and half of those waited for more than half of it. A generator that
+    # waits for an answer before it sends the next request would have seen two slow ones.
     assert found.max_ms >= 1000 * stall
     assert found.p90_ms >= 1000 * stall * 0.3
     assert closed.answers > 0
@@ -162,7 +162,7 @@ def test_latencies_of_an_open_loop_hold_the_wait_of_all_whom_a_stall_kept_waitin
         (b"HTTP/1.1 200 OK\r\n\r\n", "length"),
     ],
 )
-def test_what_is_no_answer_is_an_error(answers: bytes, told: str) -> None:
+def test_an_http_error_a_closed_connection_and_a_missing_length_fail_the_load(answers: bytes, told: str) -> None:
     async def answer(number: int) -> bytes:
         return OK if number < 10 else answers
 
@@ -170,14 +170,14 @@ def test_what_is_no_answer_is_an_error(answers: bytes, told: str) -> None:
         drive(port, clients(2, GET), 0.3)
 
 
-def test_an_error_frame_is_an_error() -> None:
+def test_an_error_frame_fails_the_load() -> None:
     with websocket_server(lambda message: '{"op":"error","problem":{}}') as port, pytest.raises(LoadFailed, match="op"):
         drive(port, clients(1, frame(b"step", 1), leads=(UPGRADE,)), 0.2)
     with websocket_server(lambda message: "text") as port, pytest.raises(LoadFailed, match="bad"):
         drive(port, clients(1, frame(b"binary", 2), leads=(UPGRADE,)), 0.2)
 
 
-def test_without_a_compiler_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setattr(load, "FLAGS", ("-O1",))  # so that none is there yet
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LoadFailed, match="apt-get install gcc"):

@@ -1,4 +1,4 @@
-"""What a row of the performance table shows."""
+"""Rows of the performance table."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ rates = st.floats(1000, 1e6)
 
 
 @given(st.lists(st.tuples(rates, rates), min_size=1, max_size=9).filter(lambda pairs: len(pairs) % 2 == 1))
-def test_the_ratio_of_a_row_is_the_quotient_of_its_figures_and_the_median_of_the_rounds(
+def test_a_row_shows_the_median_ratio_and_the_figures_of_that_round(
     pairs: list[tuple[float, float]],
 ) -> None:
     comparison = Comparison([Figure(ours) for ours, _ in pairs], [Figure(theirs) for _, theirs in pairs])
     assert comparison.ratio == sorted(ours / theirs for ours, theirs in pairs)[len(pairs) // 2]
     ours, theirs, ratio = map(float, re.findall(r"[\d.]+", str(Row("m", "b", comparison)).replace(",", ""))[:3])
-    written = 0.005 if ratio < 10 else 0.05  # as many decimals as a ratio is written with
-    assert abs(ours / theirs - ratio) <= written + ratio * 0.001  # and what the figures were rounded by
+    written = 0.005 if ratio < 10 else 0.05  # rounding of the ratio
+    assert abs(ours / theirs - ratio) <= written + ratio * 0.001  # rounding of the figures
 
 
-def test_a_row_says_whether_its_goal_is_reached() -> None:
+def test_a_row_shows_whether_its_goal_is_met() -> None:
     comparison = Comparison([Figure(2.0)], [Figure(1.0)])
     assert "✓" in str(Row("m", "b", comparison, wanted=2))
     assert "✗" in str(Row("m", "b", comparison, wanted=1.9, at_most=True))
-    assert "not to be had" in str(Row("m", "not to be had here: why"))
+    assert "not available" in str(Row("m", "not available here: why"))
 
 
-def test_a_figure_is_marked_where_the_generator_may_be_what_was_measured() -> None:
+def test_a_figure_is_marked_if_the_load_generator_may_have_been_the_bottleneck() -> None:
     def figure(busy: float, delayed: float) -> Figure:
         return Figure(1000.0, 1.0, Load(1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0, 0, 0, busy, delayed))
 

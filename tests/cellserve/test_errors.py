@@ -1,4 +1,4 @@
-"""The client's exceptions are held to the server's problems."""
+"""The client's exceptions match the server's problems."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def kinds(kind: type[served.Problem]) -> Iterator[type[served.Problem]]:
 
 
 @pytest.mark.parametrize("kind", list(kinds(served.Problem)), ids=lambda kind: kind.__name__)
-def test_every_problem_of_the_server_has_its_class(kind: type[served.Problem]) -> None:
+def test_every_problem_of_the_server_has_an_exception_class(kind: type[served.Problem]) -> None:
     answered = kind.__new__(kind)
-    served.Problem.__init__(answered, "what was wrong", place="x")  # Stale has words of its own
+    served.Problem.__init__(answered, "what was wrong", place="x")  # Stale has a detail of its own
     problem = errors.problem_of(json.loads(answered.document()), 3)
     by_status = errors._BY_STATUS.get(kind.status, errors.ServerProblem if kind.status >= 500 else errors.Problem)
     assert type(problem) is getattr(errors, kind.__name__, by_status)
@@ -29,7 +29,7 @@ def test_every_problem_of_the_server_has_its_class(kind: type[served.Problem]) -
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"", b"[]", b'"text"', b'{"status": "x"}', b"\xff"])
-def test_what_is_no_problem_document_becomes_the_class_of_its_status(body: bytes) -> None:
+def test_an_answer_without_a_problem_document_gets_the_class_of_its_status(body: bytes) -> None:
     assert isinstance(errors.problem_of_body(503, body), errors.ServerProblem)
     assert type(errors.problem_of_body(404, body)) is errors.NotFound
     assert type(errors.problem_of_body(418, body)) is errors.Problem

@@ -15,7 +15,7 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
 
 
-def test_the_client_works_where_nothing_of_the_server_is_installed() -> None:
+def test_the_client_works_without_the_packages_of_the_server() -> None:
     told = run(
         f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED}))\n"  # None: importing it fails
         "from cellserve import AsyncClient, CellserveError, Client, Retry, Timeout\n"

@@ -1,4 +1,4 @@
-"""When a request is tried again, and after how long."""
+"""Which requests are repeated, and after what delay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def problem(status: int, name: str = "", wait: float | None = None) -> Problem:
     return problem_of({"status": status, "type": f"urn:cellserve:problem:{name}", "detail": "so it is"}, wait)
 
 
-def test_pauses_grow_at_random_and_are_bounded() -> None:
+def test_delays_are_random_and_grow_up_to_the_longest() -> None:
     retry = Retry(seconds=1e9, first=1, longest=16)
     for failed in range(10):
         pauses = []
@@ -33,13 +33,13 @@ def test_a_retry_waits_at_least_the_servers_retry_after() -> None:
         assert 7 <= Backoff(Retry(first=1)).delay_after(problem(503, "server-full", 7)) <= 8
 
 
-def test_a_wish_beyond_the_time_there_is_ends_the_tries_at_once() -> None:
+def test_a_retry_after_beyond_the_time_limit_raises_at_once() -> None:
     with pytest.raises(RetriesExhausted) as exhausted:
         Backoff(Retry(seconds=10)).delay_after(problem(503, "model-version-not-here", 60))
     assert isinstance(exhausted.value.__cause__, Problem)
 
 
-def test_the_tries_are_counted() -> None:
+def test_attempts_are_counted_and_limited() -> None:
     backoff = Backoff(Retry(attempts=3, first=0))
     for _ in range(2):
         backoff.delay_after(ConnectionLost("lost"))
@@ -65,7 +65,7 @@ def test_the_tries_are_counted() -> None:
         (problem(410, "session-gone"), False),
     ],
 )
-def test_only_what_may_pass_is_tried_again(error: Problem, again: bool) -> None:
+def test_only_transient_errors_are_retried(error: Problem, again: bool) -> None:
     if again:
         Backoff(Retry()).delay_after(error)
     else:

@@ -1,4 +1,4 @@
-"""The Python client against a real server: NumPy in and NumPy out, to the bit, in both its forms."""
+"""The Python client, for threads and for asyncio, against a real server: NumPy in and NumPy out, bit for bit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def client(server: Server) -> Iterator[Client]:
         yield client
 
 
-def test_sequences_of_several_lengths_are_predicted_from_given_states(client: Client) -> None:
+def test_sequences_of_different_lengths_are_predicted_from_given_states(client: Client) -> None:
     x = inputs(3, 12)
     wholes = client.predict("lstm", list(x), outputs="all", return_states=True)
     assert [y.shape for y in wholes.y] == [(12, OUTPUTS)] * 3
@@ -64,7 +64,7 @@ def test_one_sequence_gives_one_prediction(client: Client) -> None:
     assert rest.y.shape == (OUTPUTS,) or rest.y.shape == (9, OUTPUTS)
 
 
-def test_a_session_gives_the_bits_of_one_run_and_is_deleted_in_the_end(client: Client) -> None:
+def test_steps_equal_one_prediction_bit_for_bit_and_the_session_is_deleted_at_the_end(client: Client) -> None:
     x = inputs(20)
     with client.session("lstm") as session:
         ys = [session.step(row)[None] for row in x[:7]]
@@ -86,7 +86,7 @@ def test_a_session_gives_the_bits_of_one_run_and_is_deleted_in_the_end(client: C
     fork.delete()  # may be repeated
 
 
-def test_a_state_is_read_set_and_reset(client: Client) -> None:
+def test_a_state_can_be_read_set_and_reset(client: Client) -> None:
     x = inputs(10)
     with client.session("lstm") as session, client.session("rnn") as other:
         session.step(x[:6])
@@ -105,7 +105,7 @@ def test_a_state_is_read_set_and_reset(client: Client) -> None:
             other.set_state(state)
 
 
-def test_a_kept_session_is_attached_again(client: Client) -> None:
+def test_a_kept_session_can_be_attached_again(client: Client) -> None:
     x = inputs(5)
     with client.session("rnn", session_id="mine", keep=True) as session:
         ys = [session.step(row) for row in x[:3]]
@@ -174,7 +174,7 @@ def test_threads_that_share_a_session_take_turns(client: Client) -> None:
         )
 
 
-def test_an_error_in_the_block_is_not_hidden_by_the_deletion() -> None:
+def test_an_error_in_the_with_block_is_raised_even_if_the_deletion_fails() -> None:
     client = Client("http://127.0.0.1:9", retry=Retry(seconds=0))
     session = client.attach("away")
     session.keep, session._record.position = False, 0
@@ -198,7 +198,7 @@ def test_a_stream_steps_hundreds_of_sessions_bit_for_bit(client: Client) -> None
         more = [one.step(x[1, 0])[None], one.step(x[1, 1:4]), one.step(x[1, 4:], outputs="last")[None]]
         alone = predict_all(client, np.concatenate([x[0], x[1]]))
         assert np.concatenate(more).tobytes() == np.delete(alone[8:], [4, 5, 6], 0).tobytes()
-        one.reset()  # over HTTP, in the same session
+        one.reset()  # over HTTP, on the same session
         assert np.array_equal(one.step(x[0, 0]), y[0, 0])
         assert one.position == 18
         fork = stream.attach(one.fork().id)
@@ -217,7 +217,7 @@ def test_failures_of_some_sessions_of_a_frame_are_reported_by_row(client: Client
         sessions = [stream.open("lstm") for _ in x]
         y = stream.step(sessions, x[:, 0])
         sessions[1].delete()
-        assert sessions[1].id not in stream._to_delete  # a stream that lives long does not gather what is gone
+        assert sessions[1].id not in stream._to_delete  # otherwise a long-lived stream would collect deleted sessions
         with client.attach(sessions[3].id) as other:
             other.step(x[0, 1])
         with pytest.raises(StepsFailed, match="2 of 4") as failed:
@@ -260,7 +260,7 @@ def test_the_asyncio_client_gives_what_the_synchronous_one_gives(server: Server,
             predicted = await mine.predict("lstm", list(x), outputs="all", return_states=True)
             assert np.array_equal(np.stack(predicted.y), np.stack(wholes.y))
             async with mine.session("lstm") as session:
-                together = await asyncio.gather(*(session.step(row) for row in x[0, :4]))  # in turns
+                together = await asyncio.gather(*(session.step(row) for row in x[0, :4]))  # they take turns
                 fork = await session.fork()
                 rest = await session.step(x[0, 4:], outputs="all")
                 assert np.array_equal(np.concatenate([np.stack(together), rest]), wholes.y[0])
@@ -291,7 +291,7 @@ def test_the_asyncio_client_gives_what_the_synchronous_one_gives(server: Server,
         assert client.attach(session.id).refresh() == 0
 
 
-def test_a_key_opens_http_and_sockets(repository: Path, serve: Serve, tmp_path: Path) -> None:
+def test_the_key_is_sent_over_http_and_websocket(repository: Path, serve: Serve, tmp_path: Path) -> None:
     file = tmp_path / "keys.txt"
     key = new_key("alice", file)
     server = serve("--models", str(repository), "--api-keys-file", str(file))

@@ -1,4 +1,4 @@
-"""docs/client.md is held to the code: what it shows runs, in its order, against a real server."""
+"""docs/client.md matches the code: its examples run, in their order, against a real server."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def test_the_pages_examples_run(examples: Path, tmp_path: Path, serve: Serve) ->
     for model in examples.iterdir():
         (models / model.name).symlink_to(model)
     url = serve("--models", str(models)).url
-    told: dict[str, object] = {}
+    names: dict[str, object] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
     assert len(blocks) > 4
     opened = []
     for block in blocks:
-        exec(compile(block.replace("http://127.0.0.1:8000", url), "docs/client.md", "exec"), told)
-        opened.append(told["client"])
+        exec(compile(block.replace("http://127.0.0.1:8000", url), "docs/client.md", "exec"), names)
+        opened.append(names["client"])
     for client in opened:
         client.close()  # type: ignore[attr-defined]
-    assert told["session"].position == 1  # type: ignore[attr-defined]
+    assert names["session"].position == 1  # type: ignore[attr-defined]
 
 
 def test_the_exceptions_that_the_page_names_exist() -> None:

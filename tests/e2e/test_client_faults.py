@@ -1,4 +1,4 @@
-"""The Python client where things go wrong: answers lost, cut and late, a server that is busy or killed."""
+"""The Python client under faults: answers that are lost, cut or late, a server that is busy or killed."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def proxy(server: Server) -> Iterator[FaultyProxy]:
 
 
 def mishaps(count: int) -> list[str]:
-    """Each fault some times, among requests that go well."""
+    """Returns each fault twice, shuffled among requests without a fault."""
     faults = [*FAULTS * 2, *["none"] * (count - 2 * len(FAULTS))]
     random.Random(7).shuffle(faults)
     return faults
 
 
-def test_a_session_is_stepped_once_whatever_happens_on_the_way(server: Server, proxy: FaultyProxy) -> None:
+def test_each_step_is_applied_once_through_all_faults(server: Server, proxy: FaultyProxy) -> None:
     x = inputs(40)
     proxy.faults.extend(mishaps(28))
     with Client(proxy.url, timeout=SHORT, retry=QUICK) as client, client.session("lstm") as session:
@@ -87,7 +87,7 @@ def test_the_asyncio_client_steps_a_session_once_whatever_happens_on_the_way(
 
 def test_a_stream_reconnects_and_resends_what_had_no_answer(server: Server, proxy: FaultyProxy) -> None:
     x = inputs(50, 8)
-    # What befalls the frame of each step, and the handshakes after it.
+    # The faults of the frame of each step, and of the handshakes after it.
     plan = [[], ["lose"], ["cut"], ["delay"], [], ["lose", "busy"], ["cut", "bad gateway", "lose"], ["lose", "cut"]]
     with Client(proxy.url, timeout=SHORT, retry=QUICK) as client, client.stream() as stream:
         sessions = [stream.open("lstm") for _ in x]
@@ -133,13 +133,13 @@ def test_a_client_that_gives_up_raises_one_exception_and_knows_the_position(serv
             session.step(x[1])
         assert (exhausted.value.attempts, session.position) == (3, 1)
         assert isinstance(exhausted.value.__cause__, ConnectionLost)
-        ys.append(session.step(x[1]))  # the same again: it had been applied, and is told
+        ys.append(session.step(x[1]))  # the same again: it had been applied, so its answer is repeated
         assert session.position == 2
         proxy.faults.extend(["lose"] * 3)
         with pytest.raises(RetriesExhausted):
             session.step(x[2])
         with pytest.raises(PositionConflict):
-            session.step(x[3])  # something else: it says so
+            session.step(x[3])  # another step than the one that was applied
         assert session.refresh() == 3
         ys.append(session.step(x[3]))
         wholes = predict_all(client, x)
@@ -182,7 +182,7 @@ def test_a_cancelled_step_can_be_sent_again(server: Server, proxy: FaultyProxy) 
     asyncio.run(main())
 
 
-def test_a_session_goes_on_when_its_server_is_killed(repository: Path, serve: Serve, redis: RedisServer) -> None:
+def test_a_session_continues_when_its_server_is_killed(repository: Path, serve: Serve, redis: RedisServer) -> None:
     with killed_again_and_again(repository, serve, redis) as (url, is_over), Client(url, retry=QUICK) as client:
         x = inputs(4000)
         ys: list[Array] = []
@@ -198,7 +198,7 @@ def test_a_session_goes_on_when_its_server_is_killed(repository: Path, serve: Se
             }
 
 
-def test_sessions_of_a_stream_go_on_when_their_server_is_killed(
+def test_sessions_of_a_stream_continue_when_their_server_is_killed(
     repository: Path, serve: Serve, redis: RedisServer
 ) -> None:
     with killed_again_and_again(repository, serve, redis) as (url, is_over), Client(url, retry=QUICK) as client:
@@ -215,7 +215,7 @@ def test_sessions_of_a_stream_go_on_when_their_server_is_killed(
             assert {session.refresh() for session in sessions} == {len(ys)}
 
 
-def test_tasks_go_on_when_their_server_is_killed(repository: Path, serve: Serve, redis: RedisServer) -> None:
+def test_tasks_continue_when_their_server_is_killed(repository: Path, serve: Serve, redis: RedisServer) -> None:
     async def main(url: str, is_over: Callable[[], bool]) -> tuple[list[Array], list[Array]]:
         xs, ys = [], []
         async with AsyncClient(url, retry=QUICK) as client, client.stream() as stream:
@@ -263,10 +263,10 @@ def test_a_store_that_has_gone_back_is_detected(repository: Path, serve: Serve, 
     x = inputs(6)
     with Client(server.url, retry=QUICK) as client, client.session("lstm") as session:
         session.step(x[:2])
-        assert server.stop() == 0  # it writes a snapshot
+        assert server.stop() == 0  # writes a snapshot
         server = serve("--models", str(repository), *snapshot, *port)
         ys = [session.step(x[2:4], outputs="all")]
-        server.stop(signal.SIGKILL)  # and none now
+        server.stop(signal.SIGKILL)  # writes none
         serve("--models", str(repository), *snapshot, *port)
         with pytest.raises(SessionWentBack) as back:
             session.step(x[4:])

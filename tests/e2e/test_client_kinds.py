@@ -247,7 +247,7 @@ def test_failures_in_a_frame_of_several_outputs_come_with_the_others_outputs(cli
     assert list(failed.value.failures) == [1] and not failed.value.y["features"][1].any()
 
 
-def test_a_lost_frame_of_integers_is_sent_again_and_applied_once(server: Server, client: Client) -> None:
+def test_a_lost_frame_of_integers_is_repeated_and_applied_once(server: Server, client: Client) -> None:
     x = drawn("symbols")
     proxy = FaultyProxy(server.url)
     with Client(proxy.url, retry=Retry(first=0.02)) as mine, mine.stream() as stream:
@@ -268,7 +268,7 @@ def test_a_lost_frame_of_integers_is_sent_again_and_applied_once(server: Server,
     assert proxy.done["lose"] == proxy.done["cut"] == 3
 
 
-def test_a_signature_is_read_once_and_only_where_it_is_needed(server: Server) -> None:
+def test_a_signature_is_read_once_and_only_when_needed(server: Server) -> None:
     x = drawn("frames")
     proxy = FaultyProxy(server.url)
     with Client(proxy.url) as client:
@@ -284,7 +284,7 @@ def test_a_signature_is_read_once_and_only_where_it_is_needed(server: Server) ->
     proxy.close()
 
 
-def test_all_sessions_are_listed_page_after_page(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_sessions_are_listed_page_by_page(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cellserve.protocol.http._PAGE", 2)
     made = [client.session("letters") for _ in range(5)]
     for session in made:
@@ -314,7 +314,7 @@ def test_a_session_stays_on_its_version_and_a_new_one_may_take_other_tensors(tmp
             same(streamed.step(ids[1:]), first.y[1:])
             same(client.attach("old").state()["s"], first.states["s"])
             assert (old.version, old.fork().version, streamed.version) == (1, 1, 1)
-            # What the client had learned of the name was of version 1.
+            # The client has cached the signature of version 1 under this name.
             second = client.predict("letters", x, outputs="all")
             assert (second.version, second.y.shape) == (2, (2, 2))
             assert client.predict(None, x).version == 2
@@ -324,7 +324,7 @@ def test_a_session_stays_on_its_version_and_a_new_one_may_take_other_tensors(tmp
             same(named.step(ids, outputs="all"), first.y)
             same(client.predict("letters:1", ids, outputs="all").y, first.y)
             assert (new.version, named.version, new.model, named.model) == (2, 1, "letters", "letters")
-            # Creation that is tried again gives the session of before, whatever is the newest by now.
+            # A repeated creation returns the existing session, whichever version is the newest now.
             again = client.session("letters", session_id="old")
             with again:
                 assert (again.version, again.position) == (1, 3)
@@ -335,7 +335,7 @@ def test_a_session_stays_on_its_version_and_a_new_one_may_take_other_tensors(tmp
             old.set_state(again.state() | first.states)
             remove_version(models, "letters", 1)
             httpx.post(f"{server.url}/models/reload").raise_for_status()
-            with Client(server.url) as other, other.stream() as another:  # which knows nothing yet
+            with Client(server.url) as other, other.stream() as another:  # with empty caches
                 same(another.attach("old").step(ids), wanted)
     finally:
         assert server.stop() == 0

@@ -1,4 +1,4 @@
-"""Rollouts in events through the Python client: every output once, whatever is lost on the way."""
+"""Streamed rollouts through the Python client: every output once, even if connections are lost."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_reader_that_stops_can_continue_from_the_sessions_position(client: Cli
     with client.session("characters") as session:
         with session.rollout_stream("Alice was", 4000, **ASKED) as letters:
             assert len(list(islice(letters, 5))) == 5
-        for _ in range(1000):  # until the server has seen that nobody reads
+        for _ in range(1000):  # until the server notices that nobody reads
             try:
                 assert 13 <= session.refresh() < 4008
                 session.reset()
