@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 from cellserve.service.auth import Keys
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import NotAnOperator, ServerFull
-from cellserve.service.model_manager import Versions
-from cellserve.service.model_repository.repository import Model, Repository
+from cellserve.service.model_manager import ModelManager
+from cellserve.service.model_repository.model import Model
+from cellserve.service.model_repository.repository import Repository
 from cellserve.service.observability.counters import Counts
 from cellserve.service.observability.prometheus import Metrics
 from cellserve.service.runtime.onnx_model import RuntimeOptions
-from cellserve.service.sessions.rollout import Rollouts
+from cellserve.service.sessions.rollout import RolloutRunner
 from cellserve.service.sessions.session import Durable
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.stores.protocol import SessionStore
@@ -45,7 +46,7 @@ def _lower_priority() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def _store(settings: Settings, table: SessionTable, versions: Versions) -> SessionStore:
+def _store(settings: Settings, table: SessionTable, versions: ModelManager) -> SessionStore:
     bounds = settings.max_sessions, settings.when_full
     if settings.store == "memory":
         durable: Durable = "none" if settings.snapshot is None else "snapshot"
@@ -56,7 +57,7 @@ def _store(settings: Settings, table: SessionTable, versions: Versions) -> Sessi
 
     times = settings.session_idle_seconds, settings.tombstone_seconds, settings.store_timeout_seconds
     client = RedisClient(settings.store, *times, settings.store_replicas)
-    return RedisStore(client, table, settings.arena_sessions, *bounds, versions.holding)
+    return RedisStore(client, table, settings.arena_sessions, *bounds, versions.engine_for_digest)
 
 
 def _tracing(settings: Settings) -> Tracing | None:
@@ -89,7 +90,7 @@ class ServiceContext:
         self._executor = ThreadPoolExecutor(1, "tick", _lower_priority)
         table = SessionTable(settings.session_idle_seconds)
         self.tracing = _tracing(settings)
-        self.versions = Versions(
+        self.versions = ModelManager(
             Repository(settings.models, options, settings.max_batch, settings.max_model_bytes),
             self._engine_of,
             table,
@@ -101,7 +102,7 @@ class ServiceContext:
         self.engines = self.versions.newest
         self.sessions = _store(settings, table, self.versions)
         self.writer = SessionWriter(self.sessions)
-        self.rollouts = Rollouts(self.writer)
+        self.rollouts = RolloutRunner(self.writer)
         self.counts = Counts()
         self.metrics = Metrics(
             self.counts, lambda: self.versions.loaded.values(), self.sessions, self.writer, settings.workers
@@ -112,7 +113,7 @@ class ServiceContext:
         if settings.snapshot is not None and isinstance(self.sessions, MemoryStore):
             loaded = self.versions.loaded
             self.snapshots = Snapshots(
-                settings.snapshot, self.sessions, lambda: list(loaded.values()), self.versions.held_at_once
+                settings.snapshot, self.sessions, lambda: list(loaded.values()), self.versions.engine_for_digest_nowait
             )
             restored = self.snapshots.restore()
             self.sessions.sweep()  # expired while the server was down
@@ -156,7 +157,7 @@ class ServiceContext:
             VersionLoading: The version is not loaded: `engine_when_loaded` loads it.
         """
         engine = self.engines.get(model)  # type: ignore[arg-type]
-        return self.versions.named(model) if engine is None else engine
+        return self.versions.resolve(model) if engine is None else engine
 
     async def engine_when_loaded(self, model: str | None) -> Engine:
         """Returns what `engine` returns, after loading the version if necessary."""
@@ -168,7 +169,7 @@ class ServiceContext:
 
     async def run_housekeeping(self) -> None:
         """Expires sessions, reloads keys and models, and writes snapshots and metrics, until it is cancelled."""
-        watching = asyncio.create_task(self.versions.keep_up(self.settings.reload_seconds))
+        watching = asyncio.create_task(self.versions.watch(self.settings.reload_seconds))
         try:
             await self._sweep_periodically()
         finally:
@@ -194,7 +195,7 @@ class ServiceContext:
 
     async def _restore_waiting(self, snapshots: Snapshots) -> None:
         with suppress(BadSnapshot, ServerFull):  # then they keep waiting
-            await snapshots.resume(self.versions.holding)
+            await snapshots.restore_waiting(self.versions.engine_for_digest)
 
     async def close(self) -> None:
         """Writes the last snapshot, and stops all threads and connections."""
@@ -220,4 +221,4 @@ class ServiceContext:
         except OSError:
             self.counts.snapshot_errors += 1
             raise
-        self.counts.snapshots.note(time.monotonic() - start)
+        self.counts.snapshots.observe(time.monotonic() - start)

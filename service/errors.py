@@ -1,4 +1,4 @@
-"""All that can be answered instead of a result: typed where it arises, RFC 9457 problem documents on the wire."""
+"""Everything that can be answered instead of a result: typed exceptions, RFC 9457 problem documents on the wire."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ class Problem(Exception):
 
     Args:
         detail: What was wrong, where, and what to send instead.
-        extensions: Members of the document that a program can act on.
+        extensions: Further members of the document, for programs to act on.
     """
 
     status: ClassVar[int] = 500
     title: ClassVar[str] = "The server made a mistake"
     retry_after: ClassVar[int | None] = None  # seconds
+    wire_kind: ClassVar[str | None] = None  # overrides the kind that is derived from the class name
 
     def __init__(self, detail: str, **extensions: Any) -> None:
         super().__init__(detail)
@@ -28,12 +29,14 @@ class Problem(Exception):
 
     @classmethod
     def kind(cls) -> str:
-        """Gives the name of the kind of problem: `position-conflict`."""
+        """Returns the kind of problem, for example `position-conflict`."""
+        if cls.wire_kind is not None:
+            return cls.wire_kind
         name = "".join("-" + letter.lower() if letter.isupper() else letter for letter in cls.__name__)
         return name.removeprefix("-")
 
     def document(self, request_id: str | None = None) -> bytes:
-        """Gives the problem document (RFC 9457, section 3), with the request's id where there is one."""
+        """Returns the problem document (RFC 9457, section 3), with the request's id if there is one."""
         document = {
             "type": f"urn:cellserve:problem:{self.kind()}",
             "title": self.title,
@@ -46,7 +49,7 @@ class Problem(Exception):
         return orjson.dumps(document)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Gives the headers of the answer."""
+        """Returns the headers of the answer."""
         headers = [(b"content-type", MEDIA_TYPE)]
         if self.retry_after is not None:
             headers.append((b"retry-after", str(self.retry_after).encode()))
@@ -54,73 +57,73 @@ class Problem(Exception):
 
 
 class NotJson(Problem):
-    """The body cannot be parsed at all."""
+    """The body is not valid JSON."""
 
     status = 400
     title = "The body is not JSON"
 
 
 class NotSafetensors(Problem):
-    """The body cannot be parsed at all."""
+    """The body is not a valid safetensors document."""
 
     status = 400
     title = "The body is not in safetensors"
 
 
 class InvalidInput(Problem):
-    """The body parses but something in it does not fit; `place` says where."""
+    """The body parses, but something in it does not fit; `place` says where."""
 
     status = 422
     title = "The input does not fit"
 
 
 class CannotBeStepped(Problem):
-    """The model takes whole sequences only, it says why; no session can be had of it."""
+    """The model takes whole sequences only, so it has no sessions."""
 
     status = 422
     title = "The model cannot be stepped"
 
 
 class CannotRollOut(Problem):
-    """The model's outputs are not said to be its next inputs."""
+    """The model does not declare that its outputs are its next inputs."""
 
     status = 422
-    title = "The model cannot go on by itself"
+    title = "The model cannot be rolled out"
 
 
 class NotFinite(InvalidInput):
     """The model's output or next state would not be finite; nothing was applied."""
 
-    title = "The model's numbers stop being finite"
+    title = "The model's output or state is not finite"
 
 
 class Unauthorized(Problem):
-    """No key came with the request, or one that is not known."""
+    """The request has no key, or an unknown one."""
 
     status = 401
     title = "A key is needed"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Gives the headers of the answer (RFC 6750, section 3)."""
+        """Returns the headers of the answer (RFC 6750, section 3)."""
         return [*super().headers(), (b"www-authenticate", b"Bearer")]
 
 
 class Forbidden(Problem):
-    """The page that the browser shows may not open sockets here."""
+    """The browser page's origin may not open sockets here."""
 
     status = 403
     title = "The origin is not allowed"
 
 
 class NotAnOperator(Problem):
-    """The key is known, but is not of one who runs the server."""
+    """The key is known, but its owner is not an operator."""
 
     status = 403
     title = "The key is not an operator's"
 
 
 class NotFound(Problem):
-    """No such path."""
+    """The path does not exist."""
 
     status = 404
     title = "There is nothing here"
@@ -133,51 +136,51 @@ class UnknownModel(NotFound):
 
 
 class UnknownSession(NotFound):
-    """No session of that id, as far as is known."""
+    """No session of that id is known."""
 
     title = "No such session"
 
 
 class SessionGone(Problem):
-    """The session was here: it was deleted or has expired."""
+    """The session existed, and was deleted, expired or evicted."""
 
     status = 410
     title = "The session is gone"
 
 
 class Conflict(Problem):
-    """The session is not as the request takes it to be; nothing was applied."""
+    """The session is not in the state that the request assumes; nothing was applied."""
 
     status = 409
 
 
 class PositionConflict(Conflict):
-    """The session has gone on from the position that the request starts from."""
+    """The session has moved past the position that the request starts from."""
 
     title = "The session is at another position"
 
 
 class SessionWentBack(Conflict):
-    """The client has seen the session further on than it is now."""
+    """The session is behind the position that the request starts from."""
 
     title = "The session is behind the client"
 
 
 class StepInFlight(Conflict):
-    """A change with a position is under way in the session."""
+    """A change with a position is in flight in the session."""
 
-    title = "A change of the session is under way"
+    title = "A change of the session is in flight"
     retry_after = 1
 
 
 class SessionExists(Conflict):
-    """There is a session of that id, made by another request."""
+    """Another request has created a session of that id."""
 
-    title = "There is such a session already"
+    title = "The session exists already"
 
 
 class StateOfAnotherModel(Conflict):
-    """The state that was sent was taken from another model."""
+    """The uploaded state was taken from another model."""
 
     title = "The state is another model's"
 
@@ -190,32 +193,32 @@ class MethodNotAllowed(Problem):
 
 
 class UpgradeRequired(Problem):
-    """The path is a WebSocket and was asked for over plain HTTP."""
+    """The path is a WebSocket, and was requested over plain HTTP."""
 
     status = 426
     title = "The path is a WebSocket"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Gives the headers of the answer (RFC 9110, sections 7.8 and 15.5.22)."""
+        """Returns the headers of the answer (RFC 9110, sections 7.8 and 15.5.22)."""
         return [*super().headers(), (b"upgrade", b"websocket"), (b"connection", b"upgrade")]
 
 
 class BodyTooLarge(Problem):
-    """The body, or what it holds, is over a limit that is a setting."""
+    """The body, or something in it, exceeds a configured limit."""
 
     status = 413
     title = "The request is too large"
 
 
 class UnsupportedMediaType(Problem):
-    """The body's content type is not one that the path takes."""
+    """The path does not take the body's content type."""
 
     status = 415
     title = "The content type is not supported"
 
 
 class ServerFull(Problem):
-    """There are as many sessions as may be."""
+    """A limit on sessions or on loaded models is reached."""
 
     status = 503
     title = "The server is full"
@@ -223,7 +226,7 @@ class ServerFull(Problem):
 
 
 class ModelVersionNotHere(Problem):
-    """The session is bound to a version of a model that this server has not."""
+    """The session belongs to a model version that this server does not have."""
 
     status = 503
     title = "The session's model is not served here"
@@ -231,7 +234,7 @@ class ModelVersionNotHere(Problem):
 
 
 class VersionLoading(Problem):
-    """The version is in the repository and is being loaded, since this request asked for it."""
+    """The version is in the repository; this request has started loading it."""
 
     status = 503
     title = "The version is being loaded"
@@ -243,45 +246,48 @@ class VersionLoading(Problem):
 
 
 class RepositoryUnusable(Problem):
-    """The model repository cannot be read, or is empty; what was served still is."""
+    """The model repository cannot be read, or is empty; the loaded models stay in use."""
 
     status = 503
     title = "The models cannot be read"
     retry_after = 5
 
 
-class Stale(Problem):
-    """Another server has changed the session since this one read it: it is read again before anything else is done."""
+class StaleSession(Problem):
+    """Another server has changed the session since this one read it; the session must be read again first."""
 
     status = 503
     title = "The session was changed elsewhere"
     retry_after = 1
+    wire_kind = "stale"
 
-    def __init__(self, detail: str = "another server changes the session all the time: try again in a second") -> None:
+    def __init__(self, detail: str = "another server keeps changing the session: try again in a second") -> None:
         super().__init__(detail)
 
 
-class StoreAway(Problem):
-    """The store of sessions does not answer; what was under way is looked up before anything else is done."""
+class StoreUnavailable(Problem):
+    """The session store does not answer; whether a pending write was applied is unknown."""
 
     status = 503
-    title = "The store is away"
+    title = "The session store is unavailable"
     retry_after = 1
+    wire_kind = "store-away"
 
 
-class Stopping(Problem):
-    """The server stops; what has been applied stays so, and the rest can be had of whoever comes after it."""
+class ShuttingDown(Problem):
+    """The server is stopping; applied changes are kept, and another server can continue."""
 
     status = 503
     title = "The server is stopping"
     retry_after = 1
+    wire_kind = "stopping"
 
 
 class QueueFull(Problem):
-    """More work is waiting than may wait."""
+    """The limit on waiting work is reached."""
 
     status = 503
-    title = "The server has too much to do"
+    title = "The server is overloaded"
     retry_after = 1
 
 

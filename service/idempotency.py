@@ -1,4 +1,4 @@
-"""Exactly once: a change may say the position that it starts from, and its repetition is told the same answer again."""
+"""Idempotency keys: a change of a session may state its starting position; a repetition gets the same answer again."""
 
 from __future__ import annotations
 
@@ -15,47 +15,48 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """A change of a session that says where it starts."""
+class IdempotencyKey:
+    """Identifies a change of a session that states its starting position."""
 
     position: int
-    digest: bytes  # SHA-256 over the operation, its position, tensors and options: the same on whatever surface
+    digest: bytes  # SHA-256 of the operation, position, tensors and options: the same through every API
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
-    """The last change with a position that a session has seen, and what its repetition is told."""
+class AppliedChange:
+    """The last change with a position that a session has applied, and what is needed to answer its repetition."""
 
-    request: Request
-    reached: int  # the position after it
+    key: IdempotencyKey
+    position_after: int
     y: Array | None = None  # [time, *outputs] of a step
-    # Where y would be large, and of a rollout: the states before it, from which bit identity computes the same again.
-    before: dict[str, Array] | None = None
+    # States before the change, if y would be large or the change is a rollout: the answer is computed again from them,
+    # bit for bit.
+    states_before: dict[str, Array] | None = None
 
 
-def step_request(position: int, x: Array, every_output: bool) -> Request:
-    """Makes the request of a step by x `[time, *features]`, whose outputs of all time steps are wanted or the last."""
-    every_output = every_output or len(x) == 1
-    return _request(b"step", position, b"%d %d" % (len(x), every_output), np.ascontiguousarray(x).tobytes())
+def step_key(position: int, x: Array, return_all_outputs: bool) -> IdempotencyKey:
+    """Returns the key of a step by x `[time, *features]`; of one time step, all outputs and the last are the same."""
+    return_all_outputs = return_all_outputs or len(x) == 1
+    return _key(b"step", position, b"%d %d" % (len(x), return_all_outputs), np.ascontiguousarray(x).tobytes())
 
 
-def rollout_request(position: int, x: Array, options: bytes) -> Request:
-    """Makes the request of a rollout that begins with x `[time, *features]`."""
-    return _request(b"rollout", position, options, np.ascontiguousarray(x).tobytes())
+def rollout_key(position: int, x: Array, options: bytes) -> IdempotencyKey:
+    """Returns the key of a rollout that starts with x `[time, *features]`."""
+    return _key(b"rollout", position, options, np.ascontiguousarray(x).tobytes())
 
 
-def state_request(position: int, states: dict[str, Array] | None) -> Request:
-    """Makes the request of a change of the state itself; None is a reset."""
-    return _request(b"state", position, states_digest(states))
+def state_key(position: int, states: dict[str, Array] | None) -> IdempotencyKey:
+    """Returns the key of a state write; None is a reset."""
+    return _key(b"state", position, states_digest(states))
 
 
-def creation(model: str, states: dict[str, Array] | None) -> bytes:
-    """Gives the digest of a request that makes a session of a model, from zeros or from given states."""
+def creation_digest(model: str, states: dict[str, Array] | None) -> bytes:
+    """Returns the digest of a request that creates a session of a model; None starts it from zeros."""
     return hashlib.sha256(b"create %b %b" % (model.encode(), states_digest(states))).digest()
 
 
 def states_digest(states: dict[str, Array] | None) -> bytes:
-    """Gives a SHA-256 of states."""
+    """Returns the SHA-256 of states; empty for None."""
     digest = hashlib.sha256()
     for name, state in sorted((states or {}).items()):
         digest.update(b"%b %d " % (name.encode(), state.nbytes))
@@ -63,33 +64,38 @@ def states_digest(states: dict[str, Array] | None) -> bytes:
     return digest.digest() if states is not None else b""
 
 
-def check(position: int, last: Applied | None, request: Request) -> Applied | None:
-    """Says what to do with a request to a session at a position.
+def resolve(position: int, last: AppliedChange | None, key: IdempotencyKey) -> AppliedChange | None:
+    """Decides what to do with a change of a session.
+
+    Args:
+        position: The session's position.
+        last: The last change with a position that it has applied.
+        key: The key of the change.
 
     Returns:
-        None where it is to be applied; what to answer again where it is a repetition of the last change.
+        None if the change is to be applied; the last change if this is its repetition.
 
     Raises:
-        PositionConflict: The session has gone on, by another request.
-        SessionWentBack: The client has seen the session further on than it is.
+        PositionConflict: Another change has moved the session past the key's position.
+        SessionWentBack: The session is behind the key's position.
     """
-    if request.position == position:
+    if key.position == position:
         return None
-    if last is not None and last.reached == position and last.request == request:
+    if last is not None and last.position_after == position and last.key == key:
         return last
-    if request.position > position:
+    if key.position > position:
         raise SessionWentBack(
-            f"position: the session is at {position}, behind the {request.position} that was sent: its store has lost "
-            f"acknowledged changes (a restart without a snapshot, a failover), or the position was never reached: "
-            f"send the steps from {position} on again",
+            f"position: the session is at {position}, behind the position {key.position} that was sent. Either its "
+            f"store has lost acknowledged changes (a restart without a snapshot, a failover), or the position was "
+            f"never reached: send the steps from {position} again",
             position=position,
         )
     raise PositionConflict(
-        f"position: the session is at {position}, not at {request.position}, and its last change was another request "
-        f"than this one: it has been applied before, or someone else moves the session: go on from {position}",
+        f"position: the session is at {position}, not at {key.position}, and its last change was a different request. "
+        f"Either this one was applied earlier, or another client changes the session: continue from {position}",
         position=position,
     )
 
 
-def _request(operation: bytes, position: int, *parts: bytes) -> Request:
-    return Request(position, hashlib.sha256(b"%b %d " % (operation, position) + b" ".join(parts)).digest())
+def _key(operation: bytes, position: int, *parts: bytes) -> IdempotencyKey:
+    return IdempotencyKey(position, hashlib.sha256(b"%b %d " % (operation, position) + b" ".join(parts)).digest())

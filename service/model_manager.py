@@ -1,4 +1,4 @@
-"""The versions that are loaded, an engine each: the newest of a model serves what is new, others what they began."""
+"""Loaded model versions, one engine each: new sessions go to the newest; older versions drain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple, TypeVar
 from cellserve.models.signature import Signature, StateSpec, TensorSpec
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
-from cellserve.service.model_repository.repository import BrokenModel, Model, Repository, VersionKey, cannot_be_run
+from cellserve.service.model_repository.model import Model, VersionKey
+from cellserve.service.model_repository.repository import BrokenModel, Repository, run_failure
 from cellserve.service.runtime.onnx_model import RuntimeUnavailable
 from cellserve.service.sessions.table import SessionTable
 
@@ -20,72 +21,73 @@ T = TypeVar("T")
 State = Literal["serving", "draining", "loaded", "available", "refused"]
 Engines = dict[VersionKey, Engine]
 
-_KEPT_SECONDS = 60.0  # a version that was asked for by its number stays loaded for so long
+_KEPT_SECONDS = 60.0  # how long a version stays loaded after a request for its number
 
 log = logging.getLogger("cellserve")
 
 
 class VersionState(NamedTuple):
-    """How one version stands."""
+    """The state of one version."""
 
     key: VersionKey
     state: State
-    sessions: int  # that have slots here
-    reason: str  # why it is refused, or what is wrong with its files while it is loaded
+    sessions: int  # sessions that have slots here
+    reason: str  # why it is refused, or what is wrong with its files while it is loaded; empty if nothing
 
 
-class Versions:
-    """Loads and unloads versions of models while others are served.
+class ModelManager:
+    """Loads and unloads model versions while others are served.
 
-    What takes long (files, opening, the proof of exactness) is done on a thread of its own, one thing at a time; what
-    has come of it is put in place between two turns of the event loop.
+    Slow work (reading files, opening models, checking batch invariance) runs on a thread, one job at a time; its
+    results are installed by the event loop.
 
     Args:
-        repository: Where they are.
-        make: Makes the engine of a model; called on the thread.
+        repository: The model repository.
+        make_engine: Creates the engine of a model; called on the thread.
         table: The sessions.
-        most_old: Versions loaded beside the newest ones because somebody asked for them, at most.
-        thread: One thread for what takes long.
-        clock: Gives seconds.
+        max_old: Versions loaded on request beside the newest ones, at most.
+        thread: One thread for slow work.
+        clock: Returns seconds.
 
     Raises:
         BrokenModel: There is no model to serve.
-        RuntimeUnavailable: The provider that was asked for is not to be had.
+        RuntimeUnavailable: The requested provider is not available.
     """
 
     def __init__(
         self,
         repository: Repository,
-        make: Callable[[Model], Engine],
+        make_engine: Callable[[Model], Engine],
         table: SessionTable,
-        most_old: int,
+        max_old: int,
         thread: ThreadPoolExecutor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.repository = repository
         self.loaded: Engines = {}
-        self.newest: dict[str, Engine] = {}  # what serves new sessions and whole sequences, by the model's name
-        self._make, self._table, self._most_old, self._thread, self._clock = make, table, most_old, thread, clock
-        self._asked: dict[VersionKey, float] = {}  # when a version was last asked for by its number
+        self.newest: dict[str, Engine] = {}  # engine of new sessions and whole sequences, by model name
+        self._make_engine, self._table, self._max_old = make_engine, table, max_old
+        self._thread, self._clock = thread, clock
+        self._last_requested: dict[VersionKey, float] = {}  # when a version was last requested by its number
         self._loading: dict[tuple[str, int], asyncio.Task[None]] = {}
-        self._leaving: list[Engine] = []  # unloaded, but for a request that may have looked one up a moment ago
-        self._busy = asyncio.Lock()  # held while the thread is at work
-        self._told = ""
-        self._put(*self._look(False))
+        self._unloading: list[Engine] = []  # retired engines; a pending request may still hold one
+        self._busy = asyncio.Lock()  # held while the thread is working
+        self._last_logged_error = ""
+        self._install(*self._rescan(False))
         if not self.newest:
-            raise BrokenModel(f"there is no sound model in {repository.folder}/: the log tells what is wrong with each")
+            raise BrokenModel(f"no model in {repository.folder}/ can be served: the log says what is wrong with each")
 
-    def named(self, model: str | None) -> Engine:
-        """Gives the engine that is meant by nothing, a model's name, or `NAME:VERSION`.
+    def resolve(self, model: str | None) -> Engine:
+        """Returns the engine for None (the only model), NAME (its newest version), or NAME:VERSION.
 
         Raises:
-            UnknownModel: There is none, or nothing was said and several models are served.
-            VersionLoading: It has to be loaded, which has begun: `loading` waits for it.
+            UnknownModel: There is no such model, or no name was given and several models are served.
+            VersionLoading: The version is not loaded; loading has started, and `loading` waits for it.
         """
         if model is None:
             if len(self.newest) == 1:
                 return next(iter(self.newest.values()))
-            raise UnknownModel(f"model: missing, and several are served: send one of {', '.join(self.newest)}")
+            raise UnknownModel(f"model: missing, but several are served: send one of {', '.join(self.newest)}")
         if model in self.newest:
             return self.newest[model]
         key = VersionKey.parse(model)
@@ -93,92 +95,90 @@ class Versions:
         engine = None if key is None else self.loaded.get(key)
         if key is not None:
             if engine is not None and (engine is self.newest.get(key.name) or (version and not version.refused)):
-                self._asked[key] = self._clock()
+                self._last_requested[key] = self._clock()
                 return engine
             if version is not None and not version.refused:
-                self._begin(key)
+                self._start_loading(key)
                 raise VersionLoading(key)
             if version is not None:
                 raise UnknownModel(f"model: {key} is refused: {version.refused}")
         if engine is not None:
-            raise UnknownModel(
-                f"model: {key} is not in the folder any more: it serves the sessions that it has, no others"
-            )
+            raise UnknownModel(f"model: {key} was removed from the repository: it only serves existing sessions")
         name, _, number = model.partition(":")
         there = [
             one.key.version for one in self.repository.versions.values() if one.key.name == name and not one.refused
         ]
         if there:
             raise UnknownModel(
-                f"model: {name!r} has no version {number[:20]!r}: it has version {', '.join(map(str, sorted(there)))}"
+                f"model: {name!r} has no version {number[:20]!r}: send one of {', '.join(map(str, sorted(there)))}"
             )
         raise UnknownModel(
-            f"model: there is none named {model[:80]!r}: send one of {', '.join(self.newest)}, or NAME:VERSION"
+            f"model: there is no model {model[:80]!r}: send one of {', '.join(self.newest)}, or NAME:VERSION"
         )
 
     async def get(self, model: str | None) -> Engine:
-        """Gives what `named` gives, and waits where it has to be loaded."""
+        """Returns what `resolve` returns, after waiting for it to load if necessary."""
         while True:
             try:
-                return self.named(model)
+                return self.resolve(model)
             except VersionLoading as loading:
                 await self.loading(loading.key)
 
     async def loading(self, key: tuple[str, int]) -> None:
-        """Waits until what `named` has begun to load is loaded or refused.
+        """Waits until a version that `resolve` has started to load is loaded or refused.
 
         Raises:
-            ServerFull: As many old versions are loaded as may be.
+            ServerFull: The limit on old versions is reached.
         """
         if key in self._loading:
             await asyncio.shield(self._loading[key])
 
-    async def holding(self, key: VersionKey, digest: str) -> Engine | None:
-        """Gives the engine of the version whose model file has a digest, loaded where it has to be.
+    async def engine_for_digest(self, key: VersionKey, digest: str) -> Engine | None:
+        """Returns the engine of the version whose model file has this digest, after loading it if necessary.
 
         Args:
-            key: What it was called where somebody began with it; another may have the same file.
+            key: The preferred version, if several have the same file.
             digest: SHA-256 of the file.
 
         Raises:
-            ServerFull: As many old versions are loaded as may be.
+            ServerFull: The limit on old versions is reached.
         """
         found = self._loaded_with(key, digest)
         if found is None:
             wanted = self._in_folder_with(key, digest)
             if wanted is not None:
-                await asyncio.shield(self._begin(wanted))
+                await asyncio.shield(self._start_loading(wanted))
             found = self._loaded_with(key, digest)
         return found
 
-    def held_at_once(self, key: VersionKey, digest: str) -> Engine | None:
-        """Gives what `holding` gives, without an event loop: before anything is served."""
+    def engine_for_digest_nowait(self, key: VersionKey, digest: str) -> Engine | None:
+        """Returns what `engine_for_digest` returns; blocks, and is only for use before anything is served."""
         wanted = None if self._loaded_with(key, digest) else self._in_folder_with(key, digest)
         if wanted is not None:
-            self._put(self._opened(wanted), self.newest)
+            self._install(self._open(wanted), self.newest)
         return self._loaded_with(key, digest)
 
     async def reload(self, again: bool = False) -> None:
-        """Looks the folder over, loads what is new and puts it in place.
+        """Rescans the folder, and loads and installs what is new.
 
         Args:
-            again: Whether to look again at what was refused, though its files are as they were.
+            again: Also inspect refused versions whose files have not changed.
 
         Raises:
-            RepositoryUnusable: The folder cannot be read, or is empty; all stays as it was.
+            RepositoryUnusable: The folder cannot be read, or is empty; nothing changes.
         """
         async with self._busy:
             try:
-                self._put(*await self._beside(lambda: self._look(again)))
-                self._told = ""
+                self._install(*await self._in_thread(lambda: self._rescan(again)))
+                self._last_logged_error = ""
             except BrokenModel as broken:
-                if str(broken) != self._told:
+                if str(broken) != self._last_logged_error:
                     log.error("the models stay as they are: %s", broken)
-                self._told = str(broken)
+                self._last_logged_error = str(broken)
                 raise RepositoryUnusable(f"the models stay as they are: {broken}") from None
 
-    async def keep_up(self, seconds: float) -> None:
-        """Reloads every so many seconds, for as long as it runs; never where they are 0."""
+    async def watch(self, seconds: float) -> None:
+        """Reloads at this interval until it is cancelled; returns at once if the interval is 0."""
         while seconds:
             await asyncio.sleep(seconds)
             try:
@@ -189,29 +189,29 @@ class Versions:
                 log.error("the models could not be reloaded", exc_info=error)
 
     def sweep(self) -> None:
-        """Unloads the versions that nobody needs any more."""
+        """Unloads the versions that nobody uses any more."""
         if self._busy.locked():
-            return  # what the thread comes to refers to what is loaded
-        # Whoever had looked an engine up in the turn in which it was dismissed has its slots by now.
-        for engine in [engine for engine in self._leaving if engine.is_idle]:
-            self._leaving.remove(engine)
-            self._thread.submit(engine.close)  # to give much memory back takes long too
+            return  # the thread relies on the set of loaded versions
+        # A request that resolved an engine just before it was retired has allocated its slots by now.
+        for engine in [engine for engine in self._unloading if engine.is_idle]:
+            self._unloading.remove(engine)
+            self._thread.submit(engine.close)  # freeing much memory is slow too
         serving, kept = set(self.newest.values()), self._clock() - _KEPT_SECONDS
         for key, engine in list(self.loaded.items()):
-            if engine not in serving and engine.is_idle and self._asked.get(key, kept) <= kept:
+            if engine not in serving and engine.is_idle and self._last_requested.get(key, kept) <= kept:
                 del self.loaded[key]
-                self._asked.pop(key, None)
+                self._last_requested.pop(key, None)
                 self._table.unregister(engine)
-                self.repository.closed(key)
-                self._leaving.append(engine)
-                log.info("%s version %s is unloaded: it has no sessions any more", *key)
+                self.repository.mark_closed(key)
+                self._unloading.append(engine)
+                log.info("%s version %s is unloaded: it has no more sessions", *key)
 
     def states(self) -> dict[str, list[VersionState]]:
-        """Gives by name how each version stands, the newest first."""
+        """Returns the state of each version by model name, newest first."""
         states: dict[str, list[VersionState]] = {}
         for key in sorted({*self.loaded, *self.repository.versions}, key=lambda key: (key.name, -key.version)):
             engine, version = self.loaded.get(key), self.repository.versions.get(key)
-            reason = "it is not in the folder any more" if version is None else version.refused
+            reason = "it was removed from the folder" if version is None else version.refused
             sessions = 0 if engine is None else len(self._table.by_slot[engine])
             state: State = "refused" if reason else "available"
             if engine is not None:
@@ -221,14 +221,14 @@ class Versions:
         return states
 
     def close(self) -> None:
-        """Begins nothing any more."""
+        """Stops accepting loads."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _look(self, again: bool) -> tuple[Engines, dict[str, Engine]]:
-        """Looks the folder over; gives the engines that it had to make, and which serve what is new.
+    def _rescan(self, again: bool) -> tuple[Engines, dict[str, Engine]]:
+        """Rescans the folder; returns the engines that were created, and the newest engine of each name.
 
-        Of each name that is the newest sound version. Where none is sound, what has served stays: nothing broken takes
-        the place of something good.
+        That is the newest version that can be served. If none can, the current one stays: a broken version never
+        replaces a working one.
         """
         self.repository.scan(again)
         fresh: Engines = {}
@@ -238,7 +238,7 @@ class Versions:
             for version in versions:
                 engine = self.loaded.get(version.key)
                 if engine is None or (version.refused and engine is not serving):
-                    opened = {} if version.refused else self._opened(version.key)
+                    opened = {} if version.refused else self._open(version.key)
                     fresh |= opened
                     engine = opened.get(version.key)
                 if engine is not None:
@@ -249,10 +249,10 @@ class Versions:
                     newest[name] = serving
         return fresh, newest
 
-    def _opened(self, key: VersionKey) -> Engines:
-        """Opens a version; gives its engine under its key, or nothing where it is refused."""
+    def _open(self, key: VersionKey) -> Engines:
+        """Opens a version; returns its engine under its key, or nothing if it is refused."""
         try:
-            return {key: self._make(self.repository.open(key))}
+            return {key: self._make_engine(self.repository.open(key))}
         except BrokenModel:
             return {}
         except RuntimeUnavailable as error:
@@ -260,30 +260,32 @@ class Versions:
                 raise
             self.repository.refuse(key, str(error))
         except Exception as error:
-            self.repository.refuse(key, cannot_be_run(error))
+            self.repository.refuse(key, run_failure(error))
         return {}
 
-    def _put(self, fresh: Engines, newest: dict[str, Engine]) -> None:
-        """Takes engines into service, and lets each name mean what it should from now on."""
+    def _install(self, fresh: Engines, newest: dict[str, Engine]) -> None:
+        """Installs engines, and makes each name refer to its newest one."""
         for key, engine in fresh.items():
             self.loaded[key] = engine
             self._table.register(engine)
         for name, engine in newest.items():
             before = self.newest.get(name)
             if before is not None and before is not engine:
-                log.info("%s version %s serves from now on, in place of %s", *engine.model.key, before.model.version)
-                other = "; ".join(_differs(before.model.document.signature, engine.model.document.signature))
+                log.info(
+                    "%s version %s serves new sessions now, instead of %s", *engine.model.key, before.model.version
+                )
+                other = "; ".join(_differences(before.model.document.signature, engine.model.document.signature))
                 if other:
                     numbers = engine.model.version, before.model.version
-                    log.warning("%s version %s has another signature than %s: %s", name, *numbers, other)
+                    log.warning("%s version %s has a different signature from %s: %s", name, *numbers, other)
         for name in self.newest.keys() - newest.keys():
-            log.info("%s is not served any more: it is not in the folder", name)
+            log.info("%s is not served any more: it was removed from the folder", name)
         newest = dict(newest)
-        self.newest.clear()  # in place: it is what requests look their model up in
+        self.newest.clear()  # in place, since requests look their model up in this very dictionary
         self.newest.update(newest)
 
-    def _begin(self, key: VersionKey) -> asyncio.Task[None]:
-        """Loads a version, for whoever waits for it and though nobody does."""
+    def _start_loading(self, key: VersionKey) -> asyncio.Task[None]:
+        """Starts loading a version, which continues even if nobody waits for it."""
         task = self._loading.get(key)
         if task is None:
             task = self._loading[key] = asyncio.get_running_loop().create_task(self._load(key))
@@ -295,14 +297,14 @@ class Versions:
         async with self._busy:
             if key in self.loaded:
                 return
-            if len(self.loaded) - len(self.newest) >= self._most_old:
+            if len(self.loaded) - len(self.newest) >= self._max_old:
                 raise ServerFull(
-                    f"{self._most_old} old versions of models are loaded, as many as may be, and {key} would be one "
-                    f"more: try again when one of them has no sessions any more"
+                    f"{self._max_old} old model versions are loaded, which is the limit, so {key} cannot be loaded: "
+                    f"try again when one of them has no more sessions"
                 )
-            fresh = await self._beside(lambda: self._opened(key))
-            self._put(fresh, self.newest)
-            self._asked[key] = self._clock()
+            fresh = await self._in_thread(lambda: self._open(key))
+            self._install(fresh, self.newest)
+            self._last_requested[key] = self._clock()
 
     def _loaded_with(self, key: VersionKey, digest: str) -> Engine | None:
         named = self.loaded.get(key)
@@ -314,19 +316,19 @@ class Versions:
         keys = [one.key for one in self.repository.versions.values() if one.digest == digest and not one.refused]
         return key if key in keys else keys[0] if keys else None
 
-    async def _beside(self, work: Callable[[], T]) -> T:
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-def _differs(old: Signature, new: Signature) -> Iterator[str]:
-    """Says which of the inputs, outputs and states of two versions are not the same."""
+def _differences(old: Signature, new: Signature) -> Iterator[str]:
+    """Yields the differences between the inputs, outputs and states of two versions."""
     for kind in ("inputs", "outputs", "states"):
-        before, after = _listed(getattr(old, kind)), _listed(getattr(new, kind))
+        before, after = _describe_specs(getattr(old, kind)), _describe_specs(getattr(new, kind))
         if before != after:
             yield f"{kind} {after}, before {before}"
 
 
-def _listed(specs: Sequence[TensorSpec | StateSpec]) -> str:
+def _describe_specs(specs: Sequence[TensorSpec | StateSpec]) -> str:
     within = {spec.name: f" {list(spec.bounds)}" for spec in specs if isinstance(spec, TensorSpec) and spec.bounds}
-    told = (f"{spec.name} {list(spec.shape)} {spec.dtype}{within.get(spec.name, '')}" for spec in specs)
-    return ", ".join(told) or "none"
+    texts = (f"{spec.name} {list(spec.shape)} {spec.dtype}{within.get(spec.name, '')}" for spec in specs)
+    return ", ".join(texts) or "none"

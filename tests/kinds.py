@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from cellserve.export.publish import repository_writer
 from cellserve.models.signature import MODEL_NAME, Signature, StateSpec, TensorSpec
-from cellserve.service.runtime.tensor_layout import parts
+from cellserve.service.runtime.tensor_layout import unpack
 from tests import foreign
 
 
@@ -89,7 +89,7 @@ def by_hand(made: Any, told: Signature, x: Any, states: list[Any], length: int) 
     outputs = []
     for t in range(length):
         feeds = {}
-        for spec, tensor in zip(told.inputs, parts(x), strict=True):
+        for spec, tensor in zip(told.inputs, unpack(x), strict=True):
             step = tensor[:, t : t + 1] if told.time_axis else tensor[:, t]
             feeds[spec.name] = np.repeat(step, repeated, 0)
         feeds |= {

@@ -21,7 +21,7 @@ from cellserve.export.adopt.tensor_roles import InputFlag, StateFlag, find_roles
 from cellserve.export.errors import ExportError
 from cellserve.export.publish import compatibility, repository_writer
 from cellserve.models.signature import MODEL_NAME, Exactness, ModelDocument, Rollout, Signature, rollout_misfit
-from cellserve.service.runtime.batch_invariance import SHORT, WHOLE, Differs, Effort, compare
+from cellserve.service.runtime.batch_invariance import FULL_PLAN, QUICK_PLAN, CheckPlan, NotBatchInvariant, compare_runs
 from cellserve.service.runtime.onnx_model import Runtime
 
 LIBRARIES = ("onnx", "onnxruntime")
@@ -120,14 +120,14 @@ def _proved(model: ServableGraph) -> tuple[Signature, Exactness]:
     told = model.signature
     effort = _effort(model.open(told))
     alone = told.model_copy(update={"batch": told.batch or 1})
-    differed: Differs | None = None
+    differed: NotBatchInvariant | None = None
     for signature in (told, alone):
         try:
-            why = compare([model.open(signature)], effort)
+            why = compare_runs([model.open(signature)], effort)
             if signature is not told:
                 why += f"; each row in a run of its own, since together {differed}"
             return signature, Exactness(proved=True, why=why)
-        except Differs as differs:
+        except NotBatchInvariant as differs:
             differed = differs
     assert differed is not None
     if differed.difference <= _ROUNDING:
@@ -138,23 +138,23 @@ def _proved(model: ServableGraph) -> tuple[Signature, Exactness]:
 
 
 def _whole_only(
-    model: ServableGraph, alone: Signature, effort: Effort, differed: Differs
+    model: ServableGraph, alone: Signature, effort: CheckPlan, differed: NotBatchInvariant
 ) -> tuple[Signature, Exactness]:
     why = f"run in chunks it gives other numbers than in one run (by {differed.difference:.1e}): it looks beyond a step"
     for batch in (model.signature.batch, alone.batch):
         signature = alone.model_copy(update={"batch": batch, "predict_only": why})
         try:
-            return signature, Exactness(proved=True, why=compare([model.open(signature)], effort))
-        except Differs as differs:
+            return signature, Exactness(proved=True, why=compare_runs([model.open(signature)], effort))
+        except NotBatchInvariant as differs:
             differed = differs
     return signature, Exactness(proved=False, why=str(differed))
 
 
-def _effort(runtime: Runtime) -> Effort:
+def _effort(runtime: Runtime) -> CheckPlan:
     rows = 64 if runtime.signature.batch is None else 1
     each = runtime.seconds(rows, 1) / rows
-    steps = WHOLE.time * (sum(WHOLE.batches) + max(WHOLE.batches)) + 4 * WHOLE.long * 5
-    return WHOLE if each * steps < _PATIENCE else SHORT
+    steps = FULL_PLAN.time * (sum(FULL_PLAN.batches) + max(FULL_PLAN.batches)) + 4 * FULL_PLAN.long * 5
+    return FULL_PLAN if each * steps < _PATIENCE else QUICK_PLAN
 
 
 def _provenance(request: Request, graph: ForeignGraph) -> dict[str, str]:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from cellserve.export.adopt.tensor_roles import InputRole, Roles
 from cellserve.export.errors import ExportError
 from cellserve.models.signature import Signature
-from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.batch_invariance import random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
-from cellserve.service.runtime.tensor_layout import parts
+from cellserve.service.runtime.tensor_layout import unpack
 
 Array = NDArray[Any]
 
@@ -58,14 +58,14 @@ def difference(
     """
     told = model.signature
     told = told.model_copy(update={"batch": told.batch or 1})  # whether rows mix is found out later
-    x, initial = draw(told, _ROWS, STEPS, np.random.default_rng(1))
+    x, initial = random_inputs(told, _ROWS, STEPS, np.random.default_rng(1))
     runtime, session = model.open(told), opened(original)
     outputs, following = [spec.name for spec in told.outputs], [state.following for state in roles.states]
     y = []
     states = initial
     for t in range(STEPS):
         step, states = runtime.run(np.ascontiguousarray(x[:, t : t + 1]), np.ones(_ROWS, np.int32), states)
-        y.append(parts(step))
+        y.append(unpack(step))
     worst = 0.0
     repeated = told.batch or 1
     for row in range(_ROWS):
@@ -76,7 +76,7 @@ def difference(
         kept = {name: own.pop(f"{name}.context") for name in contexts}
         for t in range(STEPS):
             feeds = dict(own) | dict(constants)
-            for role, part in zip(roles.inputs, parts(x), strict=True):
+            for role, part in zip(roles.inputs, unpack(x), strict=True):
                 name, step = role.port.name, np.repeat(part[row : row + 1, t], repeated, 0)
                 if name in kept:
                     step = np.concatenate([kept[name], step], axis=-1)

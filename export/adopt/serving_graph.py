@@ -12,9 +12,9 @@ from cellserve.export.adopt.graph_editor import ForeignGraph
 from cellserve.export.adopt.tensor_roles import SERVED_TYPES, InputRole, Roles
 from cellserve.export.errors import ExportError
 from cellserve.models.signature import Exactness, ModelDocument, Signature, StateSpec, TensorSpec
-from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.batch_invariance import random_inputs
 from cellserve.service.runtime.onnx_model import Runtime, RuntimeUnavailable
-from cellserve.service.runtime.tensor_layout import parts
+from cellserve.service.runtime.tensor_layout import unpack
 
 
 class ServableGraph:
@@ -144,10 +144,10 @@ class ServableGraph:
 
     def _probe(self, rows: int, time: int) -> dict[str, Any]:
         told = self._signature
-        x, states = draw(told, rows, time, np.random.default_rng(0))
+        x, states = random_inputs(told, rows, time, np.random.default_rng(0))
         feeds = {
             spec.name: np.ascontiguousarray(part if told.time_axis else part[:, 0])
-            for spec, part in zip(told.inputs, parts(x), strict=True)
+            for spec, part in zip(told.inputs, unpack(x), strict=True)
         }
         feeds |= {spec.name: state for spec, state in zip(told.states, states, strict=True)}
         session = reference_loop.opened(self.content(None))

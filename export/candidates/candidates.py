@@ -24,7 +24,7 @@ from cellserve.export.onnx_graph.tf_trace import trace_step
 from cellserve.export.verify import benchmark
 from cellserve.export.verify.parity import Parity, Reference, WholeReference
 from cellserve.models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
-from cellserve.service.runtime.batch_invariance import WHOLE, prove
+from cellserve.service.runtime.batch_invariance import FULL_PLAN, check_batch_invariance
 from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions, RuntimeUnavailable
 
 THREADS = (1, 2)  # exactness is proved across these
@@ -141,7 +141,7 @@ def measured_in_turn(forms: Sequence[Form], document: ModelDocument) -> list[For
 
 
 def _prove(model: onnx.ModelProto, step: onnx.ModelProto | None, document: ModelDocument) -> Exactness:
-    return prove([open_model(model, step, document, threads) for threads in THREADS], WHOLE)
+    return check_batch_invariance([open_model(model, step, document, threads) for threads in THREADS], FULL_PLAN)
 
 
 def _step_is_faster(model: onnx.ModelProto, step: onnx.ModelProto, document: ModelDocument) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cellserve.models.signature import MODEL_NAME, Signature, StateSpec, TensorSpec
-from cellserve.service.runtime.onnx_file import BadModelFile, read
+from cellserve.service.runtime.onnx_file import BadModelFile, scan
 from cellserve.service.runtime.onnx_model import RuntimeUnavailable, parse_document
 
 
@@ -36,7 +36,7 @@ def _newest(home: Path) -> tuple[int, Signature] | None:
     numbers = [int(path.parent.name) for path in home.glob(f"*/{MODEL_NAME}") if path.parent.name.isdigit()]
     for number in sorted(numbers, reverse=True):
         try:
-            metadata = read((home / str(number) / MODEL_NAME).read_bytes()).metadata
+            metadata = scan((home / str(number) / MODEL_NAME).read_bytes()).metadata
             return number, parse_document(metadata).signature
         except (OSError, BadModelFile, RuntimeUnavailable):
             continue

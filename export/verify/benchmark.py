@@ -16,9 +16,9 @@ from cellserve.export.onnx_graph.builder import graphs
 from cellserve.export.onnx_graph.sequence_network import WholeNetwork
 from cellserve.export.onnx_graph.tf_trace import convert
 from cellserve.models.signature import Signature
-from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.batch_invariance import random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
-from cellserve.service.runtime.tensor_layout import parts
+from cellserve.service.runtime.tensor_layout import unpack
 
 _RECURRENT = ("Loop", "Scan", "LSTM", "GRU", "RNN")  # what a recurrence may become
 SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
@@ -51,8 +51,8 @@ def side_by_side(
     rng = np.random.default_rng(2)
     table: dict[str, dict[str, float | None]] = {}
     for batch, steps in shapes(signature):
-        x, states = draw(signature, batch, steps, rng)
-        inputs = [tf.constant(array) for array in parts(x)]
+        x, states = random_inputs(signature, batch, steps, rng)
+        inputs = [tf.constant(array) for array in unpack(x)]
         runs: dict[str, Callable[[], Any] | None] = {
             "tf2onnx": _tf2onnx_run(theirs, x, states),
             "ours": _ours(ours, x, states),
@@ -99,7 +99,7 @@ def _tf2onnx_run(session: ort.InferenceSession | None, x: Any, states: list[Any]
     """Gives a run of tf2onnx's conversion to time, or None where it cannot do it."""
     if session is None:
         return None
-    feed = dict(zip((tensor.name for tensor in session.get_inputs()), (*parts(x), *states), strict=True))
+    feed = dict(zip((tensor.name for tensor in session.get_inputs()), (*unpack(x), *states), strict=True))
     try:
         session.run(None, feed)
     except Exception:
@@ -115,7 +115,7 @@ def _ours(runtime: Runtime, x: Any, states: list[Any]) -> Callable[[], Any]:
 def runs(runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
     """Gives runs of a model to time, by batch x time."""
     rng = np.random.default_rng(2)
-    return {f"{b}x{t}": _ours(runtime, *draw(runtime.signature, b, t, rng)) for b, t in shapes}
+    return {f"{b}x{t}": _ours(runtime, *random_inputs(runtime.signature, b, t, rng)) for b, t in shapes}
 
 
 def microseconds(run: Callable[[], Any], seconds: float = 0.1) -> float:

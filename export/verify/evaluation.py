@@ -12,7 +12,7 @@ from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.models.metrics import evaluate
 from cellserve.service.runtime.batch_invariance import Array
 from cellserve.service.runtime.onnx_model import Runtime
-from cellserve.service.runtime.tensor_layout import Layout, parts
+from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
 
 
 class TestData:
@@ -55,8 +55,8 @@ class TestData:
 
     def score(self, runtime: Runtime) -> dict[str, float]:
         """Scores a model."""
-        y, _ = runtime.run(Layout(runtime.signature.inputs).join(self.inputs), self.lengths, self._zeros(runtime))
-        return self._score(parts(y))
+        y, _ = runtime.run(TensorLayout(runtime.signature.inputs).pack(self.inputs), self.lengths, self._zeros(runtime))
+        return self._score(unpack(y))
 
     def score_keras(self, runtime: Runtime) -> dict[str, float]:
         """Scores Keras, from the zeros that a model begins with."""

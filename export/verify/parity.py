@@ -18,9 +18,9 @@ from cellserve.export.keras_model.graph_walk import graph_of
 from cellserve.export.keras_model.load import with_dtype
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.onnx_graph.sequence_network import WholeNetwork
-from cellserve.service.runtime.batch_invariance import Array, draw
+from cellserve.service.runtime.batch_invariance import Array, random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
-from cellserve.service.runtime.tensor_layout import Layout, parts
+from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
 
 TOLERANCE = 1e-5
 STRAYING = 4.0
@@ -75,8 +75,8 @@ class Reference:
     def __init__(self, network: StatefulNetwork, seed: int = 1) -> None:
         rng = np.random.default_rng(seed)
         self.network, self.signature = network, network.signature
-        self.outputs = Layout(self.signature.outputs)
-        self.x, self.initial = draw(self.signature, ROWS, STEPS, rng)
+        self.outputs = TensorLayout(self.signature.outputs)
+        self.x, self.initial = random_inputs(self.signature, ROWS, STEPS, rng)
         self.lengths = rng.integers(1, STEPS + 1, ROWS).astype(np.int32)
         self.lengths[0] = STEPS
         self.cuts = [0, *np.sort(rng.choice(np.arange(1, STEPS), 12, replace=False)), STEPS]
@@ -107,7 +107,7 @@ class Reference:
 
     def _by_step(self, y: Array) -> tuple[tuple[int, float], ...]:
         worst = np.zeros(STEPS)
-        for ours, true in zip(parts(y), parts(self.y), strict=True):
+        for ours, true in zip(unpack(y), unpack(self.y), strict=True):
             wide = true.astype(np.float64)
             off = (np.abs(ours - wide) / np.maximum(1, np.abs(wide))).reshape(*self.valid.shape, -1).max(axis=2)
             worst = np.maximum(worst, np.where(self.valid, off, 0).max(axis=0))
@@ -115,13 +115,13 @@ class Reference:
 
     def _keras(self, network: StatefulNetwork, x: Array, states: list[Array]) -> tuple[Array, list[Array]]:
         run = tf.function(network.run, autograph=False)
-        outputs, final = run(_tensors(parts(x)), _tensors(states), self.valid)
-        return self.outputs.join(list(map(np.asarray, outputs))), [np.asarray(state) for state in final]
+        outputs, final = run(_tensors(unpack(x)), _tensors(states), self.valid)
+        return self.outputs.pack(list(map(np.asarray, outputs))), [np.asarray(state) for state in final]
 
     def _keras_steps(self) -> tuple[Array, list[Array]]:
         """Steps Keras from the initial states: outputs `[rows, steps, ...]`, states before each step and at the end."""
-        outputs, history = _stepped(self.network, parts(self.x), self.initial)
-        return self.outputs.join(outputs), history
+        outputs, history = _stepped(self.network, unpack(self.x), self.initial)
+        return self.outputs.pack(outputs), history
 
     def _keras_model(self) -> tuple[Array, list[Array]]:
         """Runs the model as it was saved, by Keras, from zeros, over as many rows and steps as it takes.
@@ -131,7 +131,7 @@ class Reference:
         model = self.network.original
         rows, steps = model.inputs[0].shape[:2]
         x = self.x[np.arange(rows or ROWS) % ROWS, : steps or STEPS]
-        return x, whole_run(model, parts(x))
+        return x, whole_run(model, unpack(x))
 
     def _in_chunks(self, runtime: Runtime) -> tuple[Array, list[Array]]:
         """Runs ours chunk by chunk, each row until its length is reached."""
@@ -167,7 +167,7 @@ class Reference:
     def _model_differences(self, runtime: Runtime) -> Iterator[Difference]:
         rows, time = self.model_x.shape[:2]
         y, _ = runtime.run(np.ascontiguousarray(self.model_x), np.full(rows, time, np.int32), runtime.zeros(rows))
-        for place, (ours, true) in enumerate(zip(parts(y), self.model_y, strict=True)):
+        for place, (ours, true) in enumerate(zip(unpack(y), self.model_y, strict=True)):
             steps = np.tile(np.arange(time), rows)
             if not self.network.timed[place]:
                 ours, steps = ours[:, -1], steps[time - 1 :: time]
@@ -175,7 +175,7 @@ class Reference:
             yield self._difference("model", ~place, ours.reshape(shape), true.reshape(shape), steps)
 
     def _output_differences(self, run: str, ours: Array, true: Array, steps: Array) -> Iterator[Difference]:
-        for place, (one, other) in enumerate(zip(parts(ours), parts(true), strict=True)):
+        for place, (one, other) in enumerate(zip(unpack(ours), unpack(true), strict=True)):
             yield self._difference(run, ~place, one, other, steps)
 
     def _difference(self, run: str, place: int, ours: Array, true: Array, steps: Array) -> Difference:
@@ -205,10 +205,10 @@ class Reference:
         """Gives float32 Keras's largest error so far at each time step, `[steps]`, against a float64 run."""
         if self._double is None:
             network = StatefulNetwork(with_dtype(self.network.model, "float64"))
-            inputs = [_double(part) for part in parts(self.x)]
+            inputs = [_double(part) for part in unpack(self.x)]
             self._double = _stepped(network, inputs, [_double(state) for state in self.initial])
         exact = self._double[0][~place] if place < 0 else self._double[1][place][:, 1:]
-        single = parts(self.step_y)[~place] if place < 0 else self.step_states[place][:, 1:]
+        single = unpack(self.step_y)[~place] if place < 0 else self.step_states[place][:, 1:]
         off = np.abs(single - exact) / np.maximum(1, np.abs(exact))
         by_step = off.max(axis=(0, *range(2, off.ndim)))
         self.strays = max(self.strays, float(by_step.max()))
@@ -253,8 +253,8 @@ class WholeReference:
         self.cases: list[tuple[Array, list[Array]]] = []
         rows, time = network.original.inputs[0].shape[:2]
         for length in (time,) if time else (network.min_steps + more for more in MORE):
-            x, _ = draw(network.signature, rows or 3, length, rng)
-            self.cases.append((x, whole_run(network.original, parts(x))))
+            x, _ = random_inputs(network.signature, rows or 3, length, rng)
+            self.cases.append((x, whole_run(network.original, unpack(x))))
 
     def compare(self, runtime: Runtime, judged: bool = True) -> Parity:
         """Runs a form over the sequences of each length, and measures every output."""
@@ -263,7 +263,7 @@ class WholeReference:
         for x, true in self.cases:
             lengths = np.full(len(x), x.shape[1], np.int32)
             y, _ = runtime.run(x, lengths, [])
-            for place, output in enumerate(parts(y)):
+            for place, output in enumerate(unpack(y)):
                 ours, keras_y = output.astype(np.float64), true[place].astype(np.float64)
                 if not self.network.timed[place]:
                     ours = ours.reshape(keras_y.shape) if ours.size == keras_y.size else ours[:, -1]
@@ -282,7 +282,7 @@ class WholeReference:
 
     def _own_error(self, x: Array, place: int, single: Array) -> float:
         """Gives float32 Keras's own error against a float64 run."""
-        exact = whole_run(with_dtype(self.network.original, "float64"), [_double(part) for part in parts(x)])[place]
+        exact = whole_run(with_dtype(self.network.original, "float64"), [_double(part) for part in unpack(x)])[place]
         return float((np.abs(single - exact) / np.maximum(1, np.abs(exact))).max())
 
 

@@ -17,9 +17,10 @@ from cellserve.service.api.predict_codec import parse_simple_prediction, predict
 from cellserve.service.api.step_codec import NOT_SIMPLE, parse_simple_step, step_json
 from cellserve.service.context import ServiceContext
 from cellserve.service.engine.pending import Pending
-from cellserve.service.engine.sequences import SequenceResult, name_sequence, start_sequence
+from cellserve.service.engine.pending_sequence import SequenceResult, start_sequence
+from cellserve.service.engine.sequence_runner import name_sequence
 from cellserve.service.errors import NotFinite, Problem
-from cellserve.service.model_repository.repository import Model
+from cellserve.service.model_repository.model import Model
 from cellserve.service.observability.counters import SurfaceCounts
 from cellserve.service.observability.request_context import HEADER, RequestContext, make_scope, new_id, problem_body
 from cellserve.service.sessions.pending import PendingStep, StepResult
@@ -127,7 +128,8 @@ class FastPath:
             request = parse_simple_prediction(exchange.body)
             engine = self.service.engine(request.model)
             model = engine.model
-            if len(request.sequences) != 1 or request.states != _NO_STATES or not model.reader.plain or engine.whole:
+            predict_only = model.document.signature.predict_only is not None
+            if len(request.sequences) != 1 or request.states != _NO_STATES or not model.reader.plain or predict_only:
                 return False
             (x,) = model.reader.arrays(request.sequences)
             every_output = wants_every_output(model, request.outputs)

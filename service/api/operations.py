@@ -11,7 +11,7 @@ from cellserve.service.api.asgi import read_body
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import InvalidInput
 from cellserve.service.model_manager import VersionState
-from cellserve.service.model_repository.repository import VersionKey
+from cellserve.service.model_repository.model import VersionKey
 from cellserve.service.observability.prometheus import MEDIA_TYPE
 
 

@@ -29,7 +29,6 @@ from cellserve.service.api.predict_codec import (
 from cellserve.service.api.step_codec import NOT_SIMPLE
 from cellserve.service.context import ServiceContext
 from cellserve.service.engine.engine import Engine
-from cellserve.service.engine.sequences import run_sequences
 from cellserve.service.errors import BodyTooLarge, InvalidInput, VersionLoading
 from cellserve.service.validation.json_input import PART_BYTES
 
@@ -135,7 +134,7 @@ class Predict:
                 limit=limit,
             )
         every_output = wants_every_output(engine.model, options.outputs)
-        work = run_sequences(engine, sequences, states, every_output, options.return_states)
-        may_wait = engine.is_behind or engine.whole is not None
-        outputs, final = await (cancel_on_disconnect(work, receive) if may_wait else work)
+        runner = engine.sequences
+        work = runner.run(sequences, states, every_output, options.return_states, "sequences")
+        outputs, final = await (cancel_on_disconnect(work, receive) if runner.may_wait else work)
         return outputs, every_output, final

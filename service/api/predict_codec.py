@@ -8,7 +8,7 @@ import msgspec
 from numpy.typing import NDArray
 
 from cellserve.service.api.step_codec import labels_json
-from cellserve.service.model_repository.repository import Model
+from cellserve.service.model_repository.model import Model
 from cellserve.service.validation.json_input import decode
 
 Array = NDArray[Any]
@@ -60,7 +60,7 @@ def prediction_json(
     """Returns the answer for sequences with the outputs `[time, *outputs]` each, as JSON; with their final states."""
     wanted = outputs if every_output else [y[-1] for y in outputs]
     answer: dict[str, Any] = {"model": model.name, "version": model.version}
-    answer["outputs"] = [model.outputs.named(y) for y in wanted]
+    answer["outputs"] = [model.outputs.to_json(y) for y in wanted]
     answer |= labels_json(model.document, wanted)
     if states is not None:
         # orjson writes NumPy scalars, but not arrays without axes.

@@ -14,10 +14,10 @@ from starlette.types import Receive, Scope, Send
 from cellserve.service.api.asgi import REPLAY, RESUMABLE, as_problem, cancel_on_disconnect, read_json_body, send_json
 from cellserve.service.api.step_codec import Position
 from cellserve.service.context import ServiceContext
-from cellserve.service.errors import CannotRollOut, InvalidInput, Stopping
-from cellserve.service.model_repository.repository import Model
+from cellserve.service.errors import CannotRollOut, InvalidInput, ShuttingDown
+from cellserve.service.model_repository.model import Model
 from cellserve.service.observability.request_context import problem_body
-from cellserve.service.sessions.rollout import Given, Rollout
+from cellserve.service.sessions.rollout import GeneratedStep, Rollout
 from cellserve.service.sessions.sampling import Sampling
 from cellserve.service.sessions.session import Session
 from cellserve.service.validation.json_input import decode
@@ -58,7 +58,7 @@ class RolloutEndpoint:
         """Answers one request."""
         owner = self.service.owner(scope["headers"])
         body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
-        session = await self.service.sessions.find(owner, scope["path_params"]["session_id"])
+        session = await self.service.sessions.fetch(owner, scope["path_params"]["session_id"])
         headers = dict(scope["headers"])
         accepts = EVENTS in headers.get(b"accept", b"")
         wanted, position = self._read(session.model, body, accepts)
@@ -70,7 +70,7 @@ class RolloutEndpoint:
         answer = {
             "session": session.id,
             "position": rolled.position,
-            **_steps_json(session.model, rolled.given),
+            **_steps_json(session.model, rolled.generated),
             "durable": self.service.sessions.durable,
         }
         await send_json(send, answer, REPLAY if rolled.replayed else ())
@@ -123,7 +123,7 @@ class RolloutEndpoint:
                     position_reached = given.position
                     await event(b"id: %d\ndata: %b\n\n" % (position_reached, _data(session.model, given)))
                     if self.service.stopping:
-                        raise Stopping(
+                        raise ShuttingDown(
                             "the server is stopping: send the request again in a second, with the position that it "
                             "began at and Last-Event-ID"
                         )
@@ -183,7 +183,7 @@ def _encode(model: Model, text: str | None) -> Array:
     return np.array([_first(model) + places[letter] for letter in text], spec.dtype)
 
 
-def _steps_json(model: Model, given: list[Given]) -> dict[str, Any]:
+def _steps_json(model: Model, given: list[GeneratedStep]) -> dict[str, Any]:
     """Returns generated steps as JSON: `y [steps, *features]`, or the symbols with their labels or text."""
     if model.document.rollout == "value":
         return {"y": np.stack([one.x for one in given])}
@@ -195,7 +195,7 @@ def _steps_json(model: Model, given: list[Given]) -> dict[str, Any]:
     return answer
 
 
-def _data(model: Model, given: Given) -> bytes:
+def _data(model: Model, given: GeneratedStep) -> bytes:
     """Returns the data of one event."""
     singular = {"y": "y", "symbols": "symbol", "labels": "label", "text": "text"}
     fields = {singular[name]: value[0] for name, value in _steps_json(model, [given]).items()}

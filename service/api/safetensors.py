@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from cellserve.models.signature import StateSpec, TensorSpec
 from cellserve.service.errors import InvalidInput, NotSafetensors
-from cellserve.service.model_repository.repository import Model
+from cellserve.service.model_repository.model import Model
 from cellserve.service.validation.tensor_values import validate
 
 Array = NDArray[Any]
@@ -81,7 +81,7 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
                     f"{name}: its shape is {shape}, another input's begins with {leading}: send as many time steps",
                     place=name,
                 )
-        sequences = list(inputs.join(list(arrays.values())))
+        sequences = list(inputs.pack(list(arrays.values())))
     else:
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not lengths.size or (lengths < 1).any():
             raise InvalidInput("lengths: send one integer per sequence, each at least 1", place="lengths")
@@ -94,7 +94,7 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
                     f"of all sequences one after the other, without padding (equally long sequences need no lengths)",
                     place=name,
                 )
-        x = inputs.join(list(arrays.values()))
+        x = inputs.pack(list(arrays.values()))
         ends = np.cumsum(lengths).tolist()
         sequences = [x[start:end] for start, end in zip((0, *ends), ends, strict=False)]
     given = tensors.keys() & model.reader.states_spec.keys()
@@ -144,7 +144,7 @@ def write(model: Model, outputs: list[Array], every_output: bool, states: list[d
     Several outputs have their own names in place of y.
     """
     y = np.concatenate(outputs)
-    tensors: dict[str, Array] = {"y": y} if y.dtype.names is None else model.outputs.named(y)
+    tensors: dict[str, Array] = {"y": y} if y.dtype.names is None else model.outputs.to_json(y)
     if every_output:
         tensors["lengths"] = np.array([len(y) for y in outputs], np.int64)
     for name in model.reader.states_spec if states else ():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cellserve.service.api.step_codec import Position, wants_all_outputs
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import InvalidInput
-from cellserve.service.idempotency import creation, step_request
+from cellserve.service.idempotency import creation_digest, step_key
 from cellserve.service.sessions.pending import StepResult
 from cellserve.service.sessions.session import Session
 from cellserve.service.sessions.writer import SessionWriter
@@ -58,7 +58,7 @@ async def create_session(
         validate_session_id(session_id)
         # Without a version in it, the digest of a repeated request is the same after a newer version was loaded.
         named = request.model if request.model is not None and ":" in request.model else engine.model.name
-        digest = creation(named, states)
+        digest = creation_digest(named, states)
     return await service.sessions.create(engine, states, owner, session_id, digest)
 
 
@@ -75,5 +75,5 @@ async def step_session(
 ) -> tuple[StepResult, bool]:
     """Steps a session; also returns whether the outputs of all time steps were requested."""
     every_output = single or wants_all_outputs(session, outputs)
-    key = None if position is None else step_request(position, x, every_output)
+    key = None if position is None else step_key(position, x, every_output)
     return await writer.submit(session, x, every_output, key), every_output

@@ -33,7 +33,7 @@ from cellserve.service.api.step_codec import Position, read_step, session_json, 
 from cellserve.service.context import ServiceContext
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
-from cellserve.service.idempotency import state_request
+from cellserve.service.idempotency import state_key
 from cellserve.service.sessions.session import Session
 from cellserve.service.validation.json_input import decode
 
@@ -65,10 +65,12 @@ class StepEndpoint:
         try:
             owner = self.service.owner(scope["headers"])
             body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
-            session = await self.service.sessions.find(owner, scope["path"][len("/sessions/") : -len("/step")])
+            session = await self.service.sessions.fetch(owner, scope["path"][len("/sessions/") : -len("/step")])
             x, single, outputs, position = read_step(session.model, body)
             work = step_session(self.service.writer, session, x, single, outputs, position)
-            stepped, every_output = await (cancel_on_disconnect(work, receive) if session.engine.is_behind else work)
+            stepped, every_output = await (
+                cancel_on_disconnect(work, receive) if session.engine.is_backlogged else work
+            )
             answer = step_json(self.service.sessions, session, stepped.y, stepped.position, single, every_output)
             await send_json(send, answer, REPLAY if stepped.replayed else ())
         except ClientGone:
@@ -148,7 +150,7 @@ async def reset(session_id: str, request: Request, response: Response) -> dict[s
     """Sets a session's state to zeros; its position goes up by one."""
     service, session = await _find(request, session_id)
     position = decode(_reset_decoder, await _optional_body(service, request)).position
-    key = None if position is None else state_request(position, None)
+    key = None if position is None else state_key(position, None)
     return _changed(service, response, session, *await service.writer.set_state(session, None, key))
 
 
@@ -182,7 +184,7 @@ async def set_state(
         raise UnsupportedMediaType(f"the body has the content type {kind.decode('latin-1')[:100]!r}: send {allowed}")
     body = await read_body(request.scope, request.receive, service.settings.max_body_bytes)
     states = _uploaded(session.engine, body)
-    key = None if position is None else state_request(position, states)
+    key = None if position is None else state_key(position, states)
     return _changed(service, response, session, *await service.writer.set_state(session, states, key))
 
 
@@ -195,7 +197,7 @@ def _caller(request: Request) -> tuple[ServiceContext, str]:
 async def _find(request: Request, session_id: str) -> tuple[ServiceContext, Session]:
     """Returns the service, and a session of the caller."""
     service, owner = _caller(request)
-    return service, await service.sessions.find(owner, session_id)
+    return service, await service.sessions.fetch(owner, session_id)
 
 
 async def _optional_body(service: ServiceContext, request: Request) -> bytes:

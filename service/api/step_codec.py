@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.models.signature import ModelDocument
-from cellserve.service.idempotency import Request, step_request
-from cellserve.service.model_repository.repository import Model
-from cellserve.service.runtime.tensor_layout import parts
+from cellserve.service.idempotency import IdempotencyKey, step_key
+from cellserve.service.model_repository.model import Model
+from cellserve.service.runtime.tensor_layout import unpack
 from cellserve.service.sessions.session import Session
 from cellserve.service.sessions.stores.protocol import SessionStore
 from cellserve.service.validation.json_input import decode
@@ -36,7 +36,7 @@ _simple_step_decoder = msgspec.json.Decoder(StepRequest[list[float] | int])
 NOT_SIMPLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
-def parse_simple_step(model: Model, body: bytes) -> tuple[Array | None, Request | None]:
+def parse_simple_step(model: Model, body: bytes) -> tuple[Array | None, IdempotencyKey | None]:
     """Parses the most common step request, one time step of plain numbers, in one pass.
 
     Returns:
@@ -48,7 +48,7 @@ def parse_simple_step(model: Model, body: bytes) -> tuple[Array | None, Request 
     """
     plain = _simple_step_decoder.decode(body)
     x = model.reader.decode_one_step(plain.x)
-    return x, None if x is None or plain.position is None else step_request(plain.position, x, True)
+    return x, None if x is None or plain.position is None else step_key(plain.position, x, True)
 
 
 def read_step(model: Model, body: bytes) -> tuple[Array, bool, str | None, int | None]:
@@ -68,7 +68,7 @@ def step_json(
     """Returns the answer to a step with the outputs y `[time, *outputs]`, as JSON."""
     output = y if every_output and not single else y[-1]
     model = session.model
-    answer: dict[str, Any] = {"session": session.id, "position": position, "y": model.outputs.named(output)}
+    answer: dict[str, Any] = {"session": session.id, "position": position, "y": model.outputs.to_json(output)}
     document = model.document
     if document.labels is not None:
         answer["label" if output.ndim == y.ndim - 1 else "labels"] = labels_json(document, [output])["labels"][0]
@@ -93,5 +93,5 @@ def labels_json(document: ModelDocument, outputs: list[Array]) -> dict[str, Any]
     names = document.labels
     if names is None:
         return {}
-    tops = [np.argmax(parts(y)[0], axis=-1) for y in outputs]
+    tops = [np.argmax(unpack(y)[0], axis=-1) for y in outputs]
     return {"labels": [[names[i] for i in top] if top.ndim else names[int(top)] for top in tops]}

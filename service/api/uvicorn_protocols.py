@@ -174,7 +174,7 @@ class FastPathHttp(HttpToolsProtocol):
         assert exchange.pending is not None
         head = self._ok_head() if headers is None else self._head(status, headers)
         self.transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
-        exchange.route.surface.record_response(status, perf_counter() - exchange.pending.advance.arrived)
+        exchange.route.surface.record_response(status, perf_counter() - exchange.pending.item.enqueued_at)
         exchange.response_complete = True
         if not exchange.keep_alive:
             self.transport.close()

@@ -15,7 +15,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from cellserve.models.signature import StateSpec, TensorSpec
-    from cellserve.service.model_repository.repository import Model
+    from cellserve.service.model_repository.model import Model
 
 _UNBOUNDED = 100_000  # columns
 

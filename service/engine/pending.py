@@ -1,4 +1,4 @@
-"""Work under way that nobody awaits: it passes its outcome to a callback within the tick, and may be cancelled."""
+"""Work in flight that nobody awaits: it passes its outcome to a callback within the tick, and can be cancelled."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cellserve.service.engine.scheduler import Advance
+from cellserve.service.engine.work import WorkItem
 
 Array = NDArray[Any]
 
 
 class Pending:
-    """Work under way; the engine completes it as it would a future."""
+    """Work in flight; the engine completes it as it completes a future."""
 
-    __slots__ = ("_state", "advance")
+    __slots__ = ("_state", "item")
 
-    advance: Advance
+    item: WorkItem
 
     def __init__(self) -> None:
-        self._state = 0  # 1 when done, 2 when cancelled
+        self._state = 0  # 1 if completed, 2 if cancelled
 
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Returns whether it is completed or cancelled."""
         return self._state != 0
 
     def cancelled(self) -> bool:
-        """Whether it was cancelled."""
+        """Returns whether it is cancelled."""
         return self._state == 2
 
     def cancel(self) -> None:
-        """Drops what has not been computed; the callback is not called then."""
+        """Drops what has not been computed; the callback is not called any more."""
         self._state = self._state or 2
 
     def set_result(self, y: Array) -> None:

@@ -1,4 +1,4 @@
-"""Runs whole sequences of a model that cannot be stepped: no slots, no quantum, never cut and never padded."""
+"""Runs the sequences of stateless requests: through slots and ticks, or whole if the model cannot be stepped."""
 
 from __future__ import annotations
 
@@ -6,77 +6,183 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellserve.service.engine.scheduler import Profilable
+from cellserve.service.engine.state_arena import Arena, Slots
 from cellserve.service.engine.stats import TickCounts
+from cellserve.service.engine.work import WorkItem
 from cellserve.service.errors import BodyTooLarge, InvalidInput, ModelFailed, NotFinite, Problem, QueueFull
-from cellserve.service.model_repository.repository import Model
-from cellserve.service.runtime.tensor_layout import parts
+from cellserve.service.model_repository.model import Model
+from cellserve.service.runtime.tensor_layout import unpack
 
 Array = NDArray[Any]
+States = dict[str, Array]
 
-_MOST_WAITING = 256  # requests
+_MAX_WAITING_REQUESTS = 256
 
 log = logging.getLogger("cellserve")
 
 
-class WholeRuns:
-    """The runs of one model, in the order of the requests, on a thread of their own.
+class SequenceRunner(Profilable, Protocol):
+    """Runs whole sequences of requests that keep no session."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no work of its own, beside what the engine's queues hold."""
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a request may take so long that its client may disconnect before the answer."""
+
+    async def run(
+        self,
+        sequences: Sequence[Array],
+        states: Sequence[States | None] | None,
+        return_all_outputs: bool,
+        return_states: bool,
+        name: str,
+    ) -> tuple[list[Array], list[States]]:
+        """Runs sequences.
+
+        Args:
+            sequences: Each `[time, *features]`, validated.
+            states: For each sequence, the states to start from by name; None for zeros.
+            return_all_outputs: Return the outputs of all time steps, or at least the last one.
+            return_states: Return the states after each sequence.
+            name: What the request calls its sequences, for error messages.
+
+        Returns:
+            The outputs `[time, *outputs]` of each sequence, and their last states, empty if not wanted.
+
+        Raises:
+            InvalidInput: A sequence has too few time steps, or the model has no states to start from or to return.
+            BodyTooLarge: A sequence has too many time steps.
+            QueueFull: Too much work is waiting.
+            NotFinite: An output or a state would not be finite.
+            ModelFailed: ONNX Runtime could not run the model.
+        """
+
+    def close(self) -> None:
+        """Frees what an idle runner holds."""
+
+
+class StepEngine(Protocol):
+    """The part of the engine that `SteppedSequences` uses."""
+
+    arena: Arena
+
+    @property
+    def is_backlogged(self) -> bool:
+        """Whether new work may wait so long that its client may disconnect."""
+
+    def submit(self, slots: Slots, x: Array, return_all_outputs: bool) -> WorkItem:
+        """Enqueues a work item."""
+
+    def scratch(self, states: Sequence[States | None]) -> AbstractContextManager[Slots]:
+        """Allocates slots for the duration of a request."""
+
+
+class SteppedSequences:
+    """Runs sequences through slots of the arena and shared ticks; a `SequenceRunner`.
+
+    Args:
+        engine: The engine.
+        runtime: Measured for the engine's cost model.
+    """
+
+    is_idle = True  # its work waits in the engine's queues
+
+    def __init__(self, engine: StepEngine, runtime: Profilable) -> None:
+        self._engine, self._runtime = engine, runtime
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether the engine is backlogged."""
+        return self._engine.is_backlogged
+
+    async def run(
+        self,
+        sequences: Sequence[Array],
+        states: Sequence[States | None] | None,
+        return_all_outputs: bool,
+        return_states: bool,
+        name: str,
+    ) -> tuple[list[Array], list[States]]:
+        """Allocates a slot for each sequence, advances all of them, and reads their last states."""
+        engine = self._engine
+        waiting: list[asyncio.Future[Array]] = []
+        with engine.scratch([None] * len(sequences) if states is None else states) as slots:
+            try:
+                for number, sequence in enumerate(sequences):
+                    waiting.append(
+                        engine.submit(slots[number : number + 1], sequence[None], return_all_outputs).awaited
+                    )
+                outputs: list[Array] = []
+                for number, done in enumerate(waiting):
+                    try:
+                        outputs.append((await done)[0])
+                    except NotFinite as problem:
+                        raise name_sequence(problem, f"{name}[{number}]") from None
+                return outputs, [engine.arena.read(int(slot)) for slot in slots] if return_states else []
+            finally:
+                for done in waiting:
+                    if not done.cancel() and not done.cancelled():
+                        done.exception()  # retrieved, or asyncio would log it as never retrieved
+
+    def seconds(self, batch: int, time_steps: int) -> float:
+        """Measures a run of the model."""
+        return self._runtime.seconds(batch, time_steps)
+
+    def close(self) -> None:
+        """Has nothing to free."""
+
+
+class WholeSequences:
+    """Runs the sequences of a model that cannot be stepped, on a thread of its own; a `SequenceRunner`.
+
+    There are no slots and no quantum: a sequence is never split and never padded.
 
     Args:
         model: The model.
-        max_batch: Rows of a run, at most: sequences of one request that are of one length.
-        max_steps: Time steps of a run, over its rows, at most: what a run needs of memory grows with them.
-        counts: Of the engine; a run counts as a tick.
+        max_batch: Rows of a run, at most: sequences of one request that have the same length.
+        max_steps: Time steps of a run over all its rows, at most: they bound the memory of a run.
+        counts: Statistics of the engine; a run counts as a tick.
     """
+
+    may_wait = True
 
     def __init__(self, model: Model, max_batch: int, max_steps: int, counts: TickCounts) -> None:
         self._counts = counts
         self._model, self._max_batch, self._max_steps = model, max_batch, max_steps
         self._executor = ThreadPoolExecutor(1, "whole")
-        self._waiting = 0
+        self._waiting = 0  # requests
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request waits or is under way."""
+        """Whether no request waits or runs."""
         return not self._waiting
 
     def close(self) -> None:
-        """Ends the thread of idle runs."""
+        """Ends the idle thread."""
         self._executor.shutdown()
 
-    async def run(self, sequences: Sequence[Array], name: str) -> list[Array]:
-        """Gives the outputs `[time, *outputs]` of each sequence `[time, *features]`, from zeros.
-
-        Args:
-            sequences: Checked.
-            name: Of them in the request.
-
-        Raises:
-            InvalidInput: A sequence has too few time steps.
-            BodyTooLarge: A sequence has too many time steps.
-            QueueFull: Too many requests wait.
-            NotFinite: An output would not be finite.
-            ModelFailed: ONNX Runtime could not run one.
-        """
-        fewest = self._model.runtime.signature.min_steps
-        for number, sequence in enumerate(sequences):
-            if len(sequence) < fewest:
-                place = f"{name}[{number}]"
-                raise InvalidInput(
-                    f"{place}: {len(sequence)} time steps, and the model wants {fewest} at least", place=place
-                )
-            if len(sequence) > self._max_steps:
-                raise BodyTooLarge(
-                    f"{name}[{number}]: {len(sequence)} time steps, and the model runs each sequence whole: "
-                    f"send {self._max_steps} at most",
-                    limit=self._max_steps,
-                )
-        if self._waiting >= _MOST_WAITING:
+    async def run(
+        self,
+        sequences: Sequence[Array],
+        states: Sequence[States | None] | None,
+        return_all_outputs: bool,
+        return_states: bool,
+        name: str,
+    ) -> tuple[list[Array], list[States]]:
+        """Runs sequences from zeros; there are no states to start from or to return."""
+        self._check(sequences, states is not None, return_states, name)
+        if self._waiting >= _MAX_WAITING_REQUESTS:
             raise QueueFull(f"{self._waiting} requests are waiting for model {self._model.name!r}: try again")
         loop = asyncio.get_running_loop()
         outputs: dict[int, Array] = {}
@@ -84,54 +190,73 @@ class WholeRuns:
         try:
             for numbers in self._batches(sequences):
                 x = np.stack([sequences[number] for number in numbers])
-                # Batch after batch, so that one whose client has gone ends here.
+                # One batch after the other, so that a cancelled request stops after the current one.
                 arrived = perf_counter()
                 ys, start = await loop.run_in_executor(self._executor, self._run, x, numbers, name)
-                self._counts.ran_whole(len(x), x.shape[0] * x.shape[1], start - arrived, perf_counter() - start)
+                rows, steps = x.shape[:2]
+                self._counts.record_sequence_batch(rows, rows * steps, start - arrived, perf_counter() - start)
                 outputs.update(zip(numbers, ys, strict=True))
         finally:
             self._waiting -= 1
-        return [outputs[number] for number in range(len(sequences))]
+        return [outputs[number] for number in range(len(sequences))], []
 
-    def check(self, states: bool, return_states: bool) -> None:
-        """Raises InvalidInput where a request has states to start from, or wants those at the end."""
+    def _check(self, sequences: Sequence[Array], states: bool, return_states: bool, name: str) -> None:
+        signature = self._model.runtime.signature
         if states or return_states:
             place = "states" if states else "return_states"
             raise InvalidInput(
-                f"{place}: model {self._model.name!r} runs whole sequences from zeros only, "
-                f"{self._model.runtime.signature.predict_only}: leave it out",
+                f"{place}: model {self._model.name!r} only runs whole sequences from zeros, "
+                f"{signature.predict_only}: leave it out",
                 place=place,
             )
+        for number, sequence in enumerate(sequences):
+            place = f"{name}[{number}]"
+            if len(sequence) < signature.min_steps:
+                raise InvalidInput(
+                    f"{place}: {len(sequence)} time steps, but the model needs at least {signature.min_steps}",
+                    place=place,
+                )
+            if len(sequence) > self._max_steps:
+                raise BodyTooLarge(
+                    f"{place}: {len(sequence)} time steps, and the model runs each sequence whole: "
+                    f"send at most {self._max_steps}",
+                    limit=self._max_steps,
+                )
 
     def seconds(self, batch: int, time_steps: int) -> float:
-        """Gives no time for a tick: there are none, and the model may not run on as few time steps as are tried."""
+        """Returns 0: the engine runs no ticks of such a model, and it may not run on so few time steps at all."""
         return 0.0
 
     def _batches(self, sequences: Sequence[Array]) -> list[list[int]]:
-        """Gives the numbers of the sequences of each run."""
-        alike: dict[int, list[int]] = {}
+        """Returns the numbers of the sequences in each run."""
+        by_length: dict[int, list[int]] = {}
         for number, sequence in enumerate(sequences):
-            alike.setdefault(len(sequence), []).append(number)
+            by_length.setdefault(len(sequence), []).append(number)
         batches = []
-        for steps, numbers in alike.items():
-            most = max(1, min(self._max_batch, self._max_steps // steps))
-            batches += [numbers[start : start + most] for start in range(0, len(numbers), most)]
+        for steps, numbers in by_length.items():
+            rows = max(1, min(self._max_batch, self._max_steps // steps))
+            batches += [numbers[start : start + rows] for start in range(0, len(numbers), rows)]
         return batches
 
     def _run(self, x: Array, numbers: Sequence[int], name: str) -> tuple[Array, float]:
-        """Gives the outputs, and when the run began, in seconds of `time.perf_counter`."""
+        """Returns the outputs, and the start of the run in seconds of `time.perf_counter`."""
         runtime, start = self._model.runtime, perf_counter()
         try:
             y, _ = runtime.run(x, np.full(len(x), x.shape[1], np.int32), runtime.zeros(len(x)))
         except Exception as error:
             log.error("model %s failed: %s", self._model.name, error)
-            raise _failed(self._model.name) from None
+            raise _model_failed(self._model.name) from None
         for row, number in enumerate(numbers):
-            if not all(np.isfinite(part).all() for part in parts(y[row])):
+            if not all(np.isfinite(part).all() for part in unpack(y[row])):
                 place = f"{name}[{number}]"
                 raise NotFinite(f"{place}: the model's output is not finite", place=place)
         return y, start
 
 
-def _failed(name: str) -> Problem:
+def name_sequence(problem: NotFinite, place: str) -> NotFinite:
+    """Turns the problem of one sequence into one of the request, which names the sequence."""
+    return NotFinite(f"{place}: {problem.detail}", place=place, **problem.extensions)
+
+
+def _model_failed(name: str) -> Problem:
     return ModelFailed(f"ONNX Runtime could not run model {name!r} on this request")

@@ -1,6 +1,6 @@
-"""The arena: what one model's slots hold, in contiguous arrays: one array a state tensor, one row a slot.
+"""The arena: the states of one model's slots in contiguous arrays, one array per state tensor, one row per slot.
 
-What a session has beside its state stands in columns too, so that a tick moves hundreds of sessions at a time.
+What else belongs to a session is kept in columns too, so that a tick can update hundreds of sessions at a time.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from cellserve.models.signature import StateSpec
 Array = NDArray[Any]
 Slots = NDArray[np.intp]
 
-_FIRST_ROWS = 64
+_INITIAL_ROWS = 64
 
 
 class Arena:
-    """Rows of states that are taken and given back; grows on demand by doubling.
+    """Slots for states, allocated and released; capacity doubles on demand.
 
     Args:
-        states: The signature's states, each kept as `[capacity, *shape]`.
-        limit: Rows, at most.
+        states: The signature's states, each stored as `[capacity, *shape]`.
+        limit: Slots, at most.
     """
 
     def __init__(self, states: tuple[StateSpec, ...], limit: int) -> None:
         self.specs = states
         self.limit = limit
-        self.capacity = min(_FIRST_ROWS, limit)
+        self.capacity = min(_INITIAL_ROWS, limit)
         # np.zeros takes memory only as rows are written, so that doubling costs address space, not memory.
         self._arrays = [np.zeros((self.capacity, *spec.shape), spec.dtype) for spec in states]
         self._orders = [_batch_first(spec) for spec in states]
-        self.position = np.zeros(self.capacity, np.int64)  # of a session: how often it has changed
-        self.used = np.full(self.capacity, np.inf)  # of a session: seconds of the table's clock; of no session: never
-        self.held = np.zeros(self.capacity, bool)  # of a session: whether something that changes it is under way
+        self.position = np.zeros(self.capacity, np.int64)  # the session's position
+        self.last_used = np.full(self.capacity, np.inf)  # seconds of the table's clock; infinity without a session
+        self.locked = np.zeros(self.capacity, bool)  # whether a change of the session is in flight
         self._free: deque[int] = deque(range(self.capacity))
 
     @property
@@ -46,45 +46,45 @@ class Arena:
         return sum(array[0].nbytes for array in self._arrays)
 
     @property
-    def taken(self) -> int:
-        """Slots in use."""
+    def in_use(self) -> int:
+        """Allocated slots."""
         return self.capacity - len(self._free)
 
-    def take(self) -> int | None:
-        """Takes a slot, its states zero; gives None where all that may be are in use."""
+    def allocate(self) -> int | None:
+        """Allocates a slot with zero states; returns None if the limit is reached."""
         if not self._free and not self._grow():
             return None
         return self._free.popleft()
 
-    def take_many(self, count: int) -> Slots | None:
-        """Takes so many slots, as `take` does; gives None, and takes none, where there are not so many."""
+    def allocate_many(self, count: int) -> Slots | None:
+        """Allocates `count` slots with zero states; returns None, and allocates none, if the limit is reached."""
         while len(self._free) < count:
             if not self._grow():
                 return None
         return np.array([self._free.popleft() for _ in range(count)], np.intp)
 
-    def give_back(self, slots: Slots) -> None:
-        """Frees slots; their states are zeroed now, so that they can never be seen in another session."""
+    def release(self, slots: Slots) -> None:
+        """Frees slots and zeroes their states, so that no other session can ever see them."""
         for array in self._arrays:
             array[slots] = 0
         self._free.extend(slots.tolist())
 
-    def free(self) -> None:
-        """Lets go of all memory; no slot may be in use, and none can be taken any more."""
+    def close(self) -> None:
+        """Frees all memory. No slot may be in use; none can be allocated any more."""
         self._arrays = [array[:0].copy() for array in self._arrays]
-        self.position, self.used, self.held = self.position[:0], self.used[:0], self.held[:0]
+        self.position, self.last_used, self.locked = self.position[:0], self.last_used[:0], self.locked[:0]
         self._free.clear()
         self.capacity = self.limit = 0
 
     def gather(self, slots: Slots) -> list[Array]:
-        """Copies the states of some slots: one `[len(slots), *shape]` a state (batch at the state's batch axis)."""
+        """Copies the states of slots: `[len(slots), *shape]` per state, with the batch at its batch axis."""
         return [
             array[slots] if spec.batch_axis == 0 else _gathered(array, slots, spec)
             for array, spec in zip(self._arrays, self.specs, strict=True)
         ]
 
     def scatter(self, slots: Slots, states: list[Array]) -> None:
-        """Writes the states of some slots, as `gather` gives them."""
+        """Writes the states of slots, in the layout that `gather` returns."""
         for array, order, rows in zip(self._arrays, self._orders, states, strict=True):
             array[slots] = rows if order is None else rows.transpose(order)
 
@@ -98,26 +98,26 @@ class Arena:
         return [spec.name for spec in self.specs]
 
     def read_many(self, slots: Slots) -> dict[str, Array]:
-        """Copies the states of some slots, by name: `[len(slots), *shape]`."""
+        """Copies the states of slots, by name: `[len(slots), *shape]`."""
         return {spec.name: array[slots] for spec, array in zip(self.specs, self._arrays, strict=True)}
 
     def write_many(self, slots: Slots, states: dict[str, Array]) -> None:
-        """Sets the states of some slots, as `read_many` gives them."""
+        """Writes the states of slots, in the layout that `read_many` returns."""
         for spec, array in zip(self.specs, self._arrays, strict=True):
             array[slots] = states[spec.name]
 
     def pack(self, slots: Slots) -> list[bytes]:
-        """Copies the states of some slots, each slot's one after the other, as bytes."""
+        """Returns the states of each slot as bytes, one state after the other."""
         parts = [array[slots].reshape(len(slots), -1).view(np.uint8) for array in self._arrays]
         return [row.tobytes() for row in np.concatenate(parts, axis=1)]
 
     def write(self, slot: int, states: dict[str, Array] | None) -> None:
-        """Sets one slot's states, by name; None for zeros."""
+        """Writes one slot's states, by name; None for zeros."""
         for spec, array in zip(self.specs, self._arrays, strict=True):
             array[slot] = 0 if states is None else states[spec.name]
 
     def copy(self, sources: Slots, targets: Slots) -> None:
-        """Copies the states of some slots to as many others."""
+        """Copies the states of slots to as many others."""
         for array in self._arrays:
             array[targets] = array[sources]
 
@@ -130,23 +130,24 @@ class Arena:
             larger[: self.capacity] = array
             self._arrays[place] = larger
         self.position = np.append(self.position, np.zeros(capacity - self.capacity, np.int64))
-        self.used = np.append(self.used, np.full(capacity - self.capacity, np.inf))
-        self.held = np.append(self.held, np.zeros(capacity - self.capacity, bool))
+        self.last_used = np.append(self.last_used, np.full(capacity - self.capacity, np.inf))
+        self.locked = np.append(self.locked, np.zeros(capacity - self.capacity, bool))
         self._free.extend(range(self.capacity, capacity))
         self.capacity = capacity
         return True
 
 
 def _batch_first(spec: StateSpec) -> tuple[int, ...] | None:
-    """Gives the order of axes that brings a state's batch axis to the front; None where it is there."""
+    """Returns the axis order that moves a state's batch axis to the front; None if it is there already."""
     axis, rank = spec.batch_axis, 1 + len(spec.shape)
     return None if axis == 0 else (axis, *range(axis), *range(axis + 1, rank))
 
 
 def _gathered(array: Array, slots: Slots, spec: StateSpec) -> Array:
-    """Copies rows to where the batch axis is not the first.
+    """Copies rows into an array whose batch axis is not the first.
 
-    Part by part: at 256 x 2 x 128 that takes 11 microseconds, two copies of the whole 200, most of it for fresh memory.
+    It copies part by part: 11 microseconds at 256 x 2 x 128, against 200 for two copies of the whole, most of which go
+    into fresh memory.
     """
     before, behind = spec.shape[: spec.batch_axis], spec.shape[spec.batch_axis :]
     rows = np.empty((*before, len(slots), *behind), array.dtype)

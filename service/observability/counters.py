@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from cellserve.service.engine.stats import SECONDS, Distribution
+from cellserve.service.engine.stats import SECONDS, Histogram
 from cellserve.service.errors import Problem
 
 SURFACES = ("predict", "sessions", "stream", "inference", "operations")
@@ -16,14 +16,14 @@ class SurfaceCounts:
     """Counters of one surface's answers."""
 
     def __init__(self) -> None:
-        self.seconds = Distribution(SECONDS)
+        self.seconds = Histogram(SECONDS)
         self.statuses: Counter[int] = Counter()
         self.problems: Counter[str] = Counter()  # by kind; each row of a binary frame counts
 
     def record_response(self, status: int, seconds: float) -> None:
         """Counts an answer. A frame's status is the one HTTP would have."""
         self.statuses[status] += 1
-        self.seconds.note(seconds)
+        self.seconds.observe(seconds)
 
     def record_problem(self, problem: Problem) -> None:
         """Counts a problem that was answered."""
@@ -36,7 +36,7 @@ class Counts:
     def __init__(self) -> None:
         self.surfaces = {name: SurfaceCounts() for name in SURFACES}
         self.sockets = 0  # open WebSockets
-        self.snapshots = Distribution(_SLOW_SECONDS)
+        self.snapshots = Histogram(_SLOW_SECONDS)
         self.snapshot_errors = 0
 
     def surface(self, path: str) -> SurfaceCounts:

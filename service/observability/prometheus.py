@@ -18,8 +18,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from cellserve.service.engine.engine import Engine
-from cellserve.service.engine.stats import Distribution
-from cellserve.service.errors import StoreAway
+from cellserve.service.engine.stats import Histogram
+from cellserve.service.errors import StoreUnavailable
 from cellserve.service.observability.counters import Counts
 from cellserve.service.observability.prometheus_multiprocess import MultiprocessFiles
 from cellserve.service.sessions.stores.protocol import SessionStore
@@ -79,7 +79,7 @@ class Metrics:
         build.add_metric(list(versions.values()), 1)
         try:
             live = await self._sessions.count()
-        except StoreAway:
+        except StoreUnavailable:
             return [build]
         return [build, GaugeMetricFamily("cellserve_sessions", "Live sessions; of a shared store, all of its.", live)]
 
@@ -156,7 +156,7 @@ class _ProcessCollector(Collector):
              lambda one: one.counts.failed),
             (GaugeMetricFamily, "queued_steps", "Time steps that wait to be run.", lambda one: one.queued),
             (GaugeMetricFamily, "slots", "Slots of the arena in use: sessions held here, and sequences under way.",
-             lambda one: one.arena.taken),
+             lambda one: one.arena.in_use),
         )  # fmt: skip
         for kind, name, documentation, read in numbers:
             family: Any = kind(f"cellserve_{name}", documentation, labels=labels)  # type: ignore[call-arg]
@@ -185,7 +185,7 @@ class _ProcessCollector(Collector):
         )
 
 
-def _add(family: HistogramMetricFamily, labels: list[str], distribution: Distribution) -> None:
+def _add(family: HistogramMetricFamily, labels: list[str], distribution: Histogram) -> None:
     counts, total = distribution.read()
     bounds = [*(str(float(bound)) for bound in distribution.bounds), "+Inf"]
     reached, buckets = 0, []

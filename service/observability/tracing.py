@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from cellserve.service.engine.scheduler import Advance
+from cellserve.service.engine.work import WorkItem
 from cellserve.service.observability.request_context import get_context, route
 
 _propagator = TraceContextTextMapPropagator()
@@ -60,30 +60,30 @@ class Tracing:
         with self._span("WS /stream frame", scope):
             yield
 
-    def here(self) -> Any:
+    def current(self) -> Any:
         """Returns the current span's context, the parent of spans that other threads or callbacks start later."""
         return context.get_current()
 
-    def ran(self, advances: Sequence[Advance], start: float, took: float) -> None:
+    def record_run(self, items: Sequence[WorkItem], start: float, seconds: float) -> None:
         """Records the spans of a tick's run and of the wait for it, as children of each request in the tick.
 
         Args:
-            advances: The advances of the tick.
+            items: The items of the tick.
             start: When the run began, in seconds of `time.perf_counter`.
-            took: The run's duration in seconds.
+            seconds: The run's duration in seconds.
         """
-        for advance in _one_a_request(advances):
-            self._stage("queue", advance, advances, advance.arrived, start)
-            self._stage("run", advance, advances, start, start + took)
+        for item in _one_a_request(items):
+            self._stage("queue", item, items, item.enqueued_at, start)
+            self._stage("run", item, items, start, start + seconds)
 
-    def stored(self, advances: Sequence[Advance], start: float, took: float) -> None:
+    def record_commit(self, items: Sequence[WorkItem], start: float, seconds: float) -> None:
         """Records the spans of the store write after a tick; the arguments are those of `ran`."""
-        for advance in _one_a_request(advances):
-            self._stage("store", advance, advances, start, start + took)
+        for item in _one_a_request(items):
+            self._stage("store", item, items, start, start + seconds)
 
-    def _stage(self, name: str, advance: Advance, among: Sequence[Advance], start: float, end: float) -> None:
+    def _stage(self, name: str, item: WorkItem, among: Sequence[WorkItem], start: float, end: float) -> None:
         to_wall = time.time_ns() - time.perf_counter_ns()
-        span = self._tracer.start_span(name, advance.trace, start_time=to_wall + int(1e9 * start))
+        span = self._tracer.start_span(name, item.trace, start_time=to_wall + int(1e9 * start))
         span.set_attribute("cellserve.tick.advances", len(among))
         span.end(to_wall + int(1e9 * end))
 
@@ -96,6 +96,6 @@ class Tracing:
             yield span
 
 
-def _one_a_request(advances: Sequence[Advance]) -> list[Advance]:
-    """Returns the first advance of each request."""
-    return list({id(advance.trace): advance for advance in reversed(advances)}.values())
+def _one_a_request(items: Sequence[WorkItem]) -> list[WorkItem]:
+    """Returns the first item of each request."""
+    return list({id(item.trace): item for item in reversed(items)}.values())

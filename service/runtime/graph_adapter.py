@@ -1,6 +1,6 @@
-"""What one run of a model comes to where its graph is not called once on one `x [batch, time, *features]`.
+"""Adapts models with several inputs or outputs, no time axis, a fixed batch or no `lengths` to the engine's one call.
 
-Several inputs or outputs, no time axis, rows fixed by the graph, no `lengths`: the engine knows nothing of these.
+The engine always runs `x [batch, time, *features]` with lengths; it knows nothing of such graphs.
 """
 
 from __future__ import annotations
@@ -12,32 +12,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.models.signature import Signature
-from cellserve.service.runtime.tensor_layout import Layout, parts
+from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
 
 Array = NDArray[Any]
 Lengths = NDArray[np.int32]
 Call = Callable[[Sequence[Array], Lengths, Sequence[Array]], list[Array]]
 
 
-class Runs:
-    """Runs a model on rows of time steps by as many calls of its graph as that takes.
+class GraphAdapter:
+    """Runs a model on rows of time steps, by as many calls of its graph as necessary.
 
     Args:
-        signature: Of the model.
-        call: Calls the graph: takes the inputs, lengths and states, gives the outputs and next states.
+        signature: The model's signature.
+        call: Calls the graph: takes the inputs, lengths and states, returns the outputs and next states.
     """
 
     def __init__(self, signature: Signature, call: Call) -> None:
         self._signature, self._call = signature, call
-        self._outputs = Layout(signature.outputs)
+        self._outputs = TensorLayout(signature.outputs)
         self._axes = [spec.batch_axis for spec in signature.states]
 
     @property
-    def plain(self) -> bool:
-        """Whether a run is one call on one array, which needs none of this."""
-        told = self._signature
-        alone = len(told.inputs) == len(told.outputs) == 1
-        return alone and told.time_axis and told.batch is None and told.lengths is not None and not told.predict_only
+    def is_passthrough(self) -> bool:
+        """Whether a run is a single call of the graph on one array, so that no adapter is needed."""
+        signature = self._signature
+        alone = len(signature.inputs) == len(signature.outputs) == 1
+        return (
+            alone
+            and signature.time_axis
+            and signature.batch is None
+            and signature.lengths is not None
+            and not signature.predict_only
+        )
 
     def __call__(self, x: Array, lengths: Lengths, states: Sequence[Array]) -> tuple[Array, list[Array]]:
         """Advances every row, as `Runtime.run` does."""
@@ -61,20 +67,20 @@ class Runs:
             np.moveaxis(state, axis, 0)[rows] = np.moveaxis(new, axis, 0)
 
     def _groups(self, lengths: Lengths, time: int) -> list[Array] | None:
-        """Gives the rows of each group that the graph can take together; None where all can as they are."""
-        told = self._signature
-        alike = told.lengths is None and (told.time_axis or told.batch is not None)
+        """Returns the rows of each group that the graph can run together; None if it can run all rows as they are."""
+        signature = self._signature
+        alike = signature.lengths is None and (signature.time_axis or signature.batch is not None)
         if alike and not (lengths == time).all():
             groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
-        elif told.batch is None or len(lengths) <= told.batch:
+        elif signature.batch is None or len(lengths) <= signature.batch:
             return None
         else:
             groups = [np.arange(len(lengths))]
-        most = told.batch or len(lengths)
+        most = signature.batch or len(lengths)
         return [rows[start : start + most] for rows in groups for start in range(0, len(rows), most)]
 
     def _group(self, x: Array, lengths: Lengths, states: Sequence[Array]) -> tuple[Array, list[Array]]:
-        """Runs rows that the graph can take together; fewer than it wants are filled up with zeros."""
+        """Runs rows that the graph can run together, padded with zero rows to its fixed batch size."""
         run = self._whole if self._signature.time_axis else self._steps
         count, missing = len(x), (self._signature.batch or 0) - len(x)
         if missing <= 0:
@@ -89,37 +95,37 @@ class Runs:
         return y[:count], [np.take(state, rows, axis) for state, axis in zip(moved, self._axes, strict=True)]
 
     def _whole(self, x: Array, lengths: Lengths, states: Sequence[Array]) -> tuple[Array, list[Array]]:
-        outputs, moved = self._once(x, lengths, states)
-        if self._signature.predict_only:  # such a model may give one output for all time steps, without a time axis
+        outputs, moved = self._call_graph(x, lengths, states)
+        if self._signature.predict_only:  # such a model may return one output for all time steps, without a time axis
             specs = self._signature.outputs
             outputs = [
                 tensor[:, None] if tensor.ndim == 1 + len(spec.shape) else tensor
                 for tensor, spec in zip(outputs, specs, strict=True)
             ]
-        return self._outputs.join(outputs), moved
+        return self._outputs.pack(outputs), moved
 
     def _steps(self, x: Array, lengths: Lengths, states: Sequence[Array]) -> tuple[Array, list[Array]]:
-        """Runs a graph that takes one time step as often as there are; rows that have taken all of theirs drop out."""
+        """Calls a graph of single steps once per time step; rows drop out at their length."""
         if x.shape[1] == 1:
-            outputs, moved = self._once(x[:, 0], lengths, states)
-            return self._outputs.join(outputs)[:, None], moved
+            outputs, moved = self._call_graph(x[:, 0], lengths, states)
+            return self._outputs.pack(outputs)[:, None], moved
         y = self._outputs.zeros(*x.shape[:2])
         final = [np.empty_like(state) for state in states]
         rows = np.arange(len(x))
         for t in range(int(lengths.max())):
-            outputs, states = self._once(x[rows, t], lengths, states)
-            y[rows, t] = self._outputs.join(outputs)
-            going_on = lengths[rows] > t + 1
-            if not going_on.all():
-                ended = [np.compress(~going_on, state, axis) for state, axis in zip(states, self._axes, strict=True)]
-                self._put(final, rows[~going_on], ended)
-                states = [np.compress(going_on, state, axis) for state, axis in zip(states, self._axes, strict=True)]
-                rows = rows[going_on]
+            outputs, states = self._call_graph(x[rows, t], lengths, states)
+            y[rows, t] = self._outputs.pack(outputs)
+            continuing = lengths[rows] > t + 1
+            if not continuing.all():
+                ended = [np.compress(~continuing, state, axis) for state, axis in zip(states, self._axes, strict=True)]
+                self._put(final, rows[~continuing], ended)
+                states = [np.compress(continuing, state, axis) for state, axis in zip(states, self._axes, strict=True)]
+                rows = rows[continuing]
         return y, final
 
-    def _once(self, x: Array, lengths: Lengths, states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    def _call_graph(self, x: Array, lengths: Lengths, states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         count = len(self._signature.outputs)
-        inputs = [np.ascontiguousarray(part) for part in parts(x)]
+        inputs = [np.ascontiguousarray(part) for part in unpack(x)]
         given = self._call(inputs, lengths, [np.ascontiguousarray(state) for state in states])
         return given[:count], given[count:]
 

@@ -1,8 +1,8 @@
-"""Looks into a model file before ONNX Runtime does: what it says of itself, its operators, other files that it names.
+"""Judges a model file before ONNX Runtime opens it: its metadata, its operators, and references to other files.
 
-An ONNX file is a protocol buffer (https://protobuf.dev/programming-guides/encoding, messages and field numbers in
-https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3); the few fields that matter are read here, so that the service
-needs no package for them and nothing of a file is acted upon before all of it has been looked at.
+An ONNX file is a protocol buffer (https://protobuf.dev/programming-guides/encoding; messages and field numbers in
+https://github.com/onnx/onnx/blob/main/onnx/onnx.proto3). The few fields that matter are scanned here, without
+recursion, so that the service needs no further package and opens no file before all of it has been checked.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-# What ONNX Runtime has operators of itself; all others would have to come from a library, and none is ever loaded.
+# Domains of ONNX Runtime's own operators; all others would need a custom library, and none is ever loaded.
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # wire types; groups are deprecated, and ONNX has none
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # wire types; ONNX has no groups, which are deprecated
 _SIZES = {_FIXED64: 8, _FIXED32: 4}
 _TAG_BYTES, _VARINT_BYTES = 5, 10
 
-# Which fields of a message are messages that matter.
+# The relevant fields of a message that are messages.
 _INSIDE: dict[str, dict[int, str]] = {
     "ModelProto": {
         7: "GraphProto",
@@ -41,40 +41,38 @@ _INSIDE: dict[str, dict[int, str]] = {
     "StringStringEntryProto": {},
     "TensorProto": {},
 }
-# And which are texts or numbers that do.
+# The relevant fields that are texts.
 _TEXTS: dict[str, dict[int, str]] = {
     "NodeProto": {4: "op_type", 7: "domain"},
     "FunctionProto": {1: "name", 10: "domain"},
     "StringStringEntryProto": {1: "key", 2: "value"},
 }
-_EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # of TensorProto
+_EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # fields of TensorProto
 
 
 class BadModelFile(ValueError):
-    """The file is no ONNX model, or one that is not to be opened; the message says why."""
+    """The file is not an ONNX model, or must not be opened; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """What stands in a model file."""
+    """The relevant content of a model file."""
 
     metadata: dict[str, str] = field(default_factory=dict)
-    operators: set[tuple[str, str]] = field(default_factory=set)  # (domain, operator), in graphs within graphs too
-    functions: set[tuple[str, str]] = field(
-        default_factory=set
-    )  # (domain, name), operators that the file itself defines
-    external: bool = False  # whether a tensor's numbers are in another file
+    operators: set[tuple[str, str]] = field(default_factory=set)  # (domain, operator), nested graphs included
+    functions: set[tuple[str, str]] = field(default_factory=set)  # (domain, name) of operators that the file defines
+    external: bool = False  # whether a tensor's data are in another file
 
 
-def check(content: bytes) -> ModelFile:
-    """Reads a model file and checks that it can be opened without anything beside it.
+def validate(content: bytes) -> ModelFile:
+    """Scans a model file and checks that it can be opened on its own.
 
     Raises:
-        BadModelFile: It is damaged, has operators that ONNX Runtime has not, or keeps tensors in other files.
+        BadModelFile: It is damaged, uses operators that ONNX Runtime does not have, or keeps tensors in other files.
     """
-    file = read(content)
+    file = scan(content)
     if file.external:
-        # ONNX Runtime would look for them in the folder that the service was started in.
+        # ONNX Runtime would look for them in the service's working directory.
         raise BadModelFile(
             "it keeps tensors in another file: save it as one file (onnx.save with save_as_external_data=False)"
         )
@@ -83,47 +81,47 @@ def check(content: bytes) -> ModelFile:
     )
     if unknown:
         raise BadModelFile(
-            f"it has operators of a library of their own, and none is loaded here: {', '.join(unknown[:5])[:200]}; "
+            f"it has operators of a custom library, and none is loaded here: {', '.join(unknown[:5])[:200]}; "
             f"export it with operators of ONNX or of {DOMAINS[-1]}"
         )
     return file
 
 
-def read(content: bytes) -> ModelFile:
-    """Reads a model file.
+def scan(content: bytes) -> ModelFile:
+    """Scans a model file.
 
     Raises:
-        BadModelFile: It is not a protocol buffer of that kind.
+        BadModelFile: It is not an ONNX protocol buffer.
     """
     metadata: dict[str, str] = {}
     operators, functions = set(), set()
     external = False
-    waiting = [("ModelProto", memoryview(content))]  # and no recursion, however deep graphs are nested
-    while waiting:
-        kind, message = waiting.pop()
+    pending = [("ModelProto", memoryview(content))]  # an explicit stack: a malicious file cannot exhaust recursion
+    while pending:
+        kind, message = pending.pop()
         inside, texts = _INSIDE[kind], _TEXTS.get(kind, {})
-        told = dict.fromkeys(texts.values(), "")
+        values = dict.fromkeys(texts.values(), "")
         for number, value in _fields(message):
             if isinstance(value, int):
                 external |= kind == "TensorProto" and number == _DATA_LOCATION and value != 0
             elif number in inside:
-                waiting.append((inside[number], value))
+                pending.append((inside[number], value))
             elif number in texts:
-                told[texts[number]] = _text(value)
+                values[texts[number]] = _text(value)
             else:
                 external |= kind == "TensorProto" and number == _EXTERNAL_DATA
         match kind:
             case "NodeProto":
-                operators.add((told["domain"], told["op_type"]))
+                operators.add((values["domain"], values["op_type"]))
             case "FunctionProto":
-                functions.add((told["domain"], told["name"]))
+                functions.add((values["domain"], values["name"]))
             case "StringStringEntryProto":
-                metadata[told["key"]] = told["value"]
+                metadata[values["key"]] = values["value"]
     return ModelFile(metadata, operators, functions, external)
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Gives the fields of a message: their numbers, and their values as numbers or bytes; fixed ones are left out."""
+    """Yields the numbers and values (integers or bytes) of a message's fields; fixed-width fields are skipped."""
     place, end = 0, len(message)
     while place < end:
         tag, place = _varint(message, place, _TAG_BYTES)
@@ -145,9 +143,9 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
                 raise _damaged()
 
 
-def _varint(message: memoryview, place: int, most: int) -> tuple[int, int]:
+def _varint(message: memoryview, place: int, max_bytes: int) -> tuple[int, int]:
     value = 0
-    for count, byte in enumerate(message[place : place + most]):
+    for count, byte in enumerate(message[place : place + max_bytes]):
         value |= (byte & 0x7F) << (7 * count)
         if byte < 0x80:
             return value, place + count + 1
@@ -162,4 +160,4 @@ def _text(value: memoryview) -> str:
 
 
 def _damaged() -> BadModelFile:
-    return BadModelFile("it is no ONNX file, or a damaged one")
+    return BadModelFile("it is not an ONNX file, or is damaged")

@@ -1,7 +1,7 @@
-"""How the inputs, or the outputs, of a model lie in one array: plain where there is one tensor, structured for several.
+"""The layout of a model's inputs, or outputs, in one array: plain for one tensor, structured for several.
 
-A structured array is sliced, concatenated and padded as a plain one is, so that only what runs a model, and what reads
-and writes requests, ever looks into it.
+A structured array is sliced, concatenated and padded like a plain one. Only the code that runs models, and the code
+that reads and writes requests, looks inside.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cellserve.models.signature import TensorSpec
 Array = NDArray[Any]
 
 
-class Layout:
-    """One array's layout: `[..., *shape]` in the tensor's type, or, of several tensors, `[...]` with a field for each.
+class TensorLayout:
+    """The layout of one array: `[..., *shape]` for one tensor, or `[...]` with a field for each of several tensors.
 
     Args:
         specs: The signature's inputs, or its outputs.
@@ -38,7 +38,7 @@ class Layout:
 
     @cached_property
     def frame_dtype(self) -> np.dtype[Any]:
-        """The type that inputs have in binary frames: little-endian float32, int32 for all integers."""
+        """The dtype of inputs in binary frames: little-endian float32, and int32 for all integers."""
         kinds = {spec.name: "<f4" if spec.dtype == "float32" else "<i4" for spec in self.specs}
         if self.dtype.names is None:
             return np.dtype(kinds[self.specs[0].name])
@@ -50,11 +50,11 @@ class Layout:
         return self.dtype.itemsize * prod(self.shape)
 
     def zeros(self, *leading: int) -> Array:
-        """Gives zeros `[*leading, ...]`."""
+        """Returns zeros `[*leading, ...]`."""
         return np.zeros((*leading, *self.shape), self.dtype)
 
-    def join(self, tensors: Sequence[Array]) -> Array:
-        """Puts `[*leading, *shape]` of each tensor, in the signature's order, into one array."""
+    def pack(self, tensors: Sequence[Array]) -> Array:
+        """Packs one `[*leading, *shape]` per tensor, in the signature's order, into one array."""
         if len(self.specs) == 1:
             return tensors[0]
         array = np.empty(tensors[0].shape[: tensors[0].ndim - len(self.specs[0].shape)], self.dtype)
@@ -62,14 +62,14 @@ class Layout:
             array[spec.name] = tensor
         return array
 
-    def named(self, array: Array) -> Any:
-        """Gives what JSON shows of an array: itself, or, of several tensors, an object keyed by their names."""
+    def to_json(self, array: Array) -> Any:
+        """Returns the JSON form: the array, or {name: array} for several tensors."""
         if self.dtype.names is None:
             return array
-        return {name: array[name].copy() for name in self.dtype.names}  # what is written must be contiguous
+        return {name: array[name].copy() for name in self.dtype.names}  # orjson needs contiguous arrays
 
 
-def parts(array: Array) -> tuple[Array, ...]:
-    """Gives each tensor's view of an array, in the signature's order."""
+def unpack(array: Array) -> tuple[Array, ...]:
+    """Returns a view of each tensor in an array, in the signature's order."""
     names = array.dtype.names
     return (array,) if names is None else tuple(array[name] for name in names)

@@ -1,4 +1,4 @@
-"""Locks of sessions: what changes a session goes one by one, in order of arrival."""
+"""Locks of sessions: changes of a session run one at a time, in order of arrival."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cellserve.service.engine.state_arena import Arena, Slots
 
 
 class Lockable(Protocol):
-    """A session, as far as its lock is concerned."""
+    """The part of a session that its lock uses."""
 
     slot: int
     slots: Slots
@@ -22,7 +22,7 @@ class Lockable(Protocol):
 
 @dataclass(slots=True)
 class Lease:
-    """A lock that is held for the length of a `with`, or longer where it is handed over."""
+    """A lock that is held for the length of a `with` block, or longer if it is handed over."""
 
     handed_over: bool = False
 
@@ -34,14 +34,14 @@ class Lease:
 @dataclass(slots=True, eq=False)
 class _Waiter:
     ready: asyncio.Future[None]
-    missing: int = 0  # locks that others still hold
+    missing: int = 0  # locks that this waiter still needs
 
 
 class SessionLocks:
     """The locks of one arena's sessions: a column of the arena, so that a tick releases all of its sessions at once.
 
-    Waiters are served first come, first served, over all of their sessions at once: whoever waits waits only for those
-    who came before, so that there is no deadlock.
+    A waiter enters the queues of all its sessions at the same time and is served first in, first out. It only ever
+    waits for those that came before it, so there is no deadlock.
 
     Args:
         arena: Holds the column.
@@ -49,43 +49,48 @@ class SessionLocks:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._queues: dict[int, deque[_Waiter]] = {}  # by slot, where two requests meet; most never do
+        self._queues: dict[int, deque[_Waiter]] = {}  # by slot, only for slots that somebody waits for
+
+    @property
+    def contended(self) -> int:
+        """Locks that were requested while they were held, and have not been free since."""
+        return len(self._queues)
 
     def is_locked(self, slot: int) -> bool:
-        """Tells whether a session is locked."""
-        return bool(self._arena.held[slot])
+        """Returns whether a session is locked."""
+        return bool(self._arena.locked[slot])
 
     def lock(self, slot: int) -> None:
         """Locks a session that is not locked."""
-        self._arena.held[slot] = True
+        self._arena.locked[slot] = True
 
     def try_acquire(self, slots: Slots) -> bool:
         """Locks sessions if none of them is locked."""
-        held = self._arena.held
-        if held[slots].any():
+        locked = self._arena.locked
+        if locked[slots].any():
             return False
-        held[slots] = True
+        locked[slots] = True
         return True
 
     async def acquire(self, sessions: Sequence[Lockable], slots: Slots) -> None:
-        """Locks live sessions. Those that end while this waits are not locked."""
+        """Locks live sessions, all or, if cancelled, none. Sessions that end meanwhile are not locked."""
         if not len(slots) or self.try_acquire(slots):
             return
-        held = self._arena.held
+        locked = self._arena.locked
         waiter = _Waiter(asyncio.get_running_loop().create_future())
         for session in sessions:
-            if held[session.slot]:
+            if locked[session.slot]:
                 self._queues.setdefault(session.slot, deque()).append(waiter)
                 waiter.missing += 1
             else:
-                held[session.slot] = True
+                locked[session.slot] = True
         try:
             await waiter.ready
         except asyncio.CancelledError:
             for session in sessions:
                 queue = self._queues.get(session.slot)
                 if not session.alive:
-                    continue  # the slot may be another's by now
+                    continue  # the slot may belong to another session by now
                 if queue and waiter in queue:
                     queue.remove(waiter)
                 else:
@@ -98,7 +103,7 @@ class SessionLocks:
 
         Args:
             session: The session.
-            lease: Says at the end whether somebody else releases it.
+            lease: Tells at the end whether somebody else releases the lock.
         """
         await self.acquire((session,), session.slots)
         try:
@@ -108,16 +113,16 @@ class SessionLocks:
                 self.release(session.slots)
 
     def release(self, slots: Slots) -> None:
-        """Unlocks sessions, or hands them to whoever waits for them."""
+        """Unlocks sessions, or passes their locks on to the next waiters."""
         if not self._queues:
-            self._arena.held[slots] = False
+            self._arena.locked[slots] = False
             return
         for slot in slots.tolist():
             self._release_one(slot)
 
     def discard(self, slot: int) -> None:
-        """Drops the lock of a session that has ended; whoever waits for it finds that out."""
-        self._arena.held[slot] = False
+        """Drops the lock of a session that has ended, and wakes its waiters, which must check `session.alive`."""
+        self._arena.locked[slot] = False
         for waiter in self._queues.pop(slot, ()):
             self._wake(waiter)
 
@@ -127,7 +132,7 @@ class SessionLocks:
             self._wake(queue.popleft())
         else:
             self._queues.pop(slot, None)
-            self._arena.held[slot] = False
+            self._arena.locked[slot] = False
 
     def _wake(self, waiter: _Waiter) -> None:
         waiter.missing -= 1

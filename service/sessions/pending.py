@@ -1,4 +1,4 @@
-"""Steps under way that nobody awaits: they pass their outcome to a callback within the tick, and may be cancelled."""
+"""Steps in flight that nobody awaits: they pass their outcome to a callback within the tick, and can be cancelled."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.service.engine.pending import Pending
-from cellserve.service.errors import Problem, Stale
-from cellserve.service.idempotency import Request
+from cellserve.service.errors import Problem, StaleSession
+from cellserve.service.idempotency import IdempotencyKey
 from cellserve.service.sessions.session import Session
 
 Array = NDArray[Any]
@@ -20,34 +20,36 @@ Array = NDArray[Any]
 class StepResult(NamedTuple):
     """The result of a step."""
 
-    y: Array  # [time, *outputs], time is 1 where the last output was wanted
-    position: int  # after it
-    replayed: bool = False  # it had been applied before
+    y: Array  # [time, *outputs]; time is 1 if only the last output is returned
+    position: int  # after the step
+    replayed: bool = False  # whether the step had been applied before
 
 
 class BatchStepResult(NamedTuple):
     """The result of a step of several sessions, by row."""
 
     y: Array  # [sessions, time, *outputs]
-    positions: Array  # [sessions], after it
-    problems: dict[int, Problem]  # why a session has not moved
-    replayed: set[int]  # rows that had been applied before
+    positions: Array  # [sessions], after the step
+    problems: dict[int, Problem]  # rows that failed; their sessions have not advanced
+    replayed: set[int]  # rows whose step had been applied before
 
 
-class Resubmitting(Protocol):
-    """The writer, as far as a pending step needs it."""
+class Resubmitter(Protocol):
+    """The part of the writer that a pending step uses."""
 
-    async def submit(self, session: Session, x: Array, every_output: bool, key: Request | None = None) -> StepResult:
-        """Steps a session, whatever it takes."""
+    async def submit(
+        self, session: Session, x: Array, return_all_outputs: bool, key: IdempotencyKey | None = None
+    ) -> StepResult:
+        """Steps a session, waiting and reading it again as needed."""
 
     async def retry_stale(
-        self, sessions: Sequence[Session], x: Array, keys: Sequence[Request] | None, result: BatchStepResult
+        self, sessions: Sequence[Session], x: Array, keys: Sequence[IdempotencyKey] | None, result: BatchStepResult
     ) -> None:
-        """Steps those of a batch again that were found changed elsewhere."""
+        """Repeats a batch's step for the sessions that were changed elsewhere."""
 
 
 class _Retrying(Pending):
-    """A step that is submitted again where its session was found changed elsewhere."""
+    """A step that is repeated if its session was changed elsewhere."""
 
     __slots__ = ("retry",)
 
@@ -56,25 +58,25 @@ class _Retrying(Pending):
         self.retry: asyncio.Task[None] | None = None
 
     def cancel(self) -> None:
-        """Drops what has not been computed; the callback is not called then."""
+        """Drops what has not been computed; the callback is not called any more."""
         super().cancel()
         if self.retry is not None:
             self.retry.cancel()
 
 
 class PendingStep(_Retrying):
-    """A step of one session under way.
+    """A step of one session in flight.
 
     Args:
-        writer: Submits it again where its session was found changed elsewhere.
+        writer: Repeats the step if the session was changed elsewhere.
         session: The session.
-        on_done: Called with itself and the result or the error, within the tick; it must not raise.
+        on_done: Called within the tick with this object and the result or the error; it must not raise.
     """
 
     __slots__ = ("_on_done", "_session", "_writer")
 
     def __init__(
-        self, writer: Resubmitting, session: Session, on_done: Callable[[PendingStep, StepResult | Exception], None]
+        self, writer: Resubmitter, session: Session, on_done: Callable[[PendingStep, StepResult | Exception], None]
     ) -> None:
         super().__init__()
         self._writer, self._session, self._on_done = writer, session, on_done
@@ -82,41 +84,41 @@ class PendingStep(_Retrying):
     def set_result(self, y: Array) -> None:
         """Completes it."""
         self._state = 1
-        self._on_done(self, StepResult(y[0], self.advance.reached[0]))
+        self._on_done(self, StepResult(y[0], self.item.final_positions[0]))
 
     def set_exception(self, error: BaseException) -> None:
-        """Completes it, or starts it again."""
+        """Completes it with an error, or repeats the step if the session was changed elsewhere."""
         self._state = 1
-        if isinstance(error, Stale):
+        if isinstance(error, StaleSession):
             self.retry = asyncio.get_running_loop().create_task(self._again())
         elif isinstance(error, Exception):
             self._on_done(self, error)
 
     async def _again(self) -> None:
-        advance = self.advance
-        key = None if advance.keys is None else advance.keys[0]
+        item = self.item
+        key = None if item.idempotency_keys is None else item.idempotency_keys[0]
         outcome: StepResult | Exception
         try:
-            outcome = await self._writer.submit(self._session, advance.x[0], advance.every_output, key)
+            outcome = await self._writer.submit(self._session, item.x[0], item.return_all_outputs, key)
         except Exception as error:
             outcome = error
         self._on_done(self, outcome)
 
 
 class PendingBatch(_Retrying):
-    """A step of several sessions under way.
+    """A step of several sessions in flight.
 
     Args:
-        writer: Submits it again where its session was found changed elsewhere.
+        writer: Repeats the step of sessions that were changed elsewhere.
         sessions: The sessions.
-        on_done: Called with itself and the result or the error, within the tick; it must not raise.
+        on_done: Called within the tick with this object and the result or the error; it must not raise.
     """
 
     __slots__ = ("_on_done", "_sessions", "_writer")
 
     def __init__(
         self,
-        writer: Resubmitting,
+        writer: Resubmitter,
         sessions: Sequence[Session],
         on_done: Callable[[PendingBatch, BatchStepResult | Exception], None],
     ) -> None:
@@ -124,18 +126,18 @@ class PendingBatch(_Retrying):
         self._writer, self._sessions, self._on_done = writer, sessions, on_done
 
     def set_result(self, y: Array) -> None:
-        """Completes it, or starts some of its sessions again."""
+        """Completes it, or repeats the step of the sessions that were changed elsewhere."""
         self._state = 1
-        result = BatchStepResult(y, np.array(self.advance.reached), self.advance.problems or {}, set())
-        if result.problems and any(isinstance(problem, Stale) for problem in result.problems.values()):
+        result = BatchStepResult(y, np.array(self.item.final_positions), self.item.errors_by_row or {}, set())
+        if result.problems and any(isinstance(problem, StaleSession) for problem in result.problems.values()):
             self.retry = asyncio.get_running_loop().create_task(self._again(result))
         else:
             self._on_done(self, result)
 
     def set_exception(self, error: BaseException) -> None:
-        """Completes it: the problem of its only row."""
+        """Completes it with an error; a problem is that of its only row."""
         if isinstance(error, Problem):
-            model, x = self._sessions[0].model, self.advance.x
+            model, x = self._sessions[0].model, self.item.x
             self.set_result(model.outputs.zeros(*x.shape[:2]))
         elif isinstance(error, Exception):
             self._state = 1
@@ -143,7 +145,7 @@ class PendingBatch(_Retrying):
 
     async def _again(self, result: BatchStepResult) -> None:
         try:
-            await self._writer.retry_stale(self._sessions, self.advance.x, None, result)
+            await self._writer.retry_stale(self._sessions, self.item.x, None, result)
         except Exception as error:
             self._on_done(self, error)
         else:

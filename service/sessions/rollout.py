@@ -1,4 +1,7 @@
-"""Rollouts: a session goes on by itself, what it gives is what it takes next; as one unit, or symbol by symbol."""
+"""Rollouts: autoregressive generation, in which a session's output becomes its next input.
+
+A rollout is either one unit, applied completely or not at all, or a stream that applies and returns step by step.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from numpy.typing import NDArray
 
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import PositionConflict
-from cellserve.service.idempotency import Request, rollout_request
-from cellserve.service.model_repository.repository import Model
-from cellserve.service.sessions.sampling import Sampling, draw
+from cellserve.service.idempotency import IdempotencyKey, rollout_key
+from cellserve.service.model_repository.model import Model
+from cellserve.service.sessions.sampling import Sampling, sample
 from cellserve.service.sessions.session import Session
 from cellserve.service.sessions.writer import SessionWriter
 
@@ -23,188 +26,190 @@ States = dict[str, Array]
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What is asked of a session: to take x, then what it gives itself, until it has given so many."""
+    """A rollout of a session: feed x, then feed each output back as the next input."""
 
     x: Array  # [time, *features]
-    steps: int  # outputs that become inputs; the last one is not taken any more
-    sampling: Sampling | None  # None where the output itself is the next input
+    steps: int  # outputs to generate; the last one is not fed back
+    sampling: Sampling | None  # None if the output itself is the next input
     streamed: bool
 
     @property
     def moves(self) -> int:
-        """By how many time steps it moves the session."""
+        """Time steps by which it advances the session."""
         return len(self.x) + self.steps - 1
 
-    def request(self, position: int) -> Request:
-        """Makes the request that it is at a position."""
+    def key(self, position: int) -> IdempotencyKey:
+        """Returns the idempotency key of this rollout at a position."""
         options = f"{len(self.x)} {self.steps} {self.streamed} {self.sampling and tuple(self.sampling)}"
-        return rollout_request(position, self.x, options.encode())
+        return rollout_key(position, self.x, options.encode())
 
 
-class Given(NamedTuple):
-    """One output that has become an input."""
+class GeneratedStep(NamedTuple):
+    """One generated output, as the next input."""
 
-    position: int  # after the step that gave it
-    x: Array  # [*features]: a symbol, or the output itself
-
-
-class RolledOut(NamedTuple):
-    """What came of a rollout that is one unit."""
-
-    given: list[Given]
-    position: int  # after it
-    replayed: bool
+    position: int  # the session's position after the step that generated it
+    x: Array  # [*features]: the sampled symbol, or the output itself
 
 
-class Rollouts:
-    """Rolls out sessions.
+class RolloutResult(NamedTuple):
+    """The result of a rollout as one unit."""
+
+    generated: list[GeneratedStep]
+    position: int  # after the rollout
+    replayed: bool  # whether it had been applied before
+
+
+class RolloutRunner:
+    """Runs rollouts.
 
     Args:
-        writer: Changes them.
+        writer: Changes the sessions.
     """
 
     def __init__(self, writer: SessionWriter) -> None:
         self._writer = writer
-        self._newest: dict[tuple[str, str, bytes], object] = {}  # of the streams of one request, the one that goes on
+        # By request, the stream that was started last; it is the only one that may continue.
+        self._newest: dict[tuple[str, str, bytes], object] = {}
 
-    async def run(self, session: Session, wanted: Rollout, position: int | None) -> RolledOut:
-        """Rolls a session out as one unit, in its turn: all of it is applied at the end, or nothing.
+    async def run(self, session: Session, wanted: Rollout, position: int | None) -> RolloutResult:
+        """Runs a rollout as one unit, after the changes that came before: it is applied completely or not at all.
 
         Args:
             session: The session.
-            wanted: What is asked of it.
-            position: Where it is to start from; then it is applied once, however often it is sent.
+            wanted: The rollout.
+            position: Its starting position; with one, the rollout is applied once, however often it is sent.
 
         Raises:
             SessionGone, StepInFlight, PositionConflict, SessionWentBack, NotFinite: As `SessionWriter.submit` does.
-            ModelFailed: No symbol can be drawn from an output.
+            ModelFailed: No symbol can be sampled from an output.
         """
-        key = None if position is None else wanted.request(position)
+        key = None if position is None else wanted.key(position)
 
-        async def attempt(session: Session) -> RolledOut:
+        async def attempt(session: Session) -> RolloutResult:
             engine = session.engine
-            async with self._writer.locked(session, key) as turn:
-                if turn.applied is None:
+            async with self._writer.locked(session, key) as change:
+                if change.applied is None:
                     before = engine.arena.read(session.slot)
-                    given, states = await _rolled(engine, before, wanted, session.position, wanted.steps)
+                    generated, states = await _generate(engine, before, wanted, session.position, wanted.steps)
                     await self._writer.write_state(session, states, key, wanted.moves, before)
-                    return RolledOut(given, session.position, False)
-            applied = turn.applied
-            given, _ = await _rolled(engine, applied.before, wanted, applied.request.position, wanted.steps)
-            return RolledOut(given, applied.reached, True)
+                    return RolloutResult(generated, session.position, False)
+            applied = change.applied
+            generated, _ = await _generate(engine, applied.states_before, wanted, applied.key.position, wanted.steps)
+            return RolloutResult(generated, applied.position_after, True)
 
         return await self._writer.retrying(session, attempt)
 
     async def stream(
         self, session: Session, wanted: Rollout, position: int | None, after: int | None
-    ) -> AsyncGenerator[Given, None]:
-        """Rolls a session out symbol by symbol: each is given when the step that gave it is applied, for good.
+    ) -> AsyncGenerator[GeneratedStep, None]:
+        """Runs a rollout step by step; each output is yielded once the step that generated it is committed.
 
-        Nothing is held between two steps. Another change of the session ends it; so does a newer stream of the same
-        request, which goes on in its place.
+        No lock is held between two steps. Another change of the session ends the stream, and so does a newer stream of
+        the same request, which continues in its place.
 
         Args:
             session: The session.
-            wanted: What is asked of it.
-            position: Where it is to start from. Where part of this very rollout has been applied already, that is
-                computed again from the states before it, and the rest is applied.
-            after: Those at positions up to this one are not given, they are known.
+            wanted: The rollout.
+            position: Its starting position. If part of this rollout is applied already, that part is computed again
+                from the states before it, and the rest is applied.
+            after: Outputs at positions up to this one are not yielded: the client has them.
 
         Raises:
             SessionGone, PositionConflict, SessionWentBack, NotFinite: As `SessionWriter.submit` does.
-            ModelFailed: No symbol can be drawn from an output.
+            ModelFailed: No symbol can be sampled from an output.
         """
         mine = object()
-        key = None if position is None else _key(session, wanted.request(position))
-        if key is not None:
-            self._newest[key] = mine
+        request = None if position is None else _request_of(session, wanted.key(position))
+        if request is not None:
+            self._newest[request] = mine
         try:
-            request, before, given = await self._begun(session, wanted, position)
-            if key is None:
-                self._newest[key := _key(session, request)] = mine
-            for one in given:
+            key, before, generated = await self._start(session, wanted, position)
+            if request is None:
+                self._newest[request := _request_of(session, key)] = mine
+            for one in generated:
                 if after is None or one.position > after:
                     yield one
-            last = given[-1]
-            end = request.position + wanted.moves
+            last = generated[-1]
+            end = key.position + wanted.moves
             while last.position < end:
-                if self._newest.get(key) is not mine:
+                if self._newest.get(request) is not mine:
                     raise PositionConflict(
-                        "Last-Event-ID: the stream was asked for again meanwhile, and goes on there: read that one",
+                        "Last-Event-ID: the stream was requested again and continues there: read the newer one",
                         position=session.position,
                     )
-                session, last = await self._next(session, wanted, request, before, last)
+                session, last = await self._commit_one(session, wanted, key, before, last)
                 if after is None or last.position > after:
                     yield last
         finally:
-            if key is not None and self._newest.get(key) is mine:
-                del self._newest[key]
+            if request is not None and self._newest.get(request) is mine:
+                del self._newest[request]
 
-    async def _begun(
+    async def _start(
         self, session: Session, wanted: Rollout, position: int | None
-    ) -> tuple[Request, States, list[Given]]:
-        """Takes x, or finds it taken; gives the request, the states before it, and what it has given so far."""
-        asked = None if position is None else wanted.request(position)
+    ) -> tuple[IdempotencyKey, States, list[GeneratedStep]]:
+        """Feeds x, unless it was applied before; returns the key, the states before, and the outputs so far."""
+        asked = None if position is None else wanted.key(position)
 
-        async def attempt(session: Session) -> tuple[Request, States, list[Given]]:
+        async def attempt(session: Session) -> tuple[IdempotencyKey, States, list[GeneratedStep]]:
             engine = session.engine
-            async with self._writer.locked(session, asked, waits=True) as turn:
-                if turn.applied is None:
-                    request, before = wanted.request(session.position), engine.arena.read(session.slot)
-                    advance = self._writer.enqueue_part(session, turn, wanted.x, request, before)
-            if turn.applied is not None:
-                assert turn.applied.before is not None
-                start = turn.applied.request.position
-                steps = turn.applied.reached - start - len(wanted.x) + 1
-                given, _ = await _rolled(engine, turn.applied.before, wanted, start, steps)
-                return turn.applied.request, turn.applied.before, given
-            y = (await advance.awaited)[0, -1]
-            return request, before, [_given(session.model, wanted, y, request.position + len(wanted.x))]
+            async with self._writer.locked(session, asked, waits=True) as change:
+                if change.applied is None:
+                    key, before = wanted.key(session.position), engine.arena.read(session.slot)
+                    item = self._writer.enqueue_part(session, change, wanted.x, key, before)
+            if change.applied is not None:
+                assert change.applied.states_before is not None
+                start = change.applied.key.position
+                steps = change.applied.position_after - start - len(wanted.x) + 1
+                generated, _ = await _generate(engine, change.applied.states_before, wanted, start, steps)
+                return change.applied.key, change.applied.states_before, generated
+            y = (await item.awaited)[0, -1]
+            return key, before, [_choose_next(session.model, wanted, y, key.position + len(wanted.x))]
 
         return await self._writer.retrying(session, attempt)
 
-    async def _next(
-        self, session: Session, wanted: Rollout, request: Request, before: States, last: Given
-    ) -> tuple[Session, Given]:
-        """Takes what was given last; gives the session, as it is to be found now, and what comes next."""
+    async def _commit_one(
+        self, session: Session, wanted: Rollout, key: IdempotencyKey, before: States, last: GeneratedStep
+    ) -> tuple[Session, GeneratedStep]:
+        """Feeds the last output back and commits that step; returns the session, looked up again, and the next one."""
 
-        async def attempt(session: Session) -> tuple[Session, Given]:
-            async with self._writer.locked(session, Request(last.position, b""), waits=True) as turn:
-                if session.applied is None or session.applied.request != request:
+        async def attempt(session: Session) -> tuple[Session, GeneratedStep]:
+            async with self._writer.locked(session, IdempotencyKey(last.position, b""), waits=True) as change:
+                if session.applied is None or session.applied.key != key:
                     raise PositionConflict(
-                        "position: the session has another history than the rollout: start from where it is",
+                        "position: the session has been changed by others than this rollout: continue from its "
+                        "current position",
                         position=session.position,
                     )
-                advance = self._writer.enqueue_part(session, turn, last.x[None], request, before)
-            y = (await advance.awaited)[0, -1]
-            return session, _given(session.model, wanted, y, last.position + 1)
+                item = self._writer.enqueue_part(session, change, last.x[None], key, before)
+            y = (await item.awaited)[0, -1]
+            return session, _choose_next(session.model, wanted, y, last.position + 1)
 
         return await self._writer.retrying(session, attempt)
 
 
-async def _rolled(
+async def _generate(
     engine: Engine, before: States | None, wanted: Rollout, start: int, steps: int
-) -> tuple[list[Given], States]:
-    """Rolls a copy of states out, so many steps of what is asked; gives what it gave, and the states then."""
+) -> tuple[list[GeneratedStep], States]:
+    """Runs `steps` of a rollout on a copy of states; returns its outputs, and the states after them."""
     with engine.scratch([before]) as slots:
-        x, position, given = wanted.x, start, list[Given]()
-        while len(given) < steps:
+        x, position, generated = wanted.x, start, list[GeneratedStep]()
+        while len(generated) < steps:
             y = (await engine.submit(slots, x[None], False).awaited)[0, -1]
             position += len(x)
-            given.append(_given(engine.model, wanted, y, position))
-            x = given[-1].x[None]
-        return given, engine.arena.read(int(slots[0]))
+            generated.append(_choose_next(engine.model, wanted, y, position))
+            x = generated[-1].x[None]
+        return generated, engine.arena.read(int(slots[0]))
 
 
-def _given(model: Model, wanted: Rollout, y: Array, position: int) -> Given:
-    """Makes the next input of an output."""
+def _choose_next(model: Model, wanted: Rollout, y: Array, position: int) -> GeneratedStep:
+    """Turns an output into the next input."""
     if wanted.sampling is None:
-        return Given(position, y.copy())
+        return GeneratedStep(position, y.copy())
     spec = model.runtime.signature.inputs[0]
     assert spec.bounds is not None
-    place = draw(y, model.document.rollout == "logits", wanted.sampling, position)
-    return Given(position, np.array(spec.bounds[0] + place, spec.dtype))
+    index = sample(y, model.document.rollout == "logits", wanted.sampling, position)
+    return GeneratedStep(position, np.array(spec.bounds[0] + index, spec.dtype))
 
 
-def _key(session: Session, request: Request) -> tuple[str, str, bytes]:
-    return session.owner, session.id, request.digest
+def _request_of(session: Session, key: IdempotencyKey) -> tuple[str, str, bytes]:
+    return session.owner, session.id, key.digest

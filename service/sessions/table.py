@@ -18,7 +18,7 @@ class SessionTable:
     """All sessions that have a slot here, by owner and id, and by engine and slot.
 
     Args:
-        idle_seconds: A session that is not used for so long is idle.
+        idle_seconds: A session that is not used for this long counts as idle.
         clock: Returns seconds.
     """
 
@@ -28,21 +28,21 @@ class SessionTable:
         self.live: dict[str, Session] = {}  # by `key_of`
         self.by_slot: dict[Engine, dict[int, Session]] = {}
         self.locks: dict[Engine, SessionLocks] = {}
-        self.numbers: dict[Engine, int] = {}  # in the order of by_slot; none is used twice
-        self.endings = 0  # sessions that have left the table, so far
+        self.numbers: dict[Engine, int] = {}  # ascending in the order of by_slot; never reused
+        self.ended_count = 0  # sessions that have left the table so far
         self._engines = itertools.count()
 
     def __len__(self) -> int:
         return len(self.live)
 
     def register(self, engine: Engine) -> None:
-        """Takes charge of an engine's sessions."""
+        """Adds an engine, whose sessions can be added then."""
         self.by_slot[engine] = {}
         self.locks[engine] = SessionLocks(engine.arena)
         self.numbers[engine] = next(self._engines)
 
     def unregister(self, engine: Engine) -> None:
-        """Lets go of an engine that has no sessions."""
+        """Removes an engine that has no sessions."""
         del self.by_slot[engine], self.locks[engine], self.numbers[engine]
 
     def add(self, session: Session) -> Session:
@@ -51,34 +51,34 @@ class SessionTable:
         return session
 
     def remove(self, session: Session) -> None:
-        """Removes a session and frees its slot; whoever waits for its lock finds that it has ended."""
+        """Removes a session and frees its slot; those that wait for its lock are woken and find it ended."""
         arena, slot = session.engine.arena, session.slot
         session.alive = False
-        self.endings += 1
+        self.ended_count += 1
         del self.live[key_of(session.owner, session.id)], self.by_slot[session.engine][slot]
-        arena.used[slot] = np.inf
+        arena.last_used[slot] = np.inf
         self.locks[session.engine].discard(slot)
-        arena.give_back(session.slots)
+        arena.release(session.slots)
 
     def touch(self, session: Session) -> None:
-        """Counts as using a session, as stepping it does."""
-        session.engine.arena.used[session.slot] = self.clock()
+        """Records that a session was used."""
+        session.engine.arena.last_used[session.slot] = self.clock()
 
     def touch_slots(self, engine: Engine, slots: Slots) -> None:
-        """Counts as using the sessions in some slots."""
-        engine.arena.used[slots] = self.clock()
+        """Records that the sessions in slots were used."""
+        engine.arena.last_used[slots] = self.clock()
 
     def idle(self) -> Iterator[Session]:
-        """Yields the sessions that have been idle for too long and are not locked."""
+        """Yields the sessions that are idle and not locked."""
         now = self.clock()
         for engine, sessions in self.by_slot.items():
             arena = engine.arena
-            for slot in np.flatnonzero((arena.used <= now - self.idle_seconds) & ~arena.held).tolist():
+            for slot in np.flatnonzero((arena.last_used <= now - self.idle_seconds) & ~arena.locked).tolist():
                 yield sessions[slot]
 
     def longest_idle(self, engine: Engine) -> Session | None:
-        """Returns the unlocked session of an engine that has not been used for the longest time."""
+        """Returns the unlocked session of an engine that was not used for the longest time."""
         arena = engine.arena
-        idle = np.where(arena.held, np.inf, arena.used)
+        idle = np.where(arena.locked, np.inf, arena.last_used)
         slot = int(np.argmin(idle))
         return self.by_slot[engine][slot] if np.isfinite(idle[slot]) else None

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cellserve.models.signature import Signature, TensorSpec
 from cellserve.service.errors import InvalidInput
-from cellserve.service.runtime.tensor_layout import Layout
+from cellserve.service.runtime.tensor_layout import TensorLayout
 from cellserve.service.validation.json_errors import explain_parse_error, explain_validation_error
 from cellserve.service.validation.tensor_values import FLOAT32_MAX, array_of, bounds_of, describe_step, state_of
 
@@ -112,7 +112,7 @@ class TensorDecoder:
         self.states_spec = {state.name: state for state in signature.states}
         self._inputs = {spec.name: InputDecoder(spec) for spec in signature.inputs}
         self._only = next(iter(self._inputs.values())) if len(self._inputs) == 1 else None
-        self._layout = Layout(signature.inputs)
+        self._layout = TensorLayout(signature.inputs)
         spec = signature.inputs[0]
         self._flat = self._only.flat if self._only else None
         # The bounds of a model's symbols, if it takes one integer per time step.
@@ -198,7 +198,7 @@ class TensorDecoder:
                 f"{place}: the inputs differ in time steps ({told}): send as many of each, or none with a time axis",
                 place=place,
             )
-        return self._layout.join([array for array, _ in read.values()]), "none" in times.values()
+        return self._layout.pack([array for array, _ in read.values()]), "none" in times.values()
 
     def states(self, raw: msgspec.Raw, count: int) -> list[dict[str, Array] | None]:
         """Decodes `states` of a prediction: per sequence `{tensor: array}`, or null for zeros."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cellserve.models.signature import StateSpec, TensorSpec
 from cellserve.service.errors import InvalidInput
-from cellserve.service.runtime.tensor_layout import Layout
+from cellserve.service.runtime.tensor_layout import TensorLayout
 
 Array = NDArray[Any]
 
@@ -52,12 +52,12 @@ def validate(array: Array, spec: TensorSpec | StateSpec, place: str, skipped: in
     _out_of_bounds(int(array[where]), spec, place)
 
 
-def validate_together(array: Array, layout: Layout, place: str) -> Array:
+def validate_together(array: Array, layout: TensorLayout, place: str) -> Array:
     """Validates all inputs in one array, as `validate` does."""
     if array.dtype.names is None:
         return validate(array, layout.specs[0], place)
     named = ((array[spec.name], spec, f"{place}[{json.dumps(spec.name)}]") for spec in layout.specs)
-    return layout.join([validate(*one) for one in named])
+    return layout.pack([validate(*one) for one in named])
 
 
 def array_of(values: list[Any], spec: TensorSpec, place: str, single: bool = False) -> Array:

@@ -20,10 +20,11 @@ def kinds(kind: type[served.Problem]) -> Iterator[type[served.Problem]]:
 @pytest.mark.parametrize("kind", list(kinds(served.Problem)), ids=lambda kind: kind.__name__)
 def test_every_problem_of_the_server_has_an_exception_class(kind: type[served.Problem]) -> None:
     answered = kind.__new__(kind)
-    served.Problem.__init__(answered, "what was wrong", place="x")  # Stale has a detail of its own
+    served.Problem.__init__(answered, "what was wrong", place="x")  # StaleSession has a detail of its own
     problem = errors.problem_of(json.loads(answered.document()), 3)
     by_status = errors._BY_STATUS.get(kind.status, errors.ServerProblem if kind.status >= 500 else errors.Problem)
-    assert type(problem) is getattr(errors, kind.__name__, by_status)
+    name = "".join(map(str.capitalize, kind.kind().split("-")))
+    assert type(problem) is getattr(errors, name, by_status)
     assert (problem.status, problem.title, problem.detail) == (kind.status, kind.title, "what was wrong")
     assert (problem.extensions, problem.retry_after) == ({"place": "x"}, 3)
 

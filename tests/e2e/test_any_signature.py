@@ -16,8 +16,8 @@ import tritonclient.http as triton
 from websockets.sync.client import ClientConnection
 
 from cellserve.service.api.inference.tensors import DATATYPES
-from cellserve.service.runtime.batch_invariance import draw
-from cellserve.service.runtime.tensor_layout import Layout, parts
+from cellserve.service.runtime.batch_invariance import random_inputs
+from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
 from tests import foreign
 from tests.e2e.helpers import ask
 from tests.kinds import KINDS, SYMBOLS, by_hand
@@ -59,7 +59,7 @@ def same(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_in_chunks_give_one_run_over_the_sequence_and_the_graph_run_by_hand(server: Server, kind: str) -> None:
     made, told = KINDS[kind]
-    x, _ = draw(told, 3, STEPS, np.random.default_rng(5))
+    x, _ = random_inputs(told, 3, STEPS, np.random.default_rng(5))
     lengths = (STEPS, 4, 6)
     sequences = [as_json(row[:length]) for row, length in zip(x, lengths, strict=True)]
     with server.client() as client:
@@ -94,8 +94,8 @@ def test_steps_in_chunks_give_one_run_over_the_sequence_and_the_graph_run_by_han
 @pytest.mark.parametrize("kind", ["frames", "letters", "symbols", "deep-1", "counting"])
 def test_json_safetensors_and_frames_give_the_same_outputs(server: Server, stream: ClientConnection, kind: str) -> None:
     told = KINDS[kind][1]
-    x, _ = draw(told, 4, 3, np.random.default_rng(6))
-    inputs, outputs = Layout(told.inputs), Layout(told.outputs)
+    x, _ = random_inputs(told, 4, 3, np.random.default_rng(6))
+    inputs, outputs = TensorLayout(told.inputs), TensorLayout(told.outputs)
     one = len(told.inputs) == 1
     tensors = {"x" if one else s.name: (x if one else x[s.name].copy()) for s in told.inputs}
     joined = {name: np.concatenate(list(tensor)) for name, tensor in tensors.items()}
@@ -120,7 +120,7 @@ def test_json_safetensors_and_frames_give_the_same_outputs(server: Server, strea
     assert isinstance(message, bytes)
     y = np.frombuffer(message, outputs.dtype, offset=16 + 12 * 4).reshape(4, 3, *outputs.shape)
     for row, wanted in enumerate(answers):
-        same(outputs.named(y[row]), wanted)
+        same(outputs.to_json(y[row]), wanted)
     single = ask(stream, op="step", session=0, x=at(as_json(x[1]), 0))
     assert single["position"] == 4
 
@@ -251,7 +251,7 @@ def test_a_repeated_step_of_any_kind_is_answered_again_after_a_restart(
     server = serve("--models", str(kinds), *kept)
     with server.client() as client:
         for kind in ("letters", "symbols", "deep-1", "counting"):
-            x, _ = draw(KINDS[kind][1], 1, 300, np.random.default_rng(7))
+            x, _ = random_inputs(KINDS[kind][1], 1, 300, np.random.default_rng(7))
             for length in (2, 300):  # the answer is kept, or made again where it would be large
                 session = client.post("/sessions", json={"model": kind}).json()["session"]
                 body = {"x": as_json(x[0, :length]), "outputs": "all", "position": 0}
@@ -318,8 +318,8 @@ def test_a_model_that_cannot_be_stepped_predicts_and_says_why_there_are_no_sessi
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_inference_protocol_takes_and_gives_each_tensor_by_its_name(server: Server, kind: str) -> None:
     _, told = KINDS[kind]
-    x, _ = draw(told, 1, STEPS, np.random.default_rng(8))
-    names = dict(zip((spec.name for spec in told.inputs), parts(x), strict=True))
+    x, _ = random_inputs(told, 1, STEPS, np.random.default_rng(8))
+    names = dict(zip((spec.name for spec in told.inputs), unpack(x), strict=True))
 
     def infer(steps: slice, **parameters: Any) -> dict[str, Any]:
         tensors = []
@@ -347,7 +347,7 @@ def test_the_inference_protocol_takes_and_gives_each_tensor_by_its_name(server: 
 
 
 def test_several_tensors_of_the_inference_protocol_are_matched_by_name_and_checked(server: Server) -> None:
-    x, _ = draw(SYMBOLS, 2, 3, np.random.default_rng(10))
+    x, _ = random_inputs(SYMBOLS, 2, 3, np.random.default_rng(10))
     tensors = [("symbol", "INT64", x["symbol"]), ("level", "FP32", x["level"])]
     inputs: list[dict[str, Any]] = [
         {"name": n, "datatype": d, "shape": t.shape, "data": t.ravel().tolist()} for n, d, t in tensors

@@ -15,7 +15,7 @@ from cellserve import AsyncClient, Client, Retry
 from cellserve.errors import CannotBeStepped, InvalidInput, SessionExists, StepsFailed, UnknownModel
 from cellserve.export.publish import repository_writer
 from cellserve.models.signature import MODEL_NAME
-from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.batch_invariance import random_inputs
 from tests import foreign
 from tests.faulty_proxy import FaultyProxy
 from tests.kinds import FRAMES, KINDS, LETTERS
@@ -40,7 +40,7 @@ def client(server: Server) -> Iterator[Client]:
 
 def drawn(kind: str, rows: int = ROWS, seed: int = 5) -> Any:
     """Inputs `[rows, STEPS, ...]` as a client gives them: an array, or a dict of several."""
-    x, _ = draw(KINDS[kind][1], rows, STEPS, np.random.default_rng(seed))
+    x, _ = random_inputs(KINDS[kind][1], rows, STEPS, np.random.default_rng(seed))
     return x if x.dtype.names is None else {name: x[name].copy() for name in x.dtype.names}
 
 

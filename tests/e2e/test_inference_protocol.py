@@ -336,7 +336,7 @@ def test_a_stream_continues_after_a_bad_request(both: Server) -> None:
             told = [came.get(timeout=30) for _ in range(3)]
             client.plain.stop_stream()
             assert sorted(str(error)[:40] for _, error in told if error) == [
-                "model: there is none named 'nobody': send"[:40],
+                "model: there is no model 'nobody': send one of"[:40],
                 "sequence '404' of model 'rnn' is unknown: send"[:40],
             ]
             assert [

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cellserve import AsyncClient, Client
-from cellserve.service.sessions.sampling import Sampling, draw
+from cellserve.service.sessions.sampling import Sampling, sample
 from tests.budgets import examples
 from tests.e2e.helpers import create, problem_kind
 from tests.helpers import until
@@ -68,7 +68,7 @@ def by_hand(client: httpx.Client, session: str, steps: int, sampling: Sampling, 
     x, drawn = [labels.index(letter) for letter in text], ""
     while len(drawn) < steps:
         answer = client.post(f"/sessions/{session}/step", json={"x": x, "outputs": "last"}).json()
-        x = [draw(np.array(answer["y"], np.float32), False, sampling, answer["position"])]
+        x = [sample(np.array(answer["y"], np.float32), False, sampling, answer["position"])]
         drawn += labels[x[0]]
     return drawn
 

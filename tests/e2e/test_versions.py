@@ -121,7 +121,7 @@ def test_every_session_keeps_its_version_when_a_new_one_arrives_under_load(model
         until_states(client, "lstm", {2: "serving", 1: "available"})
     assert server.stop() == 0
     log = server.log[-1]
-    assert "lstm version 2 serves from now on, in place of 1" in log
+    assert "lstm version 2 serves new sessions now, instead of 1" in log
     assert "lstm version 1 is unloaded" in log
     assert "ERROR" not in log
 
@@ -180,10 +180,10 @@ def test_a_broken_version_is_reported_in_models_and_once_in_the_log_and_removing
     with server.client() as client:
         until_states(client, "lstm", {3: "refused", 2: "refused", 1: "serving"})
         assert MANIFEST_NAME in versions(client)[2]["reason"]
-        assert "no ONNX file" in versions(client)[3]["reason"]
+        assert "not an ONNX file" in versions(client)[3]["reason"]
         assert client.post("/predict", json=body).json()["version"] == 1
         answer = client.get("/models/lstm:3")
-        assert (answer.status_code, "no ONNX file" in answer.json()["detail"]) == (404, True)
+        assert (answer.status_code, "not an ONNX file" in answer.json()["detail"]) == (404, True)
         add_version(models, "lstm", 4)
         until_states(client, "lstm", {4: "serving", 3: "refused", 2: "refused", 1: "available"})
         assert client.post("/predict", json=body).json()["outputs"][0] == truth(models / "lstm/4", x)

@@ -19,7 +19,8 @@ from cellserve.export.adopt.state_matching import Port, find_pairs
 from cellserve.export.cli.adopt import main
 from cellserve.export.errors import ExportError
 from cellserve.models.signature import Signature
-from cellserve.service.model_repository.repository import Model, load
+from cellserve.service.model_repository.model import Model
+from cellserve.service.model_repository.repository import load
 from cellserve.service.runtime.onnx_model import RuntimeOptions
 from tests import foreign
 from tests.foreign import FLOAT, INT64

@@ -35,7 +35,7 @@ from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.onnx_graph import operators
 from cellserve.models.cells import LSTMCell, RNNCell
 from cellserve.models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
-from cellserve.service.runtime.batch_invariance import SHORT
+from cellserve.service.runtime.batch_invariance import QUICK_PLAN
 from cellserve.service.runtime.onnx_model import Runtime
 
 CELLS: dict[str, Callable[[int], Any]] = {
@@ -173,7 +173,7 @@ def test_versions_count_on_and_are_never_written_over(tmp_path: Path) -> None:
 def test_a_next_version_with_another_signature_warns_and_one_with_the_same_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(candidates, "WHOLE", SHORT)
+    monkeypatch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
     told = []
     for units in (3, 3, 4):  # a layer named by Keras: `rnn`, `rnn_1`...
         sequential(layers.RNN(RNNCell(units)), layers.Dense(2)).save(tmp_path / "mine.keras")
@@ -202,7 +202,7 @@ def test_the_manifest_names_every_file_by_its_digest(tmp_path: Path) -> None:
 def test_what_tf2onnx_makes_of_the_network_is_called_what_it_is(
     layer: Any, operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(candidates, "WHOLE", SHORT)
+    monkeypatch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
     sequential(layer).save(tmp_path / "mine.keras")
     assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path)]) == 0
     assert operator in " ".join(capsys.readouterr().out.split())
@@ -398,7 +398,7 @@ def test_labels_of_a_card_are_checked_too(tmp_path: Path) -> None:
 
 
 def test_what_is_said_of_a_model_wins_over_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "WHOLE", SHORT)
+    monkeypatch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
     sequential(layers.RNN(RNNCell(3), return_sequences=True)).save(tmp_path / "mine.keras")
     (tmp_path / "mine.card.json").write_text(json.dumps({"description": "of the card", "default_output": "all"}))
     command = [str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path)]

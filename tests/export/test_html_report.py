@@ -23,7 +23,7 @@ from cellserve.export.exporter import REPORT_NAME, Request, export, network_of
 from cellserve.export.report.network_svg import draw
 from cellserve.models.cells import LSTMCell
 from cellserve.models.signature import MODEL_NAME
-from cellserve.service.runtime.batch_invariance import SHORT
+from cellserve.service.runtime.batch_invariance import QUICK_PLAN
 from cellserve.service.runtime.onnx_model import Runtime
 
 HOSTILE = "<img src=x onerror=\"alert(1)\"> & 'more'"
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     y = np.asarray(model(x))[:, -1].argmax(axis=-1)
     np.savez(home / "test.npz", x=x, lengths=np.full(20, 6, np.int32), y=y)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidates, "WHOLE", SHORT)
+        patch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
         yield export(Request(path, "mine", home / "artifacts", data=home / "test.npz"), Console(quiet=True))
 
 

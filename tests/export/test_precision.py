@@ -25,7 +25,7 @@ from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.verify.evaluation import TestData
 from cellserve.models.cells import LSTMCell
 from cellserve.models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument
-from cellserve.service.runtime.batch_invariance import SHORT, prove
+from cellserve.service.runtime.batch_invariance import QUICK_PLAN, check_batch_invariance
 from cellserve.service.runtime.onnx_model import Runtime
 
 UNITS, CLASSES, STEPS, SEQUENCES = 24, 3, 20, 200
@@ -34,7 +34,7 @@ UNITS, CLASSES, STEPS, SEQUENCES = 24, 3, 20, 200
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves with the service's effort: the whole one takes its seconds for each of many forms."""
-    monkeypatch.setattr(candidates, "WHOLE", SHORT)
+    monkeypatch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
 
 
 def saved(folder: Path, model: Any) -> tuple[Path, Path]:
@@ -94,7 +94,7 @@ def test_all_but_those_that_onnx_runtime_scales_by_the_batch_are_exact_and_near(
                 # ONNX Runtime's own was seen 0.13 off on a processor with AVX2 and without VNNI.
                 most = 0.2 if scheme.name == "DynamicQuantizeLSTM" else 0.1
                 assert 0 < off < most * np.abs(true).max(), scheme.name
-                exact.setdefault(scheme.name, set()).add(prove([runtime], SHORT).proved)
+                exact.setdefault(scheme.name, set()).add(check_batch_invariance([runtime], QUICK_PLAN).proved)
     if precision == "int8":
         assert exact.pop("DynamicQuantizeLSTM") == {False}
     else:

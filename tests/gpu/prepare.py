@@ -31,7 +31,7 @@ from cellserve.export.keras_model.load import load, with_dtype  # noqa: E402
 from cellserve.export.keras_model.step_network import StatefulNetwork  # noqa: E402
 from cellserve.export.publish import repository_writer  # noqa: E402
 from cellserve.models.cells import LSTMCell  # noqa: E402
-from cellserve.service.runtime.batch_invariance import SHORT, draw, prove  # noqa: E402
+from cellserve.service.runtime.batch_invariance import QUICK_PLAN, check_batch_invariance, random_inputs  # noqa: E402
 from cellserve.service.runtime.onnx_model import Runtime  # noqa: E402
 
 FEATURES, OUTPUTS, SEED = 16, 4, 1024
@@ -88,7 +88,7 @@ def write_large(folder: Path, units: int) -> None:
         graph, step = build(network, network.signature, operators)
         name, step = (f"lstm-{units}", None) if operators else (f"lstm-{units}-scan", step)
         told = ModelDocument(name=name, signature=network.signature, form=form, exactness=NOT_PROVED)
-        exactness = prove([open_model(graph, step, told)], SHORT)
+        exactness = check_batch_invariance([open_model(graph, step, told)], QUICK_PLAN)
         print(f"{name} ({form}): {exactness.why}")
         write(folder, told.model_copy(update={"exactness": exactness}), {MODEL_NAME: graph, STEP_NAME: step})
         keep_reference(folder, name, reference)
@@ -114,7 +114,7 @@ def keep_reference(folder: Path, name: str, reference: Reference) -> None:
 
 def keras_run(network: StatefulNetwork) -> Reference:
     """Runs a network with Keras over random inputs from random states, in float32 and in float64."""
-    x, states = draw(network.signature, ROWS, STEPS, np.random.default_rng(SEED))
+    x, states = random_inputs(network.signature, ROWS, STEPS, np.random.default_rng(SEED))
     y, final = _run(network, x, states)
     wide = StatefulNetwork(with_dtype(network.model, "float64"))
     exact_y, exact_final = _run(wide, _wide(x), [_wide(state) for state in states])

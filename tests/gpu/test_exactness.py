@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cellserve import Client
-from cellserve.service.runtime.batch_invariance import SHORT, WHOLE, draw, prove
+from cellserve.service.runtime.batch_invariance import FULL_PLAN, QUICK_PLAN, check_batch_invariance, random_inputs
 from cellserve.service.runtime.onnx_model import Provider, Runtime
 from cellserve.service.settings import Settings
 from tests.gpu.conftest import Open
@@ -19,12 +19,12 @@ from tests.server import Server
 
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256)
 CHUNKS = (1, 2, 3, 4, 8, 16, 32)
-EFFORTS = {"at every start": SHORT.up_to(Settings().max_batch), "whole": WHOLE}
+EFFORTS = {"at every start": QUICK_PLAN.up_to(Settings().max_batch), "whole": FULL_PLAN}
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_the_proof_is_run(name: str, effort: str, provider: Provider, opened: Open, report: Report) -> None:
-    exactness = prove([opened(name, provider)], EFFORTS[effort])
+    exactness = check_batch_invariance([opened(name, provider)], EFFORTS[effort])
     report.row(
         "The proof of batch invariance",
         {"model": name, "proof": effort, "exact": exactness.proved, "why": exactness.why},
@@ -36,7 +36,7 @@ def test_which_shapes_of_a_run_give_the_same_bits_is_told(
 ) -> None:
     runtime = opened(name, provider)
     rng = np.random.default_rng(3)
-    x, states = draw(runtime.signature, max(BATCHES), max(CHUNKS), rng)
+    x, states = random_inputs(runtime.signature, max(BATCHES), max(CHUNKS), rng)
 
     def by_batch(rows: int) -> bytes:
         """The first row's bits after one step, in a batch of so many rows."""
@@ -72,7 +72,7 @@ def test_the_same_run_gives_the_same_bits_again(
     name: str, shape: tuple[int, int], provider: Provider, opened: Open
 ) -> None:
     runtime = opened(name, provider)
-    x, states = draw(runtime.signature, *shape, np.random.default_rng(4))
+    x, states = random_inputs(runtime.signature, *shape, np.random.default_rng(4))
     assert len({first_row(*run(runtime, x, states)) for _ in range(50)}) == 1
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cellserve import Client
-from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.batch_invariance import random_inputs
 from cellserve.service.runtime.onnx_model import Provider
 from tests.gpu.conftest import Open
 from tests.gpu.references import Array, Reference
@@ -27,7 +27,7 @@ def test_sessions_stepped_in_chunks_among_others_give_the_bits_of_one_run(
     name: str, folder: Path, provider: Provider, server: Server, opened: Open, reference: Reference, report: Report
 ) -> None:
     signature = opened(name, provider).signature
-    x, states = draw(signature, SESSIONS, STEPS, np.random.default_rng(6))
+    x, states = random_inputs(signature, SESSIONS, STEPS, np.random.default_rng(6))
     called = [spec.name for spec in signature.states]
     begun = [dict(zip(called, (state[row] for state in states), strict=True)) for row in range(SESSIONS)]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.runtime.batch_invariance import random_inputs
 from cellserve.service.runtime.onnx_model import Provider, Runtime
 from tests.gpu.conftest import Open
 from tests.gpu.report import Report
@@ -49,7 +49,7 @@ def test_steps_a_second_are_measured(name: str, steps: int, provider: Provider, 
 
 def measured(runtime: Runtime, rows: int, steps: int) -> float:
     """Gives the seconds of a run of this shape, the fastest of what a quarter of a second has room for."""
-    x, states = draw(runtime.signature, rows, steps, np.random.default_rng(8))
+    x, states = random_inputs(runtime.signature, rows, steps, np.random.default_rng(8))
     lengths = np.full(rows, steps, np.int32)
     best = timed(lambda: runtime.run(x, lengths, states))  # the first run of a shape also allocates
     end = time.perf_counter() + SECONDS

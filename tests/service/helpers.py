@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from cellserve.models.signature import Exactness, Signature, StateSpec, TensorSpec
 from cellserve.service.engine.engine import Engine
-from cellserve.service.model_manager import Versions, VersionState
+from cellserve.service.model_manager import ModelManager, VersionState
 from cellserve.service.model_repository.repository import Repository
 from cellserve.service.runtime.onnx_model import RuntimeOptions
-from cellserve.service.runtime.tensor_layout import Layout
+from cellserve.service.runtime.tensor_layout import TensorLayout
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.table import SessionTable
 from cellserve.service.sessions.writer import SessionWriter
@@ -66,7 +66,8 @@ class Model:
         self.name, self.version, self.digest = "halving", 1, "0" * 64
         self.runtime = Halving()
         self.exactness = Exactness(proved=exact, why="")
-        self.inputs, self.outputs = Layout(self.runtime.signature.inputs), Layout(self.runtime.signature.outputs)
+        signature = self.runtime.signature
+        self.inputs, self.outputs = TensorLayout(signature.inputs), TensorLayout(signature.outputs)
 
 
 def halving(engine: Engine) -> Halving:
@@ -106,18 +107,18 @@ def machinery(
 class Served:
     """A repository whose versions are served, without a server."""
 
-    def __init__(self, models: Path, most_old: int = 8, max_bytes: int = 10**9) -> None:
+    def __init__(self, models: Path, max_old: int = 8, max_bytes: int = 10**9) -> None:
         self.now = 0.0
         self.thread = ThreadPoolExecutor(1)
         settings = Settings(max_batch=4, quantum=8, max_sessions=100)
         self.store = MemoryStore(SessionTable(1e9, lambda: self.now), 100, 1e9)
         self.writer = SessionWriter(self.store)
         ticks = ThreadPoolExecutor(1)
-        self.versions = Versions(
+        self.versions = ModelManager(
             Repository(models, RuntimeOptions("cpu"), 4, max_bytes),
             lambda model: Engine(model, settings, ticks),
             self.store.table,
-            most_old,
+            max_old,
             self.thread,
             lambda: self.now,
         )

@@ -61,7 +61,7 @@ def test_any_chunks_in_any_company_give_the_bits_of_one_run(
 
     asyncio.run(everyone())
     assert engine.queued == 0
-    assert engine.arena.taken == 0
+    assert engine.arena.in_use == 0
     runs = halving(engine).runs
     assert max(rows for rows, _ in runs) <= max(1, max_batch)
     assert max(steps for _, steps in runs) <= quantum
@@ -336,4 +336,4 @@ def test_changes_of_a_session_come_one_by_one_in_order_of_arrival(make: Make, ac
         assert got == [[float(np.float32(value)) for value in values] for values in expected]
 
     asyncio.run(scenario())
-    assert not store.table.locks[engine]._queues
+    assert store.table.locks[engine].contended == 0

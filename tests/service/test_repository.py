@@ -19,7 +19,8 @@ from onnx import helper
 
 from cellserve.models.signature import MANIFEST_NAME, METADATA_KEY, MODEL_NAME
 from cellserve.service.errors import Problem, RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
-from cellserve.service.model_repository.repository import BrokenModel, VersionKey
+from cellserve.service.model_repository.model import VersionKey
+from cellserve.service.model_repository.repository import BrokenModel
 from cellserve.service.sessions.session import Session
 from tests.service.helpers import Served
 from tests.service.model_files import with_external_data
@@ -64,13 +65,13 @@ def unknown_operator(proto: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (lambda model: b"not a model", "no ONNX file"),
+        (lambda model: b"not a model", "not an ONNX file"),
         (lambda model: b"", "metadata"),
-        (lambda model: model.read_bytes()[:-50], "no ONNX file"),
+        (lambda model: model.read_bytes()[:-50], "not an ONNX file"),
         (lambda model: changed(model, metadata_of("{")), "metadata is damaged"),
         (lambda model: changed(model, metadata_of("{}")), "name"),
         (lambda model: changed(model, metadata_of("[" * 100_000)), "metadata is damaged"),
-        (lambda model: changed(model, rolling_out), "it says rollout 'logits'"),
+        (lambda model: changed(model, rolling_out), "it declares rollout 'logits'"),
         (lambda model: changed(model, renamed_input), "signature"),
         (lambda model: changed(model, custom), "custom.ops.Steal"),
         (lambda model: changed(model, unknown_operator), "NoSuchThing"),
@@ -94,7 +95,7 @@ def test_a_model_file_that_cannot_be_served_is_refused_and_the_version_before_it
     # The same at the start.
     assert Served(models, max_bytes=1_000_000).serving() == {"rnn": 1}
     with pytest.raises(UnknownModel, match="refused"):
-        served.versions.named("rnn:2")
+        served.versions.resolve("rnn:2")
 
 
 def replaced_by_a_pipe(folder: Path) -> None:
@@ -105,14 +106,14 @@ def replaced_by_a_pipe(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda folder: (folder / MANIFEST_NAME).unlink(), "has not been copied yet"),
+        (lambda folder: (folder / MANIFEST_NAME).unlink(), "is still being copied"),
         (lambda folder: (folder / MANIFEST_NAME).write_text("{"), "is not {"),
         (lambda folder: (folder / MANIFEST_NAME).write_text('{"files": 3}'), "is not {"),
         (lambda folder: (folder / MANIFEST_NAME).write_text('{"files": {}}'), "does not list"),
         (lambda folder: (folder / MANIFEST_NAME).write_bytes(b"\xff\xfe\xfa"), "is not {"),
-        (lambda folder: (folder / MODEL_NAME).unlink(), "has not been copied yet"),
+        (lambda folder: (folder / MODEL_NAME).unlink(), "is still being copied"),
         (replaced_by_a_pipe, "is not a file"),
-        (lambda folder: (folder / MODEL_NAME).write_bytes(b"\0" + (folder / MODEL_NAME).read_bytes()), "changed or"),
+        (lambda folder: (folder / MODEL_NAME).write_bytes(b"\0" + (folder / MODEL_NAME).read_bytes()), "not match"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused_until_its_files_change(
@@ -138,7 +139,7 @@ def test_a_folder_that_is_not_whole_is_refused_until_its_files_change(
 
 def test_a_repository_without_a_sound_model_cannot_be_served(models: Path) -> None:
     (models / "rnn/1" / MODEL_NAME).write_bytes(b"")
-    with pytest.raises(BrokenModel, match="no sound model"):
+    with pytest.raises(BrokenModel, match="no model in"):
         Served(models)
     shutil.rmtree(models / "rnn")
     with pytest.raises(BrokenModel, match="there is no model"):
@@ -181,7 +182,7 @@ def test_a_new_version_serves_what_is_new_and_an_old_one_is_unloaded_with_its_la
     assert served.states() == {2: "serving", 1: "draining"}
     x = np.ones((3, 5), np.float32)
     before = asyncio.run(served.writer.submit(session, x, True)).y
-    new, _ = served.store.create_now(served.versions.named("rnn"), None)
+    new, _ = served.store.create_now(served.versions.resolve("rnn"), None)
     assert not np.array_equal(before, asyncio.run(served.writer.submit(new, x, True)).y)
     served.sweep()
     assert served.states() == {2: "serving", 1: "draining"}
@@ -201,7 +202,7 @@ def test_a_version_of_another_signature_serves_with_a_warning_that_says_what_dif
     served.reload()
     assert served.serving()["rnn"] == 3
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "rnn version 3 has another signature than 2" in warning
+    assert "rnn version 3 has a different signature from 2" in warning
     assert "states " in warning and "inputs " not in warning
 
 
@@ -235,19 +236,19 @@ def test_an_unloaded_version_is_freed_at_once_though_something_refers_to_it_stil
 def test_an_old_version_waits_for_the_sequences_that_it_has_begun(models: Path) -> None:
     served = Served(models)
     engine = served.versions.newest["rnn"]
-    slots = engine.arena.take_many(1)
+    slots = engine.arena.allocate_many(1)
     assert slots is not None
     add_version(models, "rnn", 2)
     served.reload()
     served.sweep()
     assert served.states() == {2: "serving", 1: "loaded"}
-    engine.arena.give_back(slots)
+    engine.arena.release(slots)
     served.versions.sweep()
-    slots = engine.arena.take_many(1)  # by one who had looked the engine up just before
+    slots = engine.arena.allocate_many(1)  # by one who had looked the engine up just before
     assert slots is not None
     served.sweep()
     assert engine.model.runtime._session is not None
-    engine.arena.give_back(slots)
+    engine.arena.release(slots)
     served.sweep()
     assert engine.model.runtime._session is None
 
@@ -263,7 +264,7 @@ def test_taking_the_newest_version_away_is_going_back_to_the_one_before_it(model
     assert served.states() == {2: "draining", 1: "serving"}
     asyncio.run(served.writer.submit(session, np.ones((3, 5), np.float32), True))
     with pytest.raises(UnknownModel):
-        served.versions.named("rnn:2")
+        served.versions.resolve("rnn:2")
     asyncio.run(served.store.delete("", session.id))
     served.sweep()
     assert served.states() == {1: "serving"}
@@ -288,8 +289,8 @@ def test_a_model_whose_folder_is_taken_away_serves_its_sessions_only(repository:
     assert served.serving() == {"rnn": 1}
     assert served.states("lstm") == {1: "draining"}
     with pytest.raises(UnknownModel):
-        served.versions.named("lstm")
-    assert served.versions.named(None).model.name == "rnn"
+        served.versions.resolve("lstm")
+    assert served.versions.resolve(None).model.name == "rnn"
     asyncio.run(served.store.delete("", session.id))
     served.sweep()
     assert set(served.versions.states()) == {"rnn"}
@@ -308,11 +309,11 @@ def test_a_version_that_is_changed_while_it_is_loaded_stays_as_it_was(
     add_version(models, "rnn", 1, other)
     for _ in range(3):
         served.reload()
-    assert served.versions.named("rnn:1").model.digest == served.versions.named("rnn").model.digest == digest
+    assert served.versions.resolve("rnn:1").model.digest == served.versions.resolve("rnn").model.digest == digest
     assert served.states() == {1: "serving"}
-    assert "a version never changes" in served.state(1).reason
+    assert "a version must never change" in served.state(1).reason
     (error,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    assert "rnn/1 goes on as it was loaded: " in error
+    assert "rnn/1 stays as it was loaded: " in error
     # Touched, but the same: nothing is wrong with that.
     shutil.rmtree(models / "rnn/1")
     shutil.copytree(kept, models / "rnn/1", copy_function=shutil.copyfile)
@@ -349,13 +350,13 @@ def test_a_version_taken_back_does_not_serve_again_under_other_files(models: Pat
 def test_a_version_is_loaded_when_it_is_asked_for_and_let_go_when_it_is_not(models: Path) -> None:
     add_version(models, "rnn", 2)
     add_version(models, "rnn", 3)
-    served = Served(models, most_old=1)
+    served = Served(models, max_old=1)
 
     async def asked() -> None:
         with pytest.raises(VersionLoading) as loading:
-            served.versions.named("rnn:2")
+            served.versions.resolve("rnn:2")
         await served.versions.loading(loading.value.key)
-        assert served.versions.named("rnn:2").model.version == 2
+        assert served.versions.resolve("rnn:2").model.version == 2
         one, other = await asyncio.gather(served.versions.get("rnn:2"), served.versions.get("rnn:2"))
         assert one is other
         with pytest.raises(ServerFull, match="rnn:1"):
@@ -382,7 +383,7 @@ def test_a_version_is_found_by_its_digest_and_by_its_name_where_several_have_it(
     second = add_version(models, "rnn", 2)
     served.reload()
     found = [
-        asyncio.run(served.versions.holding(VersionKey("rnn", version), of))
+        asyncio.run(served.versions.engine_for_digest(VersionKey("rnn", version), of))
         for version, of in ((1, digest), (3, digest), (7, digest), (2, second), (2, "0" * 64))
     ]
     assert [engine and engine.model.version for engine in found] == [1, 3, 1, 2, None]

@@ -13,7 +13,7 @@ import pytest
 
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import NotFinite, PositionConflict, SessionGone
-from cellserve.service.sessions.rollout import Rollout, Rollouts
+from cellserve.service.sessions.rollout import Rollout, RolloutRunner
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.writer import SessionWriter
 from tests.service.helpers import halving
@@ -38,9 +38,9 @@ def asked(x: np.ndarray, steps: int, streamed: bool = False) -> Rollout:
 
 
 def check_all_is_left(engine: Engine, store: MemoryStore, writer: SessionWriter) -> None:
-    assert not engine.arena.held.any()
+    assert not engine.arena.locked.any()
     assert not writer.in_flight
-    assert engine.arena.taken == len(store.table.live)
+    assert engine.arena.in_use == len(store.table.live)
     assert engine.queued == 0
 
 
@@ -50,7 +50,7 @@ async def test_a_rollout_that_fails_on_its_way_has_applied_nothing(make: Make, p
     engine, store, writer = make()
     session, _ = store.create_now(engine, None)
     with pytest.raises(NotFinite):
-        await Rollouts(writer).run(session, asked(FAILING, 3), position)
+        await RolloutRunner(writer).run(session, asked(FAILING, 3), position)
     assert session.position == 0
     assert not engine.arena.read(session.slot)["s"].any()
     check_all_is_left(engine, store, writer)
@@ -62,7 +62,7 @@ async def test_a_stream_that_fails_keeps_what_it_has_given(make: Make) -> None:
     session, _ = store.create_now(engine, None)
     given: list[Any] = []
     with pytest.raises(NotFinite):
-        async for one in Rollouts(writer).stream(session, asked(FAILING, 3, True), 0, None):
+        async for one in RolloutRunner(writer).stream(session, asked(FAILING, 3, True), 0, None):
             given.append(one)
     assert [(one.position, one.x.tolist()) for one in given] == [(1, [518.0] * 2), (2, [777.0] * 2)]
     assert session.position == 2
@@ -73,7 +73,7 @@ async def test_a_stream_that_fails_keeps_what_it_has_given(make: Make) -> None:
 async def test_a_rollout_that_nobody_waits_for_any_more_has_applied_nothing(make: Make) -> None:
     engine, store, writer = make()
     session, _ = store.create_now(engine, None)
-    work = asyncio.create_task(Rollouts(writer).run(session, asked(np.ones((1, 2), np.float32), 4000), 0))
+    work = asyncio.create_task(RolloutRunner(writer).run(session, asked(np.ones((1, 2), np.float32), 4000), 0))
     async with asyncio.timeout(60):
         while len(halving(engine).runs) < 20:
             await asyncio.sleep(0)
@@ -91,7 +91,7 @@ async def test_a_session_of_another_history_is_not_gone_on_with(make: Make) -> N
     engine, store, writer = make()
     session, _ = store.create_now(engine, None)
     async with aclosing(
-        Rollouts(writer).stream(session, asked(np.ones((1, 2), np.float32), 5, True), 0, None)
+        RolloutRunner(writer).stream(session, asked(np.ones((1, 2), np.float32), 5, True), 0, None)
     ) as stream:
         await anext(stream)
         session.applied = None  # as where a store has lost writer, and others have come to the same position
@@ -106,7 +106,7 @@ async def test_a_session_may_be_deleted_between_two_events(make: Make) -> None:
     engine, store, writer = make()
     session, _ = store.create_now(engine, None)
     async with aclosing(
-        Rollouts(writer).stream(session, asked(np.ones((1, 2), np.float32), 5, True), None, None)
+        RolloutRunner(writer).stream(session, asked(np.ones((1, 2), np.float32), 5, True), None, None)
     ) as stream:
         await anext(stream)
         await store.delete("", session.id)

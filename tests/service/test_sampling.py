@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cellserve.service.errors import ModelFailed
-from cellserve.service.sessions.sampling import Sampling, draw, share
+from cellserve.service.sessions.sampling import Sampling, sample, uniform
 from tests.service.strategies import SEEDS
 
 WEIGHTS = st.lists(st.floats(0, 1, width=32, allow_subnormal=False), min_size=1, max_size=40).filter(any)
@@ -20,7 +20,7 @@ SAMPLINGS = st.builds(
 
 
 def test_the_shares_are_those_of_philox_with_this_key_and_counter() -> None:
-    drawn = [share(seed, position) for seed, position in ((0, 0), (0, 1), (7, 12), (2**63 - 1, 2**62))]
+    drawn = [uniform(seed, position) for seed, position in ((0, 0), (0, 1), (7, 12), (2**63 - 1, 2**62))]
     # Written down once: another version of NumPy must give the same.
     assert drawn == [
         0.011546754286331562,
@@ -35,12 +35,12 @@ def test_a_symbol_is_drawn_that_can_be_among_the_most_probable_and_always_the_sa
     weights: list[float], sampling: Sampling, position: int
 ) -> None:
     output = np.array(weights, np.float32)
-    place = draw(output, False, sampling, position)
+    place = sample(output, False, sampling, position)
     assert output[place] > 0
     assert np.count_nonzero(output > output[place]) < (sampling.top_k or len(output))
     if sampling.temperature == 0 or sampling.top_k == 1:
         assert place == output.argmax()
-    assert draw(output.copy(), False, sampling, position) == place
+    assert sample(output.copy(), False, sampling, position) == place
 
 
 @given(
@@ -52,9 +52,9 @@ def test_a_symbol_drawn_from_logits_is_one_of_the_top_k_and_always_the_same(
     logits: list[float], sampling: Sampling, position: int
 ) -> None:
     output = np.array(logits, np.float32)
-    place = draw(output, True, sampling, position)
+    place = sample(output, True, sampling, position)
     assert np.count_nonzero(output > output[place]) < (sampling.top_k or len(output))
-    assert draw(output.copy(), True, sampling, position) == place
+    assert sample(output.copy(), True, sampling, position) == place
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -64,16 +64,16 @@ def test_symbols_come_as_often_as_they_are_probable(temperature: float) -> None:
     for logits in (False, True):
         with np.errstate(divide="ignore"):
             given = np.maximum(np.log(output), -1e30).astype(np.float32) if logits else output
-        drawn = [draw(given, logits, Sampling(temperature, None, 5), position) for position in range(4000)]
+        drawn = [sample(given, logits, Sampling(temperature, None, 5), position) for position in range(4000)]
         np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 4000, wanted, atol=0.03)
 
 
 def test_of_equally_probable_symbols_the_first_ones_are_the_most_probable() -> None:
     output = np.full(5, 0.2, np.float32)
-    assert {draw(output, False, Sampling(1, 2, 0), position) for position in range(100)} == {0, 1}
-    assert draw(output, False, Sampling(0), 3) == 0
+    assert {sample(output, False, Sampling(1, 2, 0), position) for position in range(100)} == {0, 1}
+    assert sample(output, False, Sampling(0), 3) == 0
 
 
 def test_of_an_output_that_is_no_distribution_nothing_is_drawn() -> None:
     with pytest.raises(ModelFailed, match="all zero"):
-        draw(np.zeros(3, np.float32), False, Sampling(), 0)
+        sample(np.zeros(3, np.float32), False, Sampling(), 0)

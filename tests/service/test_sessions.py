@@ -24,8 +24,8 @@ from redis import Redis
 
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import Problem
-from cellserve.service.idempotency import Request, state_request, step_request
-from cellserve.service.sessions.rollout import Rollout, Rollouts
+from cellserve.service.idempotency import IdempotencyKey, state_key, step_key
+from cellserve.service.sessions.rollout import Rollout, RolloutRunner
 from cellserve.service.sessions.stores.protocol import SessionStore
 from cellserve.service.sessions.table import SessionTable
 from cellserve.service.sessions.writer import SessionWriter
@@ -44,7 +44,7 @@ class Expected:
 
     def __init__(self, state: np.ndarray, position: int) -> None:
         self.state, self.position = state, position
-        self.last: tuple[Request, int, Any] | None = None
+        self.last: tuple[IdempotencyKey, int, Any] | None = None
         self.used = 0.0
 
 
@@ -116,7 +116,7 @@ class Sessions(RuleBasedStateMachine):
     def step(self, name: str, x: np.ndarray, offset: int | None, which: int) -> None:
         expected = self.expected.get(name)
         position = max(0, (expected.position if expected else 0) + (offset or 0))
-        request = None if offset is None else step_request(position, x, True)
+        request = None if offset is None else step_key(position, x, True)
         result = self.do(self.stepped(which, name, x, request))
         if expected is None:
             assert result.status == 410
@@ -134,9 +134,9 @@ class Sessions(RuleBasedStateMachine):
         else:
             self.repeated(expected, request, result)
 
-    async def stepped(self, which: int, name: str, x: np.ndarray, request: Request | None) -> Any:
+    async def stepped(self, which: int, name: str, x: np.ndarray, request: IdempotencyKey | None) -> Any:
         _, store, writer = self.replicas[which % len(self.replicas)]
-        return await writer.submit(await store.find("owner", name), x, True, request)
+        return await writer.submit(await store.fetch("owner", name), x, True, request)
 
     @precondition(lambda self: any(one.last for one in self.expected.values()))
     @rule(data=st.data(), which=WHICH)
@@ -148,10 +148,10 @@ class Sessions(RuleBasedStateMachine):
         assert expected.last is not None
         request = expected.last[0]
         for x in X:
-            if step_request(request.position, x, True) == request:
+            if step_key(request.position, x, True) == request:
                 self.repeated(expected, request, self.do(self.stepped(which, name, x, request)))
 
-    def repeated(self, expected: Expected, request: Request, result: Any) -> None:
+    def repeated(self, expected: Expected, request: IdempotencyKey, result: Any) -> None:
         if expected.last and expected.last[0] == request and expected.last[1] == expected.position:
             assert (result.position, result.replayed) == (expected.position, True)
             assert result.y.tobytes() == expected.last[2].tobytes()
@@ -180,7 +180,7 @@ class Sessions(RuleBasedStateMachine):
         elif offset is None or position == expected.position:
             before, expected.state = expected.state, expected.state.copy()
             if offset is not None or streamed:
-                expected.last = wanted.request(position), position, (wanted, before)
+                expected.last = wanted.key(position), position, (wanted, before)
             expected.position = position
             self.gone_on(expected, wanted, position, before, most, result, False)
         else:
@@ -203,7 +203,7 @@ class Sessions(RuleBasedStateMachine):
 
     async def rolled(self, which: int, name: str, wanted: Rollout, position: int | None, most: int) -> Any:
         _, store, writer = self.replicas[which % len(self.replicas)]
-        rollouts, session = Rollouts(writer), await store.find("owner", name)
+        rollouts, session = RolloutRunner(writer), await store.fetch("owner", name)
         if not wanted.streamed:
             return await rollouts.run(session, wanted, position)
         given: list[Any] = []
@@ -223,7 +223,7 @@ class Sessions(RuleBasedStateMachine):
             ys.append(truth(ys[-1][None], ys[-1])[0])
         count = min(most, wanted.steps) if wanted.streamed else wanted.steps
         positions = range(start + len(wanted.x), start + len(wanted.x) + count)
-        given = result if wanted.streamed else result.given
+        given = result if wanted.streamed else result.generated
         assert [(one.position, one.x.tobytes()) for one in given] == [
             (position, y.tobytes()) for position, y in zip(positions, ys, strict=False)
         ]
@@ -231,7 +231,7 @@ class Sessions(RuleBasedStateMachine):
             assert (result.position, result.replayed) == (positions[-1], again)
         if positions[-1] > expected.position:
             expected.state, expected.position = ys[count - 1], positions[-1]
-        if expected.last and expected.last[0] == wanted.request(start):
+        if expected.last and expected.last[0] == wanted.key(start):
             expected.last = expected.last[0], expected.position, expected.last[2]
         expected.used = self.now
 
@@ -240,11 +240,11 @@ class Sessions(RuleBasedStateMachine):
         expected = self.expected.get(name)
         states = {"s": np.array([7, 8], np.float32)} if upload else None
         position = max(0, (expected.position if expected else 0) + (offset or 0))
-        request = None if offset is None else state_request(position, states)
+        request = None if offset is None else state_key(position, states)
 
         async def work() -> Any:
             _, store, writer = self.replicas[which % len(self.replicas)]
-            return await writer.set_state(await store.find("owner", name), states, request)
+            return await writer.set_state(await store.fetch("owner", name), states, request)
 
         result = self.do(work())
         if expected is None:
@@ -266,7 +266,7 @@ class Sessions(RuleBasedStateMachine):
     def fork(self, name: str, new: str, which: int) -> Any:
         async def work() -> Any:
             _, store, _ = self.replicas[which % len(self.replicas)]
-            return await store.fork(await store.find("owner", name), new, name.encode())
+            return await store.fork(await store.fetch("owner", name), new, name.encode())
 
         result = self.do(work())
         expected = self.expected.get(name)
@@ -336,7 +336,7 @@ class Sessions(RuleBasedStateMachine):
         assert self.do(self.replicas[0][1].page("another", (0, 0), 9)) == ([], None)
 
     async def read(self, store: SessionStore, name: str) -> Any:
-        return await store.read_state(await store.find("owner", name))
+        return await store.read_state(await store.fetch("owner", name))
 
     @invariant()
     def they_agree(self) -> None:
@@ -349,9 +349,9 @@ class Sessions(RuleBasedStateMachine):
             for name, (reason, position) in self.gone.items():
                 fate = self.do(self.read(store, name))
                 assert (fate.status, fate.extensions) == (410, {"reason": reason, "position": position})
-            assert not engine.arena.held.any()
+            assert not engine.arena.locked.any()
             assert not writer.in_flight
-            assert engine.arena.taken == len(store.table.live)
+            assert engine.arena.in_use == len(store.table.live)
             assert engine.queued == 0
 
 

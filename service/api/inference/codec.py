@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cellserve.service.api.inference.service import InferenceResult
 from cellserve.service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_json
 from cellserve.service.errors import InvalidInput
-from cellserve.service.model_repository.repository import Model
+from cellserve.service.model_repository.model import Model
 from cellserve.service.validation.json_input import decode
 
 Array = NDArray[Any]

@@ -11,7 +11,7 @@ from tritonclient.grpc import service_pb2 as pb
 from cellserve.service.api.inference.codec import check_parameters
 from cellserve.service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_numbers
 from cellserve.service.errors import InvalidInput
-from cellserve.service.model_repository.repository import Model
+from cellserve.service.model_repository.model import Model
 
 Array = NDArray[Any]
 Message = Any  # a message of the protocol, or grpc's context

@@ -80,7 +80,7 @@ class HttpInference:
             request = codec.read(content, headers.get(codec.HEADER_LENGTH), engine.model)
             timing.decode_ended()
             work = self._inference.infer(owner, engine, request.tensors, request.parameters, not version)
-            result = await (cancel_on_disconnect(work, receive) if engine.is_behind else work)
+            result = await (cancel_on_disconnect(work, receive) if engine.is_backlogged else work)
             timing.run_ended(result.batch)
             answer_headers, content = codec.write(request, result)
             encoding = compression.accepted(headers.get(b"accept-encoding", b""))

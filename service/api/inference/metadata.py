@@ -11,7 +11,7 @@ from cellserve.service.api.inference.errors import NotByProtocol
 from cellserve.service.api.inference.tensors import DATATYPES
 from cellserve.service.engine.engine import Engine
 from cellserve.service.model_manager import VersionState
-from cellserve.service.model_repository.repository import Model
+from cellserve.service.model_repository.model import Model
 
 EXTENSIONS = ("sequence", "sequence(string_id)", "binary_tensor_data", "model_configuration", "model_repository",
               "statistics", "parameters")  # fmt: skip

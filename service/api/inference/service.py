@@ -22,7 +22,6 @@ from cellserve.service.api.inference.statistics import Statistics
 from cellserve.service.api.inference.tensors import DATATYPES, check_datatype
 from cellserve.service.context import ServiceContext
 from cellserve.service.engine.engine import Engine
-from cellserve.service.engine.sequences import run_sequences
 from cellserve.service.errors import (
     BodyTooLarge,
     Conflict,
@@ -31,9 +30,9 @@ from cellserve.service.errors import (
     SessionGone,
     UnknownSession,
 )
-from cellserve.service.idempotency import creation, step_request
-from cellserve.service.model_repository.repository import Model
-from cellserve.service.runtime.tensor_layout import Layout, parts
+from cellserve.service.idempotency import creation_digest, step_key
+from cellserve.service.model_repository.model import Model
+from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
 from cellserve.service.sessions.session import Session
 from cellserve.service.validation.tensor_values import validate
 
@@ -161,7 +160,7 @@ class Inference:
             session, inputs = await self._session(owner, engine, sequence, inputs, tensors if any_version else None)
             y, answer = await self._step(session, sequence, inputs.x[0])
             y, engine = y[None], session.engine
-        outputs = dict(zip(_names(engine.model.outputs), parts(y[:, 0] if inputs.single else y), strict=True))
+        outputs = dict(zip(_names(engine.model.outputs), unpack(y[:, 0] if inputs.single else y), strict=True))
         return InferenceResult(outputs, len(inputs.x), answer, engine.model)
 
     async def _predict(self, engine: Engine, inputs: Inputs) -> Array:
@@ -171,11 +170,12 @@ class Inference:
         if len(x) > limit:
             raise BodyTooLarge(f"the batch is {len(x)}, a request may have {limit}: split it", limit=limit)
         rows = list(x) if lengths is None else [x[row, :length] for row, length in enumerate(lengths)]
-        outputs, _ = await run_sequences(engine, rows, None, True, False, _names(engine.model.inputs)[0])
+        outputs, _ = await engine.sequences.run(rows, None, True, False, _names(engine.model.inputs)[0])
         if len(outputs) == 1 and lengths is None:
             return outputs[0][None]
         # A predict-only model may have another number of outputs than of time steps.
-        time = max(map(len, outputs)) if engine.whole is not None else x.shape[1]
+        predict_only = engine.model.document.signature.predict_only is not None
+        time = max(map(len, outputs)) if predict_only else x.shape[1]
         y = engine.model.outputs.zeros(len(x), time)
         for row, output in enumerate(outputs):
             y[row, : len(output)] = output
@@ -197,11 +197,11 @@ class Inference:
         session_id = _session_id(name, sequence)
         try:
             if not sequence.start:
-                session = await store.find(owner, session_id)
+                session = await store.fetch(owner, session_id)
             elif sequence.position is None:
-                session = await store.recreate(engine, owner, session_id, creation(name, None))
+                session = await store.recreate(engine, owner, session_id, creation_digest(name, None))
             else:
-                session, _ = await store.create(engine, None, owner, session_id, creation(name, None))
+                session, _ = await store.create(engine, None, owner, session_id, creation_digest(name, None))
         except SessionGone as gone:
             raise _ended_error(name, sequence, gone) from None
         except UnknownSession:
@@ -219,7 +219,7 @@ class Inference:
 
     async def _step(self, session: Session, sequence: Sequence, x: Array) -> tuple[Array, dict[str, Any]]:
         store, name = self.service.sessions, session.model.name
-        key = None if sequence.position is None else step_request(sequence.position, x, True)
+        key = None if sequence.position is None else step_key(sequence.position, x, True)
         try:
             stepped = await self.service.writer.submit(session, x, True, key)
         except SessionGone as gone:
@@ -301,7 +301,7 @@ def _flag(parameters: Mapping[str, Any], name: str) -> bool:
     return value
 
 
-def _names(layout: Layout) -> list[str]:
+def _names(layout: TensorLayout) -> list[str]:
     return [spec.name for spec in layout.specs]
 
 
@@ -319,7 +319,7 @@ def _inputs(model: Model, tensors: Mapping[str, Array]) -> Inputs:
     leading = {spec.name: _leading(spec, tensors[spec.name]) for spec in model.inputs.specs}
     if len(set(leading.values())) > 1:
         raise InvalidInput(f"inputs: their batch and time differ: {leading}: send the same for each", place="inputs")
-    x = model.inputs.join([tensors[name] for name in names])
+    x = model.inputs.pack([tensors[name] for name in names])
     single = len(leading[names[0]]) == 1
     if single:
         x = x[:, None]

@@ -35,7 +35,7 @@ from cellserve.service.api.websocket.json_frames import Attach, Auth, Close, For
 from cellserve.service.api.websocket.send_queue import SendQueue
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import Forbidden, InvalidInput, Problem, Unauthorized, UnknownSession, UpgradeRequired
-from cellserve.service.idempotency import state_request, step_request
+from cellserve.service.idempotency import state_key, step_key
 from cellserve.service.observability.request_context import get_context, problem_body
 from cellserve.service.sessions.pending import BatchStepResult, PendingBatch, PendingStep, StepResult
 from cellserve.service.sessions.session import Session
@@ -173,7 +173,7 @@ class _Socket:
             frame = json_frames.simple_step_decoder.decode(text)
             session = self._session(frame.session)
             x = session.model.reader.decode_one_step(frame.x)
-            once = None if x is None or frame.position is None else step_request(frame.position, x, True)
+            once = None if x is None or frame.position is None else step_key(frame.position, x, True)
             on_done = partial(self._answer_step, frame.ref, session)
             pending = None if x is None else self.service.writer.try_submit(session, x, True, once, on_done)
         except (msgspec.MsgspecError, UnicodeError, RecursionError, Problem):
@@ -197,7 +197,7 @@ class _Socket:
             answer |= step_json(self.service.sessions, session, outcome.y, outcome.position, True, True)
             answer |= {"replayed": True} if outcome.replayed else {}
             status = 200
-        self.counts.record_response(status, perf_counter() - pending.advance.arrived)
+        self.counts.record_response(status, perf_counter() - pending.item.enqueued_at)
         self._put_json(answer)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -224,14 +224,14 @@ class _Socket:
         self.pending.discard(pending)
         if isinstance(outcome, Exception):
             problem = as_problem(outcome, self.scope)
-            self.counts.record_response(problem.status, perf_counter() - pending.advance.arrived)
+            self.counts.record_response(problem.status, perf_counter() - pending.item.enqueued_at)
             self._put_json(_error_frame(self.scope, frame.ref, problem))
         else:
-            self._put_frame(frame, group, outcome, pending.advance.arrived)
+            self._put_frame(frame, group, outcome, pending.item.enqueued_at)
 
     def _is_alive(self, group: Group) -> bool:
         """Whether all sessions of a group are alive; checked again only after any session has ended."""
-        endings = self.service.sessions.table.endings
+        endings = self.service.sessions.table.ended_count
         if group.endings != endings and all(session.alive for session in group.sessions):
             group.endings = endings
         return group.endings == endings
@@ -277,12 +277,12 @@ class _Socket:
                     self.service, self.owner, CreateRequest(frame.model, frame.states), frame.session
                 )
             case Attach():
-                session = await store.find(self.owner, frame.session)
+                session = await store.fetch(self.owner, frame.session)
                 _, position = await store.read_state(session)
                 return answer | {"handle": self._handle(session)} | session_json(store, session, position)
             case Reset():
                 session = await self._found(frame.session)
-                key = None if frame.position is None else state_request(frame.position, None)
+                key = None if frame.position is None else state_key(frame.position, None)
                 position, replayed = await self.service.writer.set_state(session, None, key)
                 return answer | session_json(store, session, position) | ({"replayed": True} if replayed else {})
             case Fork():
@@ -317,8 +317,8 @@ class _Socket:
             if isinstance(name, int) and name >= len(self.sessions):
                 raise
         if isinstance(name, str):
-            return await self.service.sessions.find(self.owner, name)
-        self.sessions[name] = await self.service.sessions.find(self.owner, self.sessions[name].id)
+            return await self.service.sessions.fetch(self.owner, name)
+        self.sessions[name] = await self.service.sessions.fetch(self.owner, self.sessions[name].id)
         return self.sessions[name]
 
     async def _binary(self, body: bytes, begun: float) -> None:
@@ -327,7 +327,7 @@ class _Socket:
         x = frame.x(group.sessions[0].model)
         requests = None
         if frame.positions is not None:
-            requests = list(map(step_request, frame.positions.tolist(), x, repeat(True)))
+            requests = list(map(step_key, frame.positions.tolist(), x, repeat(True)))
         if not self._is_alive(group):
             for session in group.sessions:
                 if not session.alive:

@@ -1,4 +1,4 @@
-"""Sessions in this process's memory: the slots of the table are the store itself."""
+"""Sessions in this process's memory: the slots are the store itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cellserve.service.engine.engine import Engine
-from cellserve.service.engine.scheduler import Moved
+from cellserve.service.engine.work import Finished
 from cellserve.service.errors import (
     ModelVersionNotHere,
     Problem,
@@ -20,8 +20,15 @@ from cellserve.service.errors import (
     SessionGone,
     UnknownSession,
 )
-from cellserve.service.idempotency import Applied, Request, check
-from cellserve.service.sessions.session import Durable, Listed, Session, gone, key_of, unknown
+from cellserve.service.idempotency import AppliedChange, IdempotencyKey, resolve
+from cellserve.service.sessions.session import (
+    Durable,
+    Session,
+    SessionSummary,
+    key_of,
+    session_gone_error,
+    unknown_session_error,
+)
 from cellserve.service.sessions.stores.protocol import Page, States
 from cellserve.service.sessions.table import SessionTable
 from cellserve.service.settings import WhenFull
@@ -29,23 +36,23 @@ from cellserve.service.settings import WhenFull
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """What is left of a session that has ended."""
+    """What is remembered of a session that has ended."""
 
     reason: str
     position: int
-    until: float  # seconds of the table's clock
+    until: float  # when it is forgotten, in seconds of the table's clock
 
 
 def new_id() -> str:
-    """Draws a session's id: 128 random bits."""
+    """Returns a new session id: 128 random bits."""
     return secrets.token_hex(16)
 
 
-def full(max_sessions: int, idle_seconds: float) -> ServerFull:
-    """Makes the error for one session too many."""
+def capacity_error(max_sessions: int, idle_seconds: float) -> ServerFull:
+    """Builds the error for a full store."""
     return ServerFull(
-        f"there are {max_sessions} live sessions, as many as may be: delete some, or try again when one has "
-        f"been idle for {idle_seconds:g} seconds"
+        f"the limit of {max_sessions} live sessions is reached: delete some, or try again when one has been idle for "
+        f"{idle_seconds:g} seconds"
     )
 
 
@@ -53,11 +60,11 @@ class MemoryStore:
     """The sessions of one process; a `SessionStore`.
 
     Args:
-        table: Their slots.
+        table: The slots.
         max_sessions: Live sessions, at most.
         tombstone_seconds: How long ended sessions are answered 410 instead of 404.
-        when_full: On a full table, refuse one session more, or evict the longest idle one.
-        durable: What its sessions outlive.
+        when_full: On a full table, refuse a new session, or evict the longest idle one.
+        durable: How its sessions outlive the process.
     """
 
     def __init__(
@@ -71,42 +78,44 @@ class MemoryStore:
         self.table, self.durable = table, durable
         self.max_sessions, self.when_full = max_sessions, when_full
         self._tombstone_seconds = tombstone_seconds
-        self.tombstones: OrderedDict[str, Tombstone] = OrderedDict()  # the oldest first
-        self.waiting: dict[str, str] = {}  # sessions that wait for a version of a model that is not served here
+        self.tombstones: OrderedDict[str, Tombstone] = OrderedDict()  # oldest first
+        self.awaiting_model: dict[str, str] = {}  # sessions in the snapshot whose model version is not loaded
         self.created = 0
         self.ended = dict.fromkeys(("deleted", "expired", "evicted"), 0)
         self.errors = 0
 
     async def start(self) -> None:
-        """Has nothing to look over."""
+        """Has nothing to check."""
 
     async def close(self) -> None:
         """Has nothing to close."""
 
     async def count(self) -> int:
-        """Counts the live sessions."""
+        """Returns the number of live sessions."""
         return len(self.table)
 
     def get(self, owner: str, session_id: str) -> Session:
         """Returns a live session; expiry is enforced by `sweep`, not here."""
         session = self.table.live.get(key_of(owner, session_id))
         if session is None:
-            raise self.missing(owner, session_id)
+            raise self.not_found_error(owner, session_id)
         return session
 
-    async def find(self, owner: str, session_id: str) -> Session:
+    async def fetch(self, owner: str, session_id: str) -> Session:
         """Returns a live session."""
         return self.get(owner, session_id)
 
-    def missing(self, owner: str, session_id: str) -> Problem:
-        """Makes the error for a session that is not among the live ones."""
-        model = self.waiting.get(key_of(owner, session_id))
+    def not_found_error(self, owner: str, session_id: str) -> Problem:
+        """Returns the error for a session that is not live."""
+        model = self.awaiting_model.get(key_of(owner, session_id))
         if model is not None:
-            return ModelVersionNotHere(f"the session is of model {model}, which is not here: put it back")
+            return ModelVersionNotHere(f"the session belongs to model {model}, which is not here: put it back")
         tombstone = self.tombstones.get(key_of(owner, session_id))
-        return unknown() if tombstone is None else gone(tombstone.reason, tombstone.position)
+        return (
+            unknown_session_error() if tombstone is None else session_gone_error(tombstone.reason, tombstone.position)
+        )
 
-    def is_current(self, session: Session, key: Request | None) -> bool:
+    def is_current(self, session: Session, key: IdempotencyKey | None) -> bool:
         """The slot is the session."""
         return True
 
@@ -114,24 +123,24 @@ class MemoryStore:
         """The slots are the sessions."""
         return True
 
-    async def refresh(self, session: Session, key: Request | None) -> None:
+    async def refresh(self, session: Session, key: IdempotencyKey | None) -> None:
         """The slot is the session."""
 
-    def commit(self, engine: Engine, batch: Sequence[Moved]) -> Awaitable[None] | None:
-        """Has nothing to write: the engine has moved the slots."""
+    def commit(self, engine: Engine, batch: Sequence[Finished]) -> Awaitable[None] | None:
+        """Has nothing to write: the engine has updated the slots."""
         return None
 
     async def write_state(
-        self, session: Session, states: States | None, key: Request | None, moves: int, before: States | None
+        self, session: Session, states: States | None, key: IdempotencyKey | None, moves: int, before: States | None
     ) -> None:
-        """Sets a locked session's states."""
+        """Writes a locked session's states."""
         session.engine.arena.write(session.slot, states)
         session.engine.arena.position[session.slot] += moves
         if key is not None:
-            session.applied = Applied(key, session.position, None, before)
+            session.applied = AppliedChange(key, session.position, None, before)
 
     async def read_state(self, session: Session) -> tuple[States, int]:
-        """Returns a session's states and its position."""
+        """Returns a session's states and position."""
         self.table.touch(session)
         return session.engine.arena.read(session.slot), session.position
 
@@ -141,11 +150,11 @@ class MemoryStore:
         states: States | None,
         owner: str,
         session_id: str | None,
-        origin: bytes,
+        creation_digest: bytes,
         position: int = 0,
     ) -> tuple[Session, bool]:
-        """Makes a session from zeros or from given states."""
-        return self.create_now(engine, states, owner, session_id, origin, position)
+        """Creates a session from zeros or from given states."""
+        return self.create_now(engine, states, owner, session_id, creation_digest, position)
 
     def create_now(
         self,
@@ -153,70 +162,70 @@ class MemoryStore:
         states: States | None = None,
         owner: str = "",
         session_id: str | None = None,
-        origin: bytes = b"",
+        creation_digest: bytes = b"",
         position: int = 0,
     ) -> tuple[Session, bool]:
-        """Makes a session as `create` does, without waiting."""
+        """Creates a session as `create` does, without waiting."""
         if session_id is not None:
             key = key_of(owner, session_id)
             known = self.table.live.get(key)
             if known is not None:
-                if known.origin != origin:
+                if known.creation_digest != creation_digest:
                     raise SessionExists(
-                        f"there is a session {session_id!r} already, which another request has made (of model "
+                        f"session {session_id!r} exists already; another request created it (of model "
                         f"{known.model.name!r}): choose another id, or repeat that request",
                         position=known.position,
                     )
                 self.table.touch(known)
                 return known, False
-            if key in self.tombstones or key in self.waiting:
-                raise self.missing(owner, session_id)
-        return self._make(engine, states, owner, session_id or new_id(), origin, position), True
+            if key in self.tombstones or key in self.awaiting_model:
+                raise self.not_found_error(owner, session_id)
+        return self._make(engine, states, owner, session_id or new_id(), creation_digest, position), True
 
-    async def recreate(self, engine: Engine, owner: str, session_id: str, origin: bytes) -> Session:
-        """Makes a session from zeros in place of whatever is or was there under its id."""
+    async def recreate(self, engine: Engine, owner: str, session_id: str, creation_digest: bytes) -> Session:
+        """Creates a session from zeros, replacing any existing or ended one of that id."""
         key = key_of(owner, session_id)
-        if key in self.waiting:
-            raise self.missing(owner, session_id)
+        if key in self.awaiting_model:
+            raise self.not_found_error(owner, session_id)
         while (before := self.table.live.get(key)) is not None:
             with suppress(SessionGone, UnknownSession):
-                async with self._alone(before):
+                async with self._locked(before):
                     self._end(before, "deleted")
-        if engine not in self.table.by_slot:  # it was unloaded while the lock was waited for
+        if engine not in self.table.by_slot:  # it was unloaded while this waited for the lock
             raise ModelVersionNotHere(f"{engine.model.key} was just unloaded: send the request again")
-        session = self._make(engine, None, owner, session_id, origin)
+        session = self._make(engine, None, owner, session_id, creation_digest)
         self.tombstones.pop(key, None)
         return session
 
     async def fork(
-        self, session: Session, new_id: str | None, origin: bytes, position: int | None = None
+        self, session: Session, new_id: str | None, creation_digest: bytes, position: int | None = None
     ) -> tuple[Session, bool]:
-        """Makes a session with the state and the position of another."""
+        """Creates a session with the state and position of another."""
         if new_id is not None and key_of(session.owner, new_id) in self.table.live:
-            # A repetition, or refused.
-            return self.create_now(session.engine, None, session.owner, new_id, origin)
-        async with self._alone(session):
+            # A repetition of the same request, or a conflict.
+            return self.create_now(session.engine, None, session.owner, new_id, creation_digest)
+        async with self._locked(session):
             if position is not None:
-                check(session.position, None, Request(position, b""))
+                resolve(session.position, None, IdempotencyKey(position, b""))
             states = session.engine.arena.read(session.slot)
-            return self.create_now(session.engine, states, session.owner, new_id, origin, session.position)
+            return self.create_now(session.engine, states, session.owner, new_id, creation_digest, session.position)
 
     async def delete(self, owner: str, session_id: str, position: int | None = None) -> None:
-        """Deletes a session when those before have had their turn."""
+        """Deletes a session after the changes that came before."""
         tombstone = self.tombstones.get(key_of(owner, session_id))
         if tombstone is None or tombstone.reason != "deleted":
-            async with self._alone(self.get(owner, session_id)) as session:
+            async with self._locked(self.get(owner, session_id)) as session:
                 if position is not None:
-                    check(session.position, None, Request(position, b""))
+                    resolve(session.position, None, IdempotencyKey(position, b""))
                 self._end(session, "deleted")
 
-    async def page(self, owner: str, after: Page, limit: int) -> tuple[list[Listed], Page | None]:
-        """Returns some of an owner's sessions; those that live throughout are on one page each.
+    async def page(self, owner: str, after: Page, limit: int) -> tuple[list[SessionSummary], Page | None]:
+        """Returns a page of an owner's sessions; a session that lives throughout the listing is on exactly one page.
 
         The cursor is an engine's number and a slot in its arena.
         """
         first, beyond = after
-        found: list[Listed] = []
+        found: list[SessionSummary] = []
         for engine, sessions in self.table.by_slot.items():
             number = self.table.numbers[engine]
             if number < first:
@@ -226,11 +235,13 @@ class MemoryStore:
                 if session is not None and session.owner == owner:
                     if len(found) == limit:
                         return found, (number, slot)
-                    found.append(Listed(session.id, session.model.name, session.model.version, session.position))
+                    found.append(
+                        SessionSummary(session.id, session.model.name, session.model.version, session.position)
+                    )
         return found, None
 
     def sweep(self) -> None:
-        """Ends the sessions that have been idle for too long, and forgets old tombstones."""
+        """Ends idle sessions, and forgets old tombstones."""
         for session in list(self.table.idle()):
             self._end(session, "expired")
         now = self.table.clock()
@@ -238,13 +249,13 @@ class MemoryStore:
             self.tombstones.popitem(last=False)
 
     @asynccontextmanager
-    async def _alone(self, session: Session) -> AsyncIterator[Session]:
-        """Holds a session's lock; raises `missing` where it has ended."""
+    async def _locked(self, session: Session) -> AsyncIterator[Session]:
+        """Holds a session's lock; raises `not_found_error` if the session has ended."""
         if not session.alive:
-            raise self.missing(session.owner, session.id)
+            raise self.not_found_error(session.owner, session.id)
         async with self.table.locks[session.engine].locked(session):
             if not session.alive:
-                raise self.missing(session.owner, session.id)
+                raise self.not_found_error(session.owner, session.id)
             try:
                 yield session
             finally:
@@ -252,34 +263,40 @@ class MemoryStore:
                     self.table.touch(session)
 
     def _make(
-        self, engine: Engine, states: States | None, owner: str, session_id: str, origin: bytes, position: int = 0
+        self,
+        engine: Engine,
+        states: States | None,
+        owner: str,
+        session_id: str,
+        creation_digest: bytes,
+        position: int = 0,
     ) -> Session:
-        slot = self._allocate(engine)
+        slot = self._allocate_slot(engine)
         arena = engine.arena
         if states is not None:
             arena.write(slot, states)
-        arena.position[slot], arena.used[slot] = position, self.table.clock()
+        arena.position[slot], arena.last_used[slot] = position, self.table.clock()
         self.created += 1
-        return self.table.add(Session(owner, session_id, engine, slot, np.array((slot,)), origin))
+        return self.table.add(Session(owner, session_id, engine, slot, np.array((slot,)), creation_digest))
 
-    def _allocate(self, engine: Engine) -> int:
-        """Takes a slot for a new session, and makes room for it where that is wanted."""
+    def _allocate_slot(self, engine: Engine) -> int:
+        """Allocates a slot for a new session, making room by expiry and, if configured, by eviction."""
         for make_room in (None, self.sweep, self._evict if self.when_full == "evict" else None):
             if make_room is not None:
                 make_room()
-            slot = engine.arena.take() if len(self.table) < self.max_sessions else None
+            slot = engine.arena.allocate() if len(self.table) < self.max_sessions else None
             if slot is not None:
                 return slot
-        raise full(self.max_sessions, self.table.idle_seconds)
+        raise capacity_error(self.max_sessions, self.table.idle_seconds)
 
     def _evict(self) -> None:
-        """Ends the session that has been idle for the longest time, of those that are not locked."""
+        """Ends the longest idle session that is not locked."""
         candidates = [session for engine in self.table.by_slot if (session := self.table.longest_idle(engine))]
         if candidates:
-            self._end(min(candidates, key=lambda one: float(one.engine.arena.used[one.slot])), "evicted")
+            self._end(min(candidates, key=lambda one: float(one.engine.arena.last_used[one.slot])), "evicted")
 
     def _end(self, session: Session, reason: str) -> None:
-        """Ends a session that nobody else has locked; whoever waits for it learns that it is gone."""
+        """Ends a session that nobody else has locked; changes that wait for it find that it is gone."""
         self.ended[reason] += 1
         until = self.table.clock() + self._tombstone_seconds
         self.tombstones[key_of(session.owner, session.id)] = Tombstone(reason, session.position, until)

@@ -1,4 +1,4 @@
-"""Sessions in a shared Redis: the slots of the table are a cache of them, and every commit detects a stale one."""
+"""Sessions in a shared Redis: the slots are a cache, and every commit detects a stale one."""
 
 from __future__ import annotations
 
@@ -12,23 +12,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.service.engine.engine import Engine
-from cellserve.service.engine.scheduler import Advance, Moved
 from cellserve.service.engine.state_arena import Arena
+from cellserve.service.engine.work import Finished, WorkItem
 from cellserve.service.errors import (
     ModelVersionNotHere,
     Problem,
     ServerFull,
     SessionExists,
     SessionWentBack,
-    Stale,
-    StoreAway,
+    StaleSession,
+    StoreUnavailable,
 )
-from cellserve.service.idempotency import Applied, Request, check
-from cellserve.service.model_repository.repository import VersionKey
-from cellserve.service.sessions.session import Durable, Listed, Session, gone, key_of, unknown
-from cellserve.service.sessions.stores.memory import full, new_id
+from cellserve.service.idempotency import AppliedChange, IdempotencyKey, resolve
+from cellserve.service.model_repository.model import VersionKey
+from cellserve.service.sessions.session import (
+    Durable,
+    Session,
+    SessionSummary,
+    key_of,
+    session_gone_error,
+    unknown_session_error,
+)
+from cellserve.service.sessions.stores.memory import capacity_error, new_id
 from cellserve.service.sessions.stores.protocol import Page, States
-from cellserve.service.sessions.stores.records import Fate, Last, Mark, Stored, Write, new_revisions
+from cellserve.service.sessions.stores.records import (
+    ConditionalWrite,
+    SessionRecord,
+    StoredAnswer,
+    TombstoneRecord,
+    VersionStamp,
+    WriteOutcome,
+    new_revisions,
+)
 from cellserve.service.sessions.stores.redis_client import RedisClient
 from cellserve.service.sessions.table import SessionTable
 from cellserve.service.settings import WhenFull
@@ -36,19 +51,19 @@ from cellserve.service.settings import WhenFull
 Array = NDArray[Any]
 LoadEngine = Callable[[VersionKey, str], Awaitable[Engine | None]]
 
-_INDEX_SHARE = 0.1  # the deadline in Redis is refreshed only after this fraction of the idle time
+_DEADLINE_SLACK = 0.1  # the deadline in Redis is refreshed only after this fraction of the idle time
 
 
 class RedisStore:
-    """The sessions of a shared Redis, those that are in use here in slots; a `SessionStore`.
+    """The sessions of a shared Redis; those in use here are cached in slots. A `SessionStore`.
 
     Args:
-        client: Speaks to Redis.
-        table: Their slots.
-        cached: Sessions of a model that have slots here, at most.
+        client: The connection to Redis.
+        table: The slots.
+        cached: Sessions of a model that are cached here, at most.
         max_sessions: Live sessions, at most.
-        when_full: Refuse one session more, or evict the longest idle one.
-        load: Returns the engine of a version by its name and digest, loaded where it has to be.
+        when_full: Refuse a new session, or evict the longest idle one.
+        engine_loader: Returns the engine of a model version by name and digest, loading it if necessary.
     """
 
     durable: Durable = "store"
@@ -60,21 +75,21 @@ class RedisStore:
         cached: int,
         max_sessions: int,
         when_full: WhenFull = "refuse",
-        load: LoadEngine | None = None,
+        engine_loader: LoadEngine | None = None,
     ) -> None:
         self.table, self.max_sessions, self.when_full = table, max_sessions, when_full
-        self._client, self._most_cached, self._load = client, cached, load
+        self._client, self._cache_size, self._engine_loader = client, cached, engine_loader
         self.created = 0
         self.ended = dict.fromkeys(("deleted", "expired", "evicted"), 0)
 
     @property
     def errors(self) -> int:
-        """How often Redis did not answer, so far."""
+        """Calls that Redis did not answer, so far."""
         return self._client.errors
 
     async def start(self) -> None:
-        """Looks Redis over; if it is away now, whatever needs it tries again."""
-        with suppress(StoreAway):
+        """Checks Redis; if it is unavailable now, later calls try again."""
+        with suppress(StoreUnavailable):
             await self._client.start()
 
     async def close(self) -> None:
@@ -82,7 +97,7 @@ class RedisStore:
         await self._client.close()
 
     async def count(self) -> int:
-        """Counts the sessions in Redis; raises StoreAway."""
+        """Returns the number of sessions in Redis; raises StoreUnavailable."""
         live, expired = await self._client.count()
         self.ended["expired"] += expired
         return live
@@ -91,42 +106,44 @@ class RedisStore:
         """Returns a session that has a slot here."""
         session = self.table.live.get(key_of(owner, session_id))
         if session is None:
-            raise self.missing(owner, session_id)
+            raise self.not_found_error(owner, session_id)
         return session
 
-    async def find(self, owner: str, session_id: str) -> Session:
+    async def fetch(self, owner: str, session_id: str) -> Session:
         """Returns a session, from its slot or from Redis."""
         key = key_of(owner, session_id)
         session = self.table.live.get(key)
-        return session if session is not None else await self._cached(owner, session_id, await self._client.load(key))
+        if session is None:
+            session = await self._cache_record(owner, session_id, await self._client.load(key))
+        return session
 
-    def missing(self, owner: str, session_id: str) -> Problem:
-        """Makes the error for a session that has no slot here any more: it may be in Redis."""
-        return Stale()
+    def not_found_error(self, owner: str, session_id: str) -> Problem:
+        """Returns the error for a session without a slot: it may still be in Redis."""
+        return StaleSession()
 
     async def _reload(self, session: Session) -> None:
         """Reads a locked session again.
 
         Raises:
-            SessionGone, UnknownSession: It is there no more.
-            StoreAway: The store does not answer.
+            SessionGone, UnknownSession, StaleSession: The session is not in Redis any more.
+            StoreUnavailable: The store does not answer.
         """
         stored = await self._client.load(key_of(session.owner, session.id))
-        if not isinstance(stored, Stored) or stored.digest != session.model.digest:
-            self._forget(session)
-            raise self._fate(stored)
+        if not isinstance(stored, SessionRecord) or stored.digest != session.model.digest:
+            self._evict_from_cache(session)
+            raise self._tombstone_error(stored)
         self._fill(session, stored)
 
-    def is_current(self, session: Session, key: Request | None) -> bool:
-        """Tells whether a change may start from what is in the slot; a commit detects what is stale all the same."""
+    def is_current(self, session: Session, key: IdempotencyKey | None) -> bool:
+        """Returns whether a change may start from the slot; if the slot is stale after all, the commit detects it."""
         return session.revision is not None and (key is None or key.position == session.position)
 
     def all_current(self, sessions: Sequence[Session]) -> bool:
-        """Tells whether all slots hold what was last written or read."""
+        """Returns whether all slots hold a committed state."""
         return all(session.revision is not None for session in sessions)
 
-    async def refresh(self, session: Session, key: Request | None) -> None:
-        """Reads a locked session again, unless a change with this key may start from what is in its slot."""
+    async def refresh(self, session: Session, key: IdempotencyKey | None) -> None:
+        """Reads a locked session again, unless a change with this key may start from its slot as it is."""
         if self.is_current(session, key):
             return
         known, seen = session.revision is not None, session.position
@@ -140,120 +157,128 @@ class RedisStore:
         states: States | None,
         owner: str,
         session_id: str | None,
-        origin: bytes,
+        creation_digest: bytes,
         position: int = 0,
     ) -> tuple[Session, bool]:
-        """Makes a session in Redis, and gives it a slot."""
+        """Creates a session in Redis, and caches it."""
         name = session_id if session_id is not None else new_id()
         key = key_of(owner, name)
         found = None if session_id is None else await self._client.load(key)
-        outcome = "there"
+        outcome = WriteOutcome.EXISTS
         if found is None:
             await self._enforce_capacity()
-            new = _new(engine, states, origin, position)
+            new = _new_record(engine, states, creation_digest, position)
             outcome = await self._client.create(key, new)
-            self.created += outcome == "written"
-            found = new if outcome == "written" else await self._client.load(key)
-        session = await self._cached(owner, name, found)
-        if session.origin != origin:
+            self.created += outcome is WriteOutcome.WRITTEN
+            found = new if outcome is WriteOutcome.WRITTEN else await self._client.load(key)
+        session = await self._cache_record(owner, name, found)
+        if session.creation_digest != creation_digest:
             raise SessionExists(
-                f"there is a session {name!r} already, which another request has made: choose another id",
+                f"session {name!r} exists already; another request created it: choose another id",
                 position=session.position,
             )
-        return session, outcome == "written"
+        return session, outcome is WriteOutcome.WRITTEN
 
-    async def recreate(self, engine: Engine, owner: str, session_id: str, origin: bytes) -> Session:
-        """Makes a session from zeros in Redis, in place of whatever is or was there under its id."""
+    async def recreate(self, engine: Engine, owner: str, session_id: str, creation_digest: bytes) -> Session:
+        """Creates a session from zeros in Redis, replacing any existing or ended one of that id."""
         key = key_of(owner, session_id)
-        if not isinstance(await self._client.load(key), Stored):
+        if not isinstance(await self._client.load(key), SessionRecord):
             await self._enforce_capacity()
-        new = _new(engine, None, origin)
+        new = _new_record(engine, None, creation_digest)
         await self._client.replace(key, new)
         before = self.table.live.get(key)
         if before is not None:
-            # What is under way in it is refused when it is written.
-            with suppress(Stale):
-                async with self._alone(before):
-                    self._forget(before)
-        return await self._cached(owner, session_id, new)
+            # Work in flight in the old session is refused when it is committed.
+            with suppress(StaleSession):
+                async with self._locked(before):
+                    self._evict_from_cache(before)
+        return await self._cache_record(owner, session_id, new)
 
     async def fork(
-        self, session: Session, new_id: str | None, origin: bytes, position: int | None = None
+        self, session: Session, new_id: str | None, creation_digest: bytes, position: int | None = None
     ) -> tuple[Session, bool]:
-        """Makes a session with the state and the position that another has in the store."""
-        async with self._alone(session):
+        """Creates a session with the state and position that another has in Redis."""
+        async with self._locked(session):
             await self._reload(session)
             known = None if new_id is None else await self._client.load(key_of(session.owner, new_id))
             if position is not None and known is None:
-                check(session.position, None, Request(position, b""))
+                resolve(session.position, None, IdempotencyKey(position, b""))
             states = session.engine.arena.read(session.slot)
-            return await self.create(session.engine, states, session.owner, new_id, origin, session.position)
+            return await self.create(session.engine, states, session.owner, new_id, creation_digest, session.position)
 
     async def delete(self, owner: str, session_id: str, position: int | None = None) -> None:
         """Deletes a session; a repeated call changes nothing."""
         key = key_of(owner, session_id)
         outcome = await self._client.end(key, "deleted", position)
-        self.ended["deleted"] += outcome == "written"
+        self.ended["deleted"] += outcome is WriteOutcome.WRITTEN
         session = self.table.live.get(key)
-        if outcome == "other":
+        if outcome is WriteOutcome.CONFLICT:
             found = await self._client.load(key)
-            if isinstance(found, Stored) and position is not None:
-                check(found.mark.position, None, Request(position, b""))
-            raise self._fate(found)
+            if isinstance(found, SessionRecord) and position is not None:
+                resolve(found.stamp.position, None, IdempotencyKey(position, b""))
+            raise self._tombstone_error(found)
         if session is not None:
-            with suppress(Stale):  # someone else has seen that it is gone
-                async with self._alone(session):
-                    self._forget(session)
-        if outcome == "gone":
+            with suppress(StaleSession):  # another change has found it gone and evicted it
+                async with self._locked(session):
+                    self._evict_from_cache(session)
+        if outcome is WriteOutcome.GONE:
             fate = await self._client.load(key)
-            if not isinstance(fate, Fate) or fate.reason != "deleted":
-                raise self._fate(fate)
+            if not isinstance(fate, TombstoneRecord) or fate.reason != "deleted":
+                raise self._tombstone_error(fate)
 
-    async def page(self, owner: str, after: Page, limit: int) -> tuple[list[Listed], Page | None]:
-        """Returns about so many of an owner's sessions; those that live throughout are on one page at least."""
+    async def page(self, owner: str, after: Page, limit: int) -> tuple[list[SessionSummary], Page | None]:
+        """Returns about `limit` of an owner's sessions; one that lives throughout is on at least one page."""
         prefix = key_of(owner, "") if owner else ""
         found, cursor = await self._client.page(prefix, after[1], limit)
-        listed = [Listed(key[len(prefix) :], model, version, position) for key, model, version, position in found]
+        listed = [
+            SessionSummary(key[len(prefix) :], model, version, position) for key, model, version, position in found
+        ]
         return listed, (0, cursor) if cursor else None
 
     async def read_state(self, session: Session) -> tuple[States, int]:
-        """Returns a session's states and position, as Redis has them."""
-        async with self._alone(session):
+        """Returns a session's states and position in Redis."""
+        async with self._locked(session):
             await self._reload(session)
             return session.engine.arena.read(session.slot), session.position
 
     async def write_state(
-        self, session: Session, states: States | None, key: Request | None, moves: int, before: States | None
+        self, session: Session, states: States | None, key: IdempotencyKey | None, moves: int, before: States | None
     ) -> None:
         """Writes a locked session's states."""
         position = session.position + moves
         applied = last = None
         if key is not None:
-            applied = Applied(key, position, None, before)
-            content = (Last.NOTHING,) if before is None else (Last.BEFORE, _packed(session.engine.arena, before))
-            last = Last(key.digest, key.position, position, *content)
-        write = self._write_of(session, Mark(position, *new_revisions(1)), _packed(session.engine.arena, states), last)
+            applied = AppliedChange(key, position, None, before)
+            content = (
+                (StoredAnswer.NOTHING,)
+                if before is None
+                else (StoredAnswer.BEFORE, _packed(session.engine.arena, before))
+            )
+            last = StoredAnswer(key.digest, key.position, position, *content)
+        write = self._conditional_write(
+            session, VersionStamp(position, *new_revisions(1)), _packed(session.engine.arena, states), last
+        )
         session.revision = None
         (outcome,) = await self._client.write([write])
-        if outcome != "written":
-            raise Stale()
+        if outcome is not WriteOutcome.WRITTEN:
+            raise StaleSession()
         session.engine.arena.write(session.slot, states)
         session.engine.arena.position[session.slot] = position
-        session.applied, session.revision = applied, write.mark.revision
+        session.applied, session.revision = applied, write.stamp.revision
 
     def sweep(self) -> None:
-        """Drops from the cache what has not been used here for long; Redis ends what nobody uses."""
+        """Evicts idle sessions from the cache; Redis itself expires those that nobody uses."""
         for session in list(self.table.idle()):
-            self._forget(session)
+            self._evict_from_cache(session)
 
     @asynccontextmanager
-    async def _alone(self, session: Session) -> AsyncIterator[Session]:
-        """Holds the lock of a session that has a slot; raises Stale where it has lost it."""
+    async def _locked(self, session: Session) -> AsyncIterator[Session]:
+        """Holds the lock of a cached session; raises StaleSession if it is not cached any more."""
         if not session.alive:
-            raise Stale()
+            raise StaleSession()
         async with self.table.locks[session.engine].locked(session):
             if not session.alive:
-                raise Stale()
+                raise StaleSession()
             try:
                 yield session
             finally:
@@ -261,140 +286,144 @@ class RedisStore:
                     self.table.touch(session)
 
     async def _enforce_capacity(self) -> None:
-        """Sees to it that there are not too many sessions."""
+        """Ensures that one more session fits: evicts one if configured, or raises ServerFull."""
         if await self.count() < self.max_sessions:
             return
         longest = await self._client.longest_idle() if self.when_full == "evict" else None
         if longest is None:
-            raise full(self.max_sessions, self.table.idle_seconds)
-        if await self._client.end(longest, "evicted") == "written":
+            raise capacity_error(self.max_sessions, self.table.idle_seconds)
+        if await self._client.end(longest, "evicted") is WriteOutcome.WRITTEN:
             self.ended["evicted"] += 1
         session = self.table.live.get(longest)
-        if session is not None and not session.engine.arena.held[session.slot]:
-            self._forget(session)
+        if session is not None and not session.engine.arena.locked[session.slot]:
+            self._evict_from_cache(session)
 
-    async def _cached(self, owner: str, session_id: str, stored: Stored | Fate | None) -> Session:
-        if not isinstance(stored, Stored):
-            raise self._fate(stored)
+    async def _cache_record(
+        self, owner: str, session_id: str, stored: SessionRecord | TombstoneRecord | None
+    ) -> Session:
+        if not isinstance(stored, SessionRecord):
+            raise self._tombstone_error(stored)
         engine = next((engine for engine in self.table.by_slot if engine.model.digest == stored.digest), None)
-        if engine is None and self._load is not None:
-            engine = await self._load(VersionKey(stored.model, stored.version), stored.digest)
+        if engine is None and self._engine_loader is not None:
+            engine = await self._engine_loader(VersionKey(stored.model, stored.version), stored.digest)
         if engine is None:
             raise ModelVersionNotHere(
-                f"the session is of model {stored.model!r}, version {stored.version}, which this server has not "
-                f"(yet): try again in a few seconds, another one may have it"
+                f"the session belongs to model {stored.model!r}, version {stored.version}, which this server does not "
+                f"have (yet): try again in a few seconds, another server may have it"
             )
         known = self.table.live.get(key_of(owner, session_id))
         if known is not None:
             return known
         slot = self._slot(engine)
-        session = self.table.add(Session(owner, session_id, engine, slot, np.array((slot,)), stored.origin))
+        session = self.table.add(Session(owner, session_id, engine, slot, np.array((slot,)), stored.creation_digest))
         self._fill(session, stored)
         return session
 
     def _slot(self, engine: Engine) -> int:
-        """Takes a slot; where all are in use, that of the session which was not used here for the longest time."""
+        """Allocates a slot; if all are in use, evicts the session that was not used here for the longest time."""
         arena = engine.arena
-        slot = arena.take() if len(self.table.by_slot[engine]) < self._most_cached else None
+        slot = arena.allocate() if len(self.table.by_slot[engine]) < self._cache_size else None
         if slot is None:
             oldest = self.table.longest_idle(engine)
             if oldest is None:
-                raise ServerFull("work is under way in all sessions that this server has room for: try again")
-            self._forget(oldest)
-            slot = arena.take()
+                raise ServerFull("all sessions that this server has room for have work in flight: try again")
+            self._evict_from_cache(oldest)
+            slot = arena.allocate()
         assert slot is not None
         return slot
 
-    def _fill(self, session: Session, stored: Stored) -> None:
+    def _fill(self, session: Session, stored: SessionRecord) -> None:
         arena = session.engine.arena
         arena.write(session.slot, _unpacked(arena, stored.states))
-        arena.position[session.slot], arena.used[session.slot] = stored.mark.position, self.table.clock()
+        arena.position[session.slot], arena.last_used[session.slot] = stored.stamp.position, self.table.clock()
         session.applied, last = None, stored.last
         if last is not None:
             y = before = None
-            if last.kind == Last.ANSWER:
+            if last.kind == StoredAnswer.ANSWER:
                 outputs = session.model.outputs
                 y = np.frombuffer(last.content, outputs.dtype).reshape(-1, *outputs.shape)
-            elif last.kind == Last.BEFORE:
+            elif last.kind == StoredAnswer.BEFORE:
                 before = _unpacked(arena, last.content)
-            session.applied = Applied(Request(last.position, last.digest), last.reached, y, before)
-        session.revision = stored.mark.revision
+            session.applied = AppliedChange(IdempotencyKey(last.position, last.digest), last.position_after, y, before)
+        session.revision = stored.stamp.revision
 
-    def _forget(self, session: Session) -> None:
-        """Frees a session's slot; the store has it still, or knows what became of it."""
+    def _evict_from_cache(self, session: Session) -> None:
+        """Frees a session's slot; Redis still has the session or its tombstone."""
         session.revision = None
         self.table.remove(session)
 
-    async def commit(self, engine: Engine, batch: Sequence[Moved]) -> None:
-        """Writes what a tick has come to, in one round trip; notes with each advance why rows were refused."""
+    async def commit(self, engine: Engine, batch: Sequence[Finished]) -> None:
+        """Writes the results of a tick in one round trip; records the rows that are refused in their items."""
         places = [
-            (advance, row, y)
-            for advance, y in batch
-            for row in range(advance.rows)
-            if not advance.problems or row not in advance.problems
+            (item, row, y)
+            for item, y in batch
+            for row in range(item.rows)
+            if not item.errors_by_row or row not in item.errors_by_row
         ]
         arena, of_slot = engine.arena, self.table.by_slot[engine]
-        slots = np.array([advance.homes[row] for advance, row, _ in places], np.intp)
+        slots = np.array([item.target_slots[row] for item, row, _ in places], np.intp)
         sessions = [of_slot[slot] for slot in slots.tolist()]
-        positions = (arena.position[slots] + [advance.x.shape[1] for advance, _, _ in places]).tolist()
-        marks = list(map(Mark, positions, new_revisions(len(places))))
-        lasts = [_last(arena, *place, mark) for place, mark in zip(places, marks, strict=True)]
-        writes = list(map(self._write_of, sessions, marks, arena.pack(slots), lasts))
-        late = self._late(sessions)
+        positions = (arena.position[slots] + [item.x.shape[1] for item, _, _ in places]).tolist()
+        stamps = list(map(VersionStamp, positions, new_revisions(len(places))))
+        lasts = [_stored_answer(arena, *place, stamp) for place, stamp in zip(places, stamps, strict=True)]
+        writes = list(map(self._conditional_write, sessions, stamps, arena.pack(slots), lasts))
+        late = self._overdue(sessions)
         for session in sessions:
-            session.revision = None  # the slot holds what is not written yet: if it never is, it must be read again
-        outcomes: list[str] | list[StoreAway]
+            session.revision = None  # the slot holds an uncommitted state: if the write fails, it must be read again
+        outcomes: list[WriteOutcome] | list[StoreUnavailable]
         try:
             outcomes = await self._client.write(writes, [key_of(one.owner, one.id) for one in late])
-        except StoreAway as away:
+        except StoreUnavailable as away:
             outcomes = [away] * len(writes)
             for session in late:
-                session.indexed = -math.inf
-        for session, mark, (advance, row, _), outcome in zip(sessions, marks, places, outcomes, strict=True):
-            if outcome == "written":
-                session.revision = mark.revision
+                session.deadline_indexed_at = -math.inf
+        for session, stamp, (item, row, _), outcome in zip(sessions, stamps, places, outcomes, strict=True):
+            if outcome is WriteOutcome.WRITTEN:
+                session.revision = stamp.revision
             else:
-                problem = outcome if isinstance(outcome, Problem) else Stale()
-                advance.problems = (advance.problems or {}) | {row: problem}
+                problem = outcome if isinstance(outcome, Problem) else StaleSession()
+                item.errors_by_row = (item.errors_by_row or {}) | {row: problem}
 
-    def _write_of(self, session: Session, mark: Mark, states: bytes, last: Last | None) -> Write:
-        seen = Mark(session.position, session.revision or b"")
-        return Write(key_of(session.owner, session.id), seen, mark, states, last)
+    def _conditional_write(
+        self, session: Session, stamp: VersionStamp, states: bytes, last: StoredAnswer | None
+    ) -> ConditionalWrite:
+        seen = VersionStamp(session.position, session.revision or b"")
+        return ConditionalWrite(key_of(session.owner, session.id), seen, stamp, states, last)
 
-    def _late(self, sessions: list[Session]) -> list[Session]:
-        """Gives the sessions whose deadline in the set of all is to be moved, and notes that it is."""
+    def _overdue(self, sessions: list[Session]) -> list[Session]:
+        """Returns the sessions whose deadline in the index is to be refreshed, and records the refresh."""
         now = time.monotonic()
-        before = now - _INDEX_SHARE * self.table.idle_seconds
-        late = [session for session in sessions if session.indexed < before]
+        before = now - _DEADLINE_SLACK * self.table.idle_seconds
+        late = [session for session in sessions if session.deadline_indexed_at < before]
         for session in late:
-            session.indexed = now
+            session.deadline_indexed_at = now
         return late
 
-    def _fate(self, found: Stored | Fate | None) -> Problem:
-        if isinstance(found, Stored):
-            return Stale()  # another session of that id, or on another version
-        return unknown() if found is None else gone(found.reason, found.position)
+    def _tombstone_error(self, found: SessionRecord | TombstoneRecord | None) -> Problem:
+        if isinstance(found, SessionRecord):
+            return StaleSession()  # another session of that id, or one of another model version
+        return unknown_session_error() if found is None else session_gone_error(found.reason, found.position)
 
 
-def _last(arena: Arena, advance: Advance, row: int, y: Array, mark: Mark) -> Last | None:
-    """Gives what a repetition of a row's step is to be told."""
-    if advance.keys is None:
+def _stored_answer(arena: Arena, item: WorkItem, row: int, y: Array, stamp: VersionStamp) -> StoredAnswer | None:
+    """Builds what is stored to answer a repetition of a row's step."""
+    if item.idempotency_keys is None:
         return None
-    request = advance.keys[row]
-    told = request.digest, request.position, mark.position
-    if advance.before is not None:
-        return Last(*told, Last.BEFORE, _packed(arena, advance.before[row]))
-    return Last(*told, Last.ANSWER, y[row].tobytes())
+    key = item.idempotency_keys[row]
+    change = key.digest, key.position, stamp.position
+    if item.states_before is not None:
+        return StoredAnswer(*change, StoredAnswer.BEFORE, _packed(arena, item.states_before[row]))
+    return StoredAnswer(*change, StoredAnswer.ANSWER, y[row].tobytes())
 
 
-def _new(engine: Engine, states: States | None, origin: bytes, position: int = 0) -> Stored:
-    """Gives what the store is to hold of a session that begins."""
-    model, mark = engine.model, Mark(position, *new_revisions(1))
-    return Stored(model.name, model.version, model.digest, origin, mark, _packed(engine.arena, states))
+def _new_record(engine: Engine, states: States | None, creation_digest: bytes, position: int = 0) -> SessionRecord:
+    """Builds the record of a new session."""
+    model, stamp = engine.model, VersionStamp(position, *new_revisions(1))
+    return SessionRecord(model.name, model.version, model.digest, creation_digest, stamp, _packed(engine.arena, states))
 
 
 def _packed(arena: Arena, states: States | None) -> bytes:
-    """Writes one session's states one after the other; zeros where it has none."""
+    """Encodes one session's states, one after the other; None for zeros."""
     parts = (np.zeros(spec.shape, spec.dtype) if states is None else states[spec.name] for spec in arena.specs)
     return b"".join(part.tobytes() for part in parts)
 
@@ -410,7 +439,7 @@ def _unpacked(arena: Arena, content: bytes) -> States:
 
 def _went_back(session: Session, seen: int) -> SessionWentBack:
     return SessionWentBack(
-        f"the session was at {seen} and is at {session.position} in its store, which has lost acknowledged changes (a "
-        f"failover, a restart without its file): send the steps from {session.position} on again",
+        f"the session was at position {seen}, but is at {session.position} in the store, which has lost acknowledged "
+        f"changes (a failover, a restart without its file): send the steps from {session.position} again",
         position=session.position,
     )

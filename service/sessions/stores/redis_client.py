@@ -1,8 +1,8 @@
-"""The shared store: sessions in Redis or Valkey, so that any replica can serve any of them.
+"""The Redis client: sessions in Redis or Valkey, so that any replica can serve any of them.
 
-A session is a hash; a write to it is one call of a script that compares position and revision with those that the
-writer has seen, and sets all of it or nothing. Beside it stands a key that outlives it and tells what has become of it.
-Both keys share a hash tag. A sorted set by deadline knows all sessions.
+A session is a hash. A write is one call of a script that compares the stored position and revision with those that the
+writer has seen, and sets all fields or none. A second key outlives the session and becomes its tombstone; both keys
+share a hash tag. The index, a sorted set by deadline, lists all sessions.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from cellserve.service.errors import StoreAway
+from cellserve.service.errors import StoreUnavailable
 from cellserve.service.sessions.stores.protocol import StoreUnusable
-from cellserve.service.sessions.stores.records import Fate, Stored, Write
+from cellserve.service.sessions.stores.records import ConditionalWrite, SessionRecord, TombstoneRecord, WriteOutcome
 
 _CLUSTER = "redis+cluster://"
 _INDEX = "cellserve:sessions"
 _INDEX_SLACK = 1.1
 
-Command = tuple[Any, ...]  # its name and its arguments: bytes, strings and numbers
+Command = tuple[Any, ...]  # name and arguments: bytes, strings and numbers
 
-# KEYS: the session, what became of it. ARGV: the mark that is expected, the new one, milliseconds until it expires and
-# until that is forgotten, what will have become of it, its states, and the last change where that is new.
+# KEYS: the session, its tombstone. ARGV: the expected stamp, the new stamp, milliseconds until the session expires and
+# until the tombstone does, the tombstone, the states, and the stored answer if it changes.
 _WRITE = b"""
 local now = redis.call('HGET', KEYS[1], 'mark')
 if not now then return 'gone' end
@@ -54,7 +54,7 @@ redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('SET', KEYS[2], ARGV[5], 'PX', ARGV[4])
 return 'written'
 """
-# KEYS as above. ARGV: the two times, what will have become of it, then fields and values.
+# KEYS: as above. ARGV: the two times, the tombstone, then fields and values.
 _CREATE = b"""
 if redis.call('EXISTS', KEYS[1]) == 1 then return 'there' end
 if redis.call('EXISTS', KEYS[2]) == 1 then return 'gone' end
@@ -65,9 +65,9 @@ redis.call('PEXPIRE', KEYS[1], ARGV[1])
 redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
 return 'written'
 """
-# The same, whatever is or was there.
+# The same, replacing a session or tombstone.
 _REPLACE = b"redis.call('DEL', KEYS[1], KEYS[2])\n" + _CREATE
-# KEYS as above. ARGV: the reason, milliseconds until that is forgotten, the position that is expected, or nothing.
+# KEYS: as above. ARGV: the reason, milliseconds until the tombstone expires, the expected position or nothing.
 _END = b"""
 local mark = redis.call('HGET', KEYS[1], 'mark')
 if not mark then return 'gone' end
@@ -78,6 +78,8 @@ redis.call('SET', KEYS[2], ARGV[1] .. ' ' .. position, 'PX', ARGV[2])
 return 'written'
 """
 
+_OUTCOMES = {outcome.encode(): outcome for outcome in WriteOutcome}
+
 log = logging.getLogger("cellserve")
 
 
@@ -85,25 +87,25 @@ class RedisClient:
     """Sessions in Redis or Valkey.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`, as redis-py takes it; `redis+cluster://` for a cluster.
+        url: A redis-py URL: `redis://`, `rediss://` or `unix://`; or `redis+cluster://` for a cluster.
         idle_seconds: A session not written or read for so long expires.
-        tombstone_seconds: For how long it is told of a session that it is gone.
-        timeout_seconds: For how long an answer is waited for.
-        replicas: Of the store's own, that must have a write before it is answered (`WAIT`).
+        tombstone_seconds: How long ended sessions are answered 410 instead of 404.
+        timeout_seconds: Timeout of a call.
+        replicas: Redis replicas that must have a write before it counts as written (`WAIT`).
 
     Raises:
-        StoreUnusable: The address is none.
+        StoreUnusable: The URL is invalid.
     """
 
     def __init__(
         self, url: str, idle_seconds: float, tombstone_seconds: float, timeout_seconds: float, replicas: int
     ) -> None:
-        # Nothing is sent again by the client: whether a write that had no answer was applied must be looked up.
+        # The client must not retry: whether a write without an answer was applied has to be looked up.
         how: dict[str, Any] = {"socket_timeout": timeout_seconds, "socket_connect_timeout": timeout_seconds}
         how["retry"] = Retry(NoBackoff(), 0)
         self._cluster = url.startswith(_CLUSTER)
         if self._cluster and replicas:
-            raise StoreUnusable(f"--store-replicas cannot be asked of a cluster: use {_CLUSTER} without it")
+            raise StoreUnusable(f"--store-replicas does not work with a cluster: use {_CLUSTER} without it")
         try:
             if self._cluster:
                 self._redis: Any = RedisCluster.from_url(url.replace(_CLUSTER, "redis://", 1), **how)
@@ -116,97 +118,101 @@ class RedisClient:
         self._timeout = timeout_seconds
         self._replicas = replicas
         self._away = False
-        self.errors = 0  # how often it did not answer, so far
-        self._offset = 0.0  # of the store's clock against ours, seconds
+        self.errors = 0  # calls that failed so far
+        self._offset = 0.0  # seconds that Redis's clock is ahead of ours
         self._scripts: dict[bytes, str] = {
             script: hashlib.sha1(script).hexdigest() for script in (_WRITE, _CREATE, _REPLACE, _END)
         }
 
     async def start(self) -> None:
-        """Looks the store over, and warns where it may lose what it has acknowledged; raises StoreAway."""
-        async with self._asking():
+        """Loads the scripts, and warns if Redis may lose acknowledged writes; raises StoreUnavailable."""
+        async with self._translating_errors():
             for script in self._scripts:
                 await self._redis.script_load(script)
-            told = await self._redis.time()
-            seconds, micros = next(iter(told.values())) if isinstance(told, dict) else told
+            now = await self._redis.time()
+            seconds, micros = next(iter(now.values())) if isinstance(now, dict) else now
             self._offset = seconds + micros / 1e6 - time.time()
         try:
-            told = await self._redis.config_get("maxmemory-policy", "appendonly")
+            config = await self._redis.config_get("maxmemory-policy", "appendonly")
         except RedisError:
-            return  # a hosted store may not tell
-        if told.get("maxmemory-policy", "noeviction") != "noeviction":
+            return  # a hosted Redis may not answer this
+        if config.get("maxmemory-policy", "noeviction") != "noeviction":
             log.warning("the store evicts sessions when its memory is full: set maxmemory-policy noeviction")
-        if told.get("appendonly") == "no":
-            log.warning("the store keeps no append-only file: a restart of it loses sessions; set appendonly yes")
+        if config.get("appendonly") == "no":
+            log.warning("the store has no append-only file, so a restart loses sessions: set appendonly yes")
 
     async def close(self) -> None:
-        """Ends the connections."""
+        """Closes the connections."""
         await self._redis.aclose()
 
-    async def load(self, key: str) -> Stored | Fate | None:
-        """Reads a session, and counts as using it; gives its fate where it is gone, None where none was ever there."""
-        async with self._asking():
+    async def load(self, key: str) -> SessionRecord | TombstoneRecord | None:
+        """Reads a session, or its tombstone, and extends its life; returns None if the key is unknown."""
+        async with self._translating_errors():
             pipeline = self._redis.pipeline(transaction=False)
-            session, fate = _names(key)
-            pipeline.hmget(session, Stored.FIELDS)
-            pipeline.get(fate)
+            session, tombstone = _names(key)
+            pipeline.hmget(session, SessionRecord.FIELDS)
+            pipeline.get(tombstone)
             pipeline.pexpire(session, self._idle_ms)
-            pipeline.pexpire(fate, self._idle_ms + self._gone_ms)
+            pipeline.pexpire(tombstone, self._idle_ms + self._gone_ms)
             pipeline.zadd(_INDEX, {key: self._deadline()}, xx=True)
-            values, told, *_ = await pipeline.execute()
+            values, ended, *_ = await pipeline.execute()
         if values[0] is not None:
-            return Stored.read(values)
-        return None if told is None else Fate.read(told)
+            return SessionRecord.read(values)
+        return None if ended is None else TombstoneRecord.read(ended)
 
-    async def create(self, key: str, session: Stored) -> str:
-        """Makes a session: `written`, `there` where it is already, `gone` where it was."""
+    async def create(self, key: str, session: SessionRecord) -> WriteOutcome:
+        """Creates a session: WRITTEN, EXISTS, or GONE if it has ended."""
         return await self._create(_CREATE, key, session)
 
-    async def replace(self, key: str, session: Stored) -> None:
-        """Makes a session in place of whatever is or was there."""
+    async def replace(self, key: str, session: SessionRecord) -> None:
+        """Creates a session, replacing any existing or ended one."""
         await self._create(_REPLACE, key, session)
 
-    async def _create(self, script: bytes, key: str, session: Stored) -> str:
+    async def _create(self, script: bytes, key: str, session: SessionRecord) -> WriteOutcome:
         times = self._idle_ms, self._idle_ms + self._gone_ms
-        call = self._call(script, key, *times, b"expired %d" % session.mark.position, *session.fields())
+        call = self._call(script, key, *times, b"expired %d" % session.stamp.position, *session.fields())
         (outcome,) = await self._run(script, [call])
-        if outcome == "written":
-            await self.used([key])
+        if outcome is WriteOutcome.WRITTEN:
+            await self.touch([key])
         return outcome
 
-    async def write(self, writes: Sequence[Write], used: Iterable[str] = ()) -> list[str]:
-        """Writes some sessions in one round trip, and moves deadlines in the set of all sessions.
+    async def write(self, writes: Sequence[ConditionalWrite], touched: Iterable[str] = ()) -> list[WriteOutcome]:
+        """Writes sessions in one round trip, and refreshes deadlines in the index.
+
+        Args:
+            writes: The writes.
+            touched: Keys whose deadlines are refreshed.
 
         Returns:
-            For each write `written`, `other` where the session is another by now, or `gone`.
+            The outcome of each write: WRITTEN, CONFLICT or GONE.
         """
         idle, gone = self._idle_ms, self._idle_ms + self._gone_ms
         calls = []
         for one in writes:
-            mark = one.mark
+            stamp = one.stamp
             last = () if one.last is None else (bytes(one.last),)
-            fate = b"expired %d" % mark.position
-            told = bytes(one.seen), bytes(mark), idle, gone, fate, one.states, *last
-            calls.append(self._call(_WRITE, one.key, *told))
-        return await self._run(_WRITE, calls, used)
+            tombstone = b"expired %d" % stamp.position
+            arguments = bytes(one.expected), bytes(stamp), idle, gone, tombstone, one.states, *last
+            calls.append(self._call(_WRITE, one.key, *arguments))
+        return await self._run(_WRITE, calls, touched)
 
-    async def end(self, key: str, reason: str, position: int | None = None) -> str:
-        """Ends a session: `written`, `other` where it is not at the position, or `gone`."""
+    async def end(self, key: str, reason: str, position: int | None = None) -> WriteOutcome:
+        """Ends a session: WRITTEN, CONFLICT if it is not at the position, or GONE."""
         call = self._call(_END, key, reason, self._gone_ms, "" if position is None else position)
         (outcome,) = await self._run(_END, [call])
-        if outcome == "written":
-            async with self._asking():
+        if outcome is WriteOutcome.WRITTEN:
+            async with self._translating_errors():
                 await self._redis.zrem(_INDEX, key)
         return outcome
 
-    async def used(self, keys: Iterable[str]) -> None:
-        """Moves deadlines in the set of all sessions."""
-        async with self._asking():
+    async def touch(self, keys: Iterable[str]) -> None:
+        """Refreshes deadlines in the index."""
+        async with self._translating_errors():
             await self._redis.execute_command(*self._deadlines(keys))
 
     async def count(self) -> tuple[int, int]:
-        """Counts the sessions whose deadline has not come, and those whose has, which no later call counts again."""
-        async with self._asking():
+        """Returns the number of live sessions, and of those that have expired since the last call of any client."""
+        async with self._translating_errors():
             pipeline = self._redis.pipeline(transaction=False)
             pipeline.zremrangebyscore(_INDEX, "-inf", self._now())
             pipeline.zcard(_INDEX)
@@ -214,26 +220,26 @@ class RedisClient:
             return int(live), int(expired)
 
     async def longest_idle(self) -> str | None:
-        """Gives the key of the session whose deadline comes first."""
-        async with self._asking():
+        """Returns the key of the session with the earliest deadline."""
+        async with self._translating_errors():
             found = await self._redis.zrange(_INDEX, 0, 0)
         return found[0].decode() if found else None
 
     async def page(self, prefix: str, cursor: int, limit: int) -> tuple[list[tuple[str, str, int, int]], int]:
-        """Gives about so many sessions whose keys begin so, as key, model, version and position; and where to go on."""
+        """Returns about `limit` sessions by key prefix, as key, model, version and position, and the next cursor."""
         found: list[tuple[str, str, int, int]] = []
         while True:
-            async with self._asking():
+            async with self._translating_errors():
                 match = f"{prefix}*" if prefix else None
                 cursor, members = await self._redis.zscan(_INDEX, cursor, match=match, count=limit)
                 keys = [member.decode() for member, _ in members]
                 pipeline = self._redis.pipeline(transaction=False)
                 for key in keys:
                     pipeline.hmget(_names(key)[0], "model", "version", "mark")
-                told = await pipeline.execute()
+                fields = await pipeline.execute()
             found += [
                 (key, values[0].decode(), int(values[1]), int(values[2].partition(b" ")[0]))
-                for key, values in zip(keys, told, strict=True)
+                for key, values in zip(keys, fields, strict=True)
                 if values[0] is not None
             ]
             if not cursor or len(found) >= limit:
@@ -243,7 +249,7 @@ class RedisClient:
         return time.time() + self._offset
 
     def _deadline(self) -> float:
-        # A little late: whoever steps a session all the time moves it now and then only.
+        # A little late, since the deadline of a session in constant use is refreshed only now and then.
         return self._now() + _INDEX_SLACK * self._idle_ms / 1000
 
     def _deadlines(self, keys: Iterable[str]) -> Command:
@@ -253,23 +259,23 @@ class RedisClient:
     def _call(self, script: bytes, key: str, *arguments: bytes | str | int) -> Command:
         return "EVALSHA", self._scripts[script], 2, *_names(key), *arguments
 
-    async def _run(self, script: bytes, calls: Sequence[Command], used: Iterable[str] = ()) -> list[str]:
-        """Calls a script for some sessions, in one round trip."""
-        commands = [*calls, self._deadlines(used)] if used else calls
-        async with self._asking():
-            told = (await self._pipelined(commands))[: len(calls)]
-            missed = [place for place, one in enumerate(told) if isinstance(one, NoScriptError)]
-            if missed:  # the store was restarted, or its scripts flushed: of these calls nothing was applied
+    async def _run(self, script: bytes, calls: Sequence[Command], touched: Iterable[str] = ()) -> list[WriteOutcome]:
+        """Calls a script for several sessions in one round trip."""
+        commands = [*calls, self._deadlines(touched)] if touched else calls
+        async with self._translating_errors():
+            replies = (await self._pipelined(commands))[: len(calls)]
+            missed = [place for place, one in enumerate(replies) if isinstance(one, NoScriptError)]
+            if missed:  # Redis was restarted, or its scripts flushed: none of these calls was applied
                 await self._redis.script_load(script)
                 for place, one in zip(missed, await self._pipelined([calls[p] for p in missed]), strict=False):
-                    told[place] = one
-            for one in told:
+                    replies[place] = one
+            for one in replies:
                 if isinstance(one, Exception):
                     raise one
-            return [one.decode() for one in told]
+            return [_OUTCOMES[one] for one in replies]
 
     async def _pipelined(self, commands: Sequence[Command]) -> list[Any]:
-        """Sends commands at once and gives what each was told: an answer, or the error."""
+        """Sends commands together and returns the reply of each: a value, or the error."""
         if self._cluster:
             pipeline = self._redis.pipeline()
             for command in commands:
@@ -277,26 +283,27 @@ class RedisClient:
             return list(await pipeline.execute(raise_on_error=False))
         if self._replicas:
             commands = [*commands, ("WAIT", self._replicas, int(1000 * self._timeout))]
-        # What redis-py's pipeline does, in a third of its time (4 µs a write for 13): hiredis packs, and one timeout.
+        # As redis-py's pipeline, in a third of its time (4 µs per write instead of 13): packed by hiredis, one timeout.
         packed = b"".join([hiredis.pack_command(command) for command in commands])
-        pool, told = self._redis.connection_pool, []
+        pool, replies = self._redis.connection_pool, []
         connection = await pool.get_connection()
         try:
             async with asyncio.timeout(2 * self._timeout if self._replicas else self._timeout):
                 await connection.send_packed_command(packed, check_health=False)
                 for _ in commands:
                     try:
-                        told.append(await connection.read_response(disable_decoding=True, timeout=math.inf))
+                        replies.append(await connection.read_response(disable_decoding=True, timeout=math.inf))
                     except ResponseError as error:
-                        told.append(error)
+                        replies.append(error)
         finally:
             await pool.release(connection)
-        if self._replicas and not isinstance(told[-1], Exception) and told[-1] < self._replicas:
+        if self._replicas and not isinstance(replies[-1], Exception) and replies[-1] < self._replicas:
             raise TimeoutError(f"fewer than {self._replicas} replicas of the store have the write")
-        return told
+        return replies
 
     @asynccontextmanager
-    async def _asking(self) -> AsyncIterator[None]:
+    async def _translating_errors(self) -> AsyncIterator[None]:
+        """Turns errors of Redis into StoreUnavailable."""
         try:
             yield
             if self._away:
@@ -304,12 +311,12 @@ class RedisClient:
                 log.info("the store answers again")
         except (ConnectionError, TimeoutError, ResponseError, RedisClusterException, OSError) as error:
             self.errors += 1
-            if not self._away:  # once, not for each request
+            if not self._away:  # logged once, not for each request
                 self._away = True
                 log.error("the store does not answer: %s", error or type(error).__name__)
-            raise StoreAway(
-                "the store of sessions does not answer: send the request again in a second (with its position, so "
-                "that it is applied once)"
+            raise StoreUnavailable(
+                "the session store does not answer: send the request again in a second (with its position, so that it "
+                "is applied only once)"
             ) from None
 
 

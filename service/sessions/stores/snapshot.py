@@ -1,7 +1,7 @@
-"""The snapshot: all sessions of a process in one file, written whole or not at all, and checked before it is believed.
+"""The snapshot: all sessions of a process in one file, replaced atomically and verified before it is restored.
 
-The file: a line that names the format, a safetensors document, and the SHA-256 of both. The document has, for each
-model, its sessions' positions, times and states, one row a session, and as JSON what else there is of them.
+The file is a line that names the format, a safetensors document, and the SHA-256 of both. The document has, for each
+model, its sessions' positions, times and states, one row per session, and everything else about them as JSON.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from cellserve.service.engine.engine import Engine
-from cellserve.service.idempotency import Applied, Request
-from cellserve.service.model_repository.repository import VersionKey
+from cellserve.service.idempotency import AppliedChange, IdempotencyKey
+from cellserve.service.model_repository.model import VersionKey
 from cellserve.service.sessions.session import Session, key_of
 from cellserve.service.sessions.stores.memory import MemoryStore, Tombstone
 from cellserve.service.sessions.table import SessionTable
@@ -34,25 +34,25 @@ from cellserve.service.sessions.table import SessionTable
 Array = NDArray[Any]
 
 _MAGIC = b"cellserve sessions 1\n"
-_ROWS = 2048  # sessions that are copied in one turn of the event loop
+_ROWS = 2048  # sessions that are copied per iteration of the event loop
 
 log = logging.getLogger("cellserve")
 
 
 class BadSnapshot(Exception):
-    """The file is not a snapshot that can be restored; the message says why. It is left as it is."""
+    """The snapshot cannot be restored or written; the message says why. The file is left untouched."""
 
 
 @dataclass
 class _Part:
     """The sessions of one model."""
 
-    told: dict[str, Any]  # model, version, digest
-    sessions: list[list[Any]] = field(default_factory=list)  # owner, id, origin, applied
+    header: dict[str, Any]  # model, version, digest
+    sessions: list[list[Any]] = field(default_factory=list)  # owner, id, creation_digest, applied
     arrays: dict[str, list[Array]] = field(default_factory=dict)
 
     def tensors(self, place: int) -> dict[str, Array]:
-        """Gives its tensors, named for the document."""
+        """Returns the tensors by their names in the document."""
         return {f"{place}/{name}": np.concatenate(rows) for name, rows in self.arrays.items()}
 
 
@@ -60,13 +60,13 @@ class Snapshots:
     """Writes a table's sessions to a file, and reads them back.
 
     Args:
-        path: The file; beside it a lock keeps other processes from using it too.
+        path: The file; a lock file beside it keeps other processes from using it.
         store: The sessions.
-        engines: Of the versions that are loaded.
-        find: Gives the engine of a version by its name and digest, loaded where it has to be.
+        engines: Returns the engines that are loaded.
+        find_engine: Returns the engine of a model version by name and digest, loading it if necessary.
 
     Raises:
-        BadSnapshot: Another process uses the file, or it cannot be written there.
+        BadSnapshot: Another process uses the file, or the folder cannot be written to.
     """
 
     def __init__(
@@ -74,69 +74,69 @@ class Snapshots:
         path: Path,
         store: MemoryStore,
         engines: Callable[[], list[Engine]],
-        find: Callable[[VersionKey, str], Engine | None],
+        find_engine: Callable[[VersionKey, str], Engine | None],
     ) -> None:
-        self._path, self._store, self._engines, self._find = path, store, engines, find
+        self._path, self._store, self._engines, self._find_engine = path, store, engines, find_engine
         self._table = store.table
-        self._kept: list[tuple[_Part, dict[str, Array]]] = []  # of versions that are not here
+        self._unrestored: list[tuple[_Part, dict[str, Array]]] = []  # parts whose model version is not here
         self._lock = _locked(path)
         self._saving = threading.Lock()
 
     def restore(self) -> int:
-        """Fills the table from the file, where there is one; gives the number of sessions.
+        """Restores the sessions from the file, if it exists; returns their number.
 
         Raises:
-            BadSnapshot: The file is damaged or something else; then nothing is ever written over it.
+            BadSnapshot: The file is damaged or is not a snapshot; it is never overwritten then.
         """
         if not self._path.exists():
             return 0
         document = _read(self._path)
-        told = orjson.loads(document.pop("told").tobytes())
+        index = orjson.loads(document.pop("told").tobytes())
         table, now = self._table, self._table.clock() - time.time()
         count = 0
-        for place, part in enumerate(told["models"]):
+        for place, part in enumerate(index["models"]):
             arrays = {name: document[f"{place}/{name}"] for name in part["arrays"]}
-            engine = self._find(VersionKey(part["model"], part["version"]), part["digest"])
+            engine = self._find_engine(VersionKey(part["model"], part["version"]), part["digest"])
             if engine is None:
-                kept = _Part({key: part[key] for key in ("model", "version", "digest")}, part["sessions"])
-                self._kept.append((kept, arrays))
+                header = {key: part[key] for key in ("model", "version", "digest")}
+                self._unrestored.append((_Part(header, part["sessions"]), arrays))
                 waiting = f"{part['model']!r}, version {part['version']}"
-                self._store.waiting |= {key_of(owner, name): waiting for owner, name, *_ in part["sessions"]}
+                self._store.awaiting_model |= {key_of(owner, name): waiting for owner, name, *_ in part["sessions"]}
                 log.error(
-                    "%d sessions of model %s version %s wait in the snapshot: that version is not here",
+                    "%d sessions of model %s version %s stay in the snapshot: that version is not here",
                     len(part["sessions"]), part["model"], part["version"],
                 )  # fmt: skip
                 continue
-            count += _fill(table, engine, part["sessions"], arrays, now)
-        for key, reason, position, until in told["gone"]:
+            count += _restore_sessions(table, engine, part["sessions"], arrays, now)
+        for key, reason, position, until in index["gone"]:
             self._store.tombstones[key] = Tombstone(reason, position, until + now)
         return count
 
-    async def resume(self, find: Callable[[VersionKey, str], Awaitable[Engine | None]]) -> None:
-        """Fills the table with the sessions that have waited for a version which is here by now; not during a write.
+    async def restore_waiting(self, find_engine: Callable[[VersionKey, str], Awaitable[Engine | None]]) -> None:
+        """Restores the sessions whose model version has appeared since; must not run during `write`.
 
         Args:
-            find: Gives the engine of a version by its name and digest, loaded where it has to be.
+            find_engine: Returns the engine of a model version by name and digest, loading it if necessary.
         """
-        for kept in list(self._kept):
-            part, arrays = kept
-            key = VersionKey(part.told["model"], part.told["version"])
-            engine = await find(key, part.told["digest"])
+        for unrestored in list(self._unrestored):
+            part, arrays = unrestored
+            key = VersionKey(part.header["model"], part.header["version"])
+            engine = await find_engine(key, part.header["digest"])
             if engine is not None:
-                _fill(self._table, engine, part.sessions, arrays, self._table.clock() - time.time())
-                self._kept.remove(kept)
+                _restore_sessions(self._table, engine, part.sessions, arrays, self._table.clock() - time.time())
+                self._unrestored.remove(unrestored)
                 for owner, name, *_ in part.sessions:
-                    del self._store.waiting[key_of(owner, name)]
-                log.info("%d sessions of model %s version %s are back", len(part.sessions), *key)
+                    del self._store.awaiting_model[key_of(owner, name)]
+                log.info("%d sessions of model %s version %s are restored", len(part.sessions), *key)
 
     async def write(self) -> None:
-        """Writes all sessions, a few in each turn of the event loop and the file on a thread; raises OSError."""
+        """Writes all sessions: copied in parts by the event loop, saved by a thread. Raises OSError."""
         parts = [part async for part in self._parts()]
         gone = self._gone()
         await asyncio.get_running_loop().run_in_executor(None, self._save, parts, gone)
 
     def close(self) -> None:
-        """Lets others use the file."""
+        """Releases the lock on the file."""
         self._lock.close()
 
     async def _parts(self) -> Any:
@@ -146,16 +146,20 @@ class Snapshots:
             part = _Part({"model": model.name, "version": model.version, "digest": model.digest})
             sessions = [session for session in table.live.values() if session.engine is engine]
             for start in range(0, len(sessions), _ROWS):
-                # Those that end while others are copied are left out; each is copied as it is at one moment.
+                # Sessions that end meanwhile are left out; each session is copied at one point in time.
                 own = [session for session in sessions[start : start + _ROWS] if session.alive]
                 slots = np.array([session.slot for session in own], np.intp)
-                part.sessions += [[one.owner, one.id, one.origin.hex(), _told(one.applied)] for one in own]
-                rows = {"position": arena.position[slots], "used": arena.used[slots] + to_wall}
+                part.sessions += [
+                    [one.owner, one.id, one.creation_digest.hex(), _applied_to_json(one.applied)] for one in own
+                ]
+                rows = {"position": arena.position[slots], "used": arena.last_used[slots] + to_wall}
                 rows |= {f"state.{name}": state for name, state in arena.read_many(slots).items()}
                 answers = [one.applied.y for one in own if one.applied is not None and one.applied.y is not None]
                 rows["answers"] = np.frombuffer(b"".join(y.tobytes() for y in answers), np.uint8)
                 for spec in arena.specs:
-                    befores = [one.applied.before[spec.name] for one in own if one.applied and one.applied.before]
+                    befores = [
+                        one.applied.states_before[spec.name] for one in own if one.applied and one.applied.states_before
+                    ]
                     nothing = [np.empty(0, spec.dtype)]
                     rows[f"before.{spec.name}"] = np.concatenate([s.ravel() for s in befores] or nothing)
                 for name, array in rows.items():
@@ -169,13 +173,13 @@ class Snapshots:
         return [[key, one.reason, one.position, one.until + to_wall] for key, one in self._store.tombstones.items()]
 
     def _save(self, parts: list[_Part], gone: list[list[Any]]) -> None:
-        with self._saving:  # one that was given up goes on in its thread
+        with self._saving:  # a write that was cancelled continues in its thread
             self._save_alone(parts, gone)
 
     def _save_alone(self, parts: list[_Part], gone: list[list[Any]]) -> None:
         tensors: dict[str, Array] = {}
         models: list[dict[str, Any]] = []
-        for part, arrays in [(part, None) for part in parts] + list(self._kept):
+        for part, arrays in [(part, None) for part in parts] + list(self._unrestored):
             place = len(models)
             if arrays is None:
                 tensors |= part.tensors(place)
@@ -183,7 +187,7 @@ class Snapshots:
             else:
                 tensors |= {f"{place}/{name}": array for name, array in arrays.items()}
                 names = list(arrays)
-            models.append({**part.told, "sessions": part.sessions, "arrays": names})
+            models.append({**part.header, "sessions": part.sessions, "arrays": names})
         tensors["told"] = np.frombuffer(orjson.dumps({"models": models, "gone": gone}), np.uint8)
         content = _MAGIC + save(tensors)
         new = self._path.with_name(self._path.name + ".new")
@@ -195,47 +199,58 @@ class Snapshots:
         new.replace(self._path)
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name is on the disk too
+            os.fsync(folder)  # so that the new name is on disk too
         finally:
             os.close(folder)
 
 
-def _fill(table: SessionTable, engine: Engine, told: list[list[Any]], arrays: dict[str, Array], now: float) -> int:
-    """Makes the sessions of one model; gives their number."""
+def _restore_sessions(
+    table: SessionTable, engine: Engine, rows: list[list[Any]], arrays: dict[str, Array], now: float
+) -> int:
+    """Restores the sessions of one model; returns their number.
+
+    Args:
+        table: Receives the sessions.
+        engine: The engine of the model.
+        rows: Owner, id, creation digest and applied change of each session.
+        arrays: The tensors of the model's sessions, by name.
+        now: Seconds to add to a wall clock time to get the table's clock.
+    """
     arena = engine.arena
-    slots = arena.take_many(len(told))
+    slots = arena.allocate_many(len(rows))
     if slots is None:
-        raise BadSnapshot(f"it has {len(told)} sessions of model {engine.model.name}: raise --max-sessions")
+        raise BadSnapshot(f"the snapshot has {len(rows)} sessions of model {engine.model.name}: raise --max-sessions")
     arena.write_many(slots, {name: arrays[f"state.{name}"] for name in arena.names})
-    arena.position[slots], arena.used[slots] = arrays["position"], arrays["used"] + now
-    outputs, kept = engine.model.outputs, arrays["answers"].tobytes()
-    answers, befores = 0, 0
-    for row, (owner, session_id, origin, applied) in enumerate(told):
+    arena.position[slots], arena.last_used[slots] = arrays["position"], arrays["used"] + now
+    outputs, answers = engine.model.outputs, arrays["answers"].tobytes()
+    answers_read, befores_read = 0, 0  # bytes of answers, rows of states before a change
+    for row, (owner, session_id, creation_digest, applied) in enumerate(rows):
         slot = int(slots[row])
-        session = Session(owner, session_id, engine, slot, np.array((slot,)), bytes.fromhex(origin))
+        session = Session(owner, session_id, engine, slot, np.array((slot,)), bytes.fromhex(creation_digest))
         if applied is not None:
-            position, digest, reached, shape, large = applied
+            position, digest, position_after, shape, has_states_before = applied
             y = before = None
             if shape is not None:
                 size = math.prod(shape)
-                y = np.frombuffer(kept, outputs.dtype, size, answers).reshape(shape)
-                answers += y.nbytes
-            elif large:
+                y = np.frombuffer(answers, outputs.dtype, size, answers_read).reshape(shape)
+                answers_read += y.nbytes
+            elif has_states_before:
                 before = {
-                    spec.name: arrays[f"before.{spec.name}"].reshape(-1, *spec.shape)[befores] for spec in arena.specs
+                    spec.name: arrays[f"before.{spec.name}"].reshape(-1, *spec.shape)[befores_read]
+                    for spec in arena.specs
                 }
-                befores += 1
-            session.applied = Applied(Request(position, bytes.fromhex(digest)), reached, y, before)
+                befores_read += 1
+            session.applied = AppliedChange(IdempotencyKey(position, bytes.fromhex(digest)), position_after, y, before)
         table.add(session)
-    return len(told)
+    return len(rows)
 
 
-def _told(applied: Applied | None) -> list[Any] | None:
+def _applied_to_json(applied: AppliedChange | None) -> list[Any] | None:
     if applied is None:
         return None
     shape = None if applied.y is None else list(applied.y.shape)
-    large = applied.before is not None
-    return [applied.request.position, applied.request.digest.hex(), applied.reached, shape, large]
+    has_states_before = applied.states_before is not None
+    return [applied.key.position, applied.key.digest.hex(), applied.position_after, shape, has_states_before]
 
 
 def _read(path: Path) -> dict[str, Array]:
@@ -244,10 +259,10 @@ def _read(path: Path) -> dict[str, Array]:
     except OSError as error:
         raise BadSnapshot(f"{path}: {error}") from None
     if not content.startswith(_MAGIC):
-        raise BadSnapshot(f"{path} is not a snapshot of sessions: give another file with --snapshot, it is left alone")
+        raise BadSnapshot(f"{path} is not a snapshot of sessions and is left untouched: give another --snapshot")
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         raise BadSnapshot(
-            f"{path} is damaged (its SHA-256 does not fit): restore it from a backup, or move it away to begin anew"
+            f"{path} is damaged (its SHA-256 does not match): restore it from a backup, or move it away to start empty"
         )
     return dict(load(content[len(_MAGIC) : -32]))
 

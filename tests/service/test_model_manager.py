@@ -1,4 +1,4 @@
-"""Versions against a plain model of what they promise: whatever happens in the folder and to sessions, in any order."""
+"""The model manager against a plain model of what it promises: whatever happens, in any order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cellserve.models.signature import MODEL_NAME
 from cellserve.service.errors import Problem, RepositoryUnusable
-from cellserve.service.model_repository.repository import VersionKey
+from cellserve.service.model_repository.model import VersionKey
 from cellserve.service.runtime.onnx_model import Runtime
 from cellserve.service.sessions.session import Session
 from tests.budgets import examples
@@ -86,7 +86,7 @@ class Rollouts(RuleBasedStateMachine):
     @precondition(lambda self: len(self.sessions) < 8)
     @rule()
     def create(self) -> None:
-        session, _ = self.served.store.create_now(self.served.versions.named("rnn"), None)
+        session, _ = self.served.store.create_now(self.served.versions.resolve("rnn"), None)
         self.sessions.append((session, self.loaded[self.newest], 0))
 
     @precondition(lambda self: self.sessions)
@@ -121,9 +121,9 @@ class Rollouts(RuleBasedStateMachine):
 
     def predicted(self, engine: Any) -> np.ndarray:
         async def predict() -> np.ndarray:
-            slots = engine.arena.take_many(1)
+            slots = engine.arena.allocate_many(1)
             y = await engine.submit(slots, X[None], True).awaited
-            engine.arena.give_back(slots)
+            engine.arena.release(slots)
             return np.asarray(y[0])
 
         return asyncio.run(predict())

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellserve.service.engine.engine import Engine
-from cellserve.service.model_repository.repository import Model
-from cellserve.service.runtime.batch_invariance import draw
+from cellserve.service.model_repository.model import Model
+from cellserve.service.runtime.batch_invariance import random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.table import SessionTable
@@ -39,7 +39,7 @@ def test_any_chunks_among_other_traffic_are_one_run(
 ) -> None:
     model = models[kind]
     assert model.exactness.proved, model.exactness.why
-    x, _ = draw(model.runtime.signature, len(chunks) + 1, STEPS, np.random.default_rng(seed))
+    x, _ = random_inputs(model.runtime.signature, len(chunks) + 1, STEPS, np.random.default_rng(seed))
     zeros = model.runtime.zeros(1)
     alone = [model.runtime.run(row[None], np.array([STEPS], np.int32), zeros) for row in x]
 
@@ -60,7 +60,7 @@ def test_any_chunks_among_other_traffic_are_one_run(
                 assert kept.tobytes() == np.take(state, 0, spec.batch_axis).tobytes()
 
         async def predict() -> None:
-            slots = engine.arena.take_many(1)
+            slots = engine.arena.allocate_many(1)
             assert slots is not None
             y = await engine.submit(slots, x[-1:], True).awaited
             assert y.tobytes() == alone[-1][0].tobytes()

@@ -22,7 +22,7 @@ def test_a_new_slot_is_zero_and_others_keep_what_they_have(acts: list) -> None:
     held: dict[int, float] = {}
     for number, act in enumerate(acts, start=1):
         if act == "take":
-            slot = arena.take()
+            slot = arena.allocate()
             if slot is None:
                 assert len(held) == 100
                 continue
@@ -32,34 +32,34 @@ def test_a_new_slot_is_zero_and_others_keep_what_they_have(acts: list) -> None:
             held[slot] = number
         elif held:
             slot = sorted(held)[act[1] % len(held)]
-            arena.give_back(np.array([slot]))
+            arena.release(np.array([slot]))
             del held[slot]
-        assert arena.taken == len(held)
+        assert arena.in_use == len(held)
     for slot, value in held.items():
         assert all((state == value).all() for state in arena.read(slot).values())
 
 
 def test_growing_keeps_states_positions_and_holds() -> None:
     arena = Arena(SPECS, 1000)
-    first = arena.take()
+    first = arena.allocate()
     assert first is not None
     arena.write(first, {"h": np.arange(3), "c": np.ones((2, 2))})
-    arena.position[first], arena.used[first], arena.held[first] = 7, 1.5, True
+    arena.position[first], arena.last_used[first], arena.locked[first] = 7, 1.5, True
     capacity = arena.capacity
-    slots = arena.take_many(500)
+    slots = arena.allocate_many(500)
     assert slots is not None
     assert first not in slots
     assert arena.capacity > capacity
     assert arena.read(first)["h"].tolist() == [0, 1, 2]
-    assert (arena.position[first], arena.used[first], arena.held[first]) == (7, 1.5, True)
-    assert np.isinf(arena.used[slots]).all()
-    assert arena.take_many(1000) is None
-    assert arena.taken == 501
+    assert (arena.position[first], arena.last_used[first], arena.locked[first]) == (7, 1.5, True)
+    assert np.isinf(arena.last_used[slots]).all()
+    assert arena.allocate_many(1000) is None
+    assert arena.in_use == 501
 
 
 def test_gather_and_scatter_put_the_batch_where_the_model_has_it() -> None:
     arena = Arena(SPECS, 10)
-    slots = arena.take_many(3)
+    slots = arena.allocate_many(3)
     assert slots is not None
     states = [np.arange(9.0).reshape(3, 3), np.arange(12.0).reshape(2, 3, 2)]
     arena.scatter(slots, states)
@@ -67,7 +67,7 @@ def test_gather_and_scatter_put_the_batch_where_the_model_has_it() -> None:
     assert [state.shape for state in back] == [(3, 3), (2, 3, 2)]
     assert all((one == other).all() for one, other in zip(back, states, strict=True))
     assert (arena.read(int(slots[1]))["c"] == states[1][:, 1]).all()
-    other = arena.take_many(1)
+    other = arena.allocate_many(1)
     assert other is not None
     arena.copy(slots[:1], other)
     assert (arena.read(int(other[0]))["c"] == states[1][:, 0]).all()
@@ -77,7 +77,7 @@ def test_gather_and_scatter_put_the_batch_where_the_model_has_it() -> None:
 def test_rows_are_gathered_and_scattered_along_the_batch_axis(shape: tuple[int, ...], axis: int) -> None:
     spec = StateSpec(name="s", next_name="s.next", shape=shape, batch_axis=axis)
     arena = Arena((spec,), 100)
-    taken = arena.take_many(20)
+    taken = arena.allocate_many(20)
     assert taken is not None
     true = np.random.default_rng(1).normal(size=(20, *shape)).astype(np.float32)
     slots = np.random.default_rng(2).permutation(taken)[:7]

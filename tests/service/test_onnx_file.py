@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from cellserve.models.signature import METADATA_KEY
 from cellserve.service.runtime import onnx_file
-from cellserve.service.runtime.onnx_file import BadModelFile, check, read
+from cellserve.service.runtime.onnx_file import BadModelFile, scan, validate
 from tests.service.model_files import bare_model, with_external_data
 
 
@@ -43,11 +43,11 @@ def test_operators_and_metadata_of_exported_models_are_found(repository: Path) -
     for path in repository.glob("*/1/*.onnx"):
         content = path.read_bytes()
         proto = onnx.load_model_from_string(content)
-        found = check(content)
+        found = validate(content)
         assert found.metadata == {entry.key: entry.value for entry in proto.metadata_props}
         assert {(node.domain, node.op_type) for node in proto.graph.node} <= found.operators
-    assert METADATA_KEY in check((repository / "lstm/1/model.onnx").read_bytes()).metadata
-    inside = check((repository / "decaying/1/model.onnx").read_bytes()).operators
+    assert METADATA_KEY in validate((repository / "lstm/1/model.onnx").read_bytes()).metadata
+    inside = validate((repository / "decaying/1/model.onnx").read_bytes()).operators
     assert {("", "Scan"), ("", "MatMul")} <= inside
 
 
@@ -55,28 +55,28 @@ def test_operators_and_metadata_of_exported_models_are_found(repository: Path) -
 @pytest.mark.parametrize("location", ["weights.bin", "../../etc/passwd", "/etc/passwd"])
 def test_tensors_in_other_files_are_refused_wherever_they_are(place: str, location: str) -> None:
     with pytest.raises(BadModelFile, match="another file"):
-        check(with_external_data(location, place))
+        validate(with_external_data(location, place))
 
 
 @pytest.mark.parametrize("domain", ["custom.ops", "ai.onnx.contrib", "com.microsoft.nchwc"])
 def test_operators_of_a_library_of_their_own_are_refused_and_named(domain: str) -> None:
     node = helper.make_node("Steal", [], ["y"], domain=domain)
     with pytest.raises(BadModelFile, match=re.escape(f"{domain}.Steal")):
-        check(bare_model([node]).SerializeToString())
+        validate(bare_model([node]).SerializeToString())
     body = helper.make_graph([node], "body", [], [])
     within = helper.make_node("If", ["yes"], ["y"], then_branch=body, else_branch=body)
     with pytest.raises(BadModelFile, match=re.escape(f"{domain}.Steal")):
-        check(bare_model([within]).SerializeToString())
+        validate(bare_model([within]).SerializeToString())
 
 
 def test_operators_that_the_file_itself_defines_are_taken() -> None:
     whole = bare_model([helper.make_node("Twice", ["x"], ["y"], domain="own")])
     add = helper.make_node("Add", ["x", "x"], ["y"])
     whole.functions.append(helper.make_function("own", "Twice", ["x"], ["y"], [add], []))
-    assert check(whole.SerializeToString()).functions == {("own", "Twice")}
+    assert validate(whole.SerializeToString()).functions == {("own", "Twice")}
     whole.functions[0].node.append(helper.make_node("Steal", [], [], domain="custom.ops"))
     with pytest.raises(BadModelFile, match=r"custom\.ops\.Steal"):
-        check(whole.SerializeToString())
+        validate(whole.SerializeToString())
 
 
 def test_graphs_nested_a_thousand_deep_are_read() -> None:
@@ -84,7 +84,7 @@ def test_graphs_nested_a_thousand_deep_are_read() -> None:
     for _ in range(1000):  # a node with an attribute that is a graph with a node ...
         graph = _field(1, content)
         content = _field(5, _field(6, graph))
-    read(_field(7, _field(1, content)))
+    scan(_field(7, _field(1, content)))
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -97,7 +97,7 @@ def _field(number: int, content: bytes) -> bytes:
 @given(st.binary(max_size=200))
 def test_garbage_is_read_or_refused(content: bytes) -> None:
     try:
-        check(content)
+        validate(content)
     except BadModelFile as bad:
         assert len(str(bad)) < 500
 
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_read_or_refused(data: st.DataObject) -> None:
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     cut = bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
-        read(cut)
+        scan(cut)
     except BadModelFile:
         return
     # What is taken for a model here, onnx reads too, and finds no other operators in it.
@@ -117,7 +117,7 @@ def test_a_damaged_file_is_read_or_refused(data: st.DataObject) -> None:
         proto = onnx.load_model_from_string(cut)
     except Exception:
         return
-    assert {(node.domain, node.op_type) for node in proto.graph.node} <= read(cut).operators
+    assert {(node.domain, node.op_type) for node in proto.graph.node} <= scan(cut).operators
 
 
 def test_onnx_runtime_would_have_read_a_file_beside_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,4 +134,4 @@ def test_onnx_runtime_would_have_read_a_file_beside_the_server(tmp_path: Path, m
     session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
     assert bytes(session.run(None, {})[0]) == b"A" * 16
     with pytest.raises(BadModelFile, match="another file"):
-        check(content)
+        validate(content)
