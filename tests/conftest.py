@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from tests import budgets  # noqa: F401  before pytest loads the profile that it is told
+from tests.helpers import ROOT
 from tests.redis_server import RedisServer
 from tests.server import Serve, Server, start_server
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "artifacts"  # made by `make setup`
 
 

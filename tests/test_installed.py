@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 # What a user's own files may well be called.
 OWN = ("models", "service", "export", "cells", "client")
