@@ -125,16 +125,16 @@ _GATES = {gate: slice(k * UNITS, (k + 1) * UNITS) for k, gate in enumerate("iofc
 
 def make(folder: Path) -> dict[str, Any]:
     """Writes all models to a folder; returns the export's timings of our form, tf2onnx's and Keras."""
-    from cellserve.models.quiet import import_tensorflow
+    from cellserve.models.tensorflow_import import import_tensorflow
 
     import_tensorflow()
-    from cellserve.export.exporter import Request, export
+    from cellserve.export.exporter import ExportRequest, export
     from cellserve.service.runtime.onnx_model import Runtime
 
     own = weights()
     save_onnx(folder, own)
     save_keras(folder, own)
-    made = export(Request(folder / "cells.keras", "bench", folder / "artifacts"), Console(quiet=True))
+    made = export(ExportRequest(folder / "cells.keras", "bench", folder / "artifacts"), Console(quiet=True))
     return dict(Runtime(made / "model.onnx").document.timings)
 
 

@@ -11,7 +11,7 @@ COMMANDS = {
     "key": ("cellserve.service.cli.key", "create an API key", "cpu]' or 'cellserve[gpu"),
     "models": ("cellserve.service.cli.models", "list the models of a repository", "cpu]' or 'cellserve[gpu"),
     "train": ("cellserve.models.training_cli", "train the example networks", "export"),
-    "export": ("cellserve.export.__main__", "export a saved Keras network as a model to serve", "export"),
+    "export": ("cellserve.export.cli.export", "export a saved Keras network as a model to serve", "export"),
     "adopt": ("cellserve.export.cli.adopt", "adopt a stateful ONNX model made elsewhere", "adopt"),
 }
 

@@ -1,85 +1,10 @@
-"""The export script: `python -m cellserve.export`, which is `cellserve export`."""
+"""`python -m cellserve.export`, which is `cellserve export`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from rich.console import Console
-
-from cellserve.export.cli.options import add_shared
-from cellserve.export.errors import ExportError
-
-EXAMPLE = """\
-example:
-  cellserve export trained/vowels.keras --name vowels
-  cellserve export my_network.keras --name mine --import my_cells.py --labels yes,no --data test.npz
-  cellserve export my_network.keras --name mine --quantize int8 --data test.npz --tolerance 0.02
-
-Beside NETWORK.keras, NETWORK.card.json (labels, metrics, description, default_output, rollout) and NETWORK.npz (test
-data: x [n, time, features], lengths [n], y; several inputs or outputs by their names) are taken where they are there;
-arguments win over the card. Nothing is written unless the model is proved.
-"""
-
-
-def parser(prog: str = "cellserve export") -> argparse.ArgumentParser:
-    """Makes the parser of the export's arguments."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Turns a saved Keras network of recurrent layers into one ONNX file that steps exactly.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("network", metavar="NETWORK.keras", type=Path, help="the saved Keras model")
-    add_shared(parser)
-    parser.add_argument("--description", help="what GET /models says of it (default: the card's)")
-    parser.add_argument("--default-output", choices=["last", "all"],
-                        help="the outputs that requests of many time steps get (default: the card's, or the network's "
-                        "return_sequences)")  # fmt: skip
-    parser.add_argument("--data", type=Path, metavar="FILE.npz", help="test data, to score the ONNX model and Keras on")
-    less = parser.add_mutually_exclusive_group()
-    less.add_argument("--quantize", dest="precision", choices=["int8"], default="float32",
-                      help="int8 weights, and int8 products where they are faster; needs test data")  # fmt: skip
-    less.add_argument("--precision", choices=["float32", "float16"], default="float32",
-                      help="float16 for half the size; needs test data (default: float32)")  # fmt: skip
-    parser.add_argument("--tolerance", type=_tolerance, metavar="SHARE",
-                        help="how much less precision may cost on the test data: of the accuracy, as a share of all "
-                        "sequences, or of RMSE, as a share of what it is in float32 (default: 0.01)")  # fmt: skip
-    parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE.py",
-                        help="a Python file that registers your own cells and may import the files beside it; may be "
-                        "given more than once")  # fmt: skip
-    return parser
-
-
-def _tolerance(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.01")
-    return share
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the export; gives the exit status: 0, 1 where nothing was written, 2 for arguments that do not fit."""
-    arguments = vars(parser().parse_args(argv))
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
-        # Here and not above, so that --help and a mistyped argument answer at once.
-        from cellserve.models.quiet import import_tensorflow
-
-        import_tensorflow()
-        from cellserve.export.exporter import Request, export
-
-        export(Request(**{**arguments, "imports": tuple(arguments["imports"])}), Console())
-    except (ExportError, ImportError) as error:
-        errors.print(f"cellserve export: {error}", markup=False)
-        return 1
-    return 0
-
+from cellserve.export.cli.export import main
 
 if __name__ == "__main__":
     sys.exit(main())

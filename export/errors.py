@@ -1,4 +1,4 @@
-"""The ways in which an export ends without a model, each with what to do about it."""
+"""Errors that end an export without a model, each with what to do about it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ExportError(Exception):
 
 
 class ProofFailed(ExportError):
-    """The converted model does not do what Keras does; nothing is written."""
+    """The converted model differs from Keras; nothing is written."""
 
 
 class Unsteppable(ExportError):
@@ -18,9 +18,12 @@ class Unsteppable(ExportError):
 
 
 def first_line(error: Exception) -> str:
-    """Gives the first line of what an error says, without Keras's colours and heading and TensorFlow's nodes."""
-    lines = re.sub(r"\x1b\[\d*m|\{\{.*?\}\} ?| ?\[Op:.*?\]", "", str(error)).splitlines()
-    told = [
-        line.strip() for line in lines if line.strip() and not line.startswith("Exception encountered when calling")
-    ]
-    return told[0].split(". ")[0].rstrip(".:") if told else type(error).__name__
+    """The first sentence of an error of Keras, TensorFlow or ONNX Runtime, without colours, headings and node names."""
+    text = re.sub(r"\x1b\[\d*m|\{\{.*?\}\} ?| ?\[Op:.*?\]", "", str(error))
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("Exception encountered when calling")]
+    if not lines:
+        return type(error).__name__
+    line = lines[0].removeprefix("[ONNXRuntimeError] : ")
+    line = line.partition("Status Message: ")[2] or line
+    return line.split(". ")[0].rstrip(".:")

@@ -15,7 +15,7 @@ FEEDBACKS = ("hidden", "output")
 
 
 class _Cell(keras.layers.Layer):
-    """What the two cells share: checked arguments, named initializers and regularizers, zero states, `get_config`."""
+    """Base of the two cells: checked arguments, named initializers and regularizers, zero states, `get_config`."""
 
     state_names: tuple[str, ...]
 
@@ -59,7 +59,7 @@ class _Cell(keras.layers.Layer):
         return self.add_weight((self.units,), initializer=initializer, regularizer=self.bias_regularizer, name=name)
 
     def _initializer_of_its_own(self, initializer: Any) -> Any:
-        """Makes a fresh initializer: one Keras 3 initializer gives the same numbers each time, and so equal gates."""
+        """A fresh initializer: a Keras 3 initializer repeats its numbers, which would make all gates equal."""
         if not isinstance(initializer, keras.initializers.Initializer):
             return initializer
         config = initializer.get_config()
@@ -68,11 +68,11 @@ class _Cell(keras.layers.Layer):
         return type(initializer).from_config(config)
 
     def get_initial_state(self, batch_size: int | None = None) -> list[Any]:
-        """Gives the states before the first step: zeros, each `[batch_size, units]` in the compute dtype."""
+        """Returns the states before the first step: zeros, each `[batch_size, units]` in the compute dtype."""
         return [ops.zeros((batch_size, self.units), dtype=self.compute_dtype) for _ in self.state_names]
 
     def get_config(self) -> dict[str, Any]:
-        """Gives the constructor's arguments, from which `from_config` makes the same cell without its weights."""
+        """Returns the constructor's arguments, from which `from_config` makes the same cell without its weights."""
         return {
             **super().get_config(),
             "units": self.units,
@@ -93,7 +93,7 @@ class RNNCell(_Cell):
         s_t = h_t  (feedback="hidden")                   s_t = y_t  (feedback="output")
 
     The article's equations feed the hidden state back; its listing returns the output as the state, which is the
-    other network. Mended from the listing: it multiplies weight by input (`W x` with row vectors) where `x W` is
+    other network. Corrected from the listing: it multiplies weight by input (`W x` with row vectors) where `x W` is
     meant, and draws on the retired `keras.backend`.
 
     Args:
@@ -130,7 +130,7 @@ class RNNCell(_Cell):
         self.state_size = units
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Makes the weights for inputs of shape `[batch, features]`."""
+        """Creates the weights for inputs of shape `[batch, features]`."""
         features = self._features(input_shape)
         self.W_xh = self._kernel("W_xh", features)
         self.W_hh = self._kernel("W_hh", self.units)
@@ -140,14 +140,14 @@ class RNNCell(_Cell):
         self.built = True
 
     def call(self, inputs: Any, states: list[Any], training: bool = False) -> tuple[Any, list[Any]]:
-        """Takes `x_t [batch, features]` and `[s [batch, units]]`; gives `y_t [batch, units]` and the next states."""
+        """Takes `x_t [batch, features]` and `[s [batch, units]]`; returns `y_t [batch, units]` and the next states."""
         # The sum is grouped so that all which does not depend on the state can be computed ahead for every time step.
         h = ops.tanh((ops.matmul(inputs, self.W_xh) + self.b_h) + ops.matmul(states[0], self.W_hh))
         y = ops.matmul(h, self.W_hy) + self.b_y
         return y, [h if self.feedback == "hidden" else y]
 
     def get_config(self) -> dict[str, Any]:
-        """Gives the constructor's arguments, from which `from_config` makes the same cell without its weights."""
+        """Returns the constructor's arguments, from which `from_config` makes the same cell without its weights."""
         return {**super().get_config(), "feedback": self.feedback}
 
 
@@ -160,9 +160,9 @@ class LSTMCell(_Cell):
         z = [h_{t-1}, x_t]       f = σ(z W_f + b_f)       i = σ(z W_i + b_i)       ĉ = tanh(z W_c + b_c)
         c_t = f∘c_{t-1} + i∘ĉ    o = σ(z W_o + b_o)       h_t = o∘tanh(c_t)
 
-    The output is `h_t`, the states are `[h_t, c_t]`. Mended from the article's listing: it multiplies weight by input
-    (`W z` with row vectors) where `z W` is meant, sizes the weights as twice the input where `units + features` is
-    meant, uses a `b_o` that it never makes, declares one state for two, and draws on the retired `keras.backend`.
+    The output is `h_t`, the states are `[h_t, c_t]`. Corrected from the article's listing: it multiplies weight by
+    input (`W z` with row vectors) where `z W` is meant, sizes the weights as twice the input where `units + features`
+    is meant, uses a `b_o` that it never makes, declares one state for two, and uses the retired `keras.backend`.
 
     Args:
         units: Positive integer, the width of the output and of both states.
@@ -194,7 +194,7 @@ class LSTMCell(_Cell):
         self.state_size = [units, units]
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Makes the weights for inputs of shape `[batch, features]`."""
+        """Creates the weights for inputs of shape `[batch, features]`."""
         rows = self.units + self._features(input_shape)
         self.W_f, self.b_f = self._kernel("W_f", rows), self._bias("b_f")
         self.W_i, self.b_i = self._kernel("W_i", rows), self._bias("b_i")
@@ -203,7 +203,7 @@ class LSTMCell(_Cell):
         self.built = True
 
     def call(self, inputs: Any, states: list[Any], training: bool = False) -> tuple[Any, list[Any]]:
-        """Takes `x_t [batch, features]`, `[h, c]` of `[batch, units]`; gives `h_t` and `[h_t, c_t]`."""
+        """Takes `x_t [batch, features]`, `[h, c]` of `[batch, units]`; returns `h_t` and `[h_t, c_t]`."""
         h, c = states
         z = ops.concatenate([h, inputs], axis=-1)
         f = ops.sigmoid(ops.matmul(z, self.W_f) + self.b_f)

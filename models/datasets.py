@@ -1,6 +1,6 @@
-"""The real data that the example networks learn and are tested on, read from the package's `data/` folder.
+"""The real data of the example networks, read from the package's `data/` folder.
 
-Nothing here needs TensorFlow. Where each file comes from, and its licence, stand in `data/README.md`.
+Nothing here needs TensorFlow. `data/README.md` has the source and licence of each file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Utterances:
 
     @property
     def valid(self) -> npt.NDArray[np.bool_]:
-        """Tells the frames from the padding: `[n, time]`."""
+        """True for frames, false for padding: `[n, time]`."""
         return np.arange(self.x.shape[1]) < self.lengths[:, None]
 
 
@@ -58,7 +58,7 @@ class Text:
     symbols: tuple[str, ...]
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        """Gives the place in `symbols` of each character of a text."""
+        """Index in `symbols` of each character of a text."""
         places = {symbol: place for place, symbol in enumerate(self.symbols)}
         return np.array([places[symbol] for symbol in text], np.int32)
 
@@ -107,7 +107,7 @@ def alice() -> Text:
 
 
 def _read_ts(path: Path) -> tuple[Utterances, list[str]]:
-    """Reads a `.ts` file: a line an utterance, dimensions parted by colons, values by commas, the label last."""
+    """Reads a `.ts` file: a line an utterance, dimensions separated by colons, values by commas, the label last."""
     header, _, body = path.read_text("ascii").partition("@data\n")
     declared = re.search(r"^@classLabel true (.+)$", header, re.MULTILINE)
     if declared is None or not body:

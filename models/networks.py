@@ -1,4 +1,4 @@
-"""The example networks: Keras models built from our cells, normalisation and all inside."""
+"""The example networks: Keras models built from our cells, with their normalisation inside."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Array = NDArray[Any]
 
 
 def speaker_network(frames: Array, speakers: int, units: int = 128) -> Any:
-    """Makes the network that says after every frame who speaks, as probabilities.
+    """Network that predicts after every frame who speaks, as probabilities.
 
     It is causal and needs no mask: sequences are padded on the right, where padding changes nothing before it.
 
     Args:
         frames: `[n, features]`, valid frames of the training data, to normalise by.
-        speakers: How many there are.
+        speakers: Number of speakers.
         units: Width of the LSTM.
     """
     normalise = layers.Normalization(name="normalise")
@@ -40,13 +40,13 @@ def speaker_network(frames: Array, speakers: int, units: int = 128) -> Any:
 
 
 def sunspot_network(months: Array, feedback: str, units: int = 32) -> Any:
-    """Makes the network that says after every month what the next month's number will be.
+    """Network that predicts after every month the next month's number.
 
-    What it adds to the latest number is learned; number and prediction are both in the unit of the data.
+    The change from the latest number is learned; number and prediction are both in the unit of the data.
 
     Args:
         months: `[n]`, the training data, to normalise by.
-        feedback: Of the `RNNCell`.
+        feedback: The `RNNCell`'s feedback.
         units: Width of the cell.
     """
     mean, deviation = float(months.mean()), float(months.std())
@@ -59,10 +59,10 @@ def sunspot_network(months: Array, feedback: str, units: int = 32) -> Any:
 
 
 def character_network(symbols: int, units: int = 128) -> Any:
-    """Makes the network that says after every character how probable each is to be the next one.
+    """Network that predicts after every character the probability of each next one.
 
     Args:
-        symbols: How many characters there are; the input is the place of one among them.
+        symbols: Number of characters; the input is the index of one.
         units: Width of each of the two LSTMs.
     """
     return keras.Sequential(

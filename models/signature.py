@@ -1,4 +1,4 @@
-"""The signature of a model, and the document that a model file carries about itself; all that the three parts share.
+"""The signature of a model, and the document in its file: all that models, export and service share.
 
 The export writes the document into the ONNX metadata under `METADATA_KEY`, the service reads it; neither TensorFlow nor
 ONNX is needed to do either.
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 METADATA_KEY = "cellserve"
 FORMAT: Literal[1] = 1
-# In artifacts/NAME/VERSION/; the graph for single steps is there where it is faster.
+# File names in artifacts/NAME/VERSION/; the graph for single steps is there if it is faster.
 MODEL_NAME, STEP_NAME, MANIFEST_NAME = "model.onnx", "step.onnx", "manifest.json"
 Precision = Literal["float32", "float16", "int8"]
 Rollout = Literal["probabilities", "logits", "value"]
@@ -22,18 +22,18 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 def checked_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """Gives labels back, or raises ValueError: each is the name of one entry of the output."""
+    """Returns labels unchanged; raises ValueError if one is empty or repeated. Each names one entry of the output."""
     given = tuple(labels)
     for place, label in enumerate(given, 1):
         if not label:
-            raise ValueError(f"label {place} of {len(given)} is empty: each entry of the output wants a name")
+            raise ValueError(f"label {place} of {len(given)} is empty: each entry of the output needs a name")
         if label in given[: place - 1]:
-            raise ValueError(f"the label {label!r} is there twice: each entry of the output wants a name of its own")
+            raise ValueError(f"the label {label!r} is repeated: each entry of the output needs its own name")
     return given
 
 
 def checked_name(name: str) -> str:
-    """Gives a model's name back, or raises ValueError: it becomes a folder and a part of URLs."""
+    """Returns a model's name unchanged; raises ValueError if it cannot be a folder and a part of URLs."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise ValueError(
             f"{name!r} is not a model name: 1 to 64 letters, digits, dots, dashes and underscores, "
@@ -51,13 +51,13 @@ class TensorSpec(_Frozen):
 
     name: str
     dtype: Literal["float32", "int32", "int64"] = "float32"
-    shape: tuple[int, ...]  # of one time step: (16,) for [batch, time, 16]
+    shape: tuple[int, ...]  # one time step: (16,) for [batch, time, 16]
     bounds: tuple[int, int] | None = None  # the smallest and the largest value of an integer input
-    masked: float | None = None  # what a mask in the network takes for a time step that is missing
+    masked: float | None = None  # value that the network's mask treats as a missing time step
 
 
 class StateSpec(_Frozen):
-    """A state that the graph takes as `name` and gives as `next_name`: `[batch, *shape]`, batch at `batch_axis`."""
+    """A state that the graph takes as `name` and returns as `next_name`: `[batch, *shape]`, batch at `batch_axis`."""
 
     name: str
     next_name: str
@@ -67,22 +67,22 @@ class StateSpec(_Frozen):
 
 
 class Signature(_Frozen):
-    """What a model takes, gives and carries from step to step."""
+    """A model's inputs, outputs and states."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[StateSpec, ...]
     lengths: str | None = "lengths"  # the int32 input [batch] of valid time steps a row, each from 1 to time
     default_output: Literal["last", "all"] = "last"
-    # What follows is for models that were made elsewhere, or that cannot be stepped.
+    # The following are for models that were made elsewhere, or that cannot be stepped.
     time_axis: bool = True  # without it a run is one step: inputs and outputs are [batch, *shape]
-    batch: int | None = None  # rows that a run takes, where the graph fixes them
+    batch: int | None = None  # rows per run, if the graph fixes them
     predict_only: str | None = None  # why the model cannot be stepped; whole sequences from zeros only
-    min_steps: int = 1  # time steps of a whole sequence, at least: a convolution may want several
+    min_steps: int = 1  # shortest whole sequence; a convolution may need several time steps
 
 
 def rollout_misfit(signature: Signature, rollout: Rollout) -> str | None:
-    """Says why a model's outputs cannot be its next inputs in that way; None where they can."""
+    """The reason why a model's outputs cannot be its next inputs in that way; None if they can."""
     if signature.predict_only is not None:
         return "the model cannot be stepped"
     if len(signature.inputs) != 1 or len(signature.outputs) != 1:
@@ -95,12 +95,12 @@ def rollout_misfit(signature: Signature, rollout: Rollout) -> str | None:
         return "the input must be one integer, with bounds"
     symbols = x.bounds[1] - x.bounds[0] + 1
     if y.dtype != "float32" or y.shape != (symbols,):
-        return f"the output {list(y.shape)} must be numbers [{symbols}], one a symbol of the input"
+        return f"the output {list(y.shape)} must be numbers [{symbols}], one per symbol of the input"
     return None
 
 
 class Exactness(_Frozen):
-    """Whether a row's bits depend on what it is computed with: batch, chunking, padding, threads."""
+    """Whether a row's bits were proved independent of batch, chunking, padding and threads."""
 
     proved: bool
     why: str
@@ -114,13 +114,13 @@ class ModelDocument(_Frozen):
     signature: Signature
     description: str = ""
     labels: tuple[str, ...] | None = None  # names of the entries of the last axis of the output
-    # How an output becomes the next input in a rollout: a symbol drawn from a distribution, or the output itself.
+    # How an output becomes the next input in a rollout: a symbol sampled from a distribution, or the output itself.
     rollout: Rollout | None = None
     metrics: dict[str, float] = Field(default_factory=dict)  # on the test data: {"accuracy": 0.98}
-    precision: Precision = "float32"  # of the weights; inputs, outputs and states stay wide
+    precision: Precision = "float32"  # precision of the weights; inputs, outputs and states stay float32
     form: str = ""  # how time is run over: "LSTM", "Scan", ...
-    operators: dict[str, int] = Field(default_factory=dict)  # operator: how often it stands in the graph
-    parity: dict[str, Any] = Field(default_factory=dict)  # largest differences from Keras, and over what
+    operators: dict[str, int] = Field(default_factory=dict)  # operator -> how often it is in the graph
+    parity: dict[str, Any] = Field(default_factory=dict)  # largest differences from Keras, and the sizes of the test
     exactness: Exactness
-    timings: dict[str, Any] = Field(default_factory=dict)  # microseconds a run, by form and batch x time
+    timings: dict[str, Any] = Field(default_factory=dict)  # microseconds per run, by batch x time
     provenance: dict[str, str] = Field(default_factory=dict)  # source digest, library versions, time of the export

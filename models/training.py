@@ -1,4 +1,4 @@
-"""Trains the example networks on real data, from a fixed seed, and writes them with what the export says of them.
+"""Trains the example networks on real data, from a fixed seed, and writes them with their cards and test data.
 
 `NAME.keras` is the network, `NAME.card.json` its description, labels and test metrics, `NAME.npz` the test data.
 """
@@ -17,28 +17,29 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from cellserve.models import datasets
-from cellserve.models.metrics import evaluate, ngram_bits, rmse
 from cellserve.models.networks import character_network, speaker_network, sunspot_network
+from cellserve.models.scoring import evaluate, ngram_bits_per_symbol, rmse
 
 Array = NDArray[Any]
-Progress = Callable[[int, int, str], None]  # epochs done, of how many, how it does
+Progress = Callable[[int, int, str], None]  # (epochs done, epochs in all, latest loss)
 
 SEED = 2021
 FIRST_TEST_YEAR = 1980
-VALIDATION_YEARS = 25  # the last ones before the test
+VALIDATION_YEARS = 25  # the last years before the test
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A trained network, and what is known of it."""
+    """A trained network, its card, and its test data."""
 
     network: Any
     card: dict[str, Any]  # description, labels, default_output, rollout, metrics, seed
-    test: dict[str, Array] = field(repr=False)  # x [n, time, features], lengths [n], y, and weight where not all counts
+    # x [n, time, features], lengths [n], y; weight [n, time] if some time steps do not count
+    test: dict[str, Array] = field(repr=False)
 
 
 def train(name: str, progress: Progress) -> Trained:
-    """Trains one of `EXAMPLES`; the same numbers come out each time on one kind of machine.
+    """Trains one of `EXAMPLES`; results are reproducible on one kind of machine.
 
     Raises:
         KeyError: There is no example of that name.
@@ -51,7 +52,7 @@ def train(name: str, progress: Progress) -> Trained:
 
 
 def save(trained: Trained, folder: Path, name: str) -> Path:
-    """Writes the network and what belongs beside it; the network last and whole, so that it is there or not."""
+    """Writes the network and the files beside it; the network last and atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.card.json").write_text(json.dumps(trained.card, indent=2) + "\n")
     np.savez_compressed(folder / f"{name}.npz", allow_pickle=False, **trained.test)
@@ -76,7 +77,7 @@ def train_vowels(progress: Progress) -> Trained:
     weight = train.valid * np.arange(1, time + 1) ** 2
     weight = (weight / weight.sum(axis=1, keepdims=True) * time).astype(np.float32)
     loss = keras.losses.SparseCategoricalCrossentropy()
-    _fit(network, loss, (train.x, wanted, weight), None, epochs=100, batch=16, progress=progress)
+    _fit(network, loss, (train.x, wanted, weight), None, Schedule(epochs=100, batch=16), progress)
     scored = {"x": test.x, "lengths": test.lengths, "y": test.y}
     card = {
         "description": "which of nine speakers uttered these frames (LSTM; 12 LPC cepstrum coefficients a frame)",
@@ -89,9 +90,9 @@ def train_vowels(progress: Progress) -> Trained:
 
 
 def train_sunspots(progress: Progress, feedback: str = "hidden") -> Trained:
-    """Trains `sunspots`: next month's mean sunspot number, said after every month.
+    """Trains `sunspots`: next month's mean sunspot number, predicted after every month.
 
-    The test runs through the months from 1749 on, and counts what is said of those from 1980 on.
+    The test runs through the months from 1749 on, and counts the predictions from 1980 on.
     """
     data = datasets.sunspots()
     x, wanted = data.number[:-1], data.number[1:]
@@ -115,16 +116,15 @@ def train_sunspots(progress: Progress, feedback: str = "hidden") -> Trained:
         return keras.ops.mean(keras.ops.square((y_true - y_pred) / spread), axis=-1)
 
     fitted = (x[rows][..., None], wanted[rows][..., None], weight)
-    _fit(network, loss, fitted, validation, epochs=60, batch=32, progress=progress)
+    _fit(network, loss, fitted, validation, Schedule(epochs=60, batch=32), progress)
     test = {
         "x": x[None, :, None],
         "lengths": np.array([len(x)], np.int32),
         "y": wanted[None, :, None],
         "weight": of_test[None].astype(np.float32),
     }
-    year_before = np.convolve(data.number, np.full(12, 1 / 12), "valid")[
-        :-1
-    ]  # of the 12 months before each, from the 13th
+    # The mean of the 12 months before each month, from the 13th month on.
+    year_before = np.convolve(data.number, np.full(12, 1 / 12), "valid")[:-1]
     card = {
         "description": f"next month's mean sunspot number, said after every month (RNN, {feedback} fed back)",
         "default_output": "all",
@@ -145,20 +145,20 @@ def train_sunspots_jordan(progress: Progress) -> Trained:
 
 
 def train_characters(progress: Progress) -> Trained:
-    """Trains `characters`: the next character of a text, said after every character.
+    """Trains `characters`: the next character of a text, predicted after every character.
 
-    The last tenth of the text is the test. Rate and window were chosen for what a minute's training comes to.
+    The last tenth of the text is the test. Rate and window were chosen for the best result of a minute's training.
     """
     data = datasets.alice()
     symbols = data.encode(data.text)
-    first = int(len(symbols) * 0.9)  # of the test
-    train, test = symbols[:first], symbols[first:]
+    test_start = int(len(symbols) * 0.9)
+    train, test = symbols[:test_start], symbols[test_start:]
     network = character_network(len(data.symbols))
     window = 40
     rows = np.arange(0, len(train) - window, window)[:, None] + np.arange(window)
     fitted = train[rows], train[rows + 1], np.ones(rows.shape, np.float32)
     loss = keras.losses.SparseCategoricalCrossentropy()
-    _fit(network, loss, fitted, None, epochs=12, batch=32, progress=progress, rate=1.5e-2)
+    _fit(network, loss, fitted, None, Schedule(epochs=12, batch=32, rate=1.5e-2), progress)
     scored = {"x": test[None, :-1], "lengths": np.array([len(test) - 1], np.int32), "y": test[None, 1:]}
     card = {
         "description": "the next character of a text, as probabilities (two LSTMs, Alice's Adventures in Wonderland)",
@@ -167,7 +167,7 @@ def train_characters(progress: Progress) -> Trained:
         "rollout": "probabilities",
         "metrics": {
             **evaluate(network.predict(scored["x"], verbose=0), scored),
-            "bits_5_grams": ngram_bits(train, test, len(data.symbols)),
+            "bits_5_grams": ngram_bits_per_symbol(train, test, len(data.symbols)),
         },
         "seed": SEED,
     }
@@ -182,7 +182,16 @@ EXAMPLES: dict[str, Callable[[Progress], Trained]] = {
 }
 
 
-class _Tell(keras.callbacks.Callback):
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and how fast to train."""
+
+    epochs: int
+    batch: int
+    rate: float = 3e-3  # learning rate at the start
+
+
+class _ProgressLogger(keras.callbacks.Callback):
     def __init__(self, epochs: int, progress: Progress) -> None:
         super().__init__()
         self._epochs, self._progress = epochs, progress
@@ -197,15 +206,15 @@ def _fit(
     loss: Any,
     fitted: tuple[Array, Array, Array],
     validation: tuple[Array, Array, Array] | None,
-    epochs: int,
-    batch: int,
+    schedule: Schedule,
     progress: Progress,
-    rate: float = 3e-3,
 ) -> None:
-    """Fits with a rate that falls to nothing, and keeps the weights of the epoch that did best on a validation part."""
+    """Fits with a learning rate that falls to zero; with validation data, keeps the weights of the best epoch."""
+    epochs, batch = schedule.epochs, schedule.batch
     steps = epochs * -(-len(fitted[0]) // batch)
-    network.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, steps), clipnorm=1.0), loss=loss)
-    callbacks = [_Tell(epochs, progress)]
+    rate = keras.optimizers.schedules.CosineDecay(schedule.rate, steps)
+    network.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss)
+    callbacks = [_ProgressLogger(epochs, progress)]
     if validation:
         callbacks.append(keras.callbacks.EarlyStopping(patience=epochs, restore_best_weights=True))
     x, y, weight = fitted

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-EXAMPLES = ("vowels", "sunspots", "sunspots-jordan", "characters")  # of models.training, which takes seconds to import
+EXAMPLES = ("vowels", "sunspots", "sunspots-jordan", "characters")  # as in models.training, whose import takes seconds
 
 EPILOG = """\
 example:
@@ -22,20 +22,20 @@ writes FOLDER/NAME.keras, NAME.card.json (labels, test metrics) and NAME.npz (th
 
 
 def parser() -> argparse.ArgumentParser:
-    """Makes the parser of the command's arguments."""
+    """Returns the parser of the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="cellserve train",
-        description="Trains the example networks on real data, from a fixed seed, and says the test metrics.",
+        description="Trains the example networks on real data, from a fixed seed, and prints the test metrics.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help=f"which: {', '.join(EXAMPLES)} (default: all)")
-    parser.add_argument("--folder", type=Path, default=Path("trained"), help="where to (default: trained)")
+    parser.add_argument("--folder", type=Path, default=Path("trained"), help="output folder (default: trained)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; gives its exit status."""
+    """Runs the command; returns its exit status."""
     arguments = parser().parse_args(argv)
     unknown = [name for name in arguments.names if name not in EXAMPLES]
     if unknown:
@@ -59,7 +59,7 @@ def train_all(names: Sequence[str], folder: Path, console: Console) -> None:
     columns = TextColumn("{task.description:16}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[figure]}")
     with Progress(*columns, console=console) as bars:
         tasks = {name: bars.add_task(name, total=None, figure="waiting", start=False) for name in names}
-        from cellserve.models.quiet import import_tensorflow
+        from cellserve.models.tensorflow_import import import_tensorflow
 
         import_tensorflow()
         from cellserve.models.training import save, train
@@ -74,4 +74,4 @@ def train_all(names: Sequence[str], folder: Path, console: Console) -> None:
             save(trained, folder, name)
             metrics = ", ".join(f"{metric} {value:.4g}" for metric, value in trained.card["metrics"].items())
             bars.update(task, figure="trained")
-            bars.print(f"{name}: test {metrics}", soft_wrap=True)  # whole, however narrow the terminal
+            bars.print(f"{name}: test {metrics}", soft_wrap=True)  # in one line, even on a narrow terminal

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cellserve.models.quiet import import_tensorflow
+from cellserve.models.tensorflow_import import import_tensorflow
 
 import_tensorflow()
 
@@ -13,7 +13,7 @@ import keras  # noqa: E402
 from keras import layers, ops  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from cellserve.export.exporter import Request, export  # noqa: E402
+from cellserve.export.exporter import ExportRequest, export  # noqa: E402
 from cellserve.models.cells import LSTMCell, RNNCell  # noqa: E402
 from tests.export.unmeasured import unmeasured  # noqa: E402
 from tests.helpers import FEATURES, OUTPUTS  # noqa: E402
@@ -70,7 +70,7 @@ def export_small_networks(folder: Path) -> Path:
         path = folder / f"{name}.keras"
         network(cell).save(path)
         with unmeasured(without_step=["lstm"]):  # a model of two graphs, and one of one
-            export(Request(path, name, folder / "artifacts"), Console(quiet=True))
+            export(ExportRequest(path, name, folder / "artifacts"), Console(quiet=True))
     return folder / "artifacts"
 
 

@@ -6,7 +6,7 @@ import sys
 import uuid
 from typing import Any
 
-from cellserve.models.quiet import import_tensorflow
+from cellserve.models.tensorflow_import import import_tensorflow
 
 import_tensorflow()
 import keras  # noqa: E402

@@ -1,4 +1,4 @@
-"""Adopts a stateful ONNX model that was made elsewhere: finds its states, proves it, writes it, says what came out."""
+"""Adopts a stateful ONNX model that was made elsewhere: finds its states, proves it, writes it, reports the results."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from cellserve.export.adopt.graph_editor import ForeignGraph
 from cellserve.export.adopt.serving_graph import ServableGraph
 from cellserve.export.adopt.state_matching import find_pairs
 from cellserve.export.adopt.tensor_roles import InputFlag, StateFlag, find_roles
-from cellserve.export.errors import ExportError
+from cellserve.export.errors import ExportError, first_line
 from cellserve.export.publish import compatibility, repository_writer
 from cellserve.models.signature import MODEL_NAME, Exactness, ModelDocument, Rollout, Signature, rollout_misfit
 from cellserve.service.runtime.batch_invariance import FULL_PLAN, QUICK_PLAN, CheckPlan, NotBatchInvariant, compare_runs
 from cellserve.service.runtime.onnx_model import Runtime
 
 LIBRARIES = ("onnx", "onnxruntime")
-TOLERANCE = 1e-5  # of parity: |ours - theirs| <= TOLERANCE * max(1, |theirs|)
-_ROUNDING = 1e-3  # chunks that differ by more do not differ by rounding: the model looks at other time steps
-_PATIENCE = 120.0  # seconds that the whole proof may take; else a short one is made
+TOLERANCE = 1e-5  # parity limit: |ours - theirs| <= TOLERANCE * max(1, |theirs|)
+_ROUNDING = 1e-3  # chunks that differ by more than rounding: the model looks at other time steps
+_PATIENCE = 120.0  # longest acceptable full proof, in seconds; beyond it a short one is made
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What to adopt, and what the user says of it."""
+class AdoptRequest:
+    """Which model to adopt, and what the user says about it."""
 
     model: Path
     name: str
@@ -49,37 +49,37 @@ class Request:
     rollout: Rollout | None = None
 
 
-def adopt(request: Request, console: Console) -> Path:
-    """Adopts one model; gives the folder that it was written to.
+def adopt(request: AdoptRequest, console: Console) -> Path:
+    """Adopts one model; returns the folder that it was written to.
 
     Raises:
-        ExportError: It cannot be served, or something must be said about it first; nothing has been written.
+        ExportError: It cannot be served, or needs a flag first; nothing has been written.
     """
     try:
         return _adopt(request, console)
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise ExportError(f"it does not run row by row and step by step: {reference_loop.first_line(error)}") from None
+        raise ExportError(f"it does not run row by row and step by step: {first_line(error)}") from None
 
 
-def _adopt(request: Request, console: Console) -> Path:
-    repository_writer.check(request.artifacts, request.name, request.version)
+def _adopt(request: AdoptRequest, console: Console) -> Path:
+    repository_writer.check_writable(request.artifacts, request.name, request.version)
     with console.status("reading") as status:
         graph = ForeignGraph(request.model)
-        constants = {name: graph.bake(name, text) for name, text in request.constants.items()}
+        constants = {name: graph.freeze_input(name, text) for name, text in request.constants.items()}
         told = {flag.name for flag in request.states} | {flag.name for flag in request.inputs}
         for name in find_pairs(graph.defaults, graph.outputs).keys() | told & {port.name for port in graph.defaults}:
-            graph.free(name)
-        graph.fix(request.dims)
+            graph.promote_default_to_input(name)
+        graph.fix_dimensions(request.dims)
         roles = find_roles(graph.inputs, graph.outputs, request.inputs, request.states, request.contexts)
         model = ServableGraph(graph, roles, request.contexts)
-        status.update("running it beside the graph as it was")
+        status.update("comparing with the original graph")
         difference = reference_loop.difference(graph.original, roles, model, constants, request.contexts)
         if not difference <= TOLERANCE:
             raise ExportError(
-                f"what comes of it is off by {difference:.1e} from the graph as it was in a plain loop: is each "
-                f":batch_axis right? Otherwise it is a mistake of ours, please report it with the model"
+                f"its results differ by {difference:.1e} from the original graph in a plain loop: is each :batch_axis "
+                f"right? Otherwise it is our bug, please report it with the model"
             )
         status.update("proving that neither batch nor chunks change a bit")
         signature, exactness = _proved(model)
@@ -116,7 +116,7 @@ def _adopt(request: Request, console: Console) -> Path:
 
 
 def _proved(model: ServableGraph) -> tuple[Signature, Exactness]:
-    """Finds how the model can be served so that its bits are always the same, and says what was proved."""
+    """Finds how to serve the model so that its bits are always the same; returns the signature and what was proved."""
     told = model.signature
     effort = _effort(model.open(told))
     alone = told.model_copy(update={"batch": told.batch or 1})
@@ -133,14 +133,14 @@ def _proved(model: ServableGraph) -> tuple[Signature, Exactness]:
     if differed.difference <= _ROUNDING:
         return told, Exactness(proved=False, why=f"{differed}: it is run one row and one time step at a time")
     if not told.time_axis:
-        raise ExportError(f"its numbers are not its rows' own, are some random? {differed}: it cannot be served")
+        raise ExportError(f"rows influence each other, or its numbers are random: {differed}: it cannot be served")
     return _whole_only(model, alone, effort, differed)
 
 
 def _whole_only(
     model: ServableGraph, alone: Signature, effort: CheckPlan, differed: NotBatchInvariant
 ) -> tuple[Signature, Exactness]:
-    why = f"run in chunks it gives other numbers than in one run (by {differed.difference:.1e}): it looks beyond a step"
+    why = f"its results in chunks differ from those in one run (by {differed.difference:.1e}): it looks beyond a step"
     for batch in (model.signature.batch, alone.batch):
         signature = alone.model_copy(update={"batch": batch, "predict_only": why})
         try:
@@ -157,7 +157,7 @@ def _effort(runtime: Runtime) -> CheckPlan:
     return FULL_PLAN if each * steps < _PATIENCE else QUICK_PLAN
 
 
-def _provenance(request: Request, graph: ForeignGraph) -> dict[str, str]:
+def _provenance(request: AdoptRequest, graph: ForeignGraph) -> dict[str, str]:
     told = graph.model
     flags = {
         "constants": ", ".join(f"{name}={text}" for name, text in request.constants.items()),

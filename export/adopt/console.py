@@ -1,4 +1,4 @@
-"""What a person sees of an adopted model: one table."""
+"""Prints the results of an adoption as a table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def show(
     size: int,
     warning: str,
 ) -> None:
-    """Prints what was found, what was proved, and what the service will do."""
+    """Prints what was found and proved, and how the service will run the model."""
     told = document.signature
     table = Table(title=f"adopted {path}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("a time step takes", _specs(told.inputs))

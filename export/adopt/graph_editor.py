@@ -1,9 +1,9 @@
-"""An ONNX graph that was made elsewhere: reads it, checks it, and edits it into one that can be served."""
+"""An ONNX graph that was made elsewhere: reads it, checks it, and edits it so that it can be served."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,28 @@ import numpy as np
 import onnx
 from onnx import external_data_helper, helper, numpy_helper
 
+from cellserve.export.adopt.onnx_private import all_tensors
 from cellserve.export.adopt.state_matching import Dims, Port
 from cellserve.export.errors import ExportError
+from cellserve.export.onnx_graph.builder import all_nodes, count_operators, subgraphs
 from cellserve.models.signature import METADATA_KEY, ModelDocument
 
-# Of which ONNX Runtime has the operators itself; no library of custom ones is ever loaded.
+# Domains whose operators ONNX Runtime has built in; no library of custom operators is ever loaded.
 _DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
-_LARGEST_BYTES = 2**31 - 1  # of a protocol buffer
+_LARGEST_BYTES = 2**31 - 1  # limit of a protocol buffer
 _AXES_AS_INPUT = 13  # the opset from which Squeeze and Unsqueeze take their axes as an input
-# What an index passes unchanged on its way to a Gather.
+# Operators that leave the values of an index unchanged on its way to a Gather.
 _PASSING = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 class ForeignGraph:
-    """The graph of an ONNX file, being edited.
+    """The graph of an ONNX file, open for edits.
 
     Args:
         path: The file.
 
     Raises:
-        ExportError: It is no ONNX file, needs custom operators or a later ONNX, or has data outside its folder.
+        ExportError: It is not an ONNX file, needs custom operators or a later ONNX, or has data outside its folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,32 +40,32 @@ class ForeignGraph:
         self.opset = next((told.version for told in self.model.opset_import if told.domain in ("", "ai.onnx")), 0)
         _check_operators(self.model, self.opset)
         if any(entry.key == METADATA_KEY for entry in self.model.metadata_props):
-            raise ExportError(f"{path} is a model of cellserve's already: copy its folder into the repository")
+            raise ExportError(f"{path} is already a model of cellserve: copy its folder into the repository")
         self.original: bytes = self.model.SerializeToString()
         graph = self.graph = self.model.graph
         constants = {tensor.name for tensor in graph.initializer}
         self._defaults = [port for port in graph.input if port.name in constants]
-        for port in self._defaults:  # a weight, which old files list among the inputs too, or a default
+        for port in self._defaults:  # weights, which old files also list as inputs, and defaults
             graph.input.remove(port)
-        del graph.value_info[:]  # it tells of shapes that may change here
+        del graph.value_info[:]  # its shapes may change here
         self._front: list[Any] = []
 
     @property
     def inputs(self) -> list[Port]:
-        """The inputs that are left."""
+        """The remaining inputs."""
         return [_port(port) for port in self.graph.input]
 
     @property
     def defaults(self) -> list[Port]:
-        """What could be an input and has a value in the file."""
+        """Initializers that could be overridden as inputs."""
         return [_port(port) for port in self._defaults]
 
-    def free(self, name: str) -> None:
-        """Makes an input of what has a default, which must be zeros: what states begin with."""
+    def promote_default_to_input(self, name: str) -> None:
+        """Turns an initializer into an input; its default must be zeros, as states begin with zeros."""
         tensor = next(tensor for tensor in self.graph.initializer if tensor.name == name)
         if numpy_helper.to_array(tensor).any():
             raise ExportError(
-                f"state {name} begins with numbers of its own, and sessions begin with zeros: "
+                f"state {name} begins with values other than zero, and sessions begin with zeros: "
                 f"export it without them, and create sessions with these states"
             )
         self.graph.initializer.remove(tensor)
@@ -76,17 +78,14 @@ class ForeignGraph:
 
     @property
     def operators(self) -> dict[str, int]:
-        """How often each operator stands in the graph, and in the graphs within it."""
-        counts: dict[str, int] = {}
-        for node in _nodes(self.graph.node):
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+        """How often each operator is in the graph, and in the graphs within it."""
+        return count_operators(self.graph)
 
-    def bake(self, name: str, text: str) -> np.ndarray:
-        """Makes an input a constant; gives its value.
+    def freeze_input(self, name: str, text: str) -> np.ndarray:
+        """Replaces an input by a constant; returns its value.
 
         Args:
-            name: Of the input.
+            name: The input's name.
             text: The value in JSON: a number, true or false, or nested lists of them.
         """
         port = next((port for port in self.graph.input if port.name == name), None)
@@ -112,7 +111,7 @@ class ForeignGraph:
         self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(given).reshape(given.shape), name))
         return given
 
-    def fix(self, sizes: Mapping[str, int]) -> None:
+    def fix_dimensions(self, sizes: Mapping[str, int]) -> None:
         """Fixes dynamic dimensions by their names."""
         left = set(sizes)
         for port in [*self.graph.input, *self.graph.output]:
@@ -125,7 +124,7 @@ class ForeignGraph:
             raise ExportError(f"--dim {sorted(left)[0]}: the inputs have no such dimension, they have {sorted(known)}")
 
     def keep_context(self, name: str, size: int) -> tuple[str, str]:
-        """Puts the last entries of an input's last axis before those of the next step; gives the state's two names."""
+        """Prepends an input's last entries to those of its next step, as a state; returns the state's two names."""
         whole, state, following = f"{name}.whole", f"{name}.context", f"{name}.context.next"
         self._rename(name, whole)
         self._front.insert(0, helper.make_node("Concat", [state, name], [whole], axis=-1))
@@ -139,18 +138,18 @@ class ForeignGraph:
             port.name = port_name
         return state, following
 
-    def turn_input(self, name: str, order: Sequence[int]) -> None:
-        """Lets an input come in another order of axes: `order` gives for each of its own axes the one it comes as."""
+    def transpose_input(self, name: str, order: Sequence[int]) -> None:
+        """Accepts an input with permuted axes: `order` is the incoming axis for each of the graph's own."""
         self._rename(name, f"{name}.turned")
         self._front.insert(0, helper.make_node("Transpose", [name], [f"{name}.turned"], perm=list(order)))
 
-    def turn_output(self, name: str, order: Sequence[int]) -> None:
-        """Lets an output leave in another order of axes."""
+    def transpose_output(self, name: str, order: Sequence[int]) -> None:
+        """Returns an output with permuted axes."""
         self._rename(name, f"{name}.turned")
         self.graph.node.append(helper.make_node("Transpose", [f"{name}.turned"], [name], perm=list(order)))
 
     def add_batch_axis(self, name: str, is_input: bool) -> None:
-        """Gives an input or output that has no batch axis a first one of size one."""
+        """Adds a leading batch axis of size one to an input or output without one."""
         self._rename(name, f"{name}.alone")
         operator, given, made = ("Squeeze", name, f"{name}.alone") if is_input else ("Unsqueeze", f"{name}.alone", name)
         if self.opset >= _AXES_AS_INPUT:
@@ -163,13 +162,13 @@ class ForeignGraph:
             self.graph.node.append(node)
 
     def bounds(self, name: str) -> tuple[int, int] | None:
-        """Gives the bounds of an integer input that is only ever the index into a constant; None where it is not."""
+        """Bounds of an integer input that is only used as an index into constants; None for any other."""
         constants = {tensor.name: list(tensor.dims) for tensor in self.graph.initializer}
         for node in self.graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 constants[node.output[0]] = list(node.attribute[0].t.dims)
         names, sizes = {name}, set()
-        for node in _nodes(self.graph.node):
+        for node in all_nodes(self.graph.node):
             if not names & set(node.input):
                 continue
             if node.op_type in _PASSING and node.input[0] in names:
@@ -181,8 +180,8 @@ class ForeignGraph:
                 return None
         return (0, min(sizes) - 1) if sizes else None
 
-    def finished(self, shapes: Mapping[str, Dims], document: ModelDocument | None = None) -> bytes:
-        """Gives the file, its inputs and outputs of these shapes, with the document about it."""
+    def to_bytes(self, shapes: Mapping[str, Dims], document: ModelDocument | None = None) -> bytes:
+        """Returns the model file, with these shapes of inputs and outputs, and with the model document."""
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         nodes = [*self._front, *model.graph.node]
@@ -205,14 +204,14 @@ class ForeignGraph:
         return name
 
     def _rename(self, old: str, new: str) -> None:
-        """Renames a tensor wherever nodes take or give it; the graph's input or output keeps its name."""
-        for node in _nodes([*self.graph.node, *self._front]):
+        """Renames a tensor in all nodes; the graph's own input or output keeps its name."""
+        for node in all_nodes([*self.graph.node, *self._front]):
             for names in (node.input, node.output):
                 for place, name in enumerate(names):
                     if name == old:
                         names[place] = new
-        for graph in _subgraphs(self.graph.node):
-            for port in graph.output:
+        for node in all_nodes(self.graph.node):
+            for port in (port for graph in subgraphs(node) for port in graph.output):
                 if port.name == old:
                     port.name = new
         for tensor in self.graph.initializer:
@@ -230,14 +229,14 @@ def _load(path: Path) -> Any:
     if not model.graph.node:
         raise ExportError(f"{path}: not an ONNX file, or one without a single node")
     home = path.resolve().parent
-    for tensor in external_data_helper._get_all_tensors(model):
+    for tensor in all_tensors(model):
         if not external_data_helper.uses_external_data(tensor):
             continue
         location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
         file = (home / location).resolve()
         if not file.is_relative_to(home) or not file.is_file():
             raise ExportError(
-                f"{path}: the data of {tensor.name!r} is to be in {location!r}, no file of its own folder"
+                f"{path}: the data of {tensor.name!r} is in {location!r}, which is not a file in the model's folder"
             )
     try:
         external_data_helper.load_external_data_for_model(model, str(home))
@@ -250,7 +249,9 @@ def _load(path: Path) -> Any:
 
 def _check_operators(model: Any, opset: int) -> None:
     own = {(function.domain, function.name) for function in model.functions}
-    nodes = list(_nodes(model.graph.node)) + [node for function in model.functions for node in _nodes(function.node)]
+    nodes = list(all_nodes(model.graph.node))
+    for function in model.functions:
+        nodes += all_nodes(function.node)
     custom = {
         f"{node.domain}::{node.op_type}"
         for node in nodes
@@ -262,7 +263,9 @@ def _check_operators(model: Any, opset: int) -> None:
         )
     known = onnx.defs.onnx_opset_version()
     if opset > known:
-        raise ExportError(f"its opset is {opset}, known here are those up to {known}: export it with an older one")
+        raise ExportError(
+            f"its opset is {opset}, but only opsets up to {known} are supported: export it with an older one"
+        )
 
 
 def _port(told: Any) -> Port:
@@ -276,27 +279,6 @@ def _port(told: Any) -> Port:
             for axis, dim in enumerate(tensor.shape.dim)
         )
     return Port(told.name, str(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), dims)
-
-
-def _nodes(nodes: Iterable[Any]) -> Iterator[Any]:
-    """Gives nodes and those of the graphs within them."""
-    for node in nodes:
-        yield node
-        for graph in _graphs(node):
-            yield from _nodes(graph.node)
-
-
-def _subgraphs(nodes: Iterable[Any]) -> Iterator[Any]:
-    for node in _nodes(nodes):
-        yield from _graphs(node)
-
-
-def _graphs(node: Any) -> Iterator[Any]:
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == onnx.AttributeProto.GRAPHS:
-            yield from attribute.graphs
 
 
 def _listed(ports: Sequence[Port]) -> str:

@@ -1,4 +1,4 @@
-"""What users of a foreign model do by hand: a plain loop over ONNX Runtime; an adopted model must give the same."""
+"""Reference implementation: a plain loop over ONNX Runtime, whose results an adopted model must match."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from cellserve.export.adopt.tensor_roles import InputRole, Roles
-from cellserve.export.errors import ExportError
+from cellserve.export.errors import ExportError, first_line
 from cellserve.models.signature import Signature
 from cellserve.service.runtime.batch_invariance import random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
@@ -21,19 +21,19 @@ Array = NDArray[Any]
 STEPS, _ROWS = 8, 3
 
 
-class Opens(Protocol):
-    """What opens the model as it will be served."""
+class SessionFactory(Protocol):
+    """Opens the model as it will be served."""
 
     @property
     def signature(self) -> Signature:
-        """Of the model."""
+        """The model's signature."""
 
     def open(self, signature: Signature) -> Runtime:
-        """Opens it."""
+        """Opens the model with this signature."""
 
 
-def opened(content: bytes) -> Any:
-    """Opens a graph with ONNX Runtime as anyone would; raises ExportError."""
+def open_session(content: bytes) -> Any:
+    """Opens a graph with plain ONNX Runtime; raises ExportError."""
     settings = ort.SessionOptions()
     settings.log_severity_level = 4
     settings.intra_op_num_threads = 1
@@ -43,23 +43,17 @@ def opened(content: bytes) -> Any:
         raise ExportError(f"ONNX Runtime cannot open the model: {first_line(error)}") from None
 
 
-def first_line(error: Exception) -> str:
-    """Gives what ONNX Runtime says, in one line."""
-    line = str(error).strip().splitlines()[0].removeprefix("[ONNXRuntimeError] : ")
-    return line.partition("Status Message: ")[2] or line
-
-
 def difference(
-    original: bytes, roles: Roles, model: Opens, constants: Mapping[str, Array], contexts: Mapping[str, int]
+    original: bytes, roles: Roles, model: SessionFactory, constants: Mapping[str, Array], contexts: Mapping[str, int]
 ) -> float:
-    """Steps the graph as it was in a plain loop, row by row, and the adopted model; gives the largest difference.
+    """Largest difference between the adopted model and the original graph, stepped row by row in a plain loop.
 
-    Relative to numbers beyond 1, over outputs and last states.
+    Relative for values above 1; over outputs and last states.
     """
     told = model.signature
-    told = told.model_copy(update={"batch": told.batch or 1})  # whether rows mix is found out later
+    told = told.model_copy(update={"batch": told.batch or 1})  # whether rows mix is checked later
     x, initial = random_inputs(told, _ROWS, STEPS, np.random.default_rng(1))
-    runtime, session = model.open(told), opened(original)
+    runtime, session = model.open(told), open_session(original)
     outputs, following = [spec.name for spec in told.outputs], [state.following for state in roles.states]
     y = []
     states = initial
@@ -85,16 +79,16 @@ def difference(
             given = dict(zip((*outputs, *following), session.run([*outputs, *following], feeds), strict=True))
             own = {state.port.name: given[state.following] for state in roles.states}
             for name, ours in zip(outputs, y[t], strict=True):
-                worst = max(worst, _off(ours[row].ravel(), given[name].reshape(repeated, -1)[0]))
+                worst = max(worst, _relative_error(ours[row].ravel(), given[name].reshape(repeated, -1)[0]))
         for spec, ours in zip(told.states, states, strict=True):
             if spec.name in own:
                 axis = spec.batch_axis
-                worst = max(worst, _off(np.take(ours, row, axis), np.take(own[spec.name], 0, axis)))
+                worst = max(worst, _relative_error(np.take(ours, row, axis), np.take(own[spec.name], 0, axis)))
     return worst
 
 
 def _native(step: Array, role: InputRole) -> Array:
-    """Brings one time step `[batch, *shape]` to the axes that the graph has of its own."""
+    """Brings one time step `[batch, *shape]` to the graph's own order of axes."""
     if role.time_axis is not None:
         step = step[:, None]
     if role.batch_axis is None:
@@ -102,7 +96,7 @@ def _native(step: Array, role: InputRole) -> Array:
     return step if role.order is None else np.ascontiguousarray(step.transpose(role.order))
 
 
-def _off(ours: Array, theirs: Array) -> float:
+def _relative_error(ours: Array, theirs: Array) -> float:
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
     off = np.abs(ours - theirs) / np.maximum(1, np.abs(theirs))
     off = np.where(np.isnan(ours) & np.isnan(theirs), 0, off)

@@ -1,4 +1,4 @@
-"""A foreign graph in the form that the service runs: batch first, then time where there is one; and its signature."""
+"""A foreign graph in the layout that the service runs (batch first, then time if there is one), and its signature."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from cellserve.export.adopt import reference_loop
 from cellserve.export.adopt.graph_editor import ForeignGraph
 from cellserve.export.adopt.tensor_roles import SERVED_TYPES, InputRole, Roles
-from cellserve.export.errors import ExportError
+from cellserve.export.errors import ExportError, first_line
 from cellserve.models.signature import Exactness, ModelDocument, Signature, StateSpec, TensorSpec
 from cellserve.service.runtime.batch_invariance import random_inputs
 from cellserve.service.runtime.onnx_model import Runtime, RuntimeUnavailable
@@ -18,15 +18,15 @@ from cellserve.service.runtime.tensor_layout import unpack
 
 
 class ServableGraph:
-    """The graph, edited so that it takes `[batch, time, ...]`, and what runs of it have told.
+    """The graph, edited to take `[batch, time, ...]`, with the outputs that test runs have shown.
 
     Args:
-        graph: As it was read; constants are baked in and sizes fixed.
-        roles: Of its inputs.
-        contexts: Of inputs, how many of their last entries stand before those of the next step.
+        graph: The graph as read, with constants and sizes fixed.
+        roles: The roles of its inputs.
+        contexts: For inputs by name, how many of their last entries precede those of the next step.
 
     Raises:
-        ExportError: Its outputs or next states are not what they would have to be.
+        ExportError: Its outputs or next states have the wrong shapes or types.
     """
 
     def __init__(self, graph: ForeignGraph, roles: Roles, contexts: Mapping[str, int]) -> None:
@@ -37,7 +37,7 @@ class ServableGraph:
             if role.batch_axis is None:
                 graph.add_batch_axis(role.port.name, True)
             elif role.order is not None:
-                graph.turn_input(role.port.name, role.order)
+                graph.transpose_input(role.port.name, role.order)
         self._signature = Signature(
             inputs=tuple(_input_spec(graph, role, contexts.get(role.port.name, 0)) for role in roles.inputs),
             outputs=(TensorSpec(name="not known yet", shape=()),),
@@ -66,19 +66,19 @@ class ServableGraph:
             for name in self._names:
                 graph.add_batch_axis(name, False)
         self._time_first = any(role.order is not None and role.time_axis == 0 for role in roles.inputs)
-        self._look_at_outputs()
+        self._infer_output_specs()
 
     @property
     def signature(self) -> Signature:
-        """As it is before anything is proved."""
+        """The signature before anything is proved."""
         return self._signature
 
     def content(self, document: ModelDocument | None) -> bytes:
-        """Gives the file."""
-        return self.graph.finished(self._shapes, document)
+        """Returns the model file."""
+        return self.graph.to_bytes(self._shapes, document)
 
     def open(self, signature: Signature) -> Runtime:
-        """Opens it as it will be served."""
+        """Opens the model as it will be served."""
         unproved = Exactness(proved=False, why="not proved yet")
         document = ModelDocument(name="adopted", signature=signature, exactness=unproved)
         try:
@@ -86,8 +86,8 @@ class ServableGraph:
         except RuntimeUnavailable as error:
             raise ExportError(str(error)) from None
 
-    def _look_at_outputs(self) -> None:
-        """Runs the graph to see its outputs, on one row where it says that it takes any number and does not."""
+    def _infer_output_specs(self) -> None:
+        """Runs the graph to find its outputs; on one row if it declares any number of rows but fails on two."""
         told, refused = self._signature, None
         for batch in (None, 1) if told.batch is None else (told.batch,):
             self._signature = told.model_copy(update={"batch": batch})
@@ -106,13 +106,13 @@ class ServableGraph:
         self._shapes |= {spec.next_name: self._state_shape(spec, self._batch_name()) for spec in told.states}
 
     def _outputs(self, rows: int) -> tuple[TensorSpec, ...]:
-        """Gives the outputs as they come from so many rows; raises ExportError where they or the states do not fit."""
+        """The outputs of a run on so many rows; raises ExportError if they or the next states do not fit."""
         told = self._signature
         ran = self._probe(rows, 3)
         if self._time_first:
             for name in self._names:
                 if ran[name].ndim > 1:
-                    self.graph.turn_output(name, (1, 0, *range(2, ran[name].ndim)))
+                    self.graph.transpose_output(name, (1, 0, *range(2, ran[name].ndim)))
             self._time_first = False
             ran = self._probe(rows, 3)
         longer = self._probe(rows, 5) if told.time_axis else ran
@@ -123,8 +123,12 @@ class ServableGraph:
             if shape[: len(leading)] != leading or (told.time_axis and again != (rows, 5, *shape[2:])):
                 of = f"{rows} rows of 3 time steps" if told.time_axis else f"{rows} rows"
                 wanted = "[batch, time, ...]" if told.time_axis else "[batch, ...]"
-                hint = self._hint() if told.time_axis else "give the axis of the batch with --input NAME:batch_axis=N"
-                raise ExportError(f"output {name} has shape {list(shape)} for {of}, where {wanted} is wanted: {hint}")
+                hint = (
+                    self._suggest_flag()
+                    if told.time_axis
+                    else "give the axis of the batch with --input NAME:batch_axis=N"
+                )
+                raise ExportError(f"output {name} has shape {list(shape)} for {of}, but must be {wanted}: {hint}")
             if str(ran[name].dtype) not in SERVED_TYPES:
                 raise ExportError(f"output {name} is {ran[name].dtype}: {', '.join(SERVED_TYPES)} can be served")
             outputs.append(TensorSpec(name=name, dtype=str(ran[name].dtype), shape=shape[len(leading) :]))
@@ -137,10 +141,10 @@ class ServableGraph:
                 )
         return tuple(outputs)
 
-    def _hint(self) -> str:
+    def _suggest_flag(self) -> str:
         dims = [dim for port in self.graph.inputs for dim in port.dims or () if isinstance(dim, str)]
         names = ", ".join(sorted(set(dims)))
-        return f"fix an axis that is none of time with --dim NAME=VALUE (of {names}), or say --input NAME:time_axis=N"
+        return f"fix an axis that is not time with --dim NAME=VALUE (of {names}), or say --input NAME:time_axis=N"
 
     def _probe(self, rows: int, time: int) -> dict[str, Any]:
         told = self._signature
@@ -150,14 +154,14 @@ class ServableGraph:
             for spec, part in zip(told.inputs, unpack(x), strict=True)
         }
         feeds |= {spec.name: state for spec, state in zip(told.states, states, strict=True)}
-        session = reference_loop.opened(self.content(None))
+        session = reference_loop.open_session(self.content(None))
         names = [port.name for port in self.graph.outputs]
         try:
             return dict(zip(names, session.run(names, feeds), strict=True))
         except Exception as error:
             steps = f" of {time} time steps" if told.time_axis else ""
-            hint = f": {self._hint()}" if told.time_axis else ""
-            why = reference_loop.first_line(error)
+            hint = f": {self._suggest_flag()}" if told.time_axis else ""
+            why = first_line(error)
             raise ExportError(f"it does not run on {rows} rows{steps}, {why}{hint}") from None
 
     def _input_shapes(self) -> dict[str, tuple[int | str, ...]]:

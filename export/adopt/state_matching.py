@@ -1,4 +1,4 @@
-"""Finds which outputs of a foreign graph are its next states, where names and shapes tell: `h` and `hn`, and so on."""
+"""Finds the outputs of a foreign graph that are its next states, by names and shapes: `h` and `hn`, and so on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Port:
     """An input or output of a graph."""
 
     name: str
-    type: str  # NumPy's name of it
-    dims: Dims | None  # an unnamed dynamic one is NAME.AXIS; None where the graph does not say
+    type: str  # NumPy's name of the type
+    dims: Dims | None  # unnamed dynamic ones are NAME.AXIS; None if the graph has no shape
 
 
 def find_pairs(inputs: Sequence[Port], outputs: Sequence[Port]) -> dict[str, str]:
-    """Gives the next state of each input that has one.
+    """Maps each input that is a state to its next state.
 
     Raises:
         ExportError: Several outputs could be an input's next state.
@@ -40,7 +40,7 @@ def find_pairs(inputs: Sequence[Port], outputs: Sequence[Port]) -> dict[str, str
             )
         if found:
             pairs[port.name] = found[0]
-    # Of `x` and `past_x` it is the second that becomes `present_x`.
+    # If both `x` and `past_x` match `present_x`, `past_x` is the state.
     marked = {following for name, following in pairs.items() if _BEFORE & set(_tokens(name))}
     pairs = {name: one for name, one in pairs.items() if one not in marked or _BEFORE & set(_tokens(name))}
     for name, following in pairs.items():
@@ -52,7 +52,7 @@ def find_pairs(inputs: Sequence[Port], outputs: Sequence[Port]) -> dict[str, str
 
 
 def looks_like_a_state(name: str) -> bool:
-    """Whether a name is one that states have."""
+    """Whether a name is typical of a state."""
     tokens = _tokens(name)
     return bool(_STATE_WORDS & {*tokens, "".join(tokens).rstrip("0")})
 
@@ -74,11 +74,11 @@ def _names_agree(name: str, following: str) -> bool:
 
 
 def _stems(name: str, markers: set[str]) -> set[tuple[str, ...]]:
-    """Gives what a name comes to without the words that say when: `past_h` is `h`, `stateN` is `state`."""
+    """Name stems without time markers: `past_h` becomes `h`, `stateN` becomes `state`."""
     tokens = _tokens(name)
     kept = tuple(token for token in tokens if token not in markers) or tokens
     stems = {kept}
-    for place, token in enumerate(tokens):  # one of them may be the name itself: n and n.next
+    for place, token in enumerate(tokens):  # a marker may be the name itself: n and n.next
         if token in markers and len(tokens) > 1:
             stems.add(tokens[:place] + tokens[place + 1 :])
     if markers is _BEFORE and len(kept) > 1 and kept[-1] == "0":  # h0

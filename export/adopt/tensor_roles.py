@@ -1,4 +1,4 @@
-"""Decides what each input and output of a foreign graph is: input of a time step, state, or output; and its axes."""
+"""Decides the role of each input and output of a foreign graph (input of a time step, state, output), and its axes."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ SERVED_TYPES = ("float32", "int32", "int64")
 
 @dataclass(frozen=True, slots=True)
 class InputFlag:
-    """What the user says of an input."""
+    """The user's `--input` flag."""
 
     name: str
-    batch_axis: int | None = None  # None where nothing is said, -1 where it has none
+    batch_axis: int | None = None  # None if not given, -1 for an input without one
     time_axis: int | None = None
     bounds: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StateFlag:
-    """What the user says of a state."""
+    """The user's `--state` flag."""
 
     name: str
     following: str
-    batch_axis: int | None = None  # None where nothing is said
+    batch_axis: int | None = None  # None if not given
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,14 @@ class InputRole:
     """An input of a time step."""
 
     port: Port
-    batch_axis: int | None  # None where it has none: then it is a batch of one
+    batch_axis: int | None  # None for an input without one: a batch of one
     time_axis: int | None
-    shape: tuple[int, ...]  # of one time step
+    shape: tuple[int, ...]  # one time step, without the batch axis
     flag: InputFlag
 
     @property
     def order(self) -> tuple[int, ...] | None:
-        """The order of axes that brings `[batch, time, ...]` to the graph's own, where that is another."""
+        """Permutation that brings `[batch, time, ...]` to the graph's own order; None if it is the same."""
         if self.batch_axis is None:
             return None
         axes = [self.batch_axis] if self.time_axis is None else [self.batch_axis, self.time_axis]
@@ -59,16 +59,16 @@ class StateRole:
     following: str
     batch_axis: int
     shape: tuple[int, ...]  # without the batch axis
-    found: bool  # by its name, not told by the user
+    found: bool  # found by its name, not given by the user
 
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """All of a graph's."""
+    """All roles of a graph."""
 
     inputs: tuple[InputRole, ...]
     states: tuple[StateRole, ...]
-    batch: int | None  # where the graph fixes it
+    batch: int | None  # rows per run, if the graph fixes it
 
     @property
     def time_axis(self) -> bool:
@@ -86,7 +86,7 @@ def find_roles(
     """Finds the role of each input.
 
     Raises:
-        ExportError: One has none, or an axis or a size is not clear; the message says which flag makes it so.
+        ExportError: A role, an axis or a size is not clear; the message names the flag that decides it.
     """
     states, found = _states(inputs, outputs, input_flags, state_flags)
     left = [port for port in inputs if port.name not in states]
@@ -124,7 +124,7 @@ def find_roles(
 def _states(
     inputs: Sequence[Port], outputs: Sequence[Port], input_flags: Sequence[InputFlag], state_flags: Sequence[StateFlag]
 ) -> tuple[dict[str, str], set[str]]:
-    """Gives the next state of each state, and which were found."""
+    """Maps each state to its next state, and names those that were found."""
     pairs: dict[str, str] = {}
     for flag in state_flags:
         port, following = _port(inputs, flag.name), _port(outputs, flag.following, "output")
@@ -184,7 +184,7 @@ def _input_role(port: Port, flag: InputFlag, state_dims: set[str]) -> InputRole:
 
 
 def _batch(steps: Sequence[InputRole]) -> int | str:
-    """Gives the rows of a run, or the name of the dimension."""
+    """The number of rows per run, or the name of the dimension."""
     sizes = [1 if role.batch_axis is None else (role.port.dims or ())[role.batch_axis] for role in steps]
     fixed = {size for size in sizes if isinstance(size, int)}
     if len(fixed) > 1:
@@ -204,7 +204,7 @@ def _batch_axis(port: Port, batch: int | str, told: int | None) -> int:
         return told
     dynamic = [axis for axis, dim in enumerate(dims) if isinstance(dim, str)]
     alike = [axis for axis, dim in enumerate(dims) if dim == batch]
-    if len(alike) == 1 or (alike and batch == 1):  # of several axes of size one each is as good
+    if len(alike) == 1 or (alike and batch == 1):  # any of several axes of size one will do
         return alike[0]
     if len(dynamic) == 1:
         return dynamic[0]
@@ -218,13 +218,13 @@ def _batch_axis(port: Port, batch: int | str, told: int | None) -> int:
 
 
 def _rest(port: Port, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Gives the sizes of the other axes."""
+    """Sizes of the other axes."""
     sizes = []
     for axis, dim in enumerate(port.dims or ()):
         if axis not in axes:
             if isinstance(dim, str):
                 raise ExportError(
-                    f"{port.name} {_words(port.dims)}: how large {dim!r} is must be fixed: give --dim {dim}=VALUE"
+                    f"{port.name} {_words(port.dims)}: the size of {dim!r} must be fixed: give --dim {dim}=VALUE"
                 )
             sizes.append(dim)
     return tuple(sizes)
@@ -234,7 +234,7 @@ def _port(ports: Sequence[Port], name: str, kind: str = "input") -> Port:
     for port in ports:
         if port.name == name:
             return port
-    raise ExportError(f"there is no {kind} {name!r} left to be one: there are {_names(ports) or 'none'}")
+    raise ExportError(f"there is no such {kind} {name!r}: the candidates are {_names(ports) or 'none'}")
 
 
 def _names(ports: Sequence[Port]) -> str:

@@ -1,4 +1,4 @@
-"""Forms of less precision than float32: makes them, scores them on test data, chooses one or refuses."""
+"""Candidates in lower precision than float32: builds them, scores them on test data, chooses one or refuses."""
 
 from __future__ import annotations
 
@@ -12,96 +12,115 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from cellserve.export.candidates import candidates
-from cellserve.export.candidates.candidates import Form
+from cellserve.export.candidates.candidates import Candidate
 from cellserve.export.candidates.quantization_schemes import SCHEMES, Ranges, digest, products
 from cellserve.export.errors import ExportError, first_line
 from cellserve.export.verify.evaluation import TestData
 from cellserve.models.signature import ModelDocument
 
-# What may be lost where `--tolerance` does not say: of accuracy as a share of all, of RMSE as a share of what it was.
+# Default losses allowed: for accuracy a share of all sequences, for RMSE a share of its float32 value.
 TOLERANCES = {"accuracy": 0.01, "rmse": 0.01}
-_ROWS, _STEPS = 64, 200  # of the test data, to calibrate on
+_ROWS, _STEPS = 64, 200  # amount of test data used for calibration
 
 
 @dataclass(frozen=True, slots=True)
-class Narrowed:
-    """A form in less precision, beside the float32 form that was the best."""
+class QuantizationResult:
+    """The chosen candidate in lower precision, beside the best float32 candidate."""
 
-    form: Form
-    float32: Form
-    tried: list[Form]  # within tolerance
-    lost: list[str]  # what those that were not would have cost
+    candidate: Candidate
+    float32: Candidate
+    tried: list[Candidate]  # all within tolerance
+    rejected: list[str]  # why the others were not used, with the loss of each
     before: dict[str, float]  # test metrics in float32
-    after: dict[str, float]
+    after: dict[str, float]  # test metrics of the chosen candidate
     tolerance: dict[str, float]
 
 
-def narrowed(
-    tried: list[Form],
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Test metrics in float32, and how much of each may be lost."""
+
+    before: dict[str, float]
+    allowed: dict[str, float]
+
+    def violation(self, after: dict[str, float]) -> tuple[float, str] | None:
+        """The largest loss beyond its limit, as a number and in words; None if all metrics are within."""
+        losses = {metric: _loss(metric, self.before[metric], after[metric]) for metric in self.before}
+        worst = max(losses, key=lambda metric: _finite_or_inf(losses[metric]) - self.allowed[metric])
+        if losses[worst] <= self.allowed[worst]:
+            return None
+        change = f"{worst} goes from {self.before[worst]:.4f} to {after[worst]:.4f}"
+        return (
+            _finite_or_inf(losses[worst]),
+            f"{change}, a loss of {losses[worst]:.2g} where {self.allowed[worst]:.2g} is allowed",
+        )
+
+
+def quantize(
+    tried: list[Candidate],
     precision: Literal["int8", "float16"],
     document: ModelDocument,
     data: TestData,
     tolerance: float | None = None,
-    report: Callable[[str], None] = lambda stage: None,
-) -> Narrowed:
-    """Writes a network in less precision in every way that there is, and takes the fastest exact one within tolerance.
+    progress: Callable[[str], None] = lambda stage: None,
+) -> QuantizationResult:
+    """Rewrites a network in lower precision with every scheme, and takes the fastest exact result within tolerance.
 
-    Of those that are as fast to a tenth it is the smallest. The best float32 form is rewritten, and the one without
-    operators of whole recurrences: only products that stand by themselves can be made in int8.
+    Of those within a tenth of the fastest it takes the smallest. Two candidates are rewritten: the best float32 one,
+    and the one without recurrent operators, as only products outside operators can become int8.
 
     Raises:
-        ExportError: Each of them loses more than the tolerance on the test data.
+        ExportError: Each result loses more than the tolerance on the test data.
     """
     best = candidates.best(tried)
     before = data.score(candidates.open_model(best.model, best.step, document))
-    allowed = {name: TOLERANCES[_kind(name)] if tolerance is None else tolerance for name in before}
+    limits = _Limits(before, {name: TOLERANCES[_kind(name)] if tolerance is None else tolerance for name in before})
     reference = candidates.reference_of(data.network)
-    made: list[Form] = []
+    accepted: list[Candidate] = []
     metrics: dict[str, dict[str, float]] = {}
-    lost: list[tuple[float, str]] = []
+    rejected: list[tuple[float, str]] = []
     for base in dict.fromkeys([best, tried[-1]]):
         ranges = calibrated_ranges(base.built_step, document, data) if base.built_step else {}
         for scheme in SCHEMES[precision]:
             name = f"{base.name}, {scheme.name}"
-            report(f"converting: {name}")
+            progress(f"converting: {name}")
             try:
                 model = scheme.rewrite(base.model, ranges)
                 if model is None:
                     continue
                 step = base.built_step and scheme.rewrite(base.built_step, ranges)
                 runtime = candidates.open_model(model, step, document)
-            except Exception as error:  # ONNX Runtime's or its converter's: it may be without an operator
-                lost.append((np.inf, f"{name}: cannot be made: {first_line(error)}"))
+            except Exception as error:  # from ONNX or ONNX Runtime, which may lack an operator
+                rejected.append((np.inf, f"{name}: cannot be built: {first_line(error)}"))
                 continue
-            report(f"evaluating on the test data: {name}")
-            after = data.score(runtime)
-            losses = {metric: _loss(metric, before[metric], after[metric]) for metric in before}
-            worst = max(losses, key=lambda metric: _key(losses[metric]) - allowed[metric])
-            if not losses[worst] <= allowed[worst]:
-                told = f"{worst} goes from {before[worst]:.4f} to {after[worst]:.4f}, {losses[worst]:.2g} is lost and"
-                lost.append((_key(losses[worst]), f"{name}: {told} {allowed[worst]:.2g} allowed"))
+            progress(f"evaluating on the test data: {name}")
+            metrics[name] = data.score(runtime)
+            violation = limits.violation(metrics[name])
+            if violation:
+                rejected.append((violation[0], f"{name}: {violation[1]}"))
                 continue
-            parity = reference.compare(runtime, judged=False)
-            made.append(candidates.measured(name, model, step, parity, document, report))
-            metrics[name] = after
-    if not made:
+            parity = reference.compare(runtime, allow_float32_error=False)
+            accepted.append(candidates.measure_candidate(name, (model, step), parity, document, progress))
+    if not accepted:
         raise ExportError(
-            f"{precision}: on {data.path}, {min(lost)[1]}; nothing was written: give a larger --tolerance, "
+            f"{precision}: on {data.path}, {min(rejected)[1]}; nothing was written: give a larger --tolerance, "
             f"or stay with float32"
-            if lost
-            else f"{precision}: the network has no weights that could be narrowed; nothing was written"
+            if rejected
+            else f"{precision}: the network has no weights that could be quantized; nothing was written"
         )
-    report("measuring all in turn")
-    best, *made = candidates.measured_in_turn([best, *made], document)
-    form = _chosen(made)
-    return Narrowed(form, best, made, [text for _, text in lost], before, metrics[form.name], allowed)
+    progress("measuring all candidates in turn")
+    best, *accepted = candidates.measure_interleaved([best, *accepted], document)
+    chosen = _choose(accepted)
+    reasons = [text for _, text in rejected]
+    return QuantizationResult(chosen, best, accepted, reasons, before, metrics[chosen.name], limits.allowed)
 
 
-def _chosen(made: list[Form]) -> Form:
-    """Gives the smallest of the exact forms that are as fast as the fastest, to a tenth."""
-    exact = [form for form in made if form.exactness.proved] or made
+def _choose(accepted: list[Candidate]) -> Candidate:
+    """The smallest of the exact candidates that are within a tenth of the fastest."""
+    exact = [candidate for candidate in accepted if candidate.exactness.proved] or accepted
     fastest = candidates.best(exact)
-    return min((form for form in exact if form.time <= 1.1 * fastest.time), key=lambda form: (form.size, form.time))
+    fast = [candidate for candidate in exact if candidate.time <= 1.1 * fastest.time]
+    return min(fast, key=lambda candidate: (candidate.size, candidate.time))
 
 
 def _loss(metric: str, before: float, after: float) -> float:
@@ -111,20 +130,20 @@ def _loss(metric: str, before: float, after: float) -> float:
 
 
 def _kind(metric: str) -> str:
-    """Gives the kind of a metric, which may be of one output of several: "each rmse"."""
+    """The kind of a metric, without the name of the output that may stand before it: "each rmse"."""
     return metric.rpartition(" ")[2]
 
 
-def _key(loss: float) -> float:
+def _finite_or_inf(loss: float) -> float:
     return loss if np.isfinite(loss) else np.inf
 
 
 def calibrated_ranges(step: onnx.ModelProto, document: ModelDocument, data: TestData) -> Ranges:
-    """Steps through some of the test data; gives the largest number that each weight was multiplied by.
+    """Steps through some of the test data; returns the largest absolute value that each weight was multiplied by.
 
     Args:
-        step: The graph for single steps: nothing in it is hidden in a loop.
-        document: Has its signature.
+        step: The graph for single steps, in which no product is hidden in a loop.
+        document: Has the model's signature.
         data: The test data.
     """
     model = onnx.ModelProto.FromString(step.SerializeToString())
@@ -139,14 +158,13 @@ def calibrated_ranges(step: onnx.ModelProto, document: ModelDocument, data: Test
     rows = np.linspace(0, len(data.lengths) - 1, min(_ROWS, len(data.lengths))).astype(int)
     inputs = {spec.name: x[rows] for spec, x in zip(signature.inputs, data.inputs, strict=True)}
     lengths = data.lengths[rows]
-    states = {
-        state.name: np.zeros((len(rows), *state.shape), state.dtype) for state in signature.states
-    }  # the export's own states have the batch first
-    wanted = [*weights, *(state.next_name for state in signature.states)]
+    # In exported models the batch is the first axis of every state.
+    states = {state.name: np.zeros((len(rows), *state.shape), state.dtype) for state in signature.states}
+    outputs = [*weights, *(state.next_name for state in signature.states)]
     largest: dict[str, float] = {}
     for t in range(min(_STEPS, int(lengths.max()))):
         now = {name: np.ascontiguousarray(x[:, t : t + 1]) for name, x in inputs.items()}
-        results = session.run(wanted, {**now, **states})
+        results = session.run(outputs, {**now, **states})
         states = dict(zip(states, results[len(weights) :], strict=True))
         for key, numbers in zip(weights.values(), results, strict=False):
             valid = numbers[lengths > t] if len(numbers) == len(rows) else numbers

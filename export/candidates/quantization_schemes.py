@@ -1,7 +1,7 @@
-"""Rewrites a float32 model in less precision, in ways that ONNX Runtime runs: int8 weights or products, float16.
+"""Rewrites a float32 model in lower precision for ONNX Runtime: int8 weights or products, float16 weights.
 
-None takes a scale from several rows, as ONNX Runtime's own dynamic quantisation does: one session's numbers would then
-change another's. The exception is `DynamicQuantizeLSTM`, which is tried for what it is and never found exact.
+No scheme derives a scale from several rows, as ONNX Runtime's own dynamic quantization does (`DynamicQuantizeLSTM`):
+one session's numbers would then change another's.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from cellserve.export.onnx_graph.builder import GraphBuilder, graphs
+from cellserve.export.onnx_graph.builder import GraphBuilder, all_graphs
 
 Array = NDArray[Any]
-Ranges = Mapping[str, float]  # digest of a weight: the largest number that it was multiplied by
-Change = Callable[[onnx.ModelProto, Ranges], bool]  # changes a model in place, or says that there is nothing to change
+Ranges = Mapping[str, float]  # weight digest -> largest absolute value that the weight was multiplied by
+Change = Callable[[onnx.ModelProto, Ranges], bool]  # changes a model in place; False if nothing applied
 
-MICROSOFT = "com.microsoft"
-# A weight's place among a node's inputs: the axis that has a scale for each of its entries.
+# (operator, index of the weight among its inputs) -> the axis along which each entry gets its own scale.
 _CHANNELS = {
     ("MatMul", 1): -1,
     ("Gemm", 1): -1,
@@ -31,26 +30,26 @@ _CHANNELS = {
     ("Conv", 1): 0,
     **{(operator, place): 1 for operator in ("LSTM", "GRU", "RNN") for place in (1, 2)},
 }
-_FEWEST = 32  # entries of a weight: with fewer, scales take what is saved
-# Of an int8 weight that meets uint8 numbers: with 8 bits the sums of two products overflow 16 bits on processors
+_MIN_ENTRIES = 32  # smaller weights stay float32: their scales would take what is saved
+# Largest int8 weight in a product with uint8 numbers: with 8 bits, sums of two products overflow 16 bits on processors
 # without VNNI (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
 _SEVEN_BITS = 64
 
 
 class Scheme(NamedTuple):
-    """A way to write a model in less precision."""
+    """A way to rewrite a model in lower precision."""
 
     name: str
     change: Change
-    calibrated: bool = False  # whether it wants ranges
+    calibrated: bool = False  # whether it needs calibration ranges
 
     def rewrite(self, model: onnx.ModelProto, ranges: Ranges) -> onnx.ModelProto | None:
-        """Makes the model anew, or gives None where there is nothing in it that the scheme is for."""
+        """Returns a rewritten copy of the model, or None if the scheme applies to nothing in it."""
         copy = onnx.ModelProto.FromString(model.SerializeToString())
         if not self.change(copy, ranges):
             return None
-        used = {name for graph in graphs(copy.graph) for node in graph.node for name in node.input}
-        for graph in graphs(copy.graph):
+        used = {name for graph in all_graphs(copy.graph) for node in graph.node for name in node.input}
+        for graph in all_graphs(copy.graph):
             kept = [tensor for tensor in graph.initializer if tensor.name in used]
             del graph.initializer[:]
             graph.initializer.extend(kept)
@@ -58,30 +57,30 @@ class Scheme(NamedTuple):
 
 
 def digest(weight: Array) -> str:
-    """Gives what a weight is known by, whatever its name in each graph is."""
+    """Identifies a weight by its content, as its name differs between graphs."""
     return hashlib.sha256(repr(weight.shape).encode() + weight.tobytes()).hexdigest()
 
 
 def products(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, Array]]:
-    """Gives the products of numbers with a constant matrix, and that matrix `[in, out]`."""
+    """Yields the nodes that multiply by a constant matrix, with that matrix `[in, out]`."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants:
             attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
             weight = numpy_helper.to_array(constants[node.input[1]])
             plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1 and not attributes.get("transA")
-            if plain and weight.ndim == 2 and weight.dtype == np.float32 and weight.size >= _FEWEST:
+            if plain and weight.ndim == 2 and weight.dtype == np.float32 and weight.size >= _MIN_ENTRIES:
                 yield node, weight.T if attributes.get("transB") else weight
 
 
-# Weights stored narrow. ONNX Runtime folds `Cast` and `Mul` of constants when it opens the model, and has from there on
-# the float32 model with other weights: a `DequantizeLinear` it would run at every step, and the product unpacked.
+# Weights stored in lower precision. ONNX Runtime folds `Cast` and `Mul` of constants when it opens the model and then
+# runs a float32 model with rounded weights. A `DequantizeLinear` would run at every step, before an unpacked product.
 
 
-def _weights(store: Callable[[GraphBuilder, Array, int], str], model: onnx.ModelProto, ranges: Ranges) -> bool:
-    """Stores every weight as `store` writes it."""
+def _store_weights(store: Callable[[GraphBuilder, Array, int], str], model: onnx.ModelProto, ranges: Ranges) -> bool:
+    """Replaces every large enough weight by what `store` writes for it."""
     changed = False
-    for graph in graphs(model.graph):
+    for graph in all_graphs(model.graph):
         builder = GraphBuilder(f"stored/{graph.name}/")
         axes = {
             name: _CHANNELS[node.op_type, place]
@@ -91,7 +90,7 @@ def _weights(store: Callable[[GraphBuilder, Array, int], str], model: onnx.Model
         }
         for tensor in graph.initializer:
             weight = numpy_helper.to_array(tensor)
-            if tensor.name in axes and weight.dtype == np.float32 and weight.ndim > 1 and weight.size >= _FEWEST:
+            if tensor.name in axes and weight.dtype == np.float32 and weight.ndim > 1 and weight.size >= _MIN_ENTRIES:
                 stored = store(builder, weight, axes[tensor.name])
                 builder.nodes.append(helper.make_node("Identity", [stored], [tensor.name]))
             else:
@@ -111,20 +110,20 @@ def _as_float16(builder: GraphBuilder, weight: Array, axis: int) -> str:
 
 
 def _quantized(weight: Array, axis: int, most: int = 127) -> tuple[NDArray[np.int8], Array]:
-    """Gives int8 entries and the scale of each channel; symmetric, so that zero stays zero."""
+    """Returns int8 entries and the scale of each channel; symmetric, so that zero stays zero."""
     others = tuple(place for place in range(weight.ndim) if place != axis % weight.ndim)
     largest = np.abs(weight).max(axis=others, keepdims=True)
     scale = (np.where(largest == 0, 1, largest) / most).astype(np.float32)
     return np.clip(np.rint(weight / scale), -most, most).astype(np.int8), scale
 
 
-# Products in int8: sums of integers are exact, so that no order of them changes a bit.
+# Products in int8: sums of integers are exact, so their order changes no bit.
 
 
 def _int8_products(model: onnx.ModelProto, ranges: Ranges, by_row: bool) -> bool:
-    """Multiplies in int8, numbers scaled by their range in the calibration, or each row by its own largest."""
+    """Computes products in int8; inputs are scaled by their calibrated range, or each row by its own largest entry."""
     changed = False
-    for graph in graphs(model.graph):
+    for graph in all_graphs(model.graph):
         builder = GraphBuilder(f"int8/{graph.name}/")
         builder.initializers = {tensor.name: tensor for tensor in graph.initializer}
         weights = {node.output[0]: weight for node, weight in products(graph)}
@@ -140,7 +139,7 @@ def _int8_products(model: onnx.ModelProto, ranges: Ranges, by_row: bool) -> bool
             changed = True
         _replace(graph, builder.nodes, builder)
     if changed:
-        _weights(_as_int8, model, ranges)  # what is left of them: those of operators, tables of embeddings
+        _store_weights(_as_int8, model, ranges)  # the remaining weights: of recurrent operators and embedding tables
     return changed
 
 
@@ -149,49 +148,21 @@ def _int8_product(builder: GraphBuilder, x: str, weight: Array, largest: float |
     zero = _scalar(builder, np.array(128, np.uint8))
     if largest is None:
         row = builder.node("ReduceMax", builder.node("Abs", x), builder.constant(np.array([-1])))
-        tiny = _scalar(builder, np.array(1e-30, np.float32))  # a row of zeros is not divided by zero
+        tiny = _scalar(builder, np.array(1e-30, np.float32))  # avoids dividing a row of zeros by zero
         row = builder.node("Mul", builder.node("Max", row, tiny), _scalar(builder, np.array(1 / 127, np.float32)))
-        whole = builder.node("Round", builder.node("Div", x, row))
-        shifted = builder.node("Add", whole, _scalar(builder, np.array(128, np.float32)))
+        rounded = builder.node("Round", builder.node("Div", x, row))
+        shifted = builder.node("Add", rounded, _scalar(builder, np.array(128, np.float32)))
         numbers = builder.node("Cast", shifted, to=TensorProto.UINT8)
         sums = _float(builder, builder.node("MatMulInteger", numbers, builder.constant(narrow), zero))
         return str(builder.node("Mul", builder.node("Mul", sums, builder.constant(scale[0])), row))
-    own = np.array((largest or 1.0) / 127, np.float32)
-    numbers = builder.node("QuantizeLinear", x, _scalar(builder, own), zero)
+    x_scale = np.array((largest or 1.0) / 127, np.float32)
+    numbers = builder.node("QuantizeLinear", x, _scalar(builder, x_scale), zero)
     sums = _float(builder, builder.node("MatMulInteger", numbers, builder.constant(narrow), zero))
-    return str(builder.node("Mul", sums, builder.constant(scale[0] * own)))
-
-
-def _dynamic_lstm(model: onnx.ModelProto, ranges: Ranges) -> bool:
-    """Makes each `LSTM` ONNX Runtime's own `DynamicQuantizeLSTM`, which takes one scale from all rows and steps."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes = [node for node in model.graph.node if node.op_type == "LSTM"]
-    for node in nodes:
-        inputs = [*node.input, *[""] * (8 - len(node.input))]
-        for place in (1, 2):
-            weight = np.ascontiguousarray(numpy_helper.to_array(constants[inputs[place]]).transpose(0, 2, 1))
-            narrow, scale = _quantized(weight, -1)
-            name = inputs[place] = f"{inputs[place]}/int8"
-            arrays = {name: narrow, f"{name}/scale": scale[:, 0], f"{name}/zero": np.zeros_like(scale[:, 0], np.int8)}
-            model.graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in arrays.items())
-            inputs += list(arrays)[1:]
-        node.op_type, node.domain, node.input[:] = "DynamicQuantizeLSTM", MICROSOFT, inputs
-    if nodes:
-        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
-        _weights(_as_int8, model, ranges)
-    return bool(nodes)
-
-
-def _float16_throughout(model: onnx.ModelProto, ranges: Ranges) -> bool:
-    """Computes in float16, with float32 at the ends; the CPU provider does it by casts around every operator."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    model.CopyFrom(convert_float_to_float16(model, keep_io_types=True))
-    return True
+    return str(builder.node("Mul", sums, builder.constant(scale[0] * x_scale)))
 
 
 def _scalar(builder: GraphBuilder, value: Array) -> str:
-    """Adds a constant without axes: a scale or zero point of one axis would be one for each channel."""
+    """Adds a constant without axes: a scale or zero point with one axis would apply per channel."""
     name = f"{builder.prefix}scalar_{value.dtype}_{value}"
     builder.initializers[name] = numpy_helper.from_array(value, name)
     return name
@@ -210,13 +181,9 @@ def _replace(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], builder: Graph
 
 SCHEMES: Mapping[Literal["int8", "float16"], tuple[Scheme, ...]] = {
     "int8": (
-        Scheme("int8 weights", partial(_weights, _as_int8)),
+        Scheme("int8 weights", partial(_store_weights, _as_int8)),
         Scheme("int8 products, calibrated", partial(_int8_products, by_row=False), calibrated=True),
         Scheme("int8 products, scaled by row", partial(_int8_products, by_row=True)),
-        Scheme("DynamicQuantizeLSTM", _dynamic_lstm),
     ),
-    "float16": (
-        Scheme("float16 weights", partial(_weights, _as_float16)),
-        Scheme("float16 throughout", _float16_throughout),
-    ),
+    "float16": (Scheme("float16 weights", partial(_store_weights, _as_float16)),),
 }

@@ -19,14 +19,14 @@ example:
   cellserve adopt model.onnx --name mine --state h0=hn:batch_axis=1 --state c0=cn:batch_axis=1 --input x
   cellserve adopt silero_vad.onnx --name vad --constant sr=16000 --dim input.1=576 --context input=64
 
-States are found where names and shapes tell: h and hn, state and stateN, past_x and present_x, x_in and x_out. Nothing
-is written unless the model was run beside the graph as it was, and it is known how its bits stay the same.
-docs/adopt.md tells of all of this.
+States are found by names and shapes: h and hn, state and stateN, past_x and present_x, x_in and x_out. Nothing is
+written unless the model agrees with the original graph, and it is known how its bits stay the same.
+docs/adopt.md explains all of this.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """Makes the parser of the command's arguments."""
+    """Returns the parser of the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="cellserve adopt",
         description="Takes a stateful ONNX model that was made elsewhere (PyTorch, say) into the repository.",
@@ -37,23 +37,23 @@ def parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL.onnx", type=Path, help="the file, its external data (if any) beside it")
     add_shared(parser)
     add("--state", dest="states", type=_state, action="append", default=[], metavar="IN=OUT[:batch_axis=N]",
-        help="an input and the output that is its next state; more than once for several")  # fmt: skip
+        help="an input and the output that is its next state; repeatable")  # fmt: skip
     add("--input", dest="inputs", type=_input, action="append", default=[], metavar="NAME[:batch_axis=N]...",
-        help="an input of a time step; :batch_axis=none, :time_axis=N, :bounds=0..255 say more of it")  # fmt: skip
+        help="an input of a time step; options :batch_axis=none, :time_axis=N, :bounds=0..255")  # fmt: skip
     add("--constant", dest="constants", type=_pair, action="append", default=[], metavar="NAME=VALUE",
         help="an input that is always the same; JSON, lists for tensors")  # fmt: skip
     add("--dim", dest="dims", type=_sized, action="append", default=[], metavar="NAME=SIZE",
         help="the size of a dynamic dimension; one without a name is INPUT.AXIS")  # fmt: skip
     add("--context", dest="contexts", type=_sized, action="append", default=[], metavar="NAME=ENTRIES",
         help="put the last entries of an input before those of its next step, as a state of their own")  # fmt: skip
-    add("--description", default="", help="what GET /models says of it")
+    add("--description", default="", help="description for GET /models")
     add("--default-output", choices=("last", "all"), default="all",
-        help="the outputs that requests of many time steps get (default: all)")  # fmt: skip
+        help="outputs returned for requests of many time steps (default: all)")  # fmt: skip
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; gives the exit status: 0, 1 where nothing was written, 2 for arguments that do not fit."""
+    """Runs the command; returns the exit status: 0, 1 if nothing was written, 2 for invalid arguments."""
     arguments = vars(parser().parse_args(argv))
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     for name in ("constants", "dims", "contexts"):
@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("states", "inputs"):
         arguments[name] = tuple(arguments[name])
     try:
-        # Here and not above, so that --help and a mistyped argument answer at once.
-        from cellserve.export.adopt.adopt import Request, adopt
+        # Imported here, so that --help and argument errors are immediate.
+        from cellserve.export.adopt.adopt import AdoptRequest, adopt
 
-        adopt(Request(**arguments), Console())
+        adopt(AdoptRequest(**arguments), Console())
     except ModuleNotFoundError as error:
         errors.print(f"cellserve adopt: {error.name} is not installed: pip install 'cellserve[adopt]'", markup=False)
         return 1
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not name or not equals or not value:
-        raise argparse.ArgumentTypeError(f"{text!r}: NAME=VALUE is wanted")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE")
     return name, value
 
 
@@ -89,37 +89,37 @@ def _sized(text: str) -> tuple[str, int]:
 def _state(text: str) -> object:
     from cellserve.export.adopt.tensor_roles import StateFlag
 
-    names, told = _told(text, ("batch_axis",))
+    names, options = _split_options(text, ("batch_axis",))
     name, following = _pair(names)
-    return StateFlag(name, following, _axis(told, "batch_axis"))
+    return StateFlag(name, following, _axis(options, "batch_axis"))
 
 
 def _input(text: str) -> object:
     from cellserve.export.adopt.tensor_roles import InputFlag
 
-    name, told = _told(text, ("batch_axis", "time_axis", "bounds"))
-    batch_axis = -1 if told.get("batch_axis") == "none" else _axis(told, "batch_axis")
+    name, options = _split_options(text, ("batch_axis", "time_axis", "bounds"))
+    batch_axis = -1 if options.get("batch_axis") == "none" else _axis(options, "batch_axis")
     bounds = None
-    if "bounds" in told:
-        found = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", told["bounds"])
+    if "bounds" in options:
+        found = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", options["bounds"])
         if not found or int(found[1]) > int(found[2]):
-            raise argparse.ArgumentTypeError(f"bounds={told['bounds']}: FIRST..LAST is wanted, as 0..255")
+            raise argparse.ArgumentTypeError(f"bounds={options['bounds']}: expected FIRST..LAST, such as 0..255")
         bounds = int(found[1]), int(found[2])
-    return InputFlag(name, batch_axis, _axis(told, "time_axis"), bounds)
+    return InputFlag(name, batch_axis, _axis(options, "time_axis"), bounds)
 
 
-def _told(text: str, keys: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """Splits what follows a name, which may have colons itself: `x:0:batch_axis=1`."""
-    told = {}
+def _split_options(text: str, keys: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Splits a name, which may contain colons itself, from the options after it: `x:0:batch_axis=1`."""
+    options = {}
     while (found := re.fullmatch(rf"(.+):({'|'.join(keys)})=([^:]+)", text)) is not None:
-        text, told[found[2]] = found[1], found[3]
-    return text, told
+        text, options[found[2]] = found[1], found[3]
+    return text, options
 
 
-def _axis(told: dict[str, str], key: str) -> int | None:
-    text = told.get(key)
+def _axis(options: dict[str, str], key: str) -> int | None:
+    text = options.get(key)
     if text is not None and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{key}={text}: a number from 0 is wanted")
+        raise argparse.ArgumentTypeError(f"{key}={text}: expected a number from 0")
     return None if text is None else int(text)
 
 

@@ -9,18 +9,18 @@ from cellserve.models.signature import checked_labels, checked_name
 
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
-    """Adds what both take: where the model goes, and what is said of it."""
+    """Adds the arguments of both commands: where the model goes, and its description."""
     add = parser.add_argument
     add("--name", required=True, type=_name, help="the model's name in requests and in the repository")
     add("--artifacts", type=Path, default=Path("artifacts"), help="the repository (default: artifacts)")
     add("--version", type=positive, help="a positive number (default: the next free one)")
-    add("--labels", type=_labels, help="names of the outputs, by commas")
+    add("--labels", type=_labels, help="names of the output's entries, separated by commas")
     add("--rollout", choices=("probabilities", "logits", "value"),
-        help="how an output becomes the next input where a session is continued by itself")  # fmt: skip
+        help="how an output becomes the next input in a rollout")  # fmt: skip
 
 
 def positive(text: str) -> int:
-    """Reads a positive number."""
+    """Parses a positive number."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)

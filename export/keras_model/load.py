@@ -1,7 +1,7 @@
-"""Loads a saved Keras model and makes it fit to be served: any batch, any number of time steps, float32, no memory.
+"""Loads a saved Keras model and makes it fit to serve: any batch, any number of time steps, float32, stateless.
 
-What a layer's config says about training or about one shape (`stateful`, `unroll`, a fixed batch or time axis, mixed
-precision) is rewritten; weights are the same. The proof compares with the model as it was saved.
+Config entries about training or about one shape (`stateful`, `unroll`, a fixed batch or time axis, mixed precision) are
+rewritten; weights stay. The parity check compares with the model as it was saved.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import keras
 
 from cellserve.export.errors import ExportError, first_line
-from cellserve.export.keras_model.graph_walk import has_graph
-from cellserve.export.keras_model.load_errors import why
+from cellserve.export.keras_model.keras_private import all_layers, has_graph
+from cellserve.export.keras_model.load_errors import explain_load_error
 
-# Of recurrent layers and cells; a dropout draws random numbers that nobody reads even where it does nothing.
+# Arguments of recurrent layers and cells. A dropout draws random numbers even where it has no effect.
 _TRAINING_OR_ONE_SHAPE = ("stateful", "unroll", "dropout", "recurrent_dropout")
 
 
@@ -31,13 +31,13 @@ def load(path: Path) -> Any:
     try:
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:
-        raise ExportError(f"{path} cannot be loaded: {why(path, error)}") from None
-    mixed = any(layer.dtype_policy.compute_dtype != "float32" for layer in model._flatten_layers())
+        raise ExportError(f"{path} cannot be loaded: {explain_load_error(path, error)}") from None
+    mixed = any(layer.dtype_policy.compute_dtype != "float32" for layer in all_layers(model))
     return with_dtype(model, "float32") if mixed and has_graph(model) else model
 
 
 def with_dtype(model: Any, dtype: str) -> Any:
-    """Makes a copy of a Keras model that stores and computes in `dtype`, with the same weights."""
+    """Returns a copy of a Keras model that stores and computes in `dtype`, with the same weights."""
 
     def change(config: dict[str, Any]) -> dict[str, Any]:
         if config.get("class_name") == "DTypePolicy":
@@ -47,8 +47,8 @@ def with_dtype(model: Any, dtype: str) -> Any:
     return _rebuilt(model, change)
 
 
-def opened(model: Any) -> Any:
-    """Makes a copy of a model that takes any batch and any number of time steps and keeps nothing between calls.
+def with_open_shapes(model: Any) -> Any:
+    """Returns a copy of a model that takes any batch and any number of time steps and keeps nothing between calls.
 
     Raises:
         ExportError: The model hides its layers, or works for one number of time steps only.
@@ -60,15 +60,15 @@ def opened(model: Any) -> Any:
         )
     times = {tensor.shape[1] for tensor in model.inputs if len(tensor.shape) > 1}
     fixed = any(tensor.shape[0] is not None for tensor in model.inputs) or times != {None}
-    bound = any(getattr(layer, key, False) for layer in model._flatten_layers() for key in _TRAINING_OR_ONE_SHAPE)
+    bound = any(getattr(layer, key, False) for layer in all_layers(model) for key in _TRAINING_OR_ONE_SHAPE)
     if not fixed and not bound:
         return model
     time = times.pop() if len(times) == 1 else None
     ranks = {len(tensor.shape) for tensor in model.inputs}
 
     def change(config: dict[str, Any]) -> dict[str, Any]:
-        off = _TRAINING_OR_ONE_SHAPE if "recurrent_dropout" in config or "stateful" in config else ()
-        config = {key: type(value)(0) if key in off else value for key, value in config.items()}
+        reset = _TRAINING_OR_ONE_SHAPE if "recurrent_dropout" in config or "stateful" in config else ()
+        config = {key: type(value)(0) if key in reset else value for key, value in config.items()}
         shape = config.get("batch_shape")
         if shape:
             open_time = len(shape) in ranks and len(shape) > 1 and shape[1] == time
@@ -81,8 +81,8 @@ def opened(model: Any) -> Any:
         reason = first_line(error)
         if time is None:
             raise ExportError(
-                f"the network cannot be made again from its config ({reason}): a layer of your own needs a get_config "
-                f"that gives its constructor's arguments"
+                f"the network cannot be rebuilt from its config ({reason}): a layer of your own needs a get_config "
+                f"that returns its constructor's arguments"
             ) from None
         raise ExportError(
             f"the network takes {time} time steps and no other number ({reason}): declare its input as "
@@ -91,7 +91,7 @@ def opened(model: Any) -> Any:
 
 
 def _rebuilt(model: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """Makes a copy of a model with every object of its config changed, and the same weights."""
+    """Returns a copy of a model with `change` applied to every object of its config, and the same weights."""
 
     def changed(config: Any) -> Any:
         if isinstance(config, dict):
@@ -100,9 +100,9 @@ def _rebuilt(model: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 
     copy = type(model).from_config(changed(model.get_config()))
     copy.set_weights(model.get_weights())
-    for layer in copy._flatten_layers():
+    for layer in all_layers(copy):
         if isinstance(layer, keras.layers.Normalization):
-            layer.finalize_state()  # it computes with copies of its weights, which only it brings up to date
+            layer.finalize_state()  # it computes with copies of its weights, which only this call refreshes
     return copy
 
 

@@ -1,4 +1,4 @@
-"""Says why Keras cannot load a file, which Keras itself buries in the whole of the network's config."""
+"""Explains in one sentence why Keras cannot load a file; Keras's own message prints the whole config."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import keras
 
 from cellserve.export.errors import first_line
 
-_LEGACY = (".h5", ".hdf5")  # of earlier versions of Keras, which loads them still
+_LEGACY = (".h5", ".hdf5")  # formats of earlier versions of Keras, which it still loads
 
 
-def why(path: Path, error: Exception) -> str:
-    """Gives the reason in one sentence, and what to do.
+def explain_load_error(path: Path, error: Exception) -> str:
+    """Returns the reason in one sentence, and what to do.
 
     Args:
         path: The file.
-        error: What Keras said.
+        error: The exception that Keras raised.
     """
     if path.suffix not in (".keras", *_LEGACY):
-        return "its name does not end in .keras: give the file that model.save('NAME.keras') has written"
+        return "its name does not end in .keras: give a file that was written by model.save('NAME.keras')"
     config = _config(path)
     if path.suffix == ".keras" and config is None:
         return (
-            "it is no .keras archive, or not the whole of one: save the network with model.save('NAME.keras') and copy "
+            "it is not a .keras archive, or an incomplete one: save the network with model.save('NAME.keras') and copy "
             "the whole file"
         )
     for layer in _objects(config):
@@ -56,7 +56,7 @@ def why(path: Path, error: Exception) -> str:
 
 
 def _config(path: Path) -> Any:
-    """Gives the config in an archive, but for that of training, which is not loaded; None where it is no archive."""
+    """The config in an archive without the part for training, which is not loaded; None if it is not an archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             config = json.loads(archive.read("config.json"))
@@ -66,7 +66,7 @@ def _config(path: Path) -> Any:
 
 
 def _objects(config: Any) -> Iterator[dict[str, Any]]:
-    """Gives what was serialized by itself within a config: layers, cells, functions."""
+    """Yields every serialized object within a config: layers, cells, functions."""
     if isinstance(config, dict):
         if {"class_name", "config", "registered_name"} <= config.keys():
             yield config
@@ -78,9 +78,9 @@ def _objects(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def _unknown(config: dict[str, Any]) -> str | None:
-    """Gives the name by which Keras would have to know a class or function, where it does not."""
+    """The registered name of a class or function that Keras does not know; None if it knows it."""
     if config["class_name"] != "function":
-        name = config["registered_name"]  # none for what is Keras's own
+        name = config["registered_name"]  # empty for Keras's own classes
         return str(name) if name and keras.saving.get_registered_object(name) is None else None
     try:
         keras.saving.deserialize_keras_object(config)

@@ -1,8 +1,8 @@
-"""Makes a Keras network's state explicit: one step as a function of input and states, and Keras's own run to compare.
+"""Makes a Keras network's state explicit: one step as a function of inputs and states, and Keras's own run to compare.
 
 The network is walked along Keras's own graph. Each recurrent layer (`keras.layers.RNN` over a cell, or over stacked
 cells) is replaced: in `step` by one call of its cell, in `run` by Keras's loop over the same cell from given states.
-All other layers are called as they are, with a time axis of one where they had a time axis. Masks travel as in Keras.
+All other layers are called unchanged, with a time axis of one where they have a time axis. Masks travel as in Keras.
 """
 
 from __future__ import annotations
@@ -14,58 +14,58 @@ from typing import Any, NoReturn
 import keras
 import numpy as np
 from keras import ops, tree
-from keras.src.backend import set_keras_mask
 
 from cellserve.export.errors import ExportError, Unsteppable
 from cellserve.export.keras_model.graph_walk import Call, is_timed, walk
-from cellserve.export.keras_model.load import opened
-from cellserve.export.keras_model.naming import Names
-from cellserve.export.keras_model.recurrences import Recurrence, State, cells_of, recurrences_of
+from cellserve.export.keras_model.keras_private import all_layers, set_mask, takes_mask
+from cellserve.export.keras_model.load import with_open_shapes
+from cellserve.export.keras_model.naming import UniqueNames
+from cellserve.export.keras_model.recurrences import Recurrence, RecurrentState, cells_of, recurrences_of
 from cellserve.export.keras_model.tensor_specs import input_specs, output_specs
 from cellserve.models.signature import Signature, StateSpec, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What one step gives: outputs `[batch, *shape]`, next states, and what goes into the cells left out."""
+class StepOutput:
+    """Results of one step: outputs `[batch, *shape]`, next states, and the inputs of the excluded cells."""
 
     outputs: list[Any]
     states: list[Any]
-    into_left_out: list[list[Any]]  # for each the input, and the mask where the recurrence is masked
+    to_excluded: list[list[Any]]  # for each excluded cell its input, and its mask if it is masked
 
 
 class StatefulNetwork:
-    """A Keras network of recurrent layers with its states laid open.
+    """A Keras network of recurrent layers with explicit states.
 
     Args:
         model: A Sequential or functional Keras model; every input is `[batch, time, *features]`.
 
     Raises:
-        Unsteppable: The whole network works, but not step by step; the message names the layer and the reason.
+        Unsteppable: The network works on whole sequences only; the message names the layer and the reason.
         ExportError: The network cannot be exported.
     """
 
     def __init__(self, model: Any) -> None:
         self.original = model
-        self.model = opened(model)
+        self.model = with_open_shapes(model)
         self.inputs: tuple[TensorSpec, ...] = input_specs(self.model)
         self.recurrences: list[Recurrence] = []
-        self.timed = [is_timed(tensor) for tensor in self.model.outputs]  # which outputs Keras gives at every step
+        self.timed = [is_timed(tensor) for tensor in self.model.outputs]  # which outputs Keras returns for every step
         self.outputs: tuple[TensorSpec, ...] = self._discover()
 
     @property
-    def states(self) -> list[State]:
-        """All states, in the order in which `step` and `run` take and give them."""
+    def states(self) -> list[RecurrentState]:
+        """All states, in the order in which `step` and `run` take and return them."""
         return [state for recurrence in self.recurrences for state in recurrence.states]
 
     @property
     def signature(self) -> Signature:
-        """What the model will take, give and carry; a network that gives its last output only defaults to the last."""
-        ends = (*self.inputs, *self.outputs)
+        """The exported model's signature; a network that returns only its last output defaults to the last."""
+        specs = (*self.inputs, *self.outputs)
         return Signature(
             inputs=self.inputs,
             outputs=self.outputs,
-            lengths="lengths_of_rows" if any(spec.name == "lengths" for spec in ends) else "lengths",
+            lengths="lengths_of_rows" if any(spec.name == "lengths" for spec in specs) else "lengths",
             states=tuple(
                 StateSpec(name=state.name, next_name=f"{state.name}.next", dtype=state.dtype, shape=state.shape)
                 for state in self.states
@@ -74,19 +74,19 @@ class StatefulNetwork:
         )
 
     def step(
-        self, inputs: Sequence[Any], states: Sequence[Any], leave_out: Callable[[Any], bool] = lambda cell: False
-    ) -> Step:
+        self, inputs: Sequence[Any], states: Sequence[Any], exclude: Callable[[Any], bool] = lambda cell: False
+    ) -> StepOutput:
         """Advances by one time step.
 
         Args:
             inputs: Each `[batch, *features]`.
-            states: One tensor a state, `[batch, *shape]`; for a cell left out, its output stands in their place.
-            leave_out: Says of a cell whether to leave it out: its input is then given instead of its next states.
+            states: One tensor per state, `[batch, *shape]`; for an excluded cell, its output instead of its states.
+            exclude: Whether to exclude a cell: its input is then returned instead of its next states.
         """
-        given, following, into_left_out = list(states), [], []
+        given, following, to_excluded = list(states), [], []
         places = iter(self.recurrences)
 
-        def call(call: Call) -> Any:
+        def visit(call: Call) -> Any:
             layer, mask = call.operation, call.mask
             if not isinstance(layer, keras.layers.RNN):
                 return _one_step(call)
@@ -94,35 +94,35 @@ class StatefulNetwork:
             mask = None if mask is None else ops.squeeze(mask, axis=1)
             for _ in cells_of(layer):
                 recurrence = next(places)
-                if leave_out(recurrence.cell):
-                    into_left_out.append([y] if mask is None else [y, mask])
+                if exclude(recurrence.cell):
+                    to_excluded.append([y] if mask is None else [y, mask])
                     y = given.pop(0)
                 else:
                     y, new = recurrence.call(y, [given.pop(0) for _ in recurrence.states], mask)
                     following.extend(new)
-            return _masked_on(call, ops.expand_dims(y, 1)) if layer.return_sequences else y
+            return _with_call_mask(call, ops.expand_dims(y, 1)) if layer.return_sequences else y
 
-        outputs = walk(self.model, [ops.expand_dims(x, 1) for x in inputs], call)
+        outputs = walk(self.model, [ops.expand_dims(x, 1) for x in inputs], visit)
         outputs = [ops.squeeze(y, axis=1) if timed else y for y, timed in zip(outputs, self.timed, strict=True)]
-        return Step(outputs, following, into_left_out)
+        return StepOutput(outputs, following, to_excluded)
 
     def run(self, inputs: Sequence[Any], states: Sequence[Any], mask: Any = None) -> tuple[list[Any], list[Any]]:
-        """Runs Keras's own loop over whole sequences: what an export is compared with.
+        """Runs Keras's own loop over whole sequences: the reference for an export.
 
         Args:
             inputs: Each `[batch, time, *features]`.
-            states: One tensor a state, `[batch, *shape]`.
+            states: One tensor per state, `[batch, *shape]`.
             mask: `[batch, time]` bool, false where a row is padded.
 
         Returns:
-            The outputs at every time step `[batch, time, *shape]` (layers behind a recurrence that gives only its last
+            The outputs at every time step `[batch, time, *shape]` (layers after a recurrence that returns only its last
             output are applied to each of its outputs), and the states after each row's last step that is not padded.
         """
         batch, time = ops.shape(inputs[0])[0], ops.shape(inputs[0])[1]
         given, following = list(states), []
         places = iter(self.recurrences)
 
-        def call(call: Call) -> Any:
+        def visit(call: Call) -> Any:
             layer, y = call.operation, call.args[0]
             if not isinstance(layer, keras.layers.RNN):
                 return call()
@@ -132,9 +132,9 @@ class StatefulNetwork:
                 recurrence = next(places)
                 y, new = recurrence.run(y, [given.pop(0) for _ in recurrence.states], both)
                 following.extend(new)
-            return _masked_on(call, y) if layer.return_sequences else ops.reshape(y, (-1, *y.shape[2:]))
+            return _with_call_mask(call, y) if layer.return_sequences else ops.reshape(y, (-1, *y.shape[2:]))
 
-        outputs = walk(self.model, inputs, call)
+        outputs = walk(self.model, inputs, visit)
         outputs = [
             y if timed else ops.reshape(y, (batch, time, *y.shape[1:]))
             for y, timed in zip(outputs, self.timed, strict=True)
@@ -142,10 +142,10 @@ class StatefulNetwork:
         return outputs, following
 
     def _discover(self) -> tuple[TensorSpec, ...]:
-        """Finds the recurrences and refuses what cannot be stepped; gives the outputs of one step."""
-        names = Names(layer for layer in self.model._flatten_layers() if isinstance(layer, keras.layers.RNN))
+        """Finds the recurrences and refuses layers that cannot be stepped; returns the output specs."""
+        names = UniqueNames(layer for layer in all_layers(self.model) if isinstance(layer, keras.layers.RNN))
 
-        def call(call: Call) -> Any:
+        def visit(call: Call) -> Any:
             layer, mask = call.operation, call.mask
             if not isinstance(layer, keras.layers.RNN):
                 _refuse_mixing(call)
@@ -153,44 +153,46 @@ class StatefulNetwork:
             _refuse_unsteppable(call)
             y = ops.squeeze(call.args[0], axis=1)
             mask = None if mask is None else ops.squeeze(mask, axis=1)
-            for recurrence, output in recurrences_of(layer, names.of(layer), y, mask):
+            for recurrence, output in recurrences_of(layer, names.assign(layer), y, mask):
                 self.recurrences.append(recurrence)
                 y = output
-            return _masked_on(call, ops.expand_dims(y, 1)) if layer.return_sequences else y
+            return _with_call_mask(call, ops.expand_dims(y, 1)) if layer.return_sequences else y
 
         x = [ops.zeros((2, 1, *spec.shape), spec.dtype) for spec in self.inputs]
-        outputs = walk(self.model, x, call)
+        outputs = walk(self.model, x, visit)
         if not self.recurrences:
-            raise ExportError("the network has no recurrent layer (keras.layers.RNN over a cell): it carries no state")
+            raise ExportError(
+                "the network has no recurrent layer (keras.layers.RNN over a cell): there is no state to serve"
+            )
         return output_specs(
             self.model, [y[:, 0] if timed else y for y, timed in zip(outputs, self.timed, strict=True)], self.inputs
         )
 
 
-def _masked_on(call: Call, y: Any) -> Any:
-    """Gives a recurrent layer's outputs with the mask that it hands on."""
+def _with_call_mask(call: Call, y: Any) -> Any:
+    """Attaches the call's mask to a recurrent layer's output; returns the output."""
     if call.mask is not None:
-        set_keras_mask(y, call.mask)
+        set_mask(y, call.mask)
     return y
 
 
 def _one_step(call: Call) -> Any:
     """Calls a layer that is not recurrent on a time axis of one.
 
-    `Dense` is called without that axis: on three axes Keras makes it a tensordot, which converts to a tangle of shapes.
+    `Dense` is called without that axis: for three axes Keras uses a tensordot, which converts to many shape operators.
     """
     layer = call.operation
     inner = layer.layer if type(layer) is keras.layers.TimeDistributed else layer
-    plain = type(layer) is keras.layers.Dense or (inner is not layer and not inner._call_has_mask_arg)
+    plain = type(layer) is keras.layers.Dense or (inner is not layer and not takes_mask(inner))
     if not plain or not call.takes_time:
         return call()
     return call.with_mask(ops.expand_dims(inner(ops.squeeze(call.args[0], axis=1)), 1))
 
 
 def _refuse_mixing(call: Call) -> None:
-    """Tries a layer on several time steps at once: what differs from one by one mixes time steps."""
+    """Refuses a layer whose result for several time steps at once differs from its results one by one."""
     if isinstance(call.operation, keras.layers.Bidirectional):
-        raise Unsteppable(f"{call} reads the sequence backwards too")
+        raise Unsteppable(f"{call} also reads the sequence backwards")
     arguments: Any = call.args, call.kwargs
     times = tree.map_structure(is_timed, call.symbolic)
     if not any(tree.flatten(times)):
@@ -214,11 +216,13 @@ def _refuse_mixing(call: Call) -> None:
                 part = y[:, t : t + 1]
                 if y.shape[1:2] != (3,) or alone.shape != part.shape:
                     _mixes(call)
-                if not np.allclose(alone, part, 1e-4, 1e-4, equal_nan=True):  # a logarithm meets negative numbers here
+                if not np.allclose(
+                    alone, part, 1e-4, 1e-4, equal_nan=True
+                ):  # NaN: a logarithm may get negative numbers here
                     _mixes(call)
     except Unsteppable:
         raise
-    except Exception:  # TensorFlow's, NumPy's or the layer's own: on three time steps, or on one
+    except Exception:  # from TensorFlow, NumPy or the layer itself, which may work on one number of steps only
         _mixes(call)
 
 
@@ -228,7 +232,7 @@ def _arrays(operation: Any, arguments: Any) -> list[Any]:
 
 
 def _mixes(call: Call) -> NoReturn:
-    raise Unsteppable(f"{call} mixes time steps; only layers that act on each time step by itself can be stepped")
+    raise Unsteppable(f"{call} mixes time steps; only layers that treat each time step alone can be stepped")
 
 
 def _refuse_unsteppable(call: Call) -> None:
@@ -241,13 +245,13 @@ def _refuse_unsteppable(call: Call) -> None:
 
 
 def refuse_foreign_states(call: Call) -> None:
-    """Refuses a recurrent layer that takes more than a sequence or gives more than its outputs."""
+    """Refuses a recurrent layer that takes more than a sequence or returns more than its outputs."""
     args, kwargs = call.symbolic
     others = tree.flatten((args[1:], {key: value for key, value in kwargs.items() if key != "mask"}))
     others += tree.flatten(args[0])[1:]
     if call.operation.return_state:
         raise ExportError(
-            f"{call} gives its states as outputs (return_state): leave it out, sessions give their states by themselves"
+            f"{call} returns its states as outputs (return_state): leave it out, sessions offer their states"
         )
     if any(isinstance(value, keras.KerasTensor) for value in others):
         raise ExportError(

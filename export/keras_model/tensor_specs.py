@@ -1,4 +1,4 @@
-"""The inputs and outputs of a Keras network as a model's signature has them: names, types, shapes, bounds."""
+"""Signature entries of a Keras network's inputs and outputs: names, types, shapes, bounds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import keras
 
 from cellserve.export.errors import ExportError
-from cellserve.export.keras_model.graph_walk import graph_of, readers
-from cellserve.export.keras_model.naming import Names
+from cellserve.export.keras_model.graph_walk import readers
+from cellserve.export.keras_model.keras_private import input_structure, output_structure, producer
+from cellserve.export.keras_model.naming import UniqueNames
 from cellserve.models.signature import TensorSpec
 
 _DTYPES = ("float32", "int32", "int64")
@@ -17,24 +18,24 @@ _RANGES = {"int8": (-128, 127), "uint8": (0, 255), "int16": (-32768, 32767), "ui
 
 
 def input_specs(model: Any) -> tuple[TensorSpec, ...]:
-    """Gives the inputs: one is called `x`, several keep their names.
+    """Returns the inputs: a single one is called `x`, several keep their names.
 
-    An input that only `Embedding` layers read holds integers, whatever Keras says of it; they give it its bounds. What
-    `Masking`, or an `Embedding` with `mask_zero`, takes for a step to pass over is told too.
+    An input that only `Embedding` layers read holds integers, whatever Keras declares; `input_dim` sets its bounds.
+    `masked` is the value that `Masking`, or an `Embedding` with `mask_zero`, treats as a missing step.
 
     Raises:
-        ExportError: An input has no time axis that is left open, or a type that no request can carry.
+        ExportError: An input has no open time axis, or a type that requests cannot carry.
     """
     specs = []
-    names = _names(graph_of(model)._inputs_struct, model.inputs, "x")
+    names = _names(input_structure(model), model.inputs, "x")
     for place, (name, tensor) in enumerate(zip(names, model.inputs, strict=True)):
         shape = tuple(tensor.shape)
         if len(shape) < 2 or shape[1] is not None or None in shape[2:]:
             raise ExportError(
-                f"the input {tensor.name!r} has shape {shape}, not [batch, time, *features] with the time left open: "
-                f"declare it as keras.Input((None, features)); what does not change with time is sent at every step"
+                f"the input {tensor.name!r} has shape {shape}, not [batch, time, *features] with an open time axis: "
+                f"declare it as keras.Input((None, features)), and send constant inputs at every step"
             )
-        layers = [getattr(layer, "layer", layer) for layer in readers(model, place)]  # within a TimeDistributed
+        layers = [getattr(layer, "layer", layer) for layer in readers(model, place)]  # unwraps TimeDistributed
         embeddings = [layer for layer in layers if isinstance(layer, keras.layers.Embedding)]
         dtype, bounds, masked = _dtype(tensor), _RANGES.get(str(tensor.dtype)), None
         if embeddings and len(embeddings) == len(layers) and dtype == "float32":
@@ -52,43 +53,48 @@ def input_specs(model: Any) -> tuple[TensorSpec, ...]:
 
 
 def output_specs(model: Any, values: Sequence[Any], inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """Gives the outputs, of which `values` are one time step each: one is called `y`, several by their layers.
+    """Returns the outputs: a single one is called `y`, several are named after their layers.
+
+    Args:
+        model: The Keras model.
+        values: One time step of each output, `[batch, *shape]`.
+        inputs: The inputs, whose names are taken.
 
     Raises:
-        ExportError: An output has a type that no answer can carry.
+        ExportError: An output has a type that answers cannot carry.
     """
     specs = []
-    names = _names(graph_of(model)._outputs_struct, model.outputs, "y", [spec.name for spec in inputs])
+    names = _names(output_structure(model), model.outputs, "y", [spec.name for spec in inputs])
     for name, value in zip(names, values, strict=True):
         dtype: Any = keras.backend.standardize_dtype(value.dtype)
         if dtype == model.layers[-1].compute_dtype:
-            dtype = "float32"  # in float64 a network is run for comparison only
+            dtype = "float32"  # a float64 network is only run for comparison
         if dtype not in _DTYPES:
             raise ExportError(
-                f"the output {name!r} is of {dtype}, which is none of {', '.join(_DTYPES)}: cast it in the network"
+                f"the output {name!r} is {dtype}; only {', '.join(_DTYPES)} can be served: cast it in the network"
             )
         specs.append(TensorSpec(name=name, dtype=dtype, shape=tuple(int(size) for size in value.shape[1:])))
     return tuple(specs)
 
 
 def _names(structure: Any, tensors: list[Any], alone: str, taken: Sequence[str] = ()) -> list[str]:
-    """Gives the names of ends: the keys of a dictionary, where the model has one, or those of layers; none twice."""
+    """Unique names of inputs or outputs: the keys if the model has a dictionary of them, otherwise the layers'."""
     keys = [alone] if len(tensors) == 1 else []
     if isinstance(structure, dict) and len(structure) == len(tensors) > 1:
         keys = sorted(structure)  # the order in which Keras flattens a dictionary
-    operations = [_Key(key) for key in keys] or [tensor._keras_history.operation for tensor in tensors]
-    names = Names(operations, taken)
-    return [names.of(operation) for operation in operations]
+    operations = [_Key(key) for key in keys] or [producer(tensor) for tensor in tensors]
+    names = UniqueNames(operations, taken)
+    return [names.assign(operation) for operation in operations]
 
 
 class _Key(NamedTuple):
-    """A name that is given, as a layer has one."""
+    """A dictionary key, with the one attribute of a layer that naming needs."""
 
     name: str
 
 
 def _classes(layer: Any) -> int | None:
-    """Gives the number of integers, from 0 on, that a layer or operation knows what to do with."""
+    """Vocabulary size that a layer or operation accepts: integers from 0 to below it; None if there is none."""
     if isinstance(layer, keras.layers.Embedding):
         return int(layer.input_dim)
     if isinstance(layer, keras.layers.CategoryEncoding):
@@ -101,5 +107,5 @@ def _dtype(tensor: Any) -> Any:
     if dtype in _DTYPES:
         return dtype
     if dtype == "string":
-        raise ExportError(f"the input {tensor.name!r} is of strings: export the network behind its lookup of strings")
+        raise ExportError(f"the input {tensor.name!r} holds strings: export the part after the string lookup")
     return "float32" if "float" in dtype else "int32"

@@ -1,13 +1,14 @@
-"""Forms of whole recurrences as one ONNX operator, by the type of the cell: a registry that is open to users.
+"""Registry, open to users, of ways to write a recurrence as one ONNX operator, by the type of the cell.
 
-A lowering says how a cell run over time is written with an operator that ONNX Runtime has a fast kernel for. It is
-used only where the proof shows it equal to Keras and exact, and the measurement shows it faster than the general form.
-A mask is not its matter: what is masked is moved out of the way before and put back after (`masking.py`).
+A lowering writes a cell run over time with an operator that has a fast kernel in ONNX Runtime. It is used only if it is
+proved exact and equal to Keras, and measured to be faster than the general form. Lowerings know nothing of masks:
+`masking.py` moves masked steps out of the way before the operator and back after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
@@ -29,11 +30,11 @@ LOWERINGS: dict[type, _Entry] = {}
 
 
 def lowers(cell_type: type, when: Callable[[Any], bool] = lambda cell: True) -> Callable[[Lowering], Lowering]:
-    """Registers the function below it as the operator form of a type of cell.
+    """Decorator that registers a function as the lowering of a type of cell.
 
     Args:
-        cell_type: The cell's class. Its subclasses are not meant: they may compute something else.
-        when: Says of a cell whether the form holds for it, by its arguments (its activations, say).
+        cell_type: The cell's class. Subclasses are not included, as they may compute something else.
+        when: Whether the lowering is valid for a cell, by its arguments (its activations, say).
 
     Example:
         >>> @lowers(MyCell, when=lambda cell: not cell.clips)
@@ -50,55 +51,52 @@ def lowers(cell_type: type, when: Callable[[Any], bool] = lambda cell: True) -> 
 
 
 def lowering_of(cell: Any) -> Lowering | None:
-    """Gives the operator form of a cell, or None: a subclass may compute something else, so types must be the same."""
+    """The lowering of a cell, or None. Types must be equal, as a subclass may compute something else."""
     entry = LOWERINGS.get(type(cell))
     return entry.lowering if entry and entry.holds(cell) else None
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights of a recurrent operator: gates one after another in the last axis, in the operator's order."""
+
+    input_kernel: Any  # [features, gates * units], as in Keras
+    recurrent_kernel: Any  # [units, gates * units]
+    bias: Any  # [gates * units], added to the input's product
+    recurrent_bias: Any = None  # [gates * units]; None for zeros
+    peepholes: Any = None  # [3 * units], of an LSTM's gates i, o and f; None for an LSTM without them
+
+
 def recurrent_operator(
-    graph: GraphBuilder,
-    operator: str,
-    x: str,
-    lengths: str,
-    states: Sequence[str],
-    input_kernel: np.ndarray,
-    recurrent_kernel: np.ndarray,
-    bias: np.ndarray,
-    recurrent_bias: np.ndarray | None = None,
-    peepholes: np.ndarray | None = None,
-    **attributes: Any,
+    graph: GraphBuilder, operator: str, x: str, lengths: str, states: Sequence[str], weights: Weights, **attributes: Any
 ) -> tuple[str, list[str]]:
-    """Writes ONNX's `LSTM`, `GRU` or `RNN` in one direction; its gates stand one behind the other in every weight.
+    """Writes ONNX's `LSTM`, `GRU` or `RNN` in one direction.
 
     Args:
-        graph: Where to.
-        operator: Its name.
-        x: `[time, batch, features]`.
-        lengths: `[batch]`, or "".
-        states: Each `[batch, units]`.
-        input_kernel: `[features, gates * units]`, as Keras has it, gates in the operator's order.
-        recurrent_kernel: `[units, gates * units]`.
-        bias: `[gates * units]`, of the input.
-        recurrent_bias: `[gates * units]`; zeros where there is none.
-        peepholes: `[3 * units]`, of an LSTM's gates i, o and f.
-        attributes: Of the operator.
+        graph: The graph to write to.
+        operator: The operator's name.
+        x: Name of the input, `[time, batch, features]`.
+        lengths: Name of the lengths, `[batch]`, or "".
+        states: Names of the states, each `[batch, units]`.
+        weights: The operator's weights.
+        attributes: The operator's other attributes.
 
     Returns:
         y `[time, batch, units]` and the states after each row's length, `[batch, units]`.
     """
-    bias = np.asarray(bias)
-    both = np.concatenate([bias, np.zeros_like(bias) if recurrent_bias is None else recurrent_bias])
+    bias, recurrent_bias = np.asarray(weights.bias), weights.recurrent_bias
+    biases = np.concatenate([bias, np.zeros_like(bias) if recurrent_bias is None else recurrent_bias])
     y, *final = graph.node(
         operator,
         x,
-        graph.constant(np.asarray(input_kernel).T[None]),
-        graph.constant(np.asarray(recurrent_kernel).T[None]),
-        graph.constant(both[None]),
+        graph.constant(np.asarray(weights.input_kernel).T[None]),
+        graph.constant(np.asarray(weights.recurrent_kernel).T[None]),
+        graph.constant(biases[None]),
         lengths,
         *(graph.node("Unsqueeze", state, graph.constant(np.array([0]))) for state in states),
-        *([] if peepholes is None else [graph.constant(peepholes[None])]),
+        *([] if weights.peepholes is None else [graph.constant(weights.peepholes[None])]),
         outputs=1 + len(states),
-        hidden_size=np.shape(recurrent_kernel)[0],
+        hidden_size=np.shape(weights.recurrent_kernel)[0],
         **attributes,
     )
     y = graph.node("Squeeze", y, graph.constant(np.array([1])))
@@ -106,38 +104,39 @@ def recurrent_operator(
 
 
 def _regular(cell: Any) -> bool:
-    """Says whether a Keras cell has the activations of the paper; with others it takes the general form."""
+    """Whether a Keras cell has the standard activations; with others it takes the general form."""
     activations = keras.activations
     return cell.activation is activations.tanh and cell.recurrent_activation is activations.sigmoid
 
 
 @lowers(LSTMCell)
 def lstm(graph: GraphBuilder, cell: Any, x: str, lengths: str, states: Sequence[str]) -> tuple[str, list[str]]:
-    """Writes `LSTMCell` as ONNX's `LSTM`, whose gates stand in the order i, o, f, c."""
+    """Writes `LSTMCell` as ONNX's `LSTM`, whose gates are in the order i, o, f, c."""
     kernel = np.concatenate([np.asarray(kernel) for kernel in (cell.W_i, cell.W_o, cell.W_f, cell.W_c)], axis=1)
     bias = np.concatenate([np.asarray(bias) for bias in (cell.b_i, cell.b_o, cell.b_f, cell.b_c)])
-    return recurrent_operator(graph, "LSTM", x, lengths, states, kernel[cell.units :], kernel[: cell.units], bias)
+    weights = Weights(kernel[cell.units :], kernel[: cell.units], bias)
+    return recurrent_operator(graph, "LSTM", x, lengths, states, weights)
 
 
 @lowers(keras.layers.LSTMCell, when=_regular)
 def keras_lstm(graph: GraphBuilder, cell: Any, x: str, lengths: str, states: Sequence[str]) -> tuple[str, list[str]]:
-    """Writes Keras's `LSTMCell`, whose gates stand in the order i, f, c, o, as ONNX's `LSTM`."""
+    """Writes Keras's `LSTMCell`, whose gates are in the order i, f, c, o, as ONNX's `LSTM`."""
     bias = cell.bias if cell.use_bias else np.zeros(4 * cell.units, np.float32)
     kernels = [_gates(kernel, (0, 3, 1, 2)) for kernel in (cell.kernel, cell.recurrent_kernel, bias)]
-    return recurrent_operator(graph, "LSTM", x, lengths, states, *kernels)
+    return recurrent_operator(graph, "LSTM", x, lengths, states, Weights(*kernels))
 
 
 @lowers(keras.layers.GRUCell, when=_regular)
 def keras_gru(graph: GraphBuilder, cell: Any, x: str, lengths: str, states: Sequence[str]) -> tuple[str, list[str]]:
     """Writes Keras's `GRUCell` as ONNX's `GRU`; the order of the gates is the same: z, r, h."""
     bias = np.asarray(cell.bias) if cell.use_bias else np.zeros(3 * cell.units, np.float32)
-    biases = tuple(bias) if bias.ndim == 2 else (bias,)  # with `reset_after` the recurrent kernel has one of its own
-    kernels = np.asarray(cell.kernel), np.asarray(cell.recurrent_kernel)
+    biases = tuple(bias) if bias.ndim == 2 else (bias,)  # with `reset_after` there is a recurrent bias too
+    weights = Weights(cell.kernel, cell.recurrent_kernel, *biases)
     after = int(cell.reset_after)
-    return recurrent_operator(graph, "GRU", x, lengths, states, *kernels, *biases, linear_before_reset=after)
+    return recurrent_operator(graph, "GRU", x, lengths, states, weights, linear_before_reset=after)
 
 
 def _gates(kernel: Any, order: Sequence[int]) -> np.ndarray:
-    """Gives weights `[..., 4 * units]` with their four gates in another order."""
+    """Reorders the four gates of weights `[..., 4 * units]`."""
     parts = np.split(np.asarray(kernel), 4, axis=-1)
     return np.concatenate([parts[place] for place in order], axis=-1)

@@ -1,10 +1,10 @@
 """Assembles the graph over whole sequences from the graph of one step.
 
-The step's nodes and the feedback of next states into states make a directed graph. Its strongly connected parts are the
-true recurrences: each becomes an ONNX `Scan` over time with just those nodes inside. A recurrence that was left out of
+The step's nodes and the feedback of next states into states form a directed graph. Its strongly connected components
+are the true recurrences: each becomes an ONNX `Scan` over time with just those nodes inside. A recurrence excluded from
 the trace becomes the operator that its lowering writes. Everything else (projections of the input, the layers before,
-between and behind) depends on no state of its own time step and is hoisted out of the loops: it runs once over all time
-steps at a time, `[time * batch, ...]`, just as the step would run it over a larger batch.
+between and after) depends on no state of its own time step and is hoisted out of the loops: it runs once over all time
+steps, `[time * batch, ...]`, just as the step would run it over a larger batch.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ IR_VERSION = 10
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A recurrence that the trace goes around: what goes into it, and the operator that it becomes."""
+class ExcludedRecurrence:
+    """A recurrence outside the traced step, and the lowering that writes it as an operator."""
 
     recurrence: Recurrence
     lowering: Lowering
-    sources: list[str]  # its input, and its mask where it is masked
+    sources: list[str]  # its input, and its mask if it is masked
     states: list[str]
 
 
-class Assembly:
-    """The model of whole sequences in the making.
+class ScanModelBuilder:
+    """Builds the model over whole sequences.
 
     Args:
         network: The network.
         step: Its step, traced around the recurrences that have a lowering.
-        lowerings: For each recurrence of the network its lowering, or None where the step runs through it.
-        signature: Gives the ends their names.
+        lowerings: The lowering of each recurrence, or None if the step includes it.
+        signature: The model's signature.
     """
 
     def __init__(
@@ -57,32 +57,32 @@ class Assembly:
     ) -> None:
         self.step, self.signature = step, signature
         self.main = GraphBuilder()
-        self.main.initializers.update(step.constants)  # what the loops alone need is dropped at the end
+        self.main.initializers.update(step.constants)  # those that only loops need are dropped at the end
         self.producers = {name: node for node in step.nodes for name in node.output}
         names = iter(signature.states)
-        self.state_names: dict[str, str] = {}  # the step's input: the model's
-        self.left_out: dict[str, LeftOut] = {}  # by its output
-        places, left_places = iter(range(len(step.states))), iter(range(len(step.from_left_out)))
+        self.state_names: dict[str, str] = {}  # the step's state input -> the model's state
+        self.excluded: dict[str, ExcludedRecurrence] = {}  # by the name of its output
+        places, excluded_places = iter(range(len(step.states))), iter(range(len(step.from_excluded)))
         for recurrence, lowering in zip(network.recurrences, lowerings, strict=True):
             given = [next(names).name for _ in recurrence.states]
             if lowering is None:
                 self.state_names.update({step.states[next(places)]: name for name in given})
             else:
-                place = next(left_places)
-                self.left_out[step.from_left_out[place]] = LeftOut(
-                    recurrence, lowering, step.into_left_out[place], given
+                place = next(excluded_places)
+                self.excluded[step.from_excluded[place]] = ExcludedRecurrence(
+                    recurrence, lowering, step.to_excluded[place], given
                 )
         self.following = dict(zip(step.states, step.next_states, strict=True))
         self.loops = self._loops()
-        self.timed: dict[str, str] = {}  # the step's tensor: its name with axes [time, batch, ...]
-        self.flat: dict[str, str] = {}  # the step's tensor: its name with axes [time * batch, ...]
-        self.final: dict[str, str] = {}  # the model's state: its value after the last step
-        self.sizes = ""  # the tensor [time, batch]
+        self.timed: dict[str, str] = {}  # the step's tensor -> its name with axes [time, batch, ...]
+        self.flat: dict[str, str] = {}  # the step's tensor -> its name with axes [time * batch, ...]
+        self.final: dict[str, str] = {}  # the model's state -> the tensor of its value after the last step
+        self.sizes = ""  # name of the tensor with the sizes [time, batch]
         self.lengths = signature.lengths or ""
-        self.last = ""  # the tensor [batch] of each row's last valid step among [time * batch]
+        self.last = ""  # name of the tensor [batch] with the index of each row's last valid step in [time * batch]
 
     def model(self) -> onnx.ModelProto:
-        """Makes the model.
+        """Returns the model.
 
         Raises:
             ExportError: The step mixes rows of the batch, so that no part of it can be computed ahead.
@@ -94,16 +94,16 @@ class Assembly:
         return self._finished()
 
     def _finished(self) -> onnx.ModelProto:
-        """Writes everything that the outputs need, and the outputs."""
+        """Writes the outputs and everything that they need; returns the checked model."""
         main = self.main
         self._emit_outputs()
-        for cell_output in self.left_out:
+        for cell_output in self.excluded:
             self._timed(cell_output)
         for state, name in self.state_names.items():
             self.final[name] = self._at_lengths(self.following[state])
         for state_spec in self.signature.states:
             main.nodes.append(helper.make_node("Identity", [self.final[state_spec.name]], [state_spec.next_name]))
-        graph = self._with_ends()
+        graph = self._with_inputs_and_outputs()
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="cellserve"
         )
@@ -116,24 +116,24 @@ class Assembly:
             self.main.nodes.append(helper.make_node("Transpose", [self._timed(tensor)], [spec.name], perm=order))
 
     def _at_lengths(self, tensor: str) -> str:
-        """Gives a tensor's value `[batch, ...]` at each row's last valid step."""
+        """A tensor's value `[batch, ...]` at each row's last valid step."""
         main = self.main
         if not self.lengths:
             return str(main.node("Gather", self._timed(tensor), main.constant(np.array(-1)), axis=0))
         if not self.last:
-            # The place of (length - 1, row) among [time * batch].
+            # Index of (length - 1, row) in [time * batch].
             before = main.node("Sub", main.node("Cast", self.lengths, to=TensorProto.INT64), main.constant(np.array(1)))
             batch = main.node("Squeeze", main.node("Shape", self.lengths))
             row = main.node("Range", main.constant(np.array(0)), batch, main.constant(np.array(1)))
             self.last = main.node("Add", main.node("Mul", before, batch), row)
         return str(main.node("Gather", self._flat(tensor), self.last, axis=0))
 
-    # A tensor of the step, over time
+    # Tensors of the step, over time
 
     def _timed(self, tensor: str) -> str:
-        """Gives the tensor's name with axes `[time, batch, ...]`, written on the first demand."""
+        """The tensor's name with axes `[time, batch, ...]`; its nodes are written at the first use."""
         if tensor not in self.timed:
-            if tensor in self.left_out:
+            if tensor in self.excluded:
                 self._emit_lowering(tensor)
             elif tensor in self.loops:
                 self._emit_loop(self.loops[tensor])
@@ -145,7 +145,7 @@ class Assembly:
         return self.timed[tensor]
 
     def _flat(self, tensor: str) -> str:
-        """Gives the tensor's name with axes `[time * batch, ...]`, written on the first demand."""
+        """The tensor's name with axes `[time * batch, ...]`; its nodes are written at the first use."""
         if tensor in self.step.constants or tensor == "":
             return tensor
         if tensor not in self.flat:
@@ -166,20 +166,20 @@ class Assembly:
         if shape is None or not self.step.has_rows(tensor) or not all(isinstance(size, int) for size in shape[1:]):
             raise ExportError(
                 f"the tensor {tensor!r} of the step has shape {shape}: outside the recurrence every tensor must have "
-                f"one row for each row of the batch and fixed sizes otherwise; keep shapes of each step fixed"
+                f"one row per row of the batch and otherwise fixed sizes; keep the shapes of each step fixed"
             )
         return [int(size) for size in shape[1:]]
 
     # Recurrences
 
     def _loops(self) -> dict[str, _Loop]:
-        """Finds the strongly connected parts with a state in them; gives for each tensor made in one its loop."""
+        """Finds the strongly connected components that contain a state; maps each of their tensors to its loop."""
         sources: dict[str, set[str]] = {state: {following} for state, following in self.following.items()}
         for node in self.step.nodes:
             for name in node.output:
                 sources[name] = set(node.input)
-        for output, left_out in self.left_out.items():
-            sources[output] = set(left_out.sources)
+        for output, excluded in self.excluded.items():
+            sources[output] = set(excluded.sources)
         reach = {name: _reachable(name, sources) for name in sources}
         loops: dict[str, _Loop] = {}
         for state in self.step.states:
@@ -190,97 +190,56 @@ class Assembly:
         return loops
 
     def _emit_lowering(self, output: str) -> None:
-        left = self.left_out[output]
+        excluded = self.excluded[output]
 
         def run(x: str, lengths: str, states: Sequence[str]) -> tuple[str, list[str]]:
-            return left.lowering(self.main, left.recurrence.cell, x, lengths, states)
+            return excluded.lowering(self.main, excluded.recurrence.cell, x, lengths, states)
 
-        x, *mask = map(self._timed, left.sources)
+        x, *mask = map(self._timed, excluded.sources)
         if mask:
-            self.timed[output], final = self._emit_masked(left, run, x, *mask)
+            self.timed[output], final = self._emit_masked(excluded, run, x, *mask)
         else:
-            self.timed[output], final = run(x, self.lengths, left.states)
-        self.final.update(zip(left.states, final, strict=True))
+            self.timed[output], final = run(x, self.lengths, excluded.states)
+        self.final.update(zip(excluded.states, final, strict=True))
 
-    def _emit_masked(self, left: LeftOut, run: masking.Run, x: str, mask: str) -> tuple[str, list[str]]:
-        return masking.over_time(self.main, left.recurrence, run, x, mask, self.lengths, left.states)
+    def _emit_masked(self, excluded: ExcludedRecurrence, run: masking.Run, x: str, mask: str) -> tuple[str, list[str]]:
+        inputs = masking.Masked(x, mask, excluded.states, self.lengths)
+        return masking.over_time(self.main, excluded.recurrence, run, inputs)
 
     def _emit_loop(self, loop: _Loop) -> None:
-        """Writes a loop as a `Scan`: states carried, tensors from outside scanned, tensors needed outside collected."""
-        step = self.step
-        body = GraphBuilder(f"loop_{loop.states[0]}/")
-        scanned: dict[str, None] = {}
-        inside: dict[str, str] = {state: body.prefix + state for state in loop.states}
-        constants: dict[str, None] = {}
-
-        def demand(name: str) -> str:
-            """Gives a tensor's name inside the body: made there, scanned, or a constant."""
-            if name == "":
-                return name
-            if name not in inside:
-                inside[name] = body.prefix + name
-                node = self.producers.get(name)
-                if name in step.constants:
-                    constants[name] = None
-                elif node is None or (name not in loop.members and step.has_rows(name)):
-                    scanned[name] = None
-                elif name not in loop.members and name in self.loops:
-                    raise ExportError(f"the tensor {name!r} of one recurrence feeds another without a row a batch row")
-                else:
-                    # A member, or what has no rows to scan (the batch's size, say): it is computed inside.
-                    copy = onnx.NodeProto()
-                    copy.CopyFrom(node)
-                    copy.name = body.prefix + node.name
-                    copy.input[:] = [demand(source) for source in node.input]
-                    copy.output[:] = [body.prefix + output for output in node.output]
-                    inside.update({output: body.prefix + output for output in node.output})
-                    body.nodes.append(copy)
-            return inside[name]
-
-        carried = [demand(self.following[state]) for state in loop.states]
-        wanted = [name for name in sorted(loop.members) if name in self._needed_outside(loop)]
-        collected = [demand(name) for name in wanted]
-        if not scanned:  # a count of the steps, say: the loop must know how many there are
-            demand(step.inputs[0])
-        for name in constants:
-            tensor = onnx.TensorProto.FromString(step.constants[name].SerializeToString())
-            tensor.name = inside[name]
-            body.initializers[tensor.name] = tensor
-
-        made = {name for node in body.nodes for name in node.output}
-        outputs = []
+        """Writes a loop as a `Scan`: carries states, scans tensors from outside, collects tensors needed outside."""
+        body = _LoopBody(self, loop)
         following = [self.following[state] for state in loop.states]
-        for name, end in zip((*following, *wanted), (*carried, *collected), strict=True):
-            if end in made:
-                made.remove(end)
-            else:
-                # One tensor cannot be two outputs (ONNX Runtime then mixes them up), nor an input an output.
-                end = body.node("Identity", end)
-            outputs.append(self._value_info(name, end))
-        inputs = [self._value_info(name, inside[name]) for name in (*loop.states, *scanned)]
+        collected = sorted(loop.members & self._needed_outside(loop))
+        ends = [body.require(name) for name in (*following, *collected)]
+        if not body.scanned:  # the loop needs the number of steps, even if it only counts them
+            body.require(self.step.inputs[0])
+        ends = body.distinct(ends)
+        outputs = [self._value_info(name, end) for name, end in zip((*following, *collected), ends, strict=True)]
+        inputs = [self._value_info(name, body.names[name]) for name in (*loop.states, *body.scanned)]
         results = self.main.node(
             "Scan",
             *(self.state_names[state] for state in loop.states),
-            *(self._timed(name) for name in scanned),
+            *(self._timed(name) for name in body.scanned),
             outputs=len(outputs),
-            body=body.graph(f"loop_{loop.states[0]}", inputs, outputs),
-            num_scan_inputs=len(scanned),
+            body=body.builder.graph(f"loop_{loop.states[0]}", inputs, outputs),
+            num_scan_inputs=len(body.scanned),
         )
-        for name, result in zip(wanted, results[len(loop.states) :], strict=True):
+        for name, result in zip(collected, results[len(loop.states) :], strict=True):
             self.timed[name] = result
 
     def _needed_outside(self, loop: _Loop) -> set[str]:
         step = self.step
         outside = {name for node in step.nodes if not loop.members.intersection(node.output) for name in node.input}
-        into_left_out = [name for names in step.into_left_out for name in names]
-        return outside | {*step.outputs, *step.next_states, *into_left_out}
+        to_excluded = [name for names in step.to_excluded for name in names]
+        return outside | {*step.outputs, *step.next_states, *to_excluded}
 
-    # The ends
+    # Inputs and outputs
 
     def _value_info(self, tensor: str, name: str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, self.step.types[tensor], self.step.shapes.get(tensor))
 
-    def _with_ends(self) -> onnx.GraphProto:
+    def _with_inputs_and_outputs(self) -> onnx.GraphProto:
         signature = self.signature
 
         def info(name: str, dtype: str, *shape: int | str) -> onnx.ValueInfoProto:
@@ -298,14 +257,62 @@ class Assembly:
 
 
 class _Loop:
-    """A recurrence: the states that it carries, and every tensor of the step that is made within it."""
+    """A recurrence: its states, and every tensor of the step that is computed within it."""
 
     def __init__(self, states: list[str], members: set[str]) -> None:
         self.states, self.members = states, members
 
 
+class _LoopBody:
+    """The body of a loop in the making: nodes are added as their tensors are required."""
+
+    def __init__(self, model: ScanModelBuilder, loop: _Loop) -> None:
+        self.model, self.loop = model, loop
+        self.builder = GraphBuilder(f"loop_{loop.states[0]}/")
+        self.scanned: dict[str, None] = {}  # tensors from outside, one slice per time step
+        self.names = {state: self.builder.prefix + state for state in loop.states}  # the step's tensor -> its name here
+
+    def require(self, name: str) -> str:
+        """Returns a tensor's name in the body, where it is computed, scanned, or a constant."""
+        if name == "" or name in self.names:
+            return self.names.get(name, "")
+        step, prefix = self.model.step, self.builder.prefix
+        inside = self.names[name] = prefix + name
+        node = self.model.producers.get(name)
+        if name in step.constants:
+            tensor = onnx.TensorProto.FromString(step.constants[name].SerializeToString())
+            tensor.name = inside
+            self.builder.initializers[inside] = tensor
+        elif node is None or (name not in self.loop.members and step.has_rows(name)):
+            self.scanned[name] = None
+        elif name not in self.loop.members and name in self.model.loops:
+            raise ExportError(f"the tensor {name!r} of one recurrence feeds another, but has no row per batch row")
+        else:
+            # A member, or a tensor without rows to scan, such as the batch size: it is computed inside.
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.name = prefix + node.name
+            copy.input[:] = [self.require(source) for source in node.input]
+            copy.output[:] = [prefix + output for output in node.output]
+            self.names.update({output: prefix + output for output in node.output})
+            self.builder.nodes.append(copy)
+        return inside
+
+    def distinct(self, ends: Sequence[str]) -> list[str]:
+        """Makes names fit as outputs: ONNX Runtime mixes up a tensor that is two outputs, or an input and an output."""
+        computed = {name for node in self.builder.nodes for name in node.output}
+        outputs = []
+        for end in ends:
+            if end in computed:
+                computed.remove(end)
+                outputs.append(end)
+            else:
+                outputs.append(self.builder.node("Identity", end))
+        return outputs
+
+
 def _reachable(start: str, sources: dict[str, set[str]]) -> set[str]:
-    """Gives all tensors that `start` is computed from, over the feedback of the states too."""
+    """All tensors that `start` is computed from, including by way of the states' feedback."""
     found: set[str] = set()
     waiting = [start]
     while waiting:

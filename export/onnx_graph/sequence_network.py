@@ -1,8 +1,8 @@
 """Networks that read whole sequences only: backwards, or with layers that mix time steps.
 
-Such a network cannot be stepped, but each of its recurrent layers could: each becomes a small network of its own, built
-by the same means as any other, and stands as a graph without a loop in the graph of the rest, which tf2onnx converts.
-A layer that reads backwards gets its input turned around.
+Such a network cannot be stepped, but each of its recurrent layers could. Each becomes a small network of its own, built
+like any other and embedded in the graph of the remaining layers, which tf2onnx converts. A layer that reads backwards
+gets its input reversed.
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ import numpy as np
 import onnx
 import tensorflow as tf
 from keras import ops
-from keras.src.backend import set_keras_mask
 from onnx import compose, helper, numpy_helper
 
 from cellserve.export.errors import ExportError
 from cellserve.export.keras_model.graph_walk import Call, is_timed, walk
-from cellserve.export.keras_model.load import opened
+from cellserve.export.keras_model.keras_private import set_mask
+from cellserve.export.keras_model.load import with_open_shapes
 from cellserve.export.keras_model.recurrences import Recurrence
 from cellserve.export.keras_model.step_network import StatefulNetwork, refuse_foreign_states
 from cellserve.export.keras_model.tensor_specs import input_specs, output_specs
+from cellserve.export.onnx_graph.builder import all_nodes
 from cellserve.export.onnx_graph.tf_trace import BATCH, convert
 from cellserve.models.signature import Signature, TensorSpec
 
-_TIMES = (16, 128, 1024)  # time steps to try
+_TIMES = (16, 128, 1024)  # numbers of time steps to try
 Recur = Callable[[Any, Any, Any], Any]  # (recurrent layer, its sequence, its mask) -> y [batch, time, *shape]
 Build = Callable[[StatefulNetwork, Signature], onnx.ModelProto]
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A recurrent layer as a network of its own: x, and a mask as 0 and 1 where it is masked."""
+    """A recurrent layer as a network of its own, with input x, and a mask of 0 and 1 if it is masked."""
 
     network: StatefulNetwork
     masked: bool
 
 
-class WholeNetwork:
-    """A Keras network that is run over whole sequences, from zeros.
+class SequenceNetwork:
+    """A Keras network that runs over whole sequences, starting from zeros.
 
     Args:
         model: A Sequential or functional Keras model; every input is `[batch, time, *features]`.
@@ -53,11 +54,11 @@ class WholeNetwork:
     """
 
     def __init__(self, model: Any, reason: str) -> None:
-        self.original, self.model, self.reason = model, opened(model), reason
+        self.original, self.model, self.reason = model, with_open_shapes(model), reason
         self.inputs: tuple[TensorSpec, ...] = input_specs(self.model)
-        self.timed = [is_timed(tensor) for tensor in self.model.outputs]  # which outputs have the time axis
+        self.timed = [is_timed(tensor) for tensor in self.model.outputs]  # outputs that have the time axis
         self.parts: list[_Part] = []
-        self._at = ""  # the layer that was called last
+        self._at = ""  # last called layer, for errors
         self.outputs: tuple[TensorSpec, ...] = self._discover()
         self.min_steps = self._shortest()
 
@@ -68,7 +69,7 @@ class WholeNetwork:
 
     @property
     def signature(self) -> Signature:
-        """What the model will take and give; sequences of one run are of one length."""
+        """The exported model's signature; all sequences of a run have one length."""
         return Signature(
             inputs=self.inputs,
             outputs=self.outputs,
@@ -80,14 +81,14 @@ class WholeNetwork:
         )
 
     def run(self, inputs: Sequence[Any], states: Sequence[Any] = ()) -> tuple[list[Any], list[Any]]:
-        """Runs Keras over whole sequences `[batch, time, *features]`; gives outputs, and no states."""
+        """Runs Keras over whole sequences `[batch, time, *features]`; returns the outputs, and no states."""
         return walk(self.model, inputs, lambda call: call()), []
 
     def assemble(self, build: Build) -> onnx.ModelProto:
-        """Makes the ONNX model.
+        """Returns the ONNX model.
 
         Args:
-            build: Makes the model of whole sequences of one recurrent layer's network.
+            build: Builds the model over whole sequences of one recurrent layer's network.
         """
         specs = [tf.TensorSpec([None, None, *spec.shape], spec.dtype) for spec in self.inputs]
         specs += [tf.TensorSpec([None, None, *part.network.outputs[0].shape], "float32") for part in self.parts]
@@ -101,9 +102,9 @@ class WholeNetwork:
                 return next(given)
 
             outputs = self._walk(tensors[:count], recur)
-            if any(self.timed):  # several outputs go together, and so all have the time axis where one has it
+            if any(self.timed):  # outputs are returned together: if one has the time axis, all get it
                 outputs = [
-                    y if timed else _over(y, ops.shape(tensors[0])[1])
+                    y if timed else _at_every_step(y, ops.shape(tensors[0])[1])
                     for y, timed in zip(outputs, self.timed, strict=True)
                 ]
             return [tf.identity(tensor) for tensor in (*outputs, *into)]
@@ -128,18 +129,22 @@ class WholeNetwork:
         else:
             raise ExportError(
                 f"the network cannot be stepped ({self.reason}), nor run over {', '.join(map(str, _TIMES))} time steps "
-                f"({self._at} fails): leave out what wants a certain number, such as Flatten"
+                f"({self._at} fails): leave out layers that need a certain number, such as Flatten"
             )
         if not self.parts:
-            raise ExportError("the network has no recurrent layer (keras.layers.RNN over a cell): it carries no state")
+            raise ExportError(
+                "the network has no recurrent layer (keras.layers.RNN over a cell): there is no state to serve"
+            )
         if len(outputs) > 1 and any(timed and y.shape[1] != time for y, timed in zip(outputs, self.timed, strict=True)):
-            raise ExportError("several outputs must have as many time steps as the inputs: export a model of one each")
+            raise ExportError(
+                "several outputs must all have as many time steps as the inputs: export a model for each output"
+            )
         return output_specs(
             self.model, [y[:, 0] if timed else y for y, timed in zip(outputs, self.timed, strict=True)], self.inputs
         )
 
     def _shortest(self) -> int:
-        """Finds the smallest number of time steps that Keras runs the network over, by halves."""
+        """Finds the smallest number of time steps that Keras accepts, by bisection."""
         if self._runs_over(1):
             return 1
         fails, runs = 1, next(time for time in _TIMES if self._runs_over(time))
@@ -165,7 +170,7 @@ class WholeNetwork:
             y = recur(layer, sequence, mask)
             return y if layer.return_sequences else y[:, -1]
 
-        def call(call: Call) -> Any:
+        def visit(call: Call) -> Any:
             self._at, layer = str(call), call.operation
             if isinstance(layer, keras.layers.RNN):
                 refuse_foreign_states(call)
@@ -178,13 +183,13 @@ class WholeNetwork:
                 return call()
             if call.mask is not None and layer.return_sequences:
                 for each in y if isinstance(y, list) else [y]:
-                    set_keras_mask(each, call.mask)
+                    set_mask(each, call.mask)
             return y
 
-        return walk(self.model, inputs, call)
+        return walk(self.model, inputs, visit)
 
     def _joined(self, rest: onnx.ModelProto, build: Build) -> onnx.ModelProto:
-        """Puts the graphs of the recurrent layers into the graph of the rest."""
+        """Embeds the graphs of the recurrent layers in the graph of the rest."""
         taken = [value.name for value in rest.graph.input]
         given = [value.name for value in rest.graph.output]
         nodes, constants = list(rest.graph.node), list(rest.graph.initializer)
@@ -199,11 +204,11 @@ class WholeNetwork:
             nodes += model.graph.node
             constants += model.graph.initializer
             sequence = next(into)
-            ends = [value.name for value in model.graph.input]
-            same(sequence, ends[0])
+            inputs = [value.name for value in model.graph.input]
+            same(sequence, inputs[0])
             if part.masked:
-                same(next(into), ends[1])
-            for state, name in zip(part.network.states, ends[1 + part.masked :], strict=True):
+                same(next(into), inputs[1])
+            for state, name in zip(part.network.states, inputs[1 + part.masked :], strict=True):
                 made = _zeros(f"{name}/zeros", sequence, state.shape, np.dtype(state.dtype))
                 constants += made[1]
                 nodes += made[0]
@@ -229,7 +234,7 @@ class WholeNetwork:
 
 
 def _alone(layer: Any, features: tuple[int, ...], masked: bool) -> StatefulNetwork:
-    """Makes a network of one recurrent layer, forwards, that gives its output at every step."""
+    """A network of one recurrent layer, forwards, that returns its output at every step."""
     x = keras.Input((None, *features), name="x")
     mask = keras.Input((None,), dtype="int32", name="mask")
     loop = keras.layers.RNN(
@@ -241,7 +246,7 @@ def _alone(layer: Any, features: tuple[int, ...], masked: bool) -> StatefulNetwo
 
 
 def _merged(layer: Any, y: Any, reverse: Any) -> Any:
-    """Merges what `Bidirectional` has from its two directions."""
+    """Merges the outputs of the two directions of `Bidirectional`."""
     if layer.return_sequences:
         reverse = ops.flip(reverse, axis=1)
     merges: dict[str | None, Callable[[], Any]] = {
@@ -254,7 +259,7 @@ def _merged(layer: Any, y: Any, reverse: Any) -> Any:
     return merges[layer.merge_mode]()
 
 
-def _over(y: Any, time: Any) -> Any:
+def _at_every_step(y: Any, time: Any) -> Any:
     """Repeats `[batch, *shape]` at every time step."""
     return ops.broadcast_to(ops.expand_dims(y, 1), (ops.shape(y)[0], time, *y.shape[1:]))
 
@@ -262,7 +267,7 @@ def _over(y: Any, time: Any) -> Any:
 def _zeros(
     name: str, like: str, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """Gives the nodes and constants that make zeros `[batch, *shape]` for the batch of another tensor."""
+    """Nodes and constants that compute zeros `[batch, *shape]` with the batch size of another tensor."""
     sizes = numpy_helper.from_array(np.array(shape, np.int64), f"{name}/sizes")
     value = numpy_helper.from_array(np.zeros(1, dtype))
     nodes = [
@@ -274,7 +279,7 @@ def _zeros(
 
 
 def _sorted(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodeProto]:
-    """Gives the nodes that the outputs need, each behind those that it needs."""
+    """The nodes that the outputs need, each after those that it reads from."""
     producers = {name: node for node in nodes for name in node.output if name}
     ordered: dict[int, onnx.NodeProto] = {}
     waiting = [producers[name] for name in reversed(outputs)]
@@ -292,9 +297,8 @@ def _sorted(nodes: list[onnx.NodeProto], outputs: list[str]) -> list[onnx.NodePr
 
 
 def _sources(node: onnx.NodeProto) -> set[str]:
-    """Gives what a node reads, the graphs within it too."""
-    inner = [each for attribute in node.attribute if attribute.HasField("g") for each in attribute.g.node]
-    return set(node.input).union(*map(_sources, inner))
+    """Names of the tensors that a node reads, in graphs within it too."""
+    return {name for each in all_nodes([node]) for name in each.input}
 
 
 def _info(spec: TensorSpec, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:

@@ -1,4 +1,4 @@
-"""What a next version of a model means for the clients of the newest one that is there."""
+"""Whether the next version of a model is compatible with the clients of the newest one."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from cellserve.service.runtime.onnx_model import RuntimeUnavailable, parse_docum
 
 
 def warning(artifacts: Path, name: str, signature: Signature) -> str:
-    """Says what of a signature differs from the newest version in the repository; empty where nothing does."""
+    """Describes how a signature differs from the newest version in the repository; empty if it does not."""
     newest = _newest(artifacts / name)
     if newest is None:
         return ""
     version, before = newest
-    ends: tuple[tuple[str, Sequence[TensorSpec | StateSpec], Sequence[TensorSpec | StateSpec]], ...] = (
+    compared: tuple[tuple[str, Sequence[TensorSpec | StateSpec], Sequence[TensorSpec | StateSpec]], ...] = (
         ("takes", before.inputs, signature.inputs),
         ("gives", before.outputs, signature.outputs),
         ("carries", before.states, signature.states),
     )
-    told = [
+    changes = [
         f"{verb} {_specs(after)} (version {version}: {_specs(earlier)})"
-        for verb, earlier, after in ends
+        for verb, earlier, after in compared
         if _specs(earlier) != _specs(after)
     ]
-    if not told:
+    if not changes:
         return ""
-    return f"it {'; '.join(told)}: clients of {name} must change; give it another --name if that is not meant"
+    return f"it {'; '.join(changes)}: clients of {name} must change; if that is not intended, give it another --name"
 
 
 def _newest(home: Path) -> tuple[int, Signature] | None:
-    """Gives the newest version that can be read, and its signature."""
+    """The newest readable version, and its signature."""
     numbers = [int(path.parent.name) for path in home.glob(f"*/{MODEL_NAME}") if path.parent.name.isdigit()]
     for number in sorted(numbers, reverse=True):
         try:

@@ -13,14 +13,14 @@ from cellserve.export.errors import ExportError
 from cellserve.models.signature import MANIFEST_NAME
 
 
-def check(artifacts: Path, name: str, version: int | None) -> None:
-    """Tries whether a version of a model can be written, before the long work; leaves nothing behind.
+def check_writable(artifacts: Path, name: str, version: int | None) -> None:
+    """Checks, before the long work, that a version of a model can be written; leaves nothing behind.
 
     Raises:
-        ExportError: It cannot, or the version is there already.
+        ExportError: It cannot be written, or the version exists.
     """
     home = artifacts / name
-    made: list[Path] = []  # the innermost first
+    made: list[Path] = []  # innermost first
     try:
         if version and (home / str(version)).exists():
             raise _there_already(home / str(version))
@@ -33,35 +33,33 @@ def check(artifacts: Path, name: str, version: int | None) -> None:
         for folder in made:
             try:
                 folder.rmdir()
-            except OSError:  # it was not made, or another export writes there by now
+            except OSError:  # it was not created, or another export writes there now
                 break
 
 
 def _there_already(target: Path) -> ExportError:
-    return ExportError(f"{target} is there already: give another --version, or none for the next")
+    return ExportError(f"{target} already exists: give another --version, or none for the next one")
 
 
 def _not_writable(home: Path, error: OSError) -> ExportError:
-    return ExportError(
-        f"{home}/ cannot be written to ({error.strerror}): give a folder that you may write to with --artifacts"
-    )
+    return ExportError(f"{home}/ is not writable ({error.strerror}): give a writable folder with --artifacts")
 
 
 def write(artifacts: Path, name: str, version: int | None, files: dict[str, bytes]) -> Path:
     """Writes one version of a model.
 
     Args:
-        artifacts: The repository's folder, made where it is missing.
+        artifacts: The repository's folder, created if it is missing.
         name: The model's name.
         version: A positive number, or None for the next free one.
-        files: Their names and what is in them.
+        files: File names and contents.
 
     Returns:
         The folder of the version.
 
     Raises:
-        ExportError: The version is there already (versions are never changed, sessions are bound to them), or the
-            folder cannot be written to.
+        ExportError: The version exists (versions never change, as sessions are bound to them), or the folder is not
+            writable.
     """
     home = artifacts / name
     try:
@@ -97,5 +95,5 @@ def _write(home: Path, version: int | None, files: dict[str, bytes]) -> Path:
 
 
 def next_version(home: Path) -> int:
-    """Gives the number after the highest version in a model's folder."""
+    """The number after the highest version in a model's folder."""
     return max((int(path.name) for path in home.iterdir() if path.name.isdigit()), default=0) + 1

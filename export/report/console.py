@@ -1,4 +1,4 @@
-"""What a person sees of an export: one small table."""
+"""Prints the results of an export as a small table."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cellserve.export.candidates.candidates import Form
-from cellserve.export.candidates.quantization import Narrowed
+from cellserve.export.candidates.candidates import Candidate
+from cellserve.export.candidates.quantization import QuantizationResult
 from cellserve.models.signature import ModelDocument
 
-# How a form was run beside Keras, in words.
+# How a candidate was run for the parity check, in words.
 RUNS = {
     "whole": "in one run",
     "chunks": "in chunks",
@@ -23,54 +23,59 @@ RUNS = {
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What came out of an export."""
+    """Results of an export."""
 
     document: ModelDocument
-    form: Form  # the one that was chosen
-    tried: list[Form]
-    size: int  # of the files, bytes
-    timings: dict[str, dict[str, float | None]]  # microseconds a run: by batch x time, then by tf2onnx, ours, keras
-    tf2onnx: str  # the operators that tf2onnx makes of the recurrences; "" where it cannot
-    metrics: dict[str, tuple[float, float]]  # on the test data: name, then (ONNX, Keras)
-    narrow: Narrowed | None  # where the precision is less than float32
-    warning: str  # of what clients of the version before must change
+    chosen: Candidate
+    tried: list[Candidate]
+    size: int  # total size of the model files, in bytes
+    timings: dict[str, dict[str, float | None]]  # microseconds per run: by batch x time, then tf2onnx, ours, keras
+    tf2onnx: str  # operators that tf2onnx writes for the recurrences; "" if it cannot convert them
+    metrics: dict[str, tuple[float, float]]  # test metric -> (ONNX, Keras)
+    quantized: QuantizationResult | None  # for a precision lower than float32
+    warning: str  # changes that clients of the previous version must make; empty if none
 
 
 def show(console: Console, path: str, results: Results) -> None:
-    """Prints what was exported, what was proved and what was measured.
+    """Prints the results of an export.
 
     Args:
-        console: Where to.
-        path: Where the model was written.
-        results: All of it.
+        console: The console to print to.
+        path: The folder of the model.
+        results: The results.
     """
-    form, narrow, signature = results.form, results.narrow, results.document.signature
+    chosen, quantized, signature = results.chosen, results.quantized, results.document.signature
     table = Table(title=f"exported {path}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    operators = ", ".join(f"{name} {count}" if count > 1 else name for name, count in form.operators.items())
-    steps = ", with a graph of its own for single steps" if form.step else ""
-    table.add_row("form", escape(form.name + steps + _others(form, results.tried, narrow)))
+    operators = ", ".join(f"{name} {count}" if count > 1 else name for name, count in chosen.operators.items())
+    steps = ", with a graph of its own for single steps" if chosen.step else ""
+    table.add_row("form", escape(chosen.name + steps + _others(chosen, results.tried, quantized)))
     table.add_row("operators", operators)
     if signature.predict_only:
         table.add_row(
             "predict only", f"{escape(signature.predict_only)}; whole sequences for POST /predict, no sessions"
         )
-    figures = form.parity.figures()
+    figures = chosen.parity.figures()
     parity = ", ".join(f"{figures[run]:.1e} {words}" for run, words in RUNS.items() if run in figures)
-    strays = f" (float32 Keras itself strays {form.parity.strays:.1e} from float64)" if form.parity.strays else ""
-    table.add_row("parity", f"{parity}; up to {figures['time_steps']} steps{strays}")
-    table.add_row("bit identity", ("yes: " if form.exactness.proved else "NO: ") + escape(form.exactness.why))
+    keras_error = chosen.parity.keras_float32_error
+    float32_error = f" (float32 Keras itself differs from float64 by {keras_error:.1e})" if keras_error else ""
+    table.add_row("parity", f"{parity}; up to {figures['time_steps']} steps{float32_error}")
+    table.add_row("bit identity", ("yes: " if chosen.exactness.proved else "NO: ") + escape(chosen.exactness.why))
     size = f"{results.size / 1024:.1f} KiB"
-    table.add_row("size", f"{size}{_graphs(form, narrow)}" if narrow else size)
+    table.add_row("size", f"{size}{_graphs(chosen, quantized)}" if quantized else size)
     for name, (ours, keras) in results.metrics.items():
-        before = f"{narrow.before[name]:.4f} in float32 ({narrow.tolerance[name]:g} may be lost), " if narrow else ""
+        before = (
+            f"{quantized.before[name]:.4f} in float32 ({quantized.tolerance[name]:g} may be lost), "
+            if quantized
+            else ""
+        )
         table.add_row(f"test {escape(name)}", f"{ours:.4f} ONNX, {before}{keras:.4f} Keras")
-    if narrow and (slower := slower_than_float32(results)):
+    if quantized and (slower := slower_than_float32(results)):
         table.add_row("time", f"[bold]{slower}[/bold]")
     if results.warning:
         table.add_row("[bold]warning[/bold]", f"[bold]{escape(results.warning)}[/bold]")
     console.print(table)
     times = Table(title="microseconds a run, 1 thread", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    others = {"tf2onnx": "tf2onnx", **({"float32": "float32"} if narrow else {}), "keras": "Keras"}
+    others = {"tf2onnx": "tf2onnx", **({"float32": "float32"} if quantized else {}), "keras": "Keras"}
     columns = {**others, "tf2onnx": tf2onnx_words(results)}
     headings = [*list(columns.values())[:-1], "ours", "Keras", *(f"{heading} / ours" for heading in others.values())]
     for heading in ("batch x time", *headings):
@@ -82,18 +87,18 @@ def show(console: Console, path: str, results: Results) -> None:
     console.print(times)
 
 
-def _graphs(form: Form, narrow: Narrowed) -> str:
-    """Gives the sizes without what the files say about themselves."""
-    return f": graphs of {form.size / 1024:.1f} KiB, {narrow.float32.size / 1024:.1f} KiB in float32"
+def _graphs(chosen: Candidate, quantized: QuantizationResult) -> str:
+    """Sizes of the graphs alone, without the model documents."""
+    return f": graphs of {chosen.size / 1024:.1f} KiB, {quantized.float32.size / 1024:.1f} KiB in float32"
 
 
 def tf2onnx_words(results: Results) -> str:
-    """Says what tf2onnx's own conversion comes to: `tf2onnx's Loop`, but an LSTM where it knows the layer."""
+    """Heading for tf2onnx's own conversion: `tf2onnx's Loop`, or `tf2onnx's LSTM` if it knows the layer."""
     return f"tf2onnx's {results.tf2onnx}" if results.tf2onnx else "tf2onnx"
 
 
 def slower_than_float32(results: Results) -> str:
-    """Says for which shapes the lesser precision took longer than float32, by a tenth or more."""
+    """Names the shapes for which the lower precision is slower than float32 by more than a tenth; empty if none."""
     told = [
         f"{ours / float32:.1f} x at {shape}"
         for shape, row in results.timings.items()
@@ -102,12 +107,12 @@ def slower_than_float32(results: Results) -> str:
     return f"slower than float32: {', '.join(told)}" if told else ""
 
 
-def _others(form: Form, forms: list[Form], narrow: Narrowed | None) -> str:
-    told = list(narrow.lost) if narrow else []
-    for other in forms:
-        if other is not form:
-            shape = "1x50" if "1x50" in form.microseconds else next(iter(form.microseconds))
-            slower = other.microseconds[shape] / form.microseconds[shape]
+def _others(chosen: Candidate, tried: list[Candidate], quantized: QuantizationResult | None) -> str:
+    told = list(quantized.rejected) if quantized else []
+    for other in tried:
+        if other is not chosen:
+            shape = "1x50" if "1x50" in chosen.microseconds else next(iter(chosen.microseconds))
+            slower = other.microseconds[shape] / chosen.microseconds[shape]
             why = f"{slower:.1f} x the time at {shape}" if other.exactness.proved else "not exact"
             told.append(f"{other.name}: {why}")
     return f" (passed over {'; '.join(told)})" if told else ""

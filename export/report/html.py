@@ -1,4 +1,4 @@
-"""The report of an export as one page, `report.html`: self-contained, everything that the network names escaped."""
+"""Renders the report of an export as one self-contained page, `report.html`; all names from the network are escaped."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from string import Template
 
 from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.export.onnx_graph.sequence_network import WholeNetwork
+from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 from cellserve.export.report.console import RUNS, Results, slower_than_float32, tf2onnx_words
-from cellserve.export.report.network_svg import draw
+from cellserve.export.report.network_svg import draw_network
 from cellserve.export.verify.parity import TOLERANCE
 from cellserve.models.signature import TensorSpec
 
@@ -19,14 +19,14 @@ _TEMPLATE = Path(__file__).with_name("report.html")
 _NUMBER = ' class="number"'
 
 
-def render(results: Results, network: StatefulNetwork | WholeNetwork) -> str:
-    """Gives the page."""
+def render(results: Results, network: StatefulNetwork | SequenceNetwork) -> str:
+    """Returns the page."""
     document = results.document
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=escape(document.name),
         description=escape(document.description),
         facts=_facts(results),
-        network=draw(network),
+        network=draw_network(network),
         signature=_signature(results),
         forms=_forms(results) + _times(results),
         operators=_operators(results),
@@ -76,21 +76,24 @@ def _more(spec: TensorSpec) -> str:
 
 
 def _forms(results: Results) -> str:
-    narrow = results.narrow
-    forms = [*results.tried, *([narrow.float32] if narrow else [])]
-    shapes = list(results.form.microseconds)
+    quantized = results.quantized
+    forms = [*results.tried, *([quantized.float32] if quantized else [])]
+    shapes = list(results.chosen.microseconds)
     head = ["form", "exact", "KiB", *shapes]
     rows = []
     for form in forms:
         name = form.name + (", single steps apart" if form.step else "")
-        name += " (taken)" if form is results.form else " (float32)" if narrow and form is narrow.float32 else ""
+        if form is results.chosen:
+            name += " (taken)"
+        elif quantized and form is quantized.float32:
+            name += " (float32)"
         times = [f"{form.microseconds[shape]:.0f}" for shape in shapes]
         rows.append([name, "yes" if form.exactness.proved else "no", f"{form.size / 1024:.0f}", *times])
     intro = (
-        "<p>Every form was built, compared with Keras and proved; of those that are exact the fastest is taken. "
-        "Microseconds a run, by batch x time steps, 1 thread:</p>"
+        "<p>Every form was built, compared with Keras and proved; the fastest exact one is taken. "
+        "Microseconds per run, by batch x time steps, 1 thread:</p>"
     )
-    lost = "".join(f"<p>Passed over: {escape(text)}.</p>" for text in narrow.lost) if narrow else ""
+    lost = "".join(f"<p>Passed over: {escape(text)}.</p>" for text in quantized.rejected) if quantized else ""
     return intro + _table(head, rows, numbers=2) + lost
 
 
@@ -113,7 +116,7 @@ def _times(results: Results) -> str:
         bodies.append(f"<tbody>{''.join(lines)}</tbody>")
     slower = slower_than_float32(results)
     told = f'<p class="bad">{escape(slower.capitalize())}</p>' if slower else ""
-    caption = "<caption>A run, beside what else there is; bars are of one scale in each group.</caption>"
+    caption = "<caption>One run, beside the alternatives; the bars of a group share one scale.</caption>"
     return f'{told}<table class="bars">{caption}{"".join(bodies)}</table>'
 
 
@@ -126,27 +129,27 @@ def _operators(results: Results) -> str:
 
 
 def _parity(results: Results) -> str:
-    parity = results.form.parity
+    parity = results.chosen.parity
     figures = parity.figures()
     rows = [[words, f"{figures[run]:.1e}"] for run, words in RUNS.items() if run in figures]
     table = _table(("largest difference", "relative to max(1, |Keras|)"), rows, numbers=1)
-    strays = (
-        f"<p>Float32 Keras itself strays {parity.strays:.1e} from a float64 run; four times that is allowed.</p>"
-        if parity.strays
+    error = parity.keras_float32_error
+    notes = (
+        f"<p>Float32 Keras itself differs from a float64 run by {error:.1e}; four times that is allowed.</p>"
+        if error
         else ""
     )
-    if results.narrow:
-        strays += "<p>No limit holds for this precision: what it costs on the test data decides.</p>"
-    return (
-        _plot(parity.by_step, None if results.narrow else TOLERANCE, "in one run from random states") + table + strays
-    )
+    if results.quantized:
+        notes += "<p>This precision has no parity limit: the loss on the test data decides.</p>"
+    plot = _plot(parity.by_step, None if results.quantized else TOLERANCE, "in one run from random states")
+    return plot + table + notes
 
 
 def _plot(points: Sequence[tuple[int, float]], limit: float | None, how: str) -> str:
     """Draws the difference from Keras over time steps, on a logarithmic scale."""
     seen = [value for _, value in points if value > 0 and math.isfinite(value)]
     if not seen:
-        return "<p>The outputs are those of Keras, bit for bit.</p>"
+        return "<p>The outputs equal those of Keras, bit for bit.</p>"
     low = math.floor(math.log10(min(seen)))
     high = max(math.ceil(math.log10(max([*seen, limit or 0.0]) * 1.001)), low + 1)
     left, right, top, bottom = 44, 384, 10, 180
@@ -187,7 +190,7 @@ def _plot(points: Sequence[tuple[int, float]], limit: float | None, how: str) ->
 def _exactness(results: Results) -> str:
     exactness = results.document.exactness
     if exactness.proved:
-        told = '<span class="good">Proved.</span> A row has the same bits whatever it is computed with: '
+        told = '<span class="good">Proved.</span> A row has the same bits whatever it is batched with: '
         return f"<p>{told}{escape(exactness.why)}.</p>"
     told = '<span class="bad">Not proved.</span> The service runs the model one row and one time step at a time: '
     return f"<p>{told}{escape(exactness.why)}.</p>"
@@ -196,12 +199,12 @@ def _exactness(results: Results) -> str:
 def _metrics(results: Results) -> str:
     if not results.metrics:
         return '<p class="dim">No test data was given (--data FILE.npz).</p>'
-    narrow = results.narrow
-    if narrow is None:
+    quantized = results.quantized
+    if quantized is None:
         rows = [[name, f"{ours:.4f}", f"{keras:.4f}"] for name, (ours, keras) in results.metrics.items()]
         return _table(("metric", "this model", "Keras"), rows, numbers=1)
     rows = [
-        [name, f"{narrow.before[name]:.4f}", f"{ours:.4f}", f"{keras:.4f}", f"{narrow.tolerance[name]:g}"]
+        [name, f"{quantized.before[name]:.4f}", f"{ours:.4f}", f"{keras:.4f}", f"{quantized.tolerance[name]:g}"]
         for name, (ours, keras) in results.metrics.items()
     ]
     head = ("metric", "in float32", f"in {results.document.precision}", "Keras", "may be lost")
@@ -209,7 +212,7 @@ def _metrics(results: Results) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int | None = None) -> str:
-    """Gives a table; the columns from `numbers` on are aligned to the right."""
+    """Returns a table; the columns from index `numbers` on are aligned to the right."""
 
     def kind(place: int) -> str:
         return _NUMBER if numbers is not None and place >= numbers else ""

@@ -1,4 +1,4 @@
-"""Draws a network for the report: its layers from top to bottom, its states beside the layers that carry them; SVG."""
+"""Draws a network for the report as SVG: layers from top to bottom, states beside the layers that carry them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import keras
 from keras import tree
 
-from cellserve.export.keras_model.graph_walk import graph_of, has_graph
+from cellserve.export.keras_model.keras_private import calls, graph_of, has_graph
 from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.export.onnx_graph.sequence_network import WholeNetwork
+from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 
-_WIDTH, _HEIGHT, _STATE, _DOWN, _BESIDE = 176, 44, 118, 34, 26  # of a box, of a state, gaps
-_LETTERS = 24  # that fit into a box
+_WIDTH, _HEIGHT, _STATE, _DOWN, _BESIDE = 176, 44, 118, 34, 26  # box width and height, state width, gaps
+_LETTERS = 24  # letters that fit into a box
 _ARROW = (
     '<marker id="{id}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
     'orient="auto-start-reverse"><path d="M0 0 8 4 0 8Z" style="fill:var({colour})"/></marker>'
@@ -25,7 +25,7 @@ _ARROW = (
 @dataclass(slots=True)
 class _Box:
     name: str
-    what: str
+    label: str
     kind: str
     sources: list[int]
     states: list[str] = field(default_factory=list)
@@ -33,8 +33,8 @@ class _Box:
     left: float = 0.0
 
 
-def draw(network: StatefulNetwork | WholeNetwork) -> str:
-    """Gives the drawing as SVG; everything that the network names is escaped."""
+def draw_network(network: StatefulNetwork | SequenceNetwork) -> str:
+    """Returns the drawing as SVG; all names from the network are escaped."""
     boxes = _boxes(network)
     ranks: dict[int, list[_Box]] = defaultdict(list)
     for box in boxes:
@@ -47,14 +47,14 @@ def draw(network: StatefulNetwork | WholeNetwork) -> str:
     for row in ranks.values():
         left = margin if chain else (width - _row_width(row, len(row) > 1)) / 2
         if len(row) == 1 and not chain:
-            left = (width - _WIDTH) / 2  # one below the other, states or not
+            left = (width - _WIDTH) / 2  # boxes stand below each other, with or without states
         for box in row:
             box.left, left = left, left + _room(box) + _BESIDE
     height = len(ranks) * (_HEIGHT + _DOWN) - _DOWN + 8
     parts = [_edge(boxes[source], box, ranks) for box in boxes for source in box.sources]
     parts += [_drawn(box) for box in boxes]
     told = "; ".join(
-        f"{box.name} ({box.what}{', carries ' + ', '.join(box.states) if box.states else ''})" for box in boxes
+        f"{box.name} ({box.label}{', carries ' + ', '.join(box.states) if box.states else ''})" for box in boxes
     )
     return (
         f'<div class="wide network"><svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img" '
@@ -66,7 +66,7 @@ def draw(network: StatefulNetwork | WholeNetwork) -> str:
     )
 
 
-def _boxes(network: StatefulNetwork | WholeNetwork) -> list[_Box]:
+def _boxes(network: StatefulNetwork | SequenceNetwork) -> list[_Box]:
     signature = network.signature
     states: dict[str, list[str]] = defaultdict(list)
     if isinstance(network, StatefulNetwork):
@@ -81,25 +81,22 @@ def _boxes(network: StatefulNetwork | WholeNetwork) -> list[_Box]:
 
 
 def _layers(model: Any, inputs: list[int], boxes: list[_Box], states: dict[str, list[str]]) -> list[int]:
-    """Adds the layers of a model and of those within it; gives the boxes that its outputs come from."""
+    """Adds the layers of a model and of models within it; returns the boxes that its outputs come from."""
     graph = graph_of(model)
     places = {id(tensor): place for tensor, place in zip(graph.inputs, inputs, strict=True)}
-    for depth in sorted(graph._nodes_by_depth, reverse=True):
-        for node in graph._nodes_by_depth[depth]:
-            if node.is_input:
-                continue
-            layer = node.operation
-            given = [t for t in tree.flatten((node.arguments.args, node.arguments.kwargs)) if id(t) in places]
-            sources = list(dict.fromkeys(places[id(tensor)] for tensor in given))
-            if isinstance(layer, keras.Model) and has_graph(layer):
-                results = _layers(layer, [places[id(tensor)] for tensor in given], boxes, states)
-            else:
-                kind = "box recurrent" if states.get(layer.name) else "box"
-                shape = list(tree.flatten(node.outputs)[0].shape[1:])
-                what = f"{_type(layer)} {str(shape).replace('None', 'time')}"
-                boxes.append(_Box(layer.name, what, kind, sources, states.get(layer.name, [])))
-                results = [len(boxes) - 1] * len(node.outputs)
-            places.update(zip(map(id, node.outputs), results, strict=True))
+    for node in calls(model):
+        layer = node.operation
+        inner = [t for t in tree.flatten((node.arguments.args, node.arguments.kwargs)) if id(t) in places]
+        sources = list(dict.fromkeys(places[id(tensor)] for tensor in inner))
+        if isinstance(layer, keras.Model) and has_graph(layer):
+            results = _layers(layer, [places[id(tensor)] for tensor in inner], boxes, states)
+        else:
+            kind = "box recurrent" if states.get(layer.name) else "box"
+            shape = list(tree.flatten(node.outputs)[0].shape[1:])
+            label = f"{_type(layer)} {str(shape).replace('None', 'time')}"
+            boxes.append(_Box(layer.name, label, kind, sources, states.get(layer.name, [])))
+            results = [len(boxes) - 1] * len(node.outputs)
+        places.update(zip(map(id, node.outputs), results, strict=True))
     return [places[id(tensor)] for tensor in graph.outputs]
 
 
@@ -144,7 +141,7 @@ def _drawn(box: _Box) -> str:
     parts = [
         f'<rect class="{box.kind}" x="{left}" y="{top}" width="{_WIDTH}" height="{_HEIGHT}" rx="{radius}"/>',
         f'<text x="{middle}" y="{top + 18}" text-anchor="middle">{_fits(box.name)}</text>',
-        f'<text class="dim" x="{middle}" y="{top + 34}" text-anchor="middle">{_fits(box.what, 4)}</text>',
+        f'<text class="dim" x="{middle}" y="{top + 34}" text-anchor="middle">{_fits(box.label, 4)}</text>',
     ]
     count = len(box.states)
     for place, state in enumerate(box.states[:2] if count < 4 else [*box.states[:1], f"and {count - 1} more states"]):

@@ -1,4 +1,4 @@
-"""Times runs of models: ours, what tf2onnx makes of Keras's loop, Keras; several of them in turn."""
+"""Times runs of models, interleaved: ours, tf2onnx's conversion of Keras's loop, and Keras."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import onnxruntime as ort
 import tensorflow as tf
 
 from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.export.onnx_graph.builder import graphs
-from cellserve.export.onnx_graph.sequence_network import WholeNetwork
+from cellserve.export.onnx_graph.builder import all_nodes
+from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 from cellserve.export.onnx_graph.tf_trace import convert
 from cellserve.models.signature import Signature
 from cellserve.service.runtime.batch_invariance import random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
 from cellserve.service.runtime.tensor_layout import unpack
 
-_RECURRENT = ("Loop", "Scan", "LSTM", "GRU", "RNN")  # what a recurrence may become
+_RECURRENT = ("Loop", "Scan", "LSTM", "GRU", "RNN")  # operators that tf2onnx may write for a recurrence
 SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
 
 
 def shapes(signature: Signature) -> tuple[tuple[int, int], ...]:
-    """Gives batch x time of the runs to time: of whole sequences where the model cannot be stepped."""
+    """The (batch, time) sizes to measure: only whole sequences if the model cannot be stepped."""
     if signature.predict_only is None:
         return SHAPES
     steps = max(50, signature.min_steps)
@@ -33,17 +33,17 @@ def shapes(signature: Signature) -> tuple[tuple[int, int], ...]:
 
 
 def side_by_side(
-    network: StatefulNetwork | WholeNetwork, ours: Runtime, float32: Runtime | None = None
+    network: StatefulNetwork | SequenceNetwork, ours: Runtime, float32: Runtime | None = None
 ) -> tuple[dict[str, dict[str, float | None]], str]:
-    """Measures tf2onnx's own conversion, our form and Keras, run in turn.
+    """Measures tf2onnx's own conversion, our model and Keras, interleaved.
 
     Args:
         network: The network.
-        ours: Our form.
-        float32: The float32 form beside one of less precision, measured too.
+        ours: Our model.
+        float32: The float32 model, measured too if `ours` has lower precision.
 
     Returns:
-        Microseconds a run by shape and form; the operators that tf2onnx makes of the recurrences, or "".
+        Microseconds per run by shape and maker; the operators that tf2onnx writes for the recurrences, or "".
     """
     signature = ours.signature
     theirs, operators = _tf2onnx(network)
@@ -59,12 +59,12 @@ def side_by_side(
             **({"float32": _ours(float32, x, states)} if float32 else {}),
             "keras": partial(keras_run, inputs, list(map(tf.constant, states))),
         }
-        table[f"{batch}x{steps}"] = in_turn(runs)
+        table[f"{batch}x{steps}"] = time_interleaved(runs)
     return table, operators
 
 
-def in_turn(runs: Mapping[str, Callable[[], Any] | None], rounds: int = 5) -> dict[str, float | None]:
-    """Times several things round by round, so that a slow moment of the machine meets all of them."""
+def time_interleaved(runs: Mapping[str, Callable[[], Any] | None], rounds: int = 5) -> dict[str, float | None]:
+    """Times several runs round by round, so that a slow moment of the machine affects all of them."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -73,8 +73,8 @@ def in_turn(runs: Mapping[str, Callable[[], Any] | None], rounds: int = 5) -> di
     return {name: float(np.median(times)) if times else None for name, times in taken.items()}
 
 
-def _tf2onnx(network: StatefulNetwork | WholeNetwork) -> tuple[ort.InferenceSession | None, str]:
-    """Gives tf2onnx's own conversion of Keras's loop, or None where it cannot be made, and its recurrent operators."""
+def _tf2onnx(network: StatefulNetwork | SequenceNetwork) -> tuple[ort.InferenceSession | None, str]:
+    """tf2onnx's own conversion of Keras's loop (None if it fails), and its recurrent operators."""
 
     def run(*tensors: Any) -> list[Any]:
         count = len(network.inputs)
@@ -91,12 +91,12 @@ def _tf2onnx(network: StatefulNetwork | WholeNetwork) -> tuple[ort.InferenceSess
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception:
         return None, ""
-    operators = {node.op_type for graph in graphs(model.graph) for node in graph.node}
+    operators = {node.op_type for node in all_nodes(model.graph.node)}
     return session, ", ".join(operator for operator in _RECURRENT if operator in operators)
 
 
 def _tf2onnx_run(session: ort.InferenceSession | None, x: Any, states: list[Any]) -> Callable[[], Any] | None:
-    """Gives a run of tf2onnx's conversion to time, or None where it cannot do it."""
+    """A run of tf2onnx's conversion, to be timed; None if it fails."""
     if session is None:
         return None
     feed = dict(zip((tensor.name for tensor in session.get_inputs()), (*unpack(x), *states), strict=True))
@@ -113,13 +113,13 @@ def _ours(runtime: Runtime, x: Any, states: list[Any]) -> Callable[[], Any]:
 
 
 def runs(runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
-    """Gives runs of a model to time, by batch x time."""
+    """Runs of a model, to be timed, by "batch x time"."""
     rng = np.random.default_rng(2)
     return {f"{b}x{t}": _ours(runtime, *random_inputs(runtime.signature, b, t, rng)) for b, t in shapes}
 
 
 def microseconds(run: Callable[[], Any], seconds: float = 0.1) -> float:
-    """Gives the median time of a run after a warm-up, over about `seconds`."""
+    """Median time of a run in microseconds, over about `seconds` after a warm-up."""
     for _ in range(3):
         run()
     taken: list[float] = []

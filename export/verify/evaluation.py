@@ -1,4 +1,4 @@
-"""Test data, `NAME.npz`: read, checked against a network, and what a model and Keras score on it."""
+"""Test data, `NAME.npz`: reads it, checks it against a network, and scores a model and Keras on it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import numpy as np
 
 from cellserve.export.errors import ExportError
 from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.models.metrics import evaluate
+from cellserve.models.scoring import evaluate
 from cellserve.service.runtime.batch_invariance import Array
 from cellserve.service.runtime.onnx_model import Runtime
 from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
 
 
 class TestData:
-    """Sequences and what is wanted of them.
+    """Test sequences and their targets.
 
     Args:
-        network: Which they are for.
-        path: An .npz with lengths `[n]`, each input `[n, time, *features]` and what is wanted of the outputs (of
-            several at least one) by their names in the signature: `x` and `y` where there is one of each.
+        network: The network to score.
+        path: An .npz with lengths `[n]`, each input `[n, time, *features]`, and targets of at least one output, by
+            their names in the signature: `x` and `y` if there is one of each.
 
     Raises:
         ExportError: There is no such file, or it does not fit the network.
     """
 
-    __test__ = False  # it is no test of pytest's
+    __test__ = False  # pytest would collect the class by its name
 
     def __init__(self, network: StatefulNetwork, path: Path) -> None:
         if not path.is_file():
@@ -59,7 +59,7 @@ class TestData:
         return self._score(unpack(y))
 
     def score_keras(self, runtime: Runtime) -> dict[str, float]:
-        """Scores Keras, from the zeros that a model begins with."""
+        """Scores Keras, starting from zeros as a model does."""
         mask = np.arange(self.inputs[0].shape[1]) < self.lengths[:, None]
         outputs, _ = self.network.run(self.inputs, self._zeros(runtime), mask)
         return self._score(list(map(np.asarray, outputs)))
@@ -68,7 +68,7 @@ class TestData:
         return runtime.zeros(len(self.lengths))
 
     def _score(self, outputs: Sequence[Array]) -> dict[str, float]:
-        """Scores each output that something is wanted of; of several, by its name."""
+        """Scores each output that has a target; with several outputs, metrics carry the output's name."""
         scores: dict[str, float] = {}
         for spec, y in zip(self.network.signature.outputs, outputs, strict=True):
             if spec.name in self.arrays:

@@ -6,12 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cellserve.export.candidates.candidates import build, candidates, open_model
+from cellserve.export.candidates.candidates import build, open_model, operator_choices, reference_of
 from cellserve.export.exporter import network_of
 from cellserve.export.keras_model.load import load
 from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.export.onnx_graph.sequence_network import WholeNetwork
-from cellserve.export.verify.parity import Parity, Reference, WholeReference
+from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
+from cellserve.export.verify.parity import Parity
 from cellserve.models.signature import Exactness, ModelDocument
 from cellserve.service.runtime.batch_invariance import QUICK_PLAN, check_batch_invariance
 from cellserve.service.runtime.onnx_model import Runtime
@@ -29,14 +29,14 @@ class Proof:
         path = Path(tempfile.mkdtemp(prefix="cellserve-test-")) / "mine.keras"
         model.save(path)
         self.keras = model
-        self.network: StatefulNetwork | WholeNetwork = network_of(load(path))
+        self.network: StatefulNetwork | SequenceNetwork = network_of(load(path))
         self.signature = self.network.signature
         document = ModelDocument(name="mine", signature=self.signature, exactness=Exactness(proved=False, why=""))
-        reference = WholeReference(self.network) if isinstance(self.network, WholeNetwork) else Reference(self.network)
+        reference = reference_of(self.network)
         self.forms: dict[str, Runtime] = {}
         self.parity: dict[str, Parity] = {}
         self.operators: dict[str, set[str]] = {}
-        chosen = list(candidates(self.network))
+        chosen = list(operator_choices(self.network))
         for name, operators in chosen if len(chosen) <= most else (chosen[0], chosen[-1]):
             model, step = build(self.network, self.signature, operators)
             self.operators[name] = {node.op_type for node in model.graph.node}

@@ -18,7 +18,7 @@ from tests.networks import DecayingCell, several_ends
 import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers, ops  # isort: skip
 
-from cellserve.export.exporter import Request, export
+from cellserve.export.exporter import ExportRequest, export
 from cellserve.export.onnx_graph.operators import lowering_of, lowers
 from cellserve.models.cells import LSTMCell, RNNCell
 from cellserve.models.signature import MODEL_NAME
@@ -299,7 +299,7 @@ class Softplus(Gated):
 def test_a_cell_whose_bits_hang_on_the_batch_is_exported_and_its_model_says_so(tmp_path: Path) -> None:
     keras.Sequential([keras.Input((None, 4)), layers.RNN(Softplus(3))]).save(tmp_path / "mine.keras")
     told = StringIO()
-    folder = export(Request(tmp_path / "mine.keras", "mine", tmp_path), Console(file=told, width=200))
+    folder = export(ExportRequest(tmp_path / "mine.keras", "mine", tmp_path), Console(file=told, width=200))
     document = Runtime(folder / MODEL_NAME).document
     assert not document.exactness.proved
     assert "differs from the same steps one by one in a batch of another size" in document.exactness.why

@@ -26,11 +26,11 @@ from keras import layers  # isort: skip
 
 import itertools
 
-from cellserve.export.__main__ import main
 from cellserve.export.candidates import candidates
 from cellserve.export.cli import adopt
+from cellserve.export.cli.export import main
 from cellserve.export.errors import ExportError
-from cellserve.export.exporter import REPORT_NAME, Request, export
+from cellserve.export.exporter import REPORT_NAME, ExportRequest, export
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.onnx_graph import operators
 from cellserve.models.cells import LSTMCell, RNNCell
@@ -48,7 +48,7 @@ CELLS: dict[str, Callable[[int], Any]] = {
 
 def exported(model: Any, folder: Path, name: str = "mine", **request: Any) -> Path:
     model.save(folder / f"{name}.keras")
-    return export(Request(folder / f"{name}.keras", name, folder / "artifacts", **request), Console(quiet=True))
+    return export(ExportRequest(folder / f"{name}.keras", name, folder / "artifacts", **request), Console(quiet=True))
 
 
 def opened(folder: Path) -> Runtime:
@@ -165,7 +165,7 @@ def test_versions_count_on_and_are_never_written_over(tmp_path: Path) -> None:
     assert exported(model, tmp_path).name == "1"
     assert exported(model, tmp_path).name == "2"
     assert exported(model, tmp_path, version=7).name == "7"
-    with pytest.raises(ExportError, match="is there already"):
+    with pytest.raises(ExportError, match="already exists"):
         exported(model, tmp_path, version=7)
     assert sorted(path.name for path in (tmp_path / "artifacts/mine").iterdir()) == ["1", "2", "7"]
 
@@ -258,15 +258,15 @@ def sequential(*inner: Any, time: int | None = None) -> Any:
 
 REFUSED: dict[str, Callable[[], Any]] = {
     "no recurrent layer": lambda: sequential(layers.Dense(3)),
-    "'encoder' (LSTM) gives its states": continued,
+    "'encoder' (LSTM) returns its states": continued,
     "the input 'who' has shape (None, 3)": with_constants,
-    "leave out what wants a certain number": lambda: sequential(
+    "leave out layers that need a certain number": lambda: sequential(
         layers.LSTM(3, return_sequences=True), layers.Flatten(), layers.Dense(1), time=4
     ),
     "(Matrix size-incompatible: In[0]: [2,5], In[1]: [3,3]": lambda: sequential(layers.RNN(OfThree(3))),
     "starts from states that are not zero": lambda: sequential(layers.RNN(StartsFromOnes(3))),
     "layer 'doubling'": lambda: sequential(Doubling(3, name="doubling")),
-    "layer 'odd' (LogGamma) has TensorFlow's Lgamma, for which tf2onnx has no operator": lambda: sequential(
+    "layer 'odd' (LogGamma) uses TensorFlow's Lgamma, which tf2onnx cannot convert": lambda: sequential(
         layers.Dense(4), LogGamma(name="odd"), layers.LSTM(3)
     ),
 }
@@ -292,7 +292,7 @@ def test_a_network_that_cannot_be_stepped_is_written_and_its_report_says_so(
 ) -> None:
     sequential(layers.Bidirectional(layers.LSTM(3), name="both")).save(tmp_path / "mine.keras")
     assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path / "artifacts")]) == 0
-    assert "layer 'both' (Bidirectional) reads the sequence backwards too" in " ".join(capsys.readouterr().out.split())
+    assert "layer 'both' (Bidirectional) also reads the sequence backwards" in " ".join(capsys.readouterr().out.split())
     runtime = opened(tmp_path / "artifacts/mine/1")
     assert runtime.document.exactness.proved
     assert runtime.signature.predict_only
@@ -320,7 +320,7 @@ class LeakyCell(keras.layers.Layer):
         return {**super().get_config(), "units": self.units}
 """
 MAKE = """
-from cellserve.models.quiet import import_tensorflow
+from cellserve.models.tensorflow_import import import_tensorflow
 import_tensorflow()
 import keras
 from leaky import LeakyCell
@@ -360,7 +360,7 @@ def _environment(*paths: Path) -> dict[str, str]:
         (["missing.keras", "--name", "x", "--import", "missing.py"], "missing.py: no such file"),
     ],
 )
-def test_what_is_missing_is_named_in_one_line(
+def test_a_missing_file_is_named_in_one_line(
     arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 1
@@ -393,11 +393,11 @@ def test_labels_that_name_nothing_or_two_entries_are_refused(
 
 def test_labels_of_a_card_are_checked_too(tmp_path: Path) -> None:
     (tmp_path / "mine.card.json").write_text(json.dumps({"labels": ["a", "b", "a"]}))
-    with pytest.raises(ExportError, match=r"mine\.card\.json: the label 'a' is there twice"):
+    with pytest.raises(ExportError, match=r"mine\.card\.json: the label 'a' is repeated"):
         exported(network(RNNCell(3)), tmp_path)
 
 
-def test_what_is_said_of_a_model_wins_over_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_override_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
     sequential(layers.RNN(RNNCell(3), return_sequences=True)).save(tmp_path / "mine.keras")
     (tmp_path / "mine.card.json").write_text(json.dumps({"description": "of the card", "default_output": "all"}))

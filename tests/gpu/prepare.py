@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cellserve.models.quiet import import_tensorflow
 from cellserve.models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument
+from cellserve.models.tensorflow_import import import_tensorflow
 from tests.gpu.references import ROWS, STEPS, Array, Reference, model_folder
 
 import_tensorflow()
@@ -26,7 +26,7 @@ import keras  # noqa: E402
 import onnx  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
-from cellserve.export.candidates.candidates import build, candidates, open_model, with_document  # noqa: E402
+from cellserve.export.candidates.candidates import build, open_model, operator_choices, with_document  # noqa: E402
 from cellserve.export.keras_model.load import load, with_dtype  # noqa: E402
 from cellserve.export.keras_model.step_network import StatefulNetwork  # noqa: E402
 from cellserve.export.publish import repository_writer  # noqa: E402
@@ -84,7 +84,7 @@ def write_large(folder: Path, units: int) -> None:
     """Writes the large LSTM as its operator and as a loop over its step, which has a graph for single steps too."""
     network = StatefulNetwork(large_lstm(units))
     reference = keras_run(network)
-    for form, operators in candidates(network):
+    for form, operators in operator_choices(network):
         graph, step = build(network, network.signature, operators)
         name, step = (f"lstm-{units}", None) if operators else (f"lstm-{units}-scan", step)
         told = ModelDocument(name=name, signature=network.signature, form=form, exactness=NOT_PROVED)

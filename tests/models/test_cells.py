@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cellserve.models.quiet import import_tensorflow
+from cellserve.models.tensorflow_import import import_tensorflow
 
 import_tensorflow()
 
@@ -70,7 +70,7 @@ def test_a_cell_computes_the_equations_of_the_article(kind: str) -> None:
             np.testing.assert_allclose(state, true, atol=2e-5)
 
 
-def test_what_is_fed_back_is_the_only_difference_between_elman_and_jordan() -> None:
+def test_elman_and_jordan_differ_only_in_what_is_fed_back() -> None:
     elman, jordan = RNNCell(UNITS), RNNCell(UNITS, feedback="output")
     for cell in (elman, jordan):
         cell.build((None, FEATURES))
@@ -112,7 +112,7 @@ def test_saved_networks_give_the_same_numbers_in_a_new_process(tmp_path: Path) -
     np.save(tmp_path / "x.npy", x)
     script = (
         "import sys, numpy as np\n"
-        "from cellserve.models.quiet import import_tensorflow\n"
+        "from cellserve.models.tensorflow_import import import_tensorflow\n"
         "import_tensorflow()\n"
         "import keras, models.cells\n"
         "folder, *kinds = sys.argv[1:]\n"

@@ -17,19 +17,19 @@ def signature(x: TensorSpec, shape: tuple[int, ...], **more: Any) -> Signature:
 
 
 @pytest.mark.parametrize("rollout", ["probabilities", "logits"])
-def test_symbols_are_drawn_from_as_many_numbers(rollout: Rollout) -> None:
+def test_a_symbol_rollout_needs_one_output_entry_per_symbol(rollout: Rollout) -> None:
     assert rollout_misfit(signature(SYMBOL, (4,)), rollout) is None
     assert "must be numbers [4]" in str(rollout_misfit(signature(SYMBOL, (5,)), rollout))
     assert "one integer, with bounds" in str(rollout_misfit(signature(NUMBERS, (3,)), rollout))
 
 
-def test_values_are_of_the_inputs_shape() -> None:
+def test_a_value_rollout_needs_an_output_of_the_inputs_shape() -> None:
     assert rollout_misfit(signature(NUMBERS, (3,)), "value") is None
     assert "shape [3]" in str(rollout_misfit(signature(NUMBERS, (2,)), "value"))
     assert "shape []" in str(rollout_misfit(signature(SYMBOL, ()), "value"))
 
 
-def test_what_cannot_be_stepped_cannot_go_on_by_itself() -> None:
+def test_a_model_that_cannot_be_stepped_has_no_rollout() -> None:
     assert rollout_misfit(signature(NUMBERS, (3,), predict_only="it reads backwards"), "value")
     several = signature(NUMBERS, (3,)).model_copy(update={"inputs": (NUMBERS, SYMBOL)})
     assert "one input" in str(rollout_misfit(several, "value"))

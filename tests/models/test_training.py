@@ -17,8 +17,8 @@ def epochs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param == "quick":
         from cellserve.models import training
 
-        fit = training._fit
-        monkeypatch.setattr(training, "_fit", lambda *told, **more: fit(*told, **{**more, "epochs": 4}))
+        schedule = training.Schedule
+        monkeypatch.setattr(training, "Schedule", lambda epochs, **more: schedule(4, **more))
 
 
 @pytest.mark.usefixtures("epochs")

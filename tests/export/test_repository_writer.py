@@ -12,19 +12,19 @@ from cellserve.export.publish import repository_writer
 
 
 def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:
-    repository_writer.check(tmp_path / "new/artifacts", "mine", None)
+    repository_writer.check_writable(tmp_path / "new/artifacts", "mine", None)
     assert not list(tmp_path.iterdir())
     folder = repository_writer.write(tmp_path, "mine", None, {"model.onnx": b"model"})
     before = sorted(tmp_path.rglob("*"))
-    repository_writer.check(tmp_path, "mine", None)
+    repository_writer.check_writable(tmp_path, "mine", None)
     assert folder in before
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_version_that_is_there_already_is_refused_before_the_work(tmp_path: Path) -> None:
     repository_writer.write(tmp_path, "mine", 2, {"model.onnx": b"model"})
-    with pytest.raises(ExportError, match="is there already: give another --version"):
-        repository_writer.check(tmp_path, "mine", 2)
+    with pytest.raises(ExportError, match="already exists: give another --version"):
+        repository_writer.check_writable(tmp_path, "mine", 2)
 
 
 @pytest.mark.parametrize("command", ["export", "adopt"])
@@ -32,19 +32,19 @@ def test_a_version_that_is_there_already_is_refused_before_the_work(tmp_path: Pa
 def test_a_folder_that_cannot_be_written_to_is_told_in_one_line_before_anything_is_read(
     command: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cellserve.export import __main__ as export_cli
+    from cellserve.export.cli import export as export_cli
 
     main = {"export": export_cli.main, "adopt": adopt.main}[command]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
     assert main(["missing", "--name", "mine", "--artifacts", folder]) == 1
     told = capsys.readouterr().err
-    assert told.startswith(f"cellserve {command}: {folder}/mine/ cannot be written to (")
-    assert told.endswith("give a folder that you may write to with --artifacts\n")
+    assert told.startswith(f"cellserve {command}: {folder}/mine/ is not writable (")
+    assert told.endswith("give a writable folder with --artifacts\n")
     assert told.count("\n") == 1
 
 
 def test_a_folder_that_cannot_be_written_to_any_more_is_told_too(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(ExportError, match="cannot be written to"):
+    with pytest.raises(ExportError, match="is not writable"):
         repository_writer.write(tmp_path / "file", "mine", None, {"model.onnx": b"model"})

@@ -1,4 +1,4 @@
-"""Scores predictions: what `cellserve train` and the model file mean by accuracy and RMSE. Needs no TensorFlow."""
+"""Scores predictions: accuracy, RMSE and bits, as in `cellserve train` and model files. Needs no TensorFlow."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def evaluate(y_pred: Array, data: Mapping[str, Array]) -> dict[str, float]:
     valid = np.arange(y_pred.shape[1]) < lengths[:, None]
     if y.shape == y_pred.shape[:2] == y_pred.shape[:-1] and np.issubdtype(y.dtype, np.integer):
         given = np.take_along_axis(y_pred, y[..., None], axis=-1)[..., 0][valid]
-        return {"bits": bits(given)}
+        return {"bits": bits_per_symbol(given)}
     if y.shape != y_pred.shape:
         raise ValueError(
             f"y has shape {list(y.shape)}: integers [{len(y_pred)}] or {list(y_pred.shape[:2])} (classes) or numbers "
@@ -48,23 +48,23 @@ def evaluate(y_pred: Array, data: Mapping[str, Array]) -> dict[str, float]:
 
 
 def rmse(predicted: Array, wanted: Array) -> float:
-    """Gives the root of the mean squared difference, in the unit of both."""
+    """Root of the mean squared difference, in the unit of the data."""
     return float(np.sqrt(np.mean(np.square(predicted.astype(np.float64) - wanted))))
 
 
-def bits(probabilities: Array) -> float:
-    """Gives what each symbol costs in bits, whose probabilities were said before it came."""
+def bits_per_symbol(probabilities: Array) -> float:
+    """Mean negative log2 likelihood per symbol, from the probability predicted for each symbol that came."""
     return float(-np.mean(np.log2(np.maximum(probabilities.astype(np.float64), np.finfo(np.float64).tiny))))
 
 
-def ngram_bits(train: Array, test: Array, symbols: int, order: int = 5) -> float:
-    """Gives the bits a symbol of a text, said by the n-grams of another: what a network must beat to be worth its time.
+def ngram_bits_per_symbol(train: Array, test: Array, symbols: int, order: int = 5) -> float:
+    """N-gram baseline in bits per symbol: a text predicted by the n-grams of another.
 
     Args:
-        train: `[n]`, the symbols that are counted.
-        test: `[m]`, those that are told in advance, from the second on.
-        symbols: How many there are.
-        order: Of the longest n-grams; shorter ones are mixed in as I. Witten and T. Bell do (The zero-frequency
+        train: `[n]`, symbols to count n-grams in.
+        test: `[m]`, symbols to predict, from the second on.
+        symbols: Number of different symbols.
+        order: Length of the longest n-grams; shorter ones are mixed in as I. Witten and T. Bell do (The zero-frequency
             problem, IEEE Transactions on Information Theory 37 (1991), method C).
     """
     seen, told = train.tolist(), test.tolist()
@@ -82,4 +82,4 @@ def ngram_bits(train: Array, test: Array, symbols: int, order: int = 5) -> float
             kinds = np.count_nonzero(after)
             mixed = (after + kinds * mixed) / (after.sum() + kinds)
         given.append(mixed[told[place]])
-    return bits(np.array(given))
+    return bits_per_symbol(np.array(given))

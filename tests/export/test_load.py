@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from cellserve.models.quiet import import_tensorflow
+from cellserve.models.tensorflow_import import import_tensorflow
 
 import_tensorflow()
 
 import keras  # noqa: E402
 from keras import layers  # noqa: E402
 
-from cellserve.export.keras_model.load import opened, with_dtype  # noqa: E402
+from cellserve.export.keras_model.load import with_dtype, with_open_shapes  # noqa: E402
 
 X = np.random.default_rng(0).normal(5, 3, (2, 6, 4)).astype(np.float32)
 
@@ -32,4 +32,4 @@ def test_a_copy_in_float64_normalises_as_the_network_does() -> None:
 
 def test_a_network_of_one_batch_size_normalises_the_same_once_it_takes_any() -> None:
     model = normalised(batch=len(X))
-    np.testing.assert_allclose(np.asarray(opened(model)(X)), np.asarray(model(X)), atol=1e-6)
+    np.testing.assert_allclose(np.asarray(with_open_shapes(model)(X)), np.asarray(model(X)), atol=1e-6)

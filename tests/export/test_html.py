@@ -19,8 +19,8 @@ import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers  # isort: skip
 
 from cellserve.export.candidates import candidates
-from cellserve.export.exporter import REPORT_NAME, Request, export, network_of
-from cellserve.export.report.network_svg import draw
+from cellserve.export.exporter import REPORT_NAME, ExportRequest, export, network_of
+from cellserve.export.report.network_svg import draw_network
 from cellserve.models.cells import LSTMCell
 from cellserve.models.signature import MODEL_NAME
 from cellserve.service.runtime.batch_invariance import QUICK_PLAN
@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     np.savez(home / "test.npz", x=x, lengths=np.full(20, 6, np.int32), y=y)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
-        yield export(Request(path, "mine", home / "artifacts", data=home / "test.npz"), Console(quiet=True))
+        yield export(ExportRequest(path, "mine", home / "artifacts", data=home / "test.npz"), Console(quiet=True))
 
 
 def test_the_report_has_every_section(folder: Path) -> None:
@@ -118,7 +118,7 @@ def test_the_drawings_have_titles_and_descriptions_and_the_curve_a_point_for_eac
     assert len((curve["points"] or "").split()) == 208
 
 
-def test_nothing_comes_from_elsewhere_and_nothing_runs(folder: Path) -> None:
+def test_the_report_loads_nothing_and_runs_no_script(folder: Path) -> None:
     text = (folder / REPORT_NAME).read_text()
     page = Page(text)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base", "a"}
@@ -134,7 +134,7 @@ def test_names_of_layers_states_and_inputs_are_only_text() -> None:
     x = keras.Input((None, 4), name=HOSTILE)
     h = layers.RNN([LSTMCell(3), LSTMCell(3), LSTMCell(3)], return_sequences=True, name=f"rnn {HOSTILE}")(x)
     model = keras.Model(x, layers.Add(name=f"add {HOSTILE}")([h, layers.Dense(3, name=f"dense {HOSTILE}")(x)]))
-    text = draw(network_of(model))
+    text = draw_network(network_of(model))
     page = Page(text)
     assert {tag for tag, _ in page.tags} <= {"div", "svg", "title", "desc", "defs", "marker", "path", "rect", "text"}
     assert f"dense {HOSTILE} (Dense [time, 3])" in page.text
@@ -143,4 +143,4 @@ def test_names_of_layers_states_and_inputs_are_only_text() -> None:
 
 def test_a_network_that_cannot_be_stepped_is_drawn_too() -> None:
     model = keras.Sequential([keras.Input((None, 4)), layers.Bidirectional(layers.LSTM(3), name="both")])
-    assert "both (Bidirectional [6])" in Page(draw(network_of(model))).text
+    assert "both (Bidirectional [6])" in Page(draw_network(network_of(model))).text

@@ -59,7 +59,7 @@ def adopt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Adopt:
         ("n", "n.next"),
     ],
 )  # fmt: skip
-def test_names_tell_which_output_is_the_next_state(name: str, following: str) -> None:
+def test_next_states_are_found_by_their_names(name: str, following: str) -> None:
     inputs = [Port("x", "float32", ("batch", 4)), Port(name, "float32", ("batch", 4))]
     outputs = [Port("y", "float32", ("batch", 4)), Port(following, "float32", None)]
     assert find_pairs(inputs, outputs) == {name: following}
@@ -77,11 +77,13 @@ def test_names_tell_which_output_is_the_next_state(name: str, following: str) ->
         ("h", "h", (1, 4), "float32"),
     ],
 )
-def test_what_differs_in_name_shape_or_type_is_no_pair(name: str, following: str, dims: Any, type: str) -> None:
+def test_tensors_that_differ_in_name_shape_or_type_are_not_paired(
+    name: str, following: str, dims: Any, type: str
+) -> None:
     assert find_pairs([Port(name, "float32", (1, 4))], [Port(following, type, dims)]) == {}
 
 
-def test_several_candidates_are_asked_about() -> None:
+def test_several_possible_next_states_are_refused_with_the_flag_to_give() -> None:
     outputs = [Port("h_out", "float32", (1, 4)), Port("hn", "float32", (1, 4))]
     with pytest.raises(ExportError, match="h could become h_out or hn: say which with --state h=h_out"):
         find_pairs([Port("h", "float32", (1, 4))], outputs)
@@ -293,9 +295,9 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
     "an input without a role": (foreign.frames(), ["--input", "s"], "x [batch, 3] is no --input"),
     "no state": (foreign.both_ways(), [], "no state was found"),
     "states of other shapes": (foreign.frames(), ["--state", "s=y"], "s is float32 [batch, 4], y is"),
-    "an unknown state": (foreign.frames(), ["--state", "t=y"], "no input 't'"),
-    "an unknown output": (foreign.frames(), ["--state", "s=t"], "no output 't'"),
-    "an unknown input": (foreign.frames(), ["--input", "t"], "no input 't'"),
+    "an unknown state": (foreign.frames(), ["--state", "t=y"], "no such input 't'"),
+    "an unknown output": (foreign.frames(), ["--state", "s=t"], "no such output 't'"),
+    "an unknown input": (foreign.frames(), ["--input", "t"], "no such input 't'"),
     "an unknown constant": (foreign.frames(), ["--constant", "t=1"], "the graph has no such input"),
     "a constant that is none": (foreign.frames(1), ["--constant", "x=one"], "in JSON"),
     "a constant of another shape": (foreign.frames(1), ["--constant", "x=[1, 2]"], "in JSON"),
@@ -331,17 +333,17 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
     "a later opset": (
         edited(foreign.frames(), lambda made: setattr(made.opset_import[0], "version", 99)), [], "its opset is 99"),
     "a later format": (edited(foreign.frames(), lambda made: setattr(made, "ir_version", 99)), [], "IR version"),
-    "data outside the folder": (elsewhere("../weights.bin"), [], "no file of its own folder"),
-    "data in the file system": (elsewhere("/etc/hostname"), [], "no file of its own folder"),
-    "data that is missing": (elsewhere("gone.bin"), [], "no file of its own folder"),
+    "data outside the folder": (elsewhere("../weights.bin"), [], "which is not a file in the model's folder"),
+    "data in the file system": (elsewhere("/etc/hostname"), [], "which is not a file in the model's folder"),
+    "data that is missing": (elsewhere("gone.bin"), [], "which is not a file in the model's folder"),
     "random numbers": (
         foreign.model([node("RandomNormalLike", ["x"], ["noise"]), node("Add", ["h", "noise"], ["hn"]),
                        node("Identity", ["hn"], ["y"])],
                       [("x", FLOAT, ["batch", 3]), ("h", FLOAT, ["batch", 3])],
                       [("y", FLOAT, ["batch", 3]), ("hn", FLOAT, ["batch", 3])]),
         [], ""),
-    "a state that begins with numbers": (with_default(0.5), [], "state s begins with numbers of its own"),
-    "a model of our own": (foreign.described(foreign.frames(), FRAMES), [], "a model of cellserve's already"),
+    "a state that begins with numbers": (with_default(0.5), [], "state s begins with values other than zero"),
+    "a model of our own": (foreign.described(foreign.frames(), FRAMES), [], "already a model of cellserve"),
     "labels of another number": (foreign.frames(), ["--labels", "a,b,c"], "3 labels for an output of shape [2]"),
     "a rollout into another shape": (foreign.frames(), ["--rollout", "value"], "--rollout value: the output [2]"),
     "a context as long as the step": (foreign.frames(), ["--context", "x=3"], "give from 1 to 2"),
@@ -366,7 +368,7 @@ def test_a_next_version_that_clients_must_change_for_says_so(adopt: Adopt, capsy
     adopt(foreign.deep())
     told = " ".join(capsys.readouterr().out.split())
     assert "carries state [2, 4] float32 (version 2: s [4] float32): clients of mine must change" in told
-    assert "give it another --name if that is not meant" in told
+    assert "if that is not intended, give it another --name" in told
 
 
 def test_adopting_imports_no_tensorflow_and_prints_what_it_found(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cellserve.models.metrics import evaluate, ngram_bits
+from cellserve.models.scoring import evaluate, ngram_bits_per_symbol
 
 
 def test_a_class_is_judged_by_the_last_valid_output() -> None:
@@ -33,8 +33,8 @@ def test_classes_of_every_time_step_are_judged_by_their_probabilities_in_bits() 
 def test_n_grams_mix_in_shorter_ones_where_they_have_seen_little() -> None:
     # Of 5 symbols of 2 kinds two were 1, and after 0 came 1 alone, twice.
     seen, told = np.array([0, 1, 0, 1, 0]), np.array([0, 1])
-    assert ngram_bits(seen, told, 2, order=1) == pytest.approx(-np.log2((2 + 2 / 2) / 7))
-    assert ngram_bits(seen, told, 2, order=2) == pytest.approx(-np.log2((2 + 1 * 3 / 7) / 3))
+    assert ngram_bits_per_symbol(seen, told, 2, order=1) == pytest.approx(-np.log2((2 + 2 / 2) / 7))
+    assert ngram_bits_per_symbol(seen, told, 2, order=2) == pytest.approx(-np.log2((2 + 1 * 3 / 7) / 3))
 
 
 def test_a_shape_that_cannot_be_scored_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Imports TensorFlow without its chatter: it writes to the process's error stream before its log level can be set."""
+"""Imports TensorFlow silently: it writes to the process's error stream before its log level can be set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def import_tensorflow() -> None:
         ImportError: TensorFlow is not installed; the message names the extra that brings it.
     """
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # says so on import, and other bits on other processors
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it prints a notice, and its bits differ between processors
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ["KERAS_BACKEND"] = "tensorflow"
     sys.stderr.flush()
@@ -27,7 +27,7 @@ def import_tensorflow() -> None:
             import keras  # noqa: F401
             import tensorflow as tf
 
-            tf.constant(0) + tf.constant(0)  # its first operation is what makes it look for devices
+            tf.constant(0) + tf.constant(0)  # the first operation makes it look for devices
         except ImportError as error:
             raise ImportError(
                 f"training and exporting need TensorFlow, which cannot be imported here ({error}): "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cellserve.export.__main__ import main
+from cellserve.export.cli.export import main
 
 
 def saved(path: Path, *inner: Any) -> bytes:
@@ -74,9 +74,9 @@ def incomplete_config(path: Path) -> None:
 
 
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "half a file": (lambda path: path.write_bytes(saved(path)[:2000]), "not the whole of one"),
-    "Python code": (lambda path: path.write_text("import keras"), "it is no .keras archive"),
-    "another archive": (no_config, "it is no .keras archive"),
+    "half a file": (lambda path: path.write_bytes(saved(path)[:2000]), "an incomplete one"),
+    "Python code": (lambda path: path.write_text("import keras"), "it is not a .keras archive"),
+    "another archive": (no_config, "it is not a .keras archive"),
     "a class": (lambda path: saved(path, Unregistered()), "class 'Unregistered' was not registered when"),
     "a class of a file": (registered_elsewhere, "class 'Elsewhere' (registered as 'theirs>Elsewhere') is not"),
     "a function": (lambda path: saved(path, layers.Dense(2, activation=squared)), "the function 'squared' was not reg"),
