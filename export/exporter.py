@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +24,8 @@ from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 from cellserve.export.publish import compatibility, repository_writer
 from cellserve.export.report import html
-from cellserve.export.report.console import Results, show
-from cellserve.export.verify.benchmark import side_by_side
+from cellserve.export.report.console import REPORT_NAME, Results, show
+from cellserve.export.verify.benchmark import Alternatives, alternatives
 from cellserve.export.verify.evaluation import TestData
 from cellserve.models import cells  # noqa: F401  registers the cells for loading
 from cellserve.models.signature import (
@@ -39,7 +40,6 @@ from cellserve.models.signature import (
 )
 from cellserve.service.runtime.onnx_model import Runtime
 
-REPORT_NAME = "report.html"  # written beside the model for people; the service does not read it
 LIBRARIES = ("keras", "onnx", "onnxruntime", "tensorflow", "tf2onnx")
 
 
@@ -59,55 +59,95 @@ class ExportRequest:
     imports: tuple[Path, ...] = ()
     precision: Precision = "float32"
     tolerance: float | None = None  # allowed loss of each test metric; None for the default
+    quick: bool = False  # leaves out the times of tf2onnx's conversion and of Keras
 
 
-def export(request: ExportRequest, console: Console) -> Path:
-    """Exports one network; returns the folder that it was written to.
+def export(request: ExportRequest, console: Console, progress: Callable[[str], None] = lambda stage: None) -> Path:
+    """Exports one network and prints the results; returns the folder that it was written to.
+
+    Args:
+        request: What to export, and how.
+        console: Where to print the results.
+        progress: Called with a description of each stage as it begins.
+
+    Raises:
+        ExportError: It cannot be exported, or a proof failed; nothing has been written.
+    """
+    folder, results = write_model(request, progress)
+    show(console, folder, results)
+    return folder
+
+
+def write_model(request: ExportRequest, progress: Callable[[str], None]) -> tuple[Path, Results]:
+    """Exports one network; returns the folder that it was written to, and the results.
 
     Raises:
         ExportError: It cannot be exported, or a proof failed; nothing has been written.
     """
     repository_writer.check_writable(request.artifacts, request.name, request.version)
+    progress(f"loading {request.network}")
     for path in request.imports:
         _import(path)
     card = _card(request.network)
-    with console.status("loading") as status:
-        network = network_of(load(request.network))
-        document = _document(request, network, card)
-        data = _test_data(request, network)
-        tried = candidates.build_candidates(network, document, progress=status.update)
-        quantized: QuantizationResult | None = None
-        if data and request.precision != "float32":
-            quantized = quantize(tried, request.precision, document, data, request.tolerance, status.update)
-            tried = quantized.tried
-        chosen = quantized.candidate if quantized else candidates.best(tried)
-        status.update("measuring beside tf2onnx and Keras")
-        measured = [chosen, quantized.float32] if quantized else [chosen]
-        runtimes = [candidates.open_model(each.model, each.step, document) for each in measured]
-        timings, tf2onnx = side_by_side(network, *runtimes)
-        status.update("evaluating on the test data")
-        metrics = _metrics(data, runtimes[0]) if data else {}
-        document = document.model_copy(
-            update={
-                "precision": request.precision,
-                "form": chosen.name,
-                "operators": chosen.operators,
-                "parity": _parity_figures(chosen, quantized),
-                "exactness": chosen.exactness,
-                "timings": {"unit": "microseconds a run, 1 thread, by batch x time", "tf2onnx": tf2onnx, **timings},
-                "metrics": {**card.get("metrics", {}), **{name: ours for name, (ours, _) in metrics.items()}},
-            }
-        )
-        files = {MODEL_NAME: candidates.with_document(chosen.model, document)}
-        if chosen.step:
-            files[STEP_NAME] = candidates.with_document(chosen.step, document)
-        warning = compatibility.warning(request.artifacts, request.name, document.signature)
-        size = sum(map(len, files.values()))
-        results = Results(document, chosen, tried, size, timings, tf2onnx, metrics, quantized, warning)
-        files[REPORT_NAME] = html.render(results, network).encode()
-        folder = repository_writer.write(request.artifacts, request.name, request.version, files)
-    show(console, str(folder), results)
-    return folder
+    network = network_of(load(request.network))
+    document = _document(request, network, card)
+    data = _test_data(request, network)
+    tried = candidates.build_candidates(network, document, progress)
+    beside = Alternatives()
+    if not request.quick:
+        progress("converting with tf2onnx alone, to compare times")
+        beside = alternatives(network)
+    quantized: QuantizationResult | None = None
+    if data and request.precision != "float32":
+        progress("measuring the float32 forms in turn")
+        tried, _ = candidates.measure(tried, document)
+        quantized = quantize(tried, request.precision, document, data, request.tolerance, beside, progress)
+        tried, others = quantized.tried, quantized.others
+    else:
+        progress("measuring all forms in turn")
+        tried, others = candidates.measure(tried, document, beside)
+    chosen = quantized.candidate if quantized else candidates.best(tried)
+    timings = _timings(chosen, quantized, others)
+    metrics: dict[str, tuple[float, float]] = {}
+    if data:
+        progress("evaluating on the test data")
+        metrics = _metrics(data, candidates.open_model(chosen.model, chosen.step, document))
+    document = document.model_copy(
+        update={
+            "precision": request.precision,
+            "form": chosen.name,
+            "operators": chosen.operators,
+            "parity": _parity_figures(chosen, quantized),
+            "exactness": chosen.exactness,
+            "timings": {
+                "unit": "microseconds a run, 1 thread, by batch x time",
+                "tf2onnx": beside.operators,
+                **timings,
+            },
+            "metrics": {**card.get("metrics", {}), **{name: ours for name, (ours, _) in metrics.items()}},
+        }
+    )
+    progress("writing the model and its report")
+    files = {MODEL_NAME: candidates.with_document(chosen.model, document)}
+    if chosen.step:
+        files[STEP_NAME] = candidates.with_document(chosen.step, document)
+    warning = compatibility.warning(request.artifacts, request.name, document.signature)
+    size = sum(map(len, files.values()))
+    results = Results(document, chosen, tried, size, timings, beside.operators, metrics, quantized, warning)
+    files[REPORT_NAME] = html.render(results, network).encode()
+    return repository_writer.write(request.artifacts, request.name, request.version, files), results
+
+
+def _timings(
+    chosen: Candidate, quantized: QuantizationResult | None, others: dict[str, dict[str, float | None]]
+) -> dict[str, dict[str, float | None]]:
+    """Microseconds per run by "batch x time", then by maker: the same measurement as each form's own times."""
+    table: dict[str, dict[str, float | None]] = {}
+    for shape, ours in chosen.microseconds.items():
+        table[shape] = {**others[shape], "ours": ours}
+        if quantized:
+            table[shape]["float32"] = quantized.float32.microseconds[shape]
+    return table
 
 
 def _test_data(request: ExportRequest, network: StatefulNetwork | SequenceNetwork) -> TestData | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 from cellserve.export.onnx_graph.step_model import StepModelBuilder
 from cellserve.export.onnx_graph.tf_trace import trace_step
 from cellserve.export.verify import benchmark
+from cellserve.export.verify.benchmark import Alternatives
 from cellserve.export.verify.parity import Parity, Reference, SequenceReference
 from cellserve.models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
 from cellserve.service.runtime.batch_invariance import FULL_PLAN, check_batch_invariance
@@ -42,7 +43,7 @@ class Candidate:
     built_step: onnx.ModelProto | None  # that graph, whether used or not
     parity: Parity
     exactness: Exactness
-    microseconds: dict[str, float]  # time of one run, by "batch x time"
+    microseconds: dict[str, float] = field(default_factory=dict)  # time of one run, by "batch x time", once measured
 
     @property
     def time(self) -> float:
@@ -65,7 +66,7 @@ def build_candidates(
     document: ModelDocument,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> list[Candidate]:
-    """Builds, proves and measures every candidate of a network.
+    """Builds and proves every candidate of a network; their times are not measured yet.
 
     Args:
         network: The network.
@@ -94,8 +95,8 @@ def build_candidates(
             parity = reference.compare(open_model(model, step_or_none, document))
             if parity.failed:
                 raise ProofFailed(_explain(name, parity))
-        candidates.append(measure_candidate(name, (model, step), parity, document, progress))
-    return measure_interleaved(candidates, document) if len(candidates) > 1 else candidates
+        candidates.append(prove_candidate(name, (model, step), parity, document, progress))
+    return candidates
 
 
 def reference_of(network: StatefulNetwork | SequenceNetwork) -> Reference | SequenceReference:
@@ -103,20 +104,17 @@ def reference_of(network: StatefulNetwork | SequenceNetwork) -> Reference | Sequ
     return SequenceReference(network) if isinstance(network, SequenceNetwork) else Reference(network)
 
 
-def measure_candidate(
+def prove_candidate(
     name: str, graphs: Graphs, parity: Parity, document: ModelDocument, progress: Callable[[str], None]
 ) -> Candidate:
-    """Measures a candidate and proves its bit identity; keeps its graph for single steps if that is worth it."""
+    """Proves a candidate's bit identity; keeps its graph for single steps if that is worth it."""
     model, step = graphs
-    progress(f"measuring: {name}")
-    kept = step if step and _step_is_faster(model, step, document) else None
     progress(f"proving bit identity: {name}")
+    kept = step if step and _step_is_faster(model, step, document) else None
     exactness = _prove(model, kept, document)
     if kept and not exactness.proved:
         kept, exactness = None, _prove(model, None, document)
-    runs = benchmark.runs(open_model(model, kept, document), benchmark.shapes(document.signature))
-    microseconds = {shape: benchmark.microseconds(run) for shape, run in runs.items()}
-    return Candidate(name, model, kept, step, parity, exactness, microseconds)
+    return Candidate(name, model, kept, step, parity, exactness)
 
 
 def best(candidates: list[Candidate]) -> Candidate:
@@ -125,17 +123,23 @@ def best(candidates: list[Candidate]) -> Candidate:
     return min(exact, key=lambda candidate: candidate.time)
 
 
-def measure_interleaved(candidates: Sequence[Candidate], document: ModelDocument) -> list[Candidate]:
-    """Measures candidates again, in turn, so that their times are from the same moments of the machine."""
-    shapes = benchmark.shapes(document.signature)
-    runtimes = [open_model(candidate.model, candidate.step, document) for candidate in candidates]
-    runs = {str(place): benchmark.runs(runtime, shapes) for place, runtime in enumerate(runtimes)}
-    times: list[dict[str, float]] = [{} for _ in candidates]
-    for shape in (f"{batch}x{steps}" for batch, steps in shapes):
-        taken = benchmark.time_interleaved({place: by_shape[shape] for place, by_shape in runs.items()})
-        for place, microseconds in taken.items():
-            times[int(place)][shape] = microseconds or 0.0
-    return [replace(candidate, microseconds=each) for candidate, each in zip(candidates, times, strict=True)]
+def measure(
+    candidates: Sequence[Candidate], document: ModelDocument, beside: Alternatives = Alternatives()
+) -> tuple[list[Candidate], dict[str, dict[str, float | None]]]:
+    """Measures candidates in turn, so that their times are from the same moments of the machine.
+
+    Args:
+        candidates: The candidates.
+        document: Has their signature.
+        beside: What is timed in the same rounds.
+
+    Returns:
+        The candidates with their times; the times of the alternatives, by "batch x time" and maker.
+    """
+    forms = [open_model(candidate.model, candidate.step, document) for candidate in candidates]
+    ours, others = benchmark.measure(forms, beside)
+    timed = [replace(candidate, microseconds=each) for candidate, each in zip(candidates, ours, strict=True)]
+    return timed, others
 
 
 def _prove(model: onnx.ModelProto, step: onnx.ModelProto | None, document: ModelDocument) -> Exactness:
@@ -150,7 +154,7 @@ def _step_is_faster(model: onnx.ModelProto, step: onnx.ModelProto, document: Mod
     ratios = []
     for shape in with_step:
         times = benchmark.time_interleaved({"with": with_step[shape], "without": without[shape]})
-        ratios.append((times["without"] or 0) / (times["with"] or 1))
+        ratios.append(times["without"] / times["with"])
     return float(np.exp(np.mean(np.log(ratios)))) > 1.1
 
 

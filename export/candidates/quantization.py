@@ -15,21 +15,24 @@ from cellserve.export.candidates import candidates
 from cellserve.export.candidates.candidates import Candidate
 from cellserve.export.candidates.quantization_schemes import SCHEMES, Ranges, digest, products
 from cellserve.export.errors import ExportError, first_line
+from cellserve.export.verify.benchmark import Alternatives
 from cellserve.export.verify.evaluation import TestData
 from cellserve.models.signature import ModelDocument
 
-# Default losses allowed: for accuracy a share of all sequences, for RMSE a share of its float32 value.
-TOLERANCES = {"accuracy": 0.01, "rmse": 0.01}
+# Default losses allowed: for accuracy a share of all sequences, for errors a share of their float32 value.
+TOLERANCES = {"accuracy": 0.01, "rmse": 0.01, "bits": 0.01}
+_ERRORS = ("rmse", "bits")  # metrics of which less is better
 _ROWS, _STEPS = 64, 200  # amount of test data used for calibration
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizationResult:
-    """The chosen candidate in lower precision, beside the best float32 candidate."""
+    """The chosen candidate in lower precision, beside the best float32 candidate, all measured together."""
 
     candidate: Candidate
     float32: Candidate
     tried: list[Candidate]  # all within tolerance
+    others: dict[str, dict[str, float | None]]  # times of the alternatives, by "batch x time" and maker
     rejected: list[str]  # why the others were not used, with the loss of each
     before: dict[str, float]  # test metrics in float32
     after: dict[str, float]  # test metrics of the chosen candidate
@@ -62,12 +65,22 @@ def quantize(
     document: ModelDocument,
     data: TestData,
     tolerance: float | None = None,
+    beside: Alternatives = Alternatives(),
     progress: Callable[[str], None] = lambda stage: None,
 ) -> QuantizationResult:
     """Rewrites a network in lower precision with every scheme, and takes the fastest exact result within tolerance.
 
     Of those within a tenth of the fastest it takes the smallest. Two candidates are rewritten: the best float32 one,
     and the one without recurrent operators, as only products outside operators can become int8.
+
+    Args:
+        tried: The float32 candidates, measured.
+        precision: The lower precision.
+        document: Has the model's signature.
+        data: The test data.
+        tolerance: Allowed loss of each test metric; None for the default.
+        beside: What is timed beside the results.
+        progress: Called with a description of each stage.
 
     Raises:
         ExportError: Each result loses more than the tolerance on the test data.
@@ -100,7 +113,7 @@ def quantize(
                 rejected.append((violation[0], f"{name}: {violation[1]}"))
                 continue
             parity = reference.compare(runtime, allow_float32_error=False)
-            accepted.append(candidates.measure_candidate(name, (model, step), parity, document, progress))
+            accepted.append(candidates.prove_candidate(name, (model, step), parity, document, progress))
     if not accepted:
         raise ExportError(
             f"{precision}: on {data.path}, {min(rejected)[1]}; nothing was written: give a larger --tolerance, "
@@ -108,11 +121,11 @@ def quantize(
             if rejected
             else f"{precision}: the network has no weights that could be quantized; nothing was written"
         )
-    progress("measuring all candidates in turn")
-    best, *accepted = candidates.measure_interleaved([best, *accepted], document)
+    progress("measuring all forms in turn")
+    (best, *accepted), others = candidates.measure([best, *accepted], document, beside)
     chosen = _choose(accepted)
     reasons = [text for _, text in rejected]
-    return QuantizationResult(chosen, best, accepted, reasons, before, metrics[chosen.name], limits.allowed)
+    return QuantizationResult(chosen, best, accepted, others, reasons, before, metrics[chosen.name], limits.allowed)
 
 
 def _choose(accepted: list[Candidate]) -> Candidate:
@@ -124,7 +137,7 @@ def _choose(accepted: list[Candidate]) -> Candidate:
 
 
 def _loss(metric: str, before: float, after: float) -> float:
-    if _kind(metric) == "rmse":
+    if _kind(metric) in _ERRORS:
         return (after - before) / (before or 1.0)
     return before - after
 

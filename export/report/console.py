@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +13,8 @@ from rich.table import Table
 from cellserve.export.candidates.candidates import Candidate
 from cellserve.export.candidates.quantization import QuantizationResult
 from cellserve.models.signature import ModelDocument
+
+REPORT_NAME = "report.html"  # written beside the model for people; the service does not read it
 
 # How a candidate was run for the parity check, in words.
 RUNS = {
@@ -29,23 +33,23 @@ class Results:
     chosen: Candidate
     tried: list[Candidate]
     size: int  # total size of the model files, in bytes
-    timings: dict[str, dict[str, float | None]]  # microseconds per run: by batch x time, then tf2onnx, ours, keras
+    timings: dict[str, dict[str, float | None]]  # microseconds per run: by batch x time, then by maker; always "ours"
     tf2onnx: str  # operators that tf2onnx writes for the recurrences; "" if it cannot convert them
     metrics: dict[str, tuple[float, float]]  # test metric -> (ONNX, Keras)
     quantized: QuantizationResult | None  # for a precision lower than float32
     warning: str  # changes that clients of the previous version must make; empty if none
 
 
-def show(console: Console, path: str, results: Results) -> None:
+def show(console: Console, folder: Path, results: Results) -> None:
     """Prints the results of an export.
 
     Args:
         console: The console to print to.
-        path: The folder of the model.
+        folder: The folder of the model.
         results: The results.
     """
     chosen, quantized, signature = results.chosen, results.quantized, results.document.signature
-    table = Table(title=f"exported {path}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(title=f"exported {escape(str(folder))}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     operators = ", ".join(f"{name} {count}" if count > 1 else name for name, count in chosen.operators.items())
     steps = ", with a graph of its own for single steps" if chosen.step else ""
     table.add_row("form", escape(chosen.name + steps + _others(chosen, results.tried, quantized)))
@@ -74,17 +78,31 @@ def show(console: Console, path: str, results: Results) -> None:
     if results.warning:
         table.add_row("[bold]warning[/bold]", f"[bold]{escape(results.warning)}[/bold]")
     console.print(table)
-    times = Table(title="microseconds a run, 1 thread", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    others = {"tf2onnx": "tf2onnx", **({"float32": "float32"} if quantized else {}), "keras": "Keras"}
-    columns = {**others, "tf2onnx": tf2onnx_words(results)}
-    headings = [*list(columns.values())[:-1], "ours", "Keras", *(f"{heading} / ours" for heading in others.values())]
-    for heading in ("batch x time", *headings):
-        times.add_column(heading, justify="right")
+    console.print(_times(results))
+    console.print("report", folder / REPORT_NAME, "in a browser", markup=False, highlight=False, soft_wrap=True)
+    console.print("serve ", serve_command(folder), markup=False, highlight=False, soft_wrap=True)
+
+
+def serve_command(folder: Path) -> str:
+    """The command that serves the repository that a version's folder is in."""
+    artifacts = folder.parent.parent
+    return "cellserve serve" + (f" --models {shlex.quote(str(artifacts))}" if artifacts != Path("artifacts") else "")
+
+
+def _times(results: Results) -> Table:
+    """The times of the chosen form, beside those of the alternatives that were measured."""
+    table = Table(title="microseconds a run, 1 thread", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    words = {"tf2onnx": tf2onnx_words(results), "float32": "float32", "ours": "ours", "keras": "Keras"}
+    makers = [maker for maker in words if maker in next(iter(results.timings.values()))]
+    others = [maker for maker in makers if maker != "ours"]
+    ratios = [f"{'tf2onnx' if maker == 'tf2onnx' else words[maker]} / ours" for maker in others]
+    for heading in ("batch x time", *(words[maker] for maker in makers), *ratios):
+        table.add_column(heading, justify="right")
     for shape, row in results.timings.items():
-        cells = [f"{row[name]:.0f}" if row[name] else "-" for name in (*list(others)[:-1], "ours", "keras")]
-        ratios = [f"{row[name] / row['ours']:.1f}" if row[name] and row["ours"] else "-" for name in others]  # type: ignore[operator]
-        times.add_row(shape, *cells, *ratios)
-    console.print(times)
+        cells = [f"{time:.0f}" if (time := row[maker]) else "-" for maker in makers]
+        shares = [f"{time / ours:.1f}" if (time := row[maker]) and (ours := row["ours"]) else "-" for maker in others]
+        table.add_row(shape, *cells, *shares)
+    return table
 
 
 def _graphs(chosen: Candidate, quantized: QuantizationResult) -> str:

@@ -116,7 +116,7 @@ def _times(results: Results) -> str:
         bodies.append(f"<tbody>{''.join(lines)}</tbody>")
     slower = slower_than_float32(results)
     told = f'<p class="bad">{escape(slower.capitalize())}</p>' if slower else ""
-    caption = "<caption>One run, beside the alternatives; the bars of a group share one scale.</caption>"
+    caption = "<caption>One run of the form that is used; the bars of a group share one scale.</caption>"
     return f'{told}<table class="bars">{caption}{"".join(bodies)}</table>'
 
 

@@ -1,10 +1,10 @@
-"""Times runs of models, interleaved: ours, tf2onnx's conversion of Keras's loop, and Keras."""
+"""Times runs of models, interleaved: forms of a network, tf2onnx's conversion of Keras's loop, and Keras."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from cellserve.service.runtime.tensor_layout import unpack
 
 _RECURRENT = ("Loop", "Scan", "LSTM", "GRU", "RNN")  # operators that tf2onnx may write for a recurrence
 SHAPES = ((1, 1), (64, 1), (1, 50), (8, 50), (64, 50))  # batch x time
+_ROUNDS, _SECONDS = 5, 0.01  # rounds of a measurement, and the shortest time of one run's turn in a round
+Run = Callable[[], Any]
 
 
 def shapes(signature: Signature) -> tuple[tuple[int, int], ...]:
@@ -32,45 +34,75 @@ def shapes(signature: Signature) -> tuple[tuple[int, int], ...]:
     return (1, steps), (8, steps)
 
 
-def side_by_side(
-    network: StatefulNetwork | SequenceNetwork, ours: Runtime, float32: Runtime | None = None
-) -> tuple[dict[str, dict[str, float | None]], str]:
-    """Measures tf2onnx's own conversion, our model and Keras, interleaved.
+@dataclass(frozen=True, slots=True)
+class Alternatives:
+    """What the network is timed beside: tf2onnx's own conversion and Keras; nothing by default."""
+
+    makers: Mapping[str, Callable[[Any, list[Any]], Run | None]] = field(default_factory=dict)  # (x, states) -> a run
+    operators: str = ""  # operators that tf2onnx writes for the recurrences; "" if it cannot convert them
+
+
+def alternatives(network: StatefulNetwork | SequenceNetwork) -> Alternatives:
+    """Converts a network with tf2onnx alone, and prepares Keras's own run."""
+    session, operators = _tf2onnx(network)
+    count = len(network.inputs)
+    # One trace for all shapes: a trace for each takes longer than the runs.
+    keras_run = tf.function(
+        lambda *tensors: network.run(tensors[:count], tensors[count:]),
+        input_signature=_specs(network),
+        autograph=False,
+    )
+
+    def keras(x: Any, states: list[Any]) -> Run | None:
+        tensors = [tf.constant(array) for array in (*unpack(x), *states)]
+        return _if_it_runs(lambda: keras_run(*tensors))
+
+    return Alternatives({"tf2onnx": lambda x, states: _tf2onnx_run(session, x, states), "keras": keras}, operators)
+
+
+def measure(
+    forms: Sequence[Runtime], beside: Alternatives = Alternatives()
+) -> tuple[list[dict[str, float]], dict[str, dict[str, float | None]]]:
+    """Measures forms of one network and the alternatives, all in turn.
 
     Args:
-        network: The network.
-        ours: Our model.
-        float32: The float32 model, measured too if `ours` has lower precision.
+        forms: The forms, which have one signature.
+        beside: The alternatives.
 
     Returns:
-        Microseconds per run by shape and maker; the operators that tf2onnx writes for the recurrences, or "".
+        Microseconds per run, by "batch x time": of each form; and of each alternative by its maker, None if it cannot
+        be run.
     """
-    signature = ours.signature
-    theirs, operators = _tf2onnx(network)
-    keras_run = tf.function(network.run, autograph=False)
     rng = np.random.default_rng(2)
-    table: dict[str, dict[str, float | None]] = {}
-    for batch, steps in shapes(signature):
-        x, states = random_inputs(signature, batch, steps, rng)
-        inputs = [tf.constant(array) for array in unpack(x)]
-        runs: dict[str, Callable[[], Any] | None] = {
-            "tf2onnx": _tf2onnx_run(theirs, x, states),
-            "ours": _ours(ours, x, states),
-            **({"float32": _ours(float32, x, states)} if float32 else {}),
-            "keras": partial(keras_run, inputs, list(map(tf.constant, states))),
-        }
-        table[f"{batch}x{steps}"] = time_interleaved(runs)
-    return table, operators
+    ours: list[dict[str, float]] = [{} for _ in forms]
+    others: dict[str, dict[str, float | None]] = {}
+    for batch, steps in shapes(forms[0].signature):
+        shape = f"{batch}x{steps}"
+        x, states = random_inputs(forms[0].signature, batch, steps, rng)
+        made = {name: maker(x, states) for name, maker in beside.makers.items()}
+        runs = {str(place): _ours(form, x, states) for place, form in enumerate(forms)}
+        times = time_interleaved({**runs, **{name: run for name, run in made.items() if run}})
+        for place, form_times in enumerate(ours):
+            form_times[shape] = times[str(place)]
+        others[shape] = {name: times.get(name) for name in made}
+    return ours, others
 
 
-def time_interleaved(runs: Mapping[str, Callable[[], Any] | None], rounds: int = 5) -> dict[str, float | None]:
-    """Times several runs round by round, so that a slow moment of the machine affects all of them."""
+def time_interleaved(runs: Mapping[str, Run]) -> dict[str, float]:
+    """Microseconds per run; runs take turns, round by round, so that a slow moment of the machine affects them all."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for run in runs.values():
+        run()  # the first run of a shape allocates memory
+    for _ in range(_ROUNDS):
         for name, run in runs.items():
-            if run:
-                taken[name].append(microseconds(run, seconds=0.02))
-    return {name: float(np.median(times)) if times else None for name, times in taken.items()}
+            taken[name].append(microseconds(run))
+    return {name: float(np.median(times)) for name, times in taken.items()}
+
+
+def _specs(network: StatefulNetwork | SequenceNetwork) -> list[Any]:
+    """The inputs and states of a run over whole sequences, for any batch and any number of time steps."""
+    specs = [tf.TensorSpec([None, None, *spec.shape], spec.dtype) for spec in network.inputs]
+    return specs + [tf.TensorSpec([None, *state.shape], state.dtype) for state in network.signature.states]
 
 
 def _tf2onnx(network: StatefulNetwork | SequenceNetwork) -> tuple[ort.InferenceSession | None, str]:
@@ -81,13 +113,11 @@ def _tf2onnx(network: StatefulNetwork | SequenceNetwork) -> tuple[ort.InferenceS
         outputs, following = network.run(tensors[:count], tensors[count:])
         return [tf.identity(tensor) for tensor in (*outputs, *following)]
 
-    specs = [tf.TensorSpec([None, None, *spec.shape], spec.dtype) for spec in network.inputs]
-    specs += [tf.TensorSpec([None, *state.shape], state.dtype) for state in network.signature.states]
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        model = convert(run, specs, network.model)
+        model = convert(run, _specs(network), network.model)
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception:
         return None, ""
@@ -95,36 +125,38 @@ def _tf2onnx(network: StatefulNetwork | SequenceNetwork) -> tuple[ort.InferenceS
     return session, ", ".join(operator for operator in _RECURRENT if operator in operators)
 
 
-def _tf2onnx_run(session: ort.InferenceSession | None, x: Any, states: list[Any]) -> Callable[[], Any] | None:
+def _tf2onnx_run(session: ort.InferenceSession | None, x: Any, states: list[Any]) -> Run | None:
     """A run of tf2onnx's conversion, to be timed; None if it fails."""
     if session is None:
         return None
     feed = dict(zip((tensor.name for tensor in session.get_inputs()), (*unpack(x), *states), strict=True))
+    return _if_it_runs(lambda: session.run(None, feed))
+
+
+def _if_it_runs(run: Run) -> Run | None:
     try:
-        session.run(None, feed)
-    except Exception:
+        run()
+    except Exception:  # from TensorFlow, Keras or ONNX Runtime
         return None
-    return lambda: session.run(None, feed)
+    return run
 
 
-def _ours(runtime: Runtime, x: Any, states: list[Any]) -> Callable[[], Any]:
+def _ours(runtime: Runtime, x: Any, states: list[Any]) -> Run:
     lengths = np.full(len(x), x.shape[1], np.int32)
     return lambda: runtime.run(x, lengths, states)
 
 
-def runs(runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
+def runs(runtime: Runtime, shapes: Iterable[tuple[int, int]]) -> dict[str, Run]:
     """Runs of a model, to be timed, by "batch x time"."""
     rng = np.random.default_rng(2)
     return {f"{b}x{t}": _ours(runtime, *random_inputs(runtime.signature, b, t, rng)) for b, t in shapes}
 
 
-def microseconds(run: Callable[[], Any], seconds: float = 0.1) -> float:
-    """Median time of a run in microseconds, over about `seconds` after a warm-up."""
-    for _ in range(3):
-        run()
+def microseconds(run: Run, seconds: float = _SECONDS) -> float:
+    """Median time of a run in microseconds, over at least `seconds`."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
-    while len(taken) < 5 or time.perf_counter() < end:
+    while not taken or time.perf_counter() < end:
         start = time.perf_counter()
         run()
         taken.append(time.perf_counter() - start)
