@@ -128,7 +128,8 @@ def make(folder: Path) -> dict[str, Any]:
     from cellserve.models.tensorflow_import import import_tensorflow
 
     import_tensorflow()
-    from cellserve.export.exporter import ExportRequest, export
+    from cellserve.export.exporter import export
+    from cellserve.export.request import ExportRequest
     from cellserve.service.runtime.onnx_model import Runtime
 
     own = weights()

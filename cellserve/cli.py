@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"cellserve: there is no command {name!r}: choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        print(f"cellserve: there is no command {name!r}{meant}: choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module, _, extra = COMMANDS[name]
     try:

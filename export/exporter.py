@@ -5,27 +5,26 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
 from cellserve.export.candidates import candidates
 from cellserve.export.candidates.candidates import Candidate
 from cellserve.export.candidates.quantization import QuantizationResult, quantize
-from cellserve.export.errors import ExportError, Unsteppable
+from cellserve.export.errors import ExportError, Unsteppable, explain_unforeseen
 from cellserve.export.keras_model.load import load
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 from cellserve.export.publish import compatibility, repository_writer
 from cellserve.export.report import html
 from cellserve.export.report.console import REPORT_NAME, Results, show
-from cellserve.export.verify.benchmark import Alternatives, alternatives
+from cellserve.export.request import ExportRequest
+from cellserve.export.verify.benchmark import NO_ALTERNATIVES, alternatives
 from cellserve.export.verify.evaluation import TestData
 from cellserve.models import cells  # noqa: F401  registers the cells for loading
 from cellserve.models.signature import (
@@ -33,33 +32,12 @@ from cellserve.models.signature import (
     STEP_NAME,
     Exactness,
     ModelDocument,
-    Precision,
-    Rollout,
     checked_labels,
     rollout_misfit,
 )
 from cellserve.service.runtime.onnx_model import Runtime
 
 LIBRARIES = ("keras", "onnx", "onnxruntime", "tensorflow", "tf2onnx")
-
-
-@dataclass(frozen=True, slots=True)
-class ExportRequest:
-    """Which network to export, how, and what its model file says about it."""
-
-    network: Path
-    name: str
-    artifacts: Path = Path("artifacts")
-    version: int | None = None
-    labels: tuple[str, ...] | None = None  # labels, description, default_output and rollout override the network's card
-    description: str | None = None
-    default_output: Literal["last", "all"] | None = None
-    rollout: Rollout | None = None
-    data: Path | None = None
-    imports: tuple[Path, ...] = ()
-    precision: Precision = "float32"
-    tolerance: float | None = None  # allowed loss of each test metric; None for the default
-    quick: bool = False  # leaves out the times of tf2onnx's conversion and of Keras
 
 
 def export(request: ExportRequest, console: Console, progress: Callable[[str], None] = lambda stage: None) -> Path:
@@ -84,16 +62,25 @@ def write_model(request: ExportRequest, progress: Callable[[str], None]) -> tupl
     Raises:
         ExportError: It cannot be exported, or a proof failed; nothing has been written.
     """
-    repository_writer.check_writable(request.artifacts, request.name, request.version)
+    request.check()
+    try:
+        return _write_model(request, progress)
+    except (ExportError, OSError):
+        raise
+    except Exception as error:  # from Keras, TensorFlow, NumPy, tf2onnx, ONNX or ONNX Runtime
+        raise ExportError(explain_unforeseen(error)) from error
+
+
+def _write_model(request: ExportRequest, progress: Callable[[str], None]) -> tuple[Path, Results]:
     progress(f"loading {request.network}")
     for path in request.imports:
         _import(path)
-    card = _card(request.network)
+    card = request.card()
     network = network_of(load(request.network))
     document = _document(request, network, card)
     data = _test_data(request, network)
     tried = candidates.build_candidates(network, document, progress)
-    beside = Alternatives()
+    beside = NO_ALTERNATIVES
     if not request.quick:
         progress("converting with tf2onnx alone, to compare times")
         beside = alternatives(network)
@@ -153,14 +140,10 @@ def _timings(
 def _test_data(request: ExportRequest, network: StatefulNetwork | SequenceNetwork) -> TestData | None:
     if request.data and isinstance(network, SequenceNetwork):
         raise ExportError(f"--data: a network that cannot be stepped is not scored, leave it out ({network.reason})")
-    path = request.data or _beside(request.network, ".npz")
-    if path and isinstance(network, StatefulNetwork):
-        return TestData(network, path)
+    if request.test_data and isinstance(network, StatefulNetwork):
+        return TestData(network, request.test_data)
     if request.precision != "float32":
-        raise ExportError(
-            f"{request.precision} needs test data, to measure its loss, and a network that can be stepped: "
-            f"give --data FILE.npz (x [n, time, *features], lengths [n], y)"
-        )
+        raise ExportError(f"{request.precision} needs a network that can be stepped: leave the precision out")
     return None
 
 
@@ -187,8 +170,6 @@ def network_of(model: Any) -> StatefulNetwork | SequenceNetwork:
 
 
 def _import(path: Path) -> None:
-    if not path.is_file():
-        raise ExportError(f"--import {path}: no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ExportError(f"--import {path}: not a Python file")
@@ -196,28 +177,11 @@ def _import(path: Path) -> None:
     sys.path.insert(0, folder)  # like a script, it may import its neighbours
     try:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ExportError(f"--import {path}: {type(error).__name__}: {error}") from None
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
-
-
-def _beside(network: Path, suffix: str) -> Path | None:
-    path = network.with_suffix(suffix)
-    return path if path.is_file() else None
-
-
-def _card(network: Path) -> dict[str, Any]:
-    """Reads the network's NAME.card.json, if there is one: labels, metrics, rollout and more, as training wrote it."""
-    path = _beside(network, ".card.json")
-    if path is None:
-        return {}
-    try:
-        card = json.loads(path.read_text())
-    except ValueError as error:
-        raise ExportError(f"{path}: invalid JSON: {error}") from None
-    return dict(card)
 
 
 def _document(

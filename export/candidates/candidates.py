@@ -23,7 +23,7 @@ from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 from cellserve.export.onnx_graph.step_model import StepModelBuilder
 from cellserve.export.onnx_graph.tf_trace import trace_step
 from cellserve.export.verify import benchmark
-from cellserve.export.verify.benchmark import Alternatives
+from cellserve.export.verify.benchmark import NO_ALTERNATIVES, Alternatives
 from cellserve.export.verify.parity import Parity, Reference, SequenceReference
 from cellserve.models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
 from cellserve.service.runtime.batch_invariance import FULL_PLAN, check_batch_invariance
@@ -124,7 +124,7 @@ def best(candidates: list[Candidate]) -> Candidate:
 
 
 def measure(
-    candidates: Sequence[Candidate], document: ModelDocument, beside: Alternatives = Alternatives()
+    candidates: Sequence[Candidate], document: ModelDocument, beside: Alternatives = NO_ALTERNATIVES
 ) -> tuple[list[Candidate], dict[str, dict[str, float | None]]]:
     """Measures candidates in turn, so that their times are from the same moments of the machine.
 

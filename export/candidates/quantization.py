@@ -15,7 +15,7 @@ from cellserve.export.candidates import candidates
 from cellserve.export.candidates.candidates import Candidate
 from cellserve.export.candidates.quantization_schemes import SCHEMES, Ranges, digest, products
 from cellserve.export.errors import ExportError, first_line
-from cellserve.export.verify.benchmark import Alternatives
+from cellserve.export.verify.benchmark import NO_ALTERNATIVES, Alternatives
 from cellserve.export.verify.evaluation import TestData
 from cellserve.models.signature import ModelDocument
 
@@ -65,7 +65,7 @@ def quantize(
     document: ModelDocument,
     data: TestData,
     tolerance: float | None = None,
-    beside: Alternatives = Alternatives(),
+    beside: Alternatives = NO_ALTERNATIVES,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> QuantizationResult:
     """Rewrites a network in lower precision with every scheme, and takes the fastest exact result within tolerance.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cellserve.export.cli.options import add_shared, positive
+from cellserve.export.cli.options import Parser, add_shared, positive
 from cellserve.export.errors import ExportError
 
 EXAMPLE = """\
@@ -25,9 +25,9 @@ docs/adopt.md explains all of this.
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Returns the parser of the command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cellserve adopt",
         description="Takes a stateful ONNX model that was made elsewhere (PyTorch, say) into the repository.",
         epilog=EXAMPLE,
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, 1 if nothing was written, 2 for invalid arguments."""
-    arguments = vars(parser().parse_args(argv))
+    arguments = parser().parse(argv)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     for name in ("constants", "dims", "contexts"):
         arguments[name] = dict(arguments[name])

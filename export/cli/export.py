@@ -9,8 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cellserve.export.cli.options import add_shared
+from cellserve.export.cli.options import Parser, add_shared
 from cellserve.export.errors import ExportError
+from cellserve.export.report.progress import Stages
+from cellserve.export.request import ExportRequest
 
 EXAMPLE = """\
 example:
@@ -24,9 +26,9 @@ or outputs by their names). Nothing is written unless the proofs hold.
 """
 
 
-def parser(prog: str = "cellserve export") -> argparse.ArgumentParser:
+def parser(prog: str = "cellserve export") -> Parser:
     """Returns the parser of the command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Turns a saved Keras network of recurrent layers into one ONNX file that steps exactly.",
         epilog=EXAMPLE,
@@ -50,6 +52,8 @@ def parser(prog: str = "cellserve export") -> argparse.ArgumentParser:
     parser.add_argument("--import", dest="imports", type=Path, action="append", default=[], metavar="FILE.py",
                         help="a Python file that registers your own cells and may import the files beside it; "
                         "repeatable")  # fmt: skip
+    parser.add_argument("--quick", action="store_true",
+                        help="do not time tf2onnx's conversion and Keras beside the model; proofs remain")  # fmt: skip
     return parser
 
 
@@ -65,17 +69,23 @@ def _tolerance(text: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, 1 if nothing was written, 2 for invalid arguments."""
-    arguments = vars(parser().parse_args(argv))
+    arguments = parser().parse(argv)
+    request = ExportRequest(**{**arguments, "imports": tuple(arguments["imports"])})
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console()
     try:
-        # Imported here, so that --help and argument errors are immediate.
-        from cellserve.models.tensorflow_import import import_tensorflow
+        request.check()
+        with Stages(console) as progress:
+            progress("importing TensorFlow")
+            from cellserve.models.tensorflow_import import import_tensorflow
 
-        import_tensorflow()
-        from cellserve.export.exporter import ExportRequest, export
+            import_tensorflow()
+            from cellserve.export.exporter import write_model
+            from cellserve.export.report.console import show
 
-        export(ExportRequest(**{**arguments, "imports": tuple(arguments["imports"])}), Console())
-    except (ExportError, ImportError) as error:
+            folder, results = write_model(request, progress)
+        show(console, folder, results)
+    except (ExportError, ImportError, OSError) as error:
         errors.print(f"cellserve export: {error}", markup=False)
         return 1
     return 0

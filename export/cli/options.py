@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from cellserve.export.errors import did_you_mean
 from cellserve.models.signature import checked_labels, checked_name
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says which flag was meant if there is no such flag."""
+
+    def parse(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        """Parses arguments, by default those of the process; ends the program if they are invalid."""
+        given = sys.argv[1:] if argv is None else list(argv)
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for argument in itertools.takewhile("--".__ne__, given):
+            flag = argument.partition("=")[0]
+            if re.match("--?[A-Za-z]", flag) and not any(each.startswith(flag) for each in known):
+                self.error(f"there is no flag {flag}{did_you_mean('--' + flag.lstrip('-'), known)}")
+        return vars(self.parse_args(given))
 
 
 def add_shared(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import tree
 
+from cellserve.export.errors import note_layer
 from cellserve.export.keras_model.keras_private import calls, graph_of, has_graph, mask_of, set_mask
 
 
@@ -68,7 +69,12 @@ def walk(model: Any, inputs: Sequence[Any], visit: Callable[[Call], Any]) -> lis
                     set_mask(tensor, mask)
             result: Any = walk(node.operation, tree.flatten(args), visit)
         else:
-            result = visit(Call(node.operation, symbolic, args, kwargs))
+            call = Call(node.operation, symbolic, args, kwargs)
+            try:
+                result = visit(call)
+            except Exception as error:
+                note_layer(error, str(call))
+                raise
         values.update(zip(map(id, node.outputs), tree.flatten(result), strict=True))
     return [values[id(tensor)] for tensor in graph.outputs]
 

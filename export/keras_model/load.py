@@ -15,6 +15,7 @@ import keras
 from cellserve.export.errors import ExportError, first_line
 from cellserve.export.keras_model.keras_private import all_layers, has_graph
 from cellserve.export.keras_model.load_errors import explain_load_error
+from cellserve.export.keras_model.network_file import check_network_file
 
 # Arguments of recurrent layers and cells. A dropout draws random numbers even where it has no effect.
 _TRAINING_OR_ONE_SHAPE = ("stateful", "unroll", "dropout", "recurrent_dropout")
@@ -26,8 +27,7 @@ def load(path: Path) -> Any:
     Raises:
         ExportError: There is no such file, or Keras cannot load it.
     """
-    if not path.is_file():
-        raise ExportError(f"{path}: no such file: save the network with model.save({str(path)!r}) and give its path")
+    check_network_file(path)
     try:
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -12,25 +11,17 @@ from typing import Any
 import keras
 
 from cellserve.export.errors import first_line
-
-_LEGACY = (".h5", ".hdf5")  # formats of earlier versions of Keras, which it still loads
+from cellserve.export.keras_model.network_file import config_of
 
 
 def explain_load_error(path: Path, error: Exception) -> str:
     """Returns the reason in one sentence, and what to do.
 
     Args:
-        path: The file.
+        path: The file, which `check_network_file` has let pass.
         error: The exception that Keras raised.
     """
-    if path.suffix not in (".keras", *_LEGACY):
-        return "its name does not end in .keras: give a file that was written by model.save('NAME.keras')"
-    config = _config(path)
-    if path.suffix == ".keras" and config is None:
-        return (
-            "it is not a .keras archive, or an incomplete one: save the network with model.save('NAME.keras') and copy "
-            "the whole file"
-        )
+    config = config_of(path)
     for layer in _objects(config):
         if layer["class_name"] == "Lambda" and "__lambda__" in str(layer["config"]):
             return (
@@ -51,18 +42,10 @@ def explain_load_error(path: Path, error: Exception) -> str:
                 f"@keras.saving.register_keras_serializable(), save the network again, and give the Python file that "
                 f"defines it with --import FILE.py"
             )
+    if isinstance(error, zipfile.BadZipFile):
+        return f"the archive is damaged ({first_line(error)}): copy it again, or save the network again"
     inner = re.findall(r"Exception encountered: (.+)", str(error))
     return f"Keras says {type(error).__name__}: {inner[-1].split('. ')[0] if inner else first_line(error)}"
-
-
-def _config(path: Path) -> Any:
-    """The config in an archive without the part for training, which is not loaded; None if it is not an archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            config = json.loads(archive.read("config.json"))
-        return {key: value for key, value in config.items() if key != "compile_config"}
-    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile):
-        return None
 
 
 def _objects(config: Any) -> Iterator[dict[str, Any]]:

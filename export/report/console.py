@@ -49,7 +49,8 @@ def show(console: Console, folder: Path, results: Results) -> None:
         results: The results.
     """
     chosen, quantized, signature = results.chosen, results.quantized, results.document.signature
-    table = Table(title=f"exported {escape(str(folder))}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    title = f"exported {escape(str(folder))}"
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     operators = ", ".join(f"{name} {count}" if count > 1 else name for name, count in chosen.operators.items())
     steps = ", with a graph of its own for single steps" if chosen.step else ""
     table.add_row("form", escape(chosen.name + steps + _others(chosen, results.tried, quantized)))

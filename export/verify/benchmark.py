@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,13 @@ def shapes(signature: Signature) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True, slots=True)
 class Alternatives:
-    """What the network is timed beside: tf2onnx's own conversion and Keras; nothing by default."""
+    """What the forms of a network are timed beside: tf2onnx's own conversion, and Keras."""
 
-    makers: Mapping[str, Callable[[Any, list[Any]], Run | None]] = field(default_factory=dict)  # (x, states) -> a run
-    operators: str = ""  # operators that tf2onnx writes for the recurrences; "" if it cannot convert them
+    makers: Mapping[str, Callable[[Any, list[Any]], Run | None]]  # (x, states) -> a run to time; None if it fails
+    operators: str  # operators that tf2onnx writes for the recurrences; "" if it cannot convert them
+
+
+NO_ALTERNATIVES = Alternatives({}, "")
 
 
 def alternatives(network: StatefulNetwork | SequenceNetwork) -> Alternatives:
@@ -61,7 +64,7 @@ def alternatives(network: StatefulNetwork | SequenceNetwork) -> Alternatives:
 
 
 def measure(
-    forms: Sequence[Runtime], beside: Alternatives = Alternatives()
+    forms: Sequence[Runtime], beside: Alternatives = NO_ALTERNATIVES
 ) -> tuple[list[dict[str, float]], dict[str, dict[str, float | None]]]:
     """Measures forms of one network and the alternatives, all in turn.
 

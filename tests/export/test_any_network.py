@@ -18,8 +18,9 @@ from tests.networks import DecayingCell, several_ends
 import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers, ops  # isort: skip
 
-from cellserve.export.exporter import ExportRequest, export
+from cellserve.export.exporter import export
 from cellserve.export.onnx_graph.operators import lowering_of, lowers
+from cellserve.export.request import ExportRequest
 from cellserve.models.cells import LSTMCell, RNNCell
 from cellserve.models.signature import MODEL_NAME
 from cellserve.service.runtime.onnx_model import Runtime
