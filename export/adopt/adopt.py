@@ -15,10 +15,12 @@ from rich.console import Console
 from cellserve.export.adopt import reference_loop
 from cellserve.export.adopt.console import show
 from cellserve.export.adopt.graph_editor import ForeignGraph
+from cellserve.export.adopt.runtime_words import reason
 from cellserve.export.adopt.serving_graph import ServableGraph
 from cellserve.export.adopt.state_matching import find_pairs
-from cellserve.export.adopt.tensor_roles import InputFlag, StateFlag, find_roles
-from cellserve.export.errors import ExportError, first_line
+from cellserve.export.adopt.tensor_roles import Context, Flags, InputFlag, OutputFlag, StateFlag, find_roles
+from cellserve.export.adopt.trial import Trial
+from cellserve.export.errors import ExportError
 from cellserve.export.publish import compatibility, repository_writer
 from cellserve.models.signature import MODEL_NAME, Exactness, ModelDocument, Rollout, Signature, rollout_misfit
 from cellserve.service.runtime.batch_invariance import FULL_PLAN, QUICK_PLAN, CheckPlan, NotBatchInvariant, compare_runs
@@ -40,9 +42,10 @@ class AdoptRequest:
     version: int | None = None
     states: tuple[StateFlag, ...] = ()
     inputs: tuple[InputFlag, ...] = ()
+    outputs: tuple[OutputFlag, ...] = ()
     constants: Mapping[str, str] = field(default_factory=dict)
     dims: Mapping[str, int] = field(default_factory=dict)
-    contexts: Mapping[str, int] = field(default_factory=dict)
+    contexts: Mapping[str, Context] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
     description: str = ""
     default_output: Literal["last", "all"] = "all"
@@ -56,26 +59,28 @@ def adopt(request: AdoptRequest, console: Console) -> Path:
         ExportError: It cannot be served, or needs a flag first; nothing has been written.
     """
     try:
-        return _adopt(request, console)
+        with Trial() as trial:
+            return _adopt(request, console, trial)
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise ExportError(f"it does not run row by row and step by step: {first_line(error)}") from None
+        raise ExportError(f"it does not run row by row and step by step: {reason(str(error))}") from None
 
 
-def _adopt(request: AdoptRequest, console: Console) -> Path:
+def _adopt(request: AdoptRequest, console: Console, trial: Trial) -> Path:
     repository_writer.check_writable(request.artifacts, request.name, request.version)
     with console.status("reading") as status:
         graph = ForeignGraph(request.model)
+        graph.fix_dimensions(request.dims)
         constants = {name: graph.freeze_input(name, text) for name, text in request.constants.items()}
         told = {flag.name for flag in request.states} | {flag.name for flag in request.inputs}
         for name in find_pairs(graph.defaults, graph.outputs).keys() | told & {port.name for port in graph.defaults}:
             graph.promote_default_to_input(name)
-        graph.fix_dimensions(request.dims)
-        roles = find_roles(graph.inputs, graph.outputs, request.inputs, request.states, request.contexts)
-        model = ServableGraph(graph, roles, request.contexts)
+        flags = Flags(request.inputs, request.states, request.outputs, request.contexts)
+        roles = find_roles(graph.inputs, graph.outputs, flags, graph.recurrent_inputs)
+        model = ServableGraph(graph, roles, trial)
         status.update("comparing with the original graph")
-        difference = reference_loop.difference(graph.original, roles, model, constants, request.contexts)
+        difference = reference_loop.difference(graph.original, roles, model, constants, trial)
         if not difference <= TOLERANCE:
             raise ExportError(
                 f"its results differ by {difference:.1e} from the original graph in a plain loop: is each :batch_axis "
@@ -111,7 +116,7 @@ def _adopt(request: AdoptRequest, console: Console) -> Path:
         content = model.content(document)
         warning = compatibility.warning(request.artifacts, request.name, document.signature)
         folder = repository_writer.write(request.artifacts, request.name, request.version, {MODEL_NAME: content})
-    show(console, str(folder), document, roles, constants, request.contexts, len(content), warning)
+    show(console, str(folder), document, roles, constants, len(content), warning)
     return folder
 
 
@@ -162,7 +167,7 @@ def _provenance(request: AdoptRequest, graph: ForeignGraph) -> dict[str, str]:
     flags = {
         "constants": ", ".join(f"{name}={text}" for name, text in request.constants.items()),
         "dims": ", ".join(f"{name}={size}" for name, size in request.dims.items()),
-        "context": ", ".join(f"{name}={size}" for name, size in request.contexts.items()),
+        "context": ", ".join(f"{name}={told.entries}" for name, told in request.contexts.items()),
         "producer": f"{told.producer_name} {told.producer_version}".strip(),
     }
     return {

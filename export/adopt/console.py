@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cellserve.export.adopt.tensor_roles import Roles
+from cellserve.export.adopt.tensor_roles import Roles, served_type
 from cellserve.models.signature import ModelDocument, TensorSpec
 
 Array = NDArray[Any]
@@ -22,7 +22,6 @@ def show(
     document: ModelDocument,
     roles: Roles,
     constants: Mapping[str, Array],
-    contexts: Mapping[str, int],
     size: int,
     warning: str,
 ) -> None:
@@ -33,12 +32,15 @@ def show(
     table.add_row("gives", _specs(told.outputs))
     for state in roles.states:
         how = "found by its name" if state.found else "as told"
-        table.add_row(
-            "state",
-            f"{state.port.name} → {state.following} {list(state.shape)}, batch at axis {state.batch_axis}, {how}",
-        )
-    for name, entries in contexts.items():
-        table.add_row("context", f"the last {entries} entries of {name} stand before those of the next step")
+        where = "no batch axis" if state.batch_axis is None else f"batch at axis {state.batch_axis}"
+        table.add_row("state", f"{state.port.name} → {state.following} {list(state.shape)}, {where}, {how}")
+    for role in roles.inputs:
+        if role.context:
+            axis = "" if role.context.axis is None else f" along axis {role.context.axis}"
+            which = f"the last {role.context.entries} entries of {role.port.name}{axis}"
+            table.add_row("context", f"{which} stand before those of the next step")
+    for name, dtype in casts(roles):
+        table.add_row("cast", f"{name}: {dtype} in the graph, {served_type(dtype)} in the service")
     for name, value in constants.items():
         table.add_row("constant", f"{name} = {value.tolist()}")
     table.add_row(
@@ -54,6 +56,12 @@ def show(
     if warning:
         table.add_row("[bold]warning[/bold]", f"[bold]{escape(warning)}[/bold]")
     console.print(table)
+
+
+def casts(roles: Roles) -> list[tuple[str, str]]:
+    """Inputs and states whose type is another one in the service, with their types in the graph."""
+    ports = [role.port for role in roles.inputs] + [role.port for role in roles.states]
+    return [(port.name, port.type) for port in ports if served_type(port.type) != port.type]
 
 
 def _promise(document: ModelDocument) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from onnx import external_data_helper, helper, numpy_helper
 
 from cellserve.export.adopt.onnx_private import all_tensors
 from cellserve.export.adopt.state_matching import Dims, Port
+from cellserve.export.adopt.tensor_roles import Axes, StateRole, listed, served_type, words
 from cellserve.export.errors import ExportError
 from cellserve.export.onnx_graph.builder import all_nodes, count_operators, subgraphs
 from cellserve.models.signature import METADATA_KEY, ModelDocument
@@ -20,7 +21,9 @@ from cellserve.models.signature import METADATA_KEY, ModelDocument
 # Domains whose operators ONNX Runtime has built in; no library of custom operators is ever loaded.
 _DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
 _LARGEST_BYTES = 2**31 - 1  # limit of a protocol buffer
-_AXES_AS_INPUT = 13  # the opset from which Squeeze and Unsqueeze take their axes as an input
+# The opsets from which Squeeze and Unsqueeze take their axes, and Slice its bounds, as inputs; that of Expand.
+_AXES_AS_INPUT, _SLICE_BY_INPUTS, _EXPAND = 13, 10, 8
+_END = 2**62  # beyond any tensor's end
 # Operators that leave the values of an index unchanged on its way to a Gather.
 _PASSING = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
@@ -49,6 +52,7 @@ class ForeignGraph:
             graph.input.remove(port)
         del graph.value_info[:]  # its shapes may change here
         self._front: list[Any] = []
+        self.frozen: dict[str, str] = {}  # inputs that were replaced by constants, with their values as given
 
     @property
     def inputs(self) -> list[Port]:
@@ -82,15 +86,16 @@ class ForeignGraph:
         return count_operators(self.graph)
 
     def freeze_input(self, name: str, text: str) -> np.ndarray:
-        """Replaces an input by a constant; returns its value.
+        """Replaces an input by a constant; returns its value for one row.
 
         Args:
             name: The input's name.
-            text: The value in JSON: a number, true or false, or nested lists of them.
+            text: The value in JSON: a number, true or false, or nested lists of them. A number fills a shape; in a
+                dimension that other inputs have too (the batch) there are as many entries as they have.
         """
         port = next((port for port in self.graph.input if port.name == name), None)
         if port is None:
-            raise ExportError(f"--constant {name}: the graph has no such input, it has {_listed(self.inputs)}")
+            raise ExportError(f"--constant {name}: the graph has no such input, it has {listed(self.inputs)}")
         told = _port(port)
         try:
             value = np.asarray(json.loads(text))
@@ -100,16 +105,44 @@ class ForeignGraph:
             if (given != value).any() and given.dtype.kind != "f":
                 raise ValueError(f"not of type {told.type}")
             dims = told.dims or ()
-            sizes = tuple(dim for dim in dims if isinstance(dim, int))
-            if len(sizes) == len(dims):
-                given = np.broadcast_to(given, sizes)
+            if all(isinstance(dim, int) for dim in dims) or not given.ndim:
+                given = np.broadcast_to(given, [dim if isinstance(dim, int) else 1 for dim in dims])
             elif given.ndim != len(dims):
-                raise ValueError(f"its shape is {list(given.shape)}, the input's {_words(dims)}")
+                raise ValueError(f"its shape is {list(given.shape)}, the input's {words(dims)}")
         except ValueError as error:
             raise ExportError(f"--constant {name}={text}: {error}: give a number, or nested lists in JSON") from None
         self.graph.input.remove(port)
-        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(given).reshape(given.shape), name))
+        self.frozen[name] = text
+        given = np.ascontiguousarray(given).reshape(given.shape)
+        sources = {axis: source for axis, dim in enumerate(dims) if (source := self._source(dim)) is not None}
+        if value.ndim or not sources or self.opset < _EXPAND:
+            self.graph.initializer.append(numpy_helper.from_array(given, name))
+        else:
+            self.graph.initializer.append(numpy_helper.from_array(given, f"{name}.one"))
+            self._expand(name, given.shape, sources)
         return given
+
+    def _source(self, dim: int | str) -> tuple[str, int] | None:
+        """The input, and its axis, that has a dynamic dimension."""
+        for port in self.inputs:
+            if isinstance(dim, str) and dim in (port.dims or ()):
+                return port.name, (port.dims or ()).index(dim)
+        return None
+
+    def _expand(self, name: str, shape: tuple[int, ...], sources: Mapping[int, tuple[str, int]]) -> None:
+        """Repeats `NAME.one` along the axes whose sizes other inputs have."""
+        sizes = []
+        for axis, size in enumerate(shape):
+            if axis not in sources:
+                sizes.append(self._constant(f"{name}.size{axis}", [size]))
+                continue
+            source, place = sources[axis]
+            index = self._constant(f"{name}.place{axis}", [place])
+            self._front.append(helper.make_node("Shape", [source], [f"{name}.shape{axis}"]))
+            sizes.append(f"{name}.size{axis}")
+            self._front.append(helper.make_node("Gather", [f"{name}.shape{axis}", index], [sizes[-1]], axis=0))
+        self._front.append(helper.make_node("Concat", sizes, [f"{name}.sizes"], axis=0))
+        self._front.append(helper.make_node("Expand", [f"{name}.one", f"{name}.sizes"], [name]))
 
     def fix_dimensions(self, sizes: Mapping[str, int]) -> None:
         """Fixes dynamic dimensions by their names."""
@@ -123,43 +156,117 @@ class ForeignGraph:
             known = {dim for port in self.inputs for dim in port.dims or () if isinstance(dim, str)}
             raise ExportError(f"--dim {sorted(left)[0]}: the inputs have no such dimension, they have {sorted(known)}")
 
-    def keep_context(self, name: str, size: int) -> tuple[str, str]:
-        """Prepends an input's last entries to those of its next step, as a state; returns the state's two names."""
+    def keep_context(self, port: Port, axis: int, entries: int) -> tuple[Port, str]:
+        """Prepends an input's last entries to those of its next step, as a state; returns the state and its next name.
+
+        Args:
+            port: The input.
+            axis: The axis along which the entries lie.
+            entries: How many of them.
+        """
+        name, dims = port.name, port.dims or ()
         whole, state, following = f"{name}.whole", f"{name}.context", f"{name}.context.next"
         self._rename(name, whole)
-        self._front.insert(0, helper.make_node("Concat", [state, name], [whole], axis=-1))
-        bounds = [self._constant(f"{state}.{what}", [value]) for what, value in (("from", -size), ("to", 2**62))]
-        axes = self._constant(f"{state}.axis", [-1])
-        self.graph.node.append(helper.make_node("Slice", [whole, *bounds, axes], [following]))
+        self._front.insert(0, helper.make_node("Concat", [state, name], [whole], axis=axis))
+        if self.opset >= _SLICE_BY_INPUTS:
+            bounds = [self._constant(f"{state}.{what}", [value]) for what, value in (("from", -entries), ("to", _END))]
+            sliced = helper.make_node("Slice", [whole, *bounds, self._constant(f"{state}.axis", [axis])], [following])
+        else:
+            sliced = helper.make_node("Slice", [whole], [following], axes=[axis], starts=[-entries], ends=[_END])
+        self.graph.node.append(sliced)
         like = next(port for port in self.graph.input if port.name == name)
         for ports, port_name in ((self.graph.input, state), (self.graph.output, following)):
-            port = ports.add()
-            port.CopyFrom(like)
-            port.name = port_name
-        return state, following
+            added = ports.add()
+            added.CopyFrom(like)
+            added.name = port_name
+        return Port(state, port.type, (*dims[:axis], entries, *dims[axis + 1 :])), following
 
-    def transpose_input(self, name: str, order: Sequence[int]) -> None:
-        """Accepts an input with permuted axes: `order` is the incoming axis for each of the graph's own."""
-        self._rename(name, f"{name}.turned")
-        self._front.insert(0, helper.make_node("Transpose", [name], [f"{name}.turned"], perm=list(order)))
+    def serve_input(self, name: str, axes: Axes, rank: int, dtype: str) -> None:
+        """Accepts an input as the service gives it: `[batch, time, ...]`, in the service's type.
 
-    def transpose_output(self, name: str, order: Sequence[int]) -> None:
-        """Returns an output with permuted axes."""
-        self._rename(name, f"{name}.turned")
-        self.graph.node.append(helper.make_node("Transpose", [f"{name}.turned"], [name], perm=list(order)))
+        Args:
+            name: The input's name.
+            axes: The special axes among the graph's own.
+            rank: How many axes the graph's own input has.
+            dtype: Its type in the graph.
+        """
+        if axes.single is not None:
+            self._axis_of_one(name, axes.single, True, add=True)
+        seen = [axis for axis in range(rank) if axis != axes.single]
+        incoming = [axis for axis in (axes.batch, axes.time) if axis is not None]
+        incoming += [axis for axis in seen if axis not in incoming]
+        if incoming != seen:
+            self._edit(name, True, "turned", "Transpose", perm=[incoming.index(axis) for axis in seen])
+        if axes.batch is None:
+            self._axis_of_one(name, 0, True, add=False)
+        self._cast(name, True, dtype)
 
-    def add_batch_axis(self, name: str, is_input: bool) -> None:
-        """Adds a leading batch axis of size one to an input or output without one."""
-        self._rename(name, f"{name}.alone")
-        operator, given, made = ("Squeeze", name, f"{name}.alone") if is_input else ("Unsqueeze", f"{name}.alone", name)
+    def serve_output(self, name: str, axes: Axes, rank: int, dtype: str) -> None:
+        """Returns an output as the service wants it; the arguments are those of `serve_input`."""
+        if axes.single is not None:
+            self._axis_of_one(name, axes.single, False, add=False)
+        seen = [axis for axis in range(rank) if axis != axes.single]
+        wanted = [axis for axis in (axes.batch, axes.time) if axis is not None]
+        wanted += [axis for axis in seen if axis not in wanted]
+        if wanted != seen:
+            self._edit(name, False, "turned", "Transpose", perm=[seen.index(axis) for axis in wanted])
+        if axes.batch is None:
+            self._axis_of_one(name, 0, False, add=True)
+        self._cast(name, False, dtype)
+
+    def serve_state(self, role: StateRole) -> None:
+        """Takes and returns a state with a batch axis, in the service's type."""
+        for name, is_input in ((role.port.name, True), (role.following, False)):
+            if role.batch_axis is None:
+                self._axis_of_one(name, 0, is_input, add=not is_input)
+            self._cast(name, is_input, role.port.type)
+
+    def _axis_of_one(self, name: str, axis: int, is_input: bool, add: bool) -> None:
+        """Adds an axis of size one to an input or output, or removes it."""
+        operator, suffix = ("Unsqueeze", "added") if add else ("Squeeze", "removed")
         if self.opset >= _AXES_AS_INPUT:
-            node = helper.make_node(operator, [given, self._constant(f"{name}.axes", [0])], [made])
+            constant = self._constant(f"{name}.{suffix}.axis", [axis])
+            self._edit(name, is_input, suffix, operator, constant)
         else:
-            node = helper.make_node(operator, [given], [made], axes=[0])
+            self._edit(name, is_input, suffix, operator, axes=[axis])
+
+    def _cast(self, name: str, is_input: bool, dtype: str) -> None:
+        served = served_type(dtype)
+        if served == dtype:
+            return
+        element = {kind: helper.np_dtype_to_tensor_dtype(np.dtype(kind)) for kind in (served, dtype)}
+        self._edit(name, is_input, "cast", "Cast", to=element[dtype if is_input else served])
+        for port in self.graph.input if is_input else self.graph.output:
+            if port.name == name:
+                port.type.tensor_type.elem_type = element[served]
+
+    def _edit(self, name: str, is_input: bool, suffix: str, operator: str, *constants: str, **attributes: Any) -> None:
+        """Puts an operator behind an input or before an output, which keeps its name."""
+        inner = f"{name}.{suffix}"
+        self._rename(name, inner)
         if is_input:
-            self._front.insert(0, node)
+            self._front.insert(0, helper.make_node(operator, [name, *constants], [inner], **attributes))
         else:
-            self.graph.node.append(node)
+            self.graph.node.append(helper.make_node(operator, [inner, *constants], [name], **attributes))
+
+    @property
+    def recurrent_inputs(self) -> dict[str, tuple[int, int]]:
+        """Inputs that a recurrent operator runs over, by name, with their time and batch axes."""
+        found: dict[str, tuple[int, int]] = {}
+        for port in self.inputs:
+            axes = {port.name: list(range(len(port.dims or ())))}  # tensors with the input's values, and its axes there
+            for node in self.graph.node:
+                own = axes.get(node.input[0]) if node.input else None
+                if own is None:
+                    continue
+                if node.op_type in ("Identity", "Cast"):
+                    axes[node.output[0]] = own
+                elif node.op_type == "Transpose":
+                    perm = next((list(told.ints) for told in node.attribute if told.name == "perm"), None)
+                    axes[node.output[0]] = own[::-1] if perm is None else [own[axis] for axis in perm]
+                elif node.op_type in ("LSTM", "GRU", "RNN") and len(own) == 3:
+                    found[port.name] = (own[0], own[1])
+        return found
 
     def bounds(self, name: str) -> tuple[int, int] | None:
         """Bounds of an integer input that is only used as an index into constants; None for any other."""
@@ -279,11 +386,3 @@ def _port(told: Any) -> Port:
             for axis, dim in enumerate(tensor.shape.dim)
         )
     return Port(told.name, str(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), dims)
-
-
-def _listed(ports: Sequence[Port]) -> str:
-    return ", ".join(f"{port.name} {_words(port.dims)}" for port in ports)
-
-
-def _words(dims: Dims | None) -> str:
-    return "[?]" if dims is None else f"[{', '.join(map(str, dims))}]"

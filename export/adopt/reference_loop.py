@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from cellserve.export.adopt.tensor_roles import InputRole, Roles
-from cellserve.export.errors import ExportError, first_line
+from cellserve.export.adopt.tensor_roles import Axes, InputRole, Roles, StateRole
+from cellserve.export.adopt.trial import Trial
+from cellserve.export.adopt.trial_worker import open_session
 from cellserve.models.signature import Signature
 from cellserve.service.runtime.batch_invariance import random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
@@ -28,23 +28,20 @@ class SessionFactory(Protocol):
     def signature(self) -> Signature:
         """The model's signature."""
 
+    @property
+    def output_axes(self) -> Mapping[str, Axes]:
+        """The special axes of each output in the original graph."""
+
+    @property
+    def states(self) -> Sequence[StateRole]:
+        """The states, those of contexts last."""
+
     def open(self, signature: Signature) -> Runtime:
         """Opens the model with this signature."""
 
 
-def open_session(content: bytes) -> Any:
-    """Opens a graph with plain ONNX Runtime; raises ExportError."""
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 4
-    settings.intra_op_num_threads = 1
-    try:
-        return ort.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ExportError(f"ONNX Runtime cannot open the model: {first_line(error)}") from None
-
-
 def difference(
-    original: bytes, roles: Roles, model: SessionFactory, constants: Mapping[str, Array], contexts: Mapping[str, int]
+    original: bytes, roles: Roles, model: SessionFactory, constants: Mapping[str, Array], trial: Trial
 ) -> float:
     """Largest difference between the adopted model and the original graph, stepped row by row in a plain loop.
 
@@ -53,51 +50,124 @@ def difference(
     told = model.signature
     told = told.model_copy(update={"batch": told.batch or 1})  # whether rows mix is checked later
     x, initial = random_inputs(told, _ROWS, STEPS, np.random.default_rng(1))
-    runtime, session = model.open(told), open_session(original)
-    outputs, following = [spec.name for spec in told.outputs], [state.following for state in roles.states]
+    runtime = model.open(told)
+    outputs = [spec.name for spec in told.outputs]
     y = []
     states = initial
     for t in range(STEPS):
         step, states = runtime.run(np.ascontiguousarray(x[:, t : t + 1]), np.ones(_ROWS, np.int32), states)
         y.append(unpack(step))
-    worst = 0.0
+    loop = PlainLoop(original, roles, model.states, constants, outputs, trial)
     repeated = told.batch or 1
+    worst = 0.0
     for row in range(_ROWS):
         own = {
-            spec.name: np.repeat(np.take(state, [row], spec.batch_axis), repeated, spec.batch_axis)
-            for spec, state in zip(told.states, initial, strict=True)
+            state.port.name: loop.native_state(np.repeat(np.take(value, [row], axis), repeated, axis), state)
+            for state, value, axis in _carried(model.states, initial, told)
         }
-        kept = {name: own.pop(f"{name}.context") for name in contexts}
         for t in range(STEPS):
-            feeds = dict(own) | dict(constants)
-            for role, part in zip(roles.inputs, unpack(x), strict=True):
-                name, step = role.port.name, np.repeat(part[row : row + 1, t], repeated, 0)
-                if name in kept:
-                    step = np.concatenate([kept[name], step], axis=-1)
-                    kept[name] = step[..., -contexts[name] :]
-                feeds[name] = _native(step, role)
-            given = dict(zip((*outputs, *following), session.run([*outputs, *following], feeds), strict=True))
-            own = {state.port.name: given[state.following] for state in roles.states}
+            given, own = loop.step([np.repeat(part[row : row + 1, t], repeated, 0) for part in unpack(x)], own)
             for name, ours in zip(outputs, y[t], strict=True):
-                worst = max(worst, _relative_error(ours[row].ravel(), given[name].reshape(repeated, -1)[0]))
-        for spec, ours in zip(told.states, states, strict=True):
-            if spec.name in own:
-                axis = spec.batch_axis
-                worst = max(worst, _relative_error(np.take(ours, row, axis), np.take(own[spec.name], 0, axis)))
+                worst = max(worst, _relative_error(ours[row].ravel(), _first(given[name], model.output_axes[name])))
+        for state, ours, axis in _carried(model.states, states, told):
+            theirs = _first(own[state.port.name], Axes(state.batch_axis))
+            worst = max(worst, _relative_error(np.take(ours, row, axis).ravel(), theirs))
     return worst
 
 
+class PlainLoop:
+    """The original graph, stepped as its author would.
+
+    Args:
+        original: The graph as it was.
+        roles: The roles of its inputs.
+        states: Its states, and those that contexts have added.
+        constants: Inputs that are always the same.
+        outputs: The outputs to return.
+        trial: Runs the first step, in case ONNX Runtime crashes.
+    """
+
+    def __init__(
+        self,
+        original: bytes,
+        roles: Roles,
+        states: Sequence[StateRole],
+        constants: Mapping[str, Array],
+        outputs: Sequence[str],
+        trial: Trial,
+    ) -> None:
+        self._original, self._constants, self._trial = original, dict(constants), trial
+        self._inputs = roles.inputs
+        self._contexts = {f"{role.port.name}.context": role for role in roles.inputs if role.context}
+        self._following = {
+            state.port.name: state.following for state in states if state.port.name not in self._contexts
+        }
+        self._names = [*outputs, *self._following.values()]
+        self._session: Any = None
+
+    @staticmethod
+    def native_state(value: Array, role: StateRole) -> Array:
+        """Brings a state to the graph's own axes and type."""
+        value = value if role.batch_axis is not None else value[0]
+        return np.asarray(value.astype(role.port.type))
+
+    def step(self, inputs: Sequence[Array], own: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Runs one time step, given `[batch, *shape]` of each input; returns the outputs and the next states."""
+        feeds = {name: value for name, value in own.items() if name not in self._contexts} | self._constants
+        kept = {}
+        for role, part in zip(self._inputs, inputs, strict=True):
+            step = _native(part, role)
+            if role.context:
+                name, axis = f"{role.port.name}.context", _context_axis(role)
+                step = np.concatenate([own[name], step], axis=axis)
+                kept[name] = np.take(step, range(step.shape[axis] - role.context.entries, step.shape[axis]), axis)
+            feeds[role.port.name] = np.ascontiguousarray(step).reshape(step.shape)
+        given = self._run(feeds)
+        return given, {name: given[following] for name, following in self._following.items()} | kept
+
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        if self._session is None:
+            self._trial.run(self._original, self._names, [feeds])
+            self._session = open_session(self._original)
+        return dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
+
+
+def _carried(
+    states: Sequence[StateRole], values: Sequence[Array], told: Signature
+) -> list[tuple[StateRole, Array, int]]:
+    """Each state with its value in the service and its batch axis there."""
+    axes = [spec.batch_axis for spec in told.states]
+    return list(zip(states, values, axes, strict=True))
+
+
+def _context_axis(role: InputRole) -> int:
+    assert role.context is not None
+    return len(role.port.dims or ()) - 1 if role.context.axis is None else role.context.axis
+
+
 def _native(step: Array, role: InputRole) -> Array:
-    """Brings one time step `[batch, *shape]` to the graph's own order of axes."""
-    if role.time_axis is not None:
-        step = step[:, None]
-    if role.batch_axis is None:
-        return np.ascontiguousarray(step[0])
-    return step if role.order is None else np.ascontiguousarray(step.transpose(role.order))
+    """Brings one time step `[batch, *shape]` to the graph's own axes and type."""
+    axes = role.axes
+    if axes.batch is None:
+        step = step[0]
+    for axis in (axes.time, axes.single):
+        if axis is not None:
+            step = step[None]
+    rank = len(role.port.dims or ())
+    incoming = [axis for axis in (axes.single, axes.time, axes.batch) if axis is not None]
+    incoming += [axis for axis in range(rank) if axis not in incoming]
+    turned = step.transpose([incoming.index(axis) for axis in range(rank)])
+    return np.asarray(turned.astype(role.port.type))
+
+
+def _first(value: Array, axes: Axes) -> Array:
+    """The numbers of the first row, in the order of the graph."""
+    return (value if axes.batch is None else np.take(value, 0, axes.batch)).ravel()
 
 
 def _relative_error(ours: Array, theirs: Array) -> float:
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
-    off = np.abs(ours - theirs) / np.maximum(1, np.abs(theirs))
-    off = np.where(np.isnan(ours) & np.isnan(theirs), 0, off)
+    same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    with np.errstate(invalid="ignore"):
+        off = np.where(same, 0, np.abs(ours - theirs) / np.maximum(1, np.abs(theirs)))
     return float(np.max(np.where(np.isnan(off), np.inf, off), initial=0))

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 
-from cellserve.export.adopt import reference_loop
 from cellserve.export.adopt.graph_editor import ForeignGraph
-from cellserve.export.adopt.tensor_roles import SERVED_TYPES, InputRole, Roles
-from cellserve.export.errors import ExportError, first_line
+from cellserve.export.adopt.output_axes import Run, find_axes
+from cellserve.export.adopt.tensor_roles import (
+    CASTS,
+    SERVED_TYPES,
+    Axes,
+    InputRole,
+    OutputFlag,
+    Roles,
+    StateRole,
+    served_type,
+)
+from cellserve.export.adopt.trial import CannotOpen, CannotRun, Trial
+from cellserve.export.errors import ExportError
 from cellserve.models.signature import Exactness, ModelDocument, Signature, StateSpec, TensorSpec
 from cellserve.service.runtime.batch_invariance import random_inputs
 from cellserve.service.runtime.onnx_model import Runtime, RuntimeUnavailable
 from cellserve.service.runtime.tensor_layout import unpack
+
+Dtype = Literal["float32", "int32", "int64"]
+_SMALL_INTEGERS = ("int8", "uint8", "int16", "uint16")
 
 
 class ServableGraph:
@@ -23,36 +36,38 @@ class ServableGraph:
     Args:
         graph: The graph as read, with constants and sizes fixed.
         roles: The roles of its inputs.
-        contexts: For inputs by name, how many of their last entries precede those of the next step.
+        trial: Runs it, in case ONNX Runtime crashes.
 
     Raises:
         ExportError: Its outputs or next states have the wrong shapes or types.
     """
 
-    def __init__(self, graph: ForeignGraph, roles: Roles, contexts: Mapping[str, int]) -> None:
+    def __init__(self, graph: ForeignGraph, roles: Roles, trial: Trial) -> None:
         self.graph = graph
+        self.output_axes: dict[str, Axes] = {}
+        self._roles, self._trial = roles, trial
         self._shapes: dict[str, tuple[int | str, ...]] = {}
-        contexts_of = [_with_context(graph, roles, name, size) for name, size in contexts.items()]
+        inputs = tuple(_input_spec(graph, role) for role in roles.inputs)
+        self.states: Sequence[StateRole] = (
+            *roles.states,
+            *(_context_state(graph, role) for role in roles.inputs if role.context),
+        )
         for role in roles.inputs:
-            if role.batch_axis is None:
-                graph.add_batch_axis(role.port.name, True)
-            elif role.order is not None:
-                graph.transpose_input(role.port.name, role.order)
+            graph.serve_input(role.port.name, role.axes, len(role.port.dims or ()), role.port.type)
+        for state in self.states:
+            graph.serve_state(state)
         self._signature = Signature(
-            inputs=tuple(_input_spec(graph, role, contexts.get(role.port.name, 0)) for role in roles.inputs),
+            inputs=inputs,
             outputs=(TensorSpec(name="not known yet", shape=()),),
-            states=(
-                *(
-                    StateSpec(
-                        name=state.port.name,
-                        next_name=state.following,
-                        dtype=state.port.type,
-                        shape=state.shape,
-                        batch_axis=state.batch_axis,
-                    )
-                    for state in roles.states
-                ),
-                *contexts_of,
+            states=tuple(
+                StateSpec(
+                    name=state.port.name,
+                    next_name=state.following,
+                    dtype=_served(state.port.type),
+                    shape=state.shape,
+                    batch_axis=state.batch_axis or 0,
+                )
+                for state in self.states
             ),
             lengths=None,
             time_axis=roles.time_axis,
@@ -62,10 +77,7 @@ class ServableGraph:
         self._names = [port.name for port in graph.outputs if port.name not in following]
         if not self._names:
             raise ExportError("all of its outputs are next states: there is none to answer with")
-        if all(role.batch_axis is None for role in roles.inputs):
-            for name in self._names:
-                graph.add_batch_axis(name, False)
-        self._time_first = any(role.order is not None and role.time_axis == 0 for role in roles.inputs)
+        self._check_output_flags()
         self._infer_output_specs()
 
     @property
@@ -86,6 +98,14 @@ class ServableGraph:
         except RuntimeUnavailable as error:
             raise ExportError(str(error)) from None
 
+    def _check_output_flags(self) -> None:
+        for flag in self._roles.flags.outputs:
+            if flag.name not in self._names:
+                raise ExportError(
+                    f"--output {flag.name}: there is no such output that is no next state: "
+                    f"the candidates are {', '.join(self._names)}"
+                )
+
     def _infer_output_specs(self) -> None:
         """Runs the graph to find its outputs; on one row if it declares any number of rows but fails on two."""
         told, refused = self._signature, None
@@ -95,6 +115,8 @@ class ServableGraph:
             try:
                 outputs = self._outputs(batch or 2)
                 break
+            except CannotOpen:
+                raise
             except ExportError as error:
                 refused = refused or error
         else:
@@ -104,65 +126,100 @@ class ServableGraph:
         leads = (self._batch_name(), "time") if told.time_axis else (self._batch_name(),)
         self._shapes |= {spec.name: (*leads, *spec.shape) for spec in outputs}
         self._shapes |= {spec.next_name: self._state_shape(spec, self._batch_name()) for spec in told.states}
+        self._probe([(self._signature.batch or 2, 1)])  # the graph as it will be served
 
     def _outputs(self, rows: int) -> tuple[TensorSpec, ...]:
-        """The outputs of a run on so many rows; raises ExportError if they or the next states do not fit."""
+        """The outputs of runs on so many rows, brought to the service's layout.
+
+        Raises:
+            ExportError: They, or the next states, do not fit.
+        """
         told = self._signature
-        ran = self._probe(rows, 3)
-        if self._time_first:
-            for name in self._names:
-                if ran[name].ndim > 1:
-                    self.graph.transpose_output(name, (1, 0, *range(2, ran[name].ndim)))
-            self._time_first = False
-            ran = self._probe(rows, 3)
-        longer = self._probe(rows, 5) if told.time_axis else ran
-        leading = (rows, 3) if told.time_axis else (rows,)
-        outputs = []
-        for name in self._names:
-            shape, again = ran[name].shape, longer[name].shape
-            if shape[: len(leading)] != leading or (told.time_axis and again != (rows, 5, *shape[2:])):
-                of = f"{rows} rows of 3 time steps" if told.time_axis else f"{rows} rows"
-                wanted = "[batch, time, ...]" if told.time_axis else "[batch, ...]"
-                hint = (
-                    self._suggest_flag()
-                    if told.time_axis
-                    else "give the axis of the batch with --input NAME:batch_axis=N"
-                )
-                raise ExportError(f"output {name} has shape {list(shape)} for {of}, but must be {wanted}: {hint}")
-            if str(ran[name].dtype) not in SERVED_TYPES:
-                raise ExportError(f"output {name} is {ran[name].dtype}: {', '.join(SERVED_TYPES)} can be served")
-            outputs.append(TensorSpec(name=name, dtype=str(ran[name].dtype), shape=shape[len(leading) :]))
+        sizes = [(rows, 3 if told.time_axis else 1)]
+        if told.time_axis:
+            sizes.append((rows, 5))
+        if told.batch is None:
+            sizes.append((rows + 1, 3 if told.time_axis else 1))
+        runs = self._probe(sizes)
         for spec in told.states:
-            shape, fitting = ran[spec.next_name].shape, self._state_shape(spec, rows)
-            if shape != fitting:
-                raise ExportError(
-                    f"state {spec.name} is {list(fitting)} and its next one, {spec.next_name}, {list(shape)}: "
-                    f"it cannot be fed back, give another with --state {spec.name}=OUTPUT[:batch_axis=N]"
-                )
+            for run in runs:
+                self._check_fed_back(spec, run)
+        flags = {flag.name: flag for flag in self._roles.flags.outputs}
+        outputs, axes = [], {}
+        for name in self._names:
+            type = str(runs[0].outputs[name].dtype)
+            if type not in SERVED_TYPES and type not in CASTS:
+                raise ExportError(f"output {name} is {type}: {', '.join((*SERVED_TYPES, *CASTS))} can be served")
+            shapes = [(run.rows, run.time, run.outputs[name].shape) for run in runs]
+            flag = flags.get(name, OutputFlag(name))
+            axes[name] = find_axes(shapes, flag, self._roles, told.batch, self._axis_hint(name))
+            shape = runs[0].outputs[name].shape
+            rest = tuple(size for axis, size in enumerate(shape) if axis not in axes[name].leading)
+            outputs.append(TensorSpec(name=name, dtype=_served(type), shape=rest))
+        for name in self._names:
+            value = runs[0].outputs[name]
+            self.graph.serve_output(name, axes[name], value.ndim, str(value.dtype))
+        self.output_axes = axes
         return tuple(outputs)
 
-    def _suggest_flag(self) -> str:
-        dims = [dim for port in self.graph.inputs for dim in port.dims or () if isinstance(dim, str)]
-        names = ", ".join(sorted(set(dims)))
-        return f"fix an axis that is not time with --dim NAME=VALUE (of {names}), or say --input NAME:time_axis=N"
+    def _check_fed_back(self, spec: StateSpec, run: Run) -> None:
+        shape, fitting = run.outputs[spec.next_name].shape, self._state_shape(spec, run.rows)
+        if shape != fitting:
+            raise ExportError(
+                f"state {spec.name} is {list(fitting)} and its next one, {spec.next_name}, {list(shape)}: "
+                f"it cannot be fed back, give another with --state {spec.name}=OUTPUT[:batch_axis=N]"
+            )
 
-    def _probe(self, rows: int, time: int) -> dict[str, Any]:
+    def _axis_hint(self, output: str) -> str:
+        """Says which flags could help an output whose axes do not fit; none that was given already."""
+        ways = [*self._dim_hint()]
+        flags = {flag.name: flag for flag in self._roles.flags.inputs}
+        axis = "time_axis" if self._signature.time_axis else "batch_axis"
+        for role in self._roles.inputs:
+            if getattr(flags.get(role.port.name, role.flag), axis) is None:
+                what = "time" if self._signature.time_axis else "the batch"
+                ways.append(f"say which axis is {what} with --input {role.port.name}:{axis}=N")
+                break
+        if getattr(next((f for f in self._roles.flags.outputs if f.name == output), OutputFlag(output)), axis) is None:
+            ways.append(f"or of the output with --output {output}:{axis}=N")
+        return ", ".join(ways) or "export it with outputs for each row and time step"
+
+    def _dim_hint(self) -> list[str]:
+        """Says which dynamic dimension could be fixed, if one is taken as time."""
+        if not self._signature.time_axis:
+            return []
+        role = self._roles.inputs[0]
+        assert role.axes.time is not None and role.port.dims is not None
+        name = role.port.dims[role.axes.time]
+        return [f"if axis {role.axes.time} of {role.port.name} is not time, fix its size with --dim {name}=SIZE"]
+
+    def _probe(self, sizes: Sequence[tuple[int, int]]) -> list[Run]:
         told = self._signature
-        x, states = random_inputs(told, rows, time, np.random.default_rng(0))
-        feeds = {
-            spec.name: np.ascontiguousarray(part if told.time_axis else part[:, 0])
-            for spec, part in zip(told.inputs, unpack(x), strict=True)
-        }
-        feeds |= {spec.name: state for spec, state in zip(told.states, states, strict=True)}
-        session = reference_loop.open_session(self.content(None))
         names = [port.name for port in self.graph.outputs]
+        runs = []
+        for rows, time in sizes:
+            x, states = random_inputs(told, rows, time, np.random.default_rng(0))
+            feeds = {
+                spec.name: np.ascontiguousarray(part if told.time_axis else part[:, 0])
+                for spec, part in zip(told.inputs, unpack(x), strict=True)
+            }
+            runs.append(feeds | {spec.name: state for spec, state in zip(told.states, states, strict=True)})
         try:
-            return dict(zip(names, session.run(names, feeds), strict=True))
-        except Exception as error:
-            steps = f" of {time} time steps" if told.time_axis else ""
-            hint = f": {self._suggest_flag()}" if told.time_axis else ""
-            why = first_line(error)
-            raise ExportError(f"it does not run on {rows} rows{steps}, {why}{hint}") from None
+            ran = self._trial.run(self.content(None), names, runs)
+        except CannotOpen as error:
+            error.args = (f"{error}{self._circumstances()}",)
+            raise
+        except CannotRun as error:
+            steps = f" of {sizes[0][1]} time steps" if told.time_axis else ""
+            error.args = (f"{error}, on {sizes[0][0]} rows{steps}{self._circumstances()}",)
+            raise
+        return [Run(rows, time, outputs) for (rows, time), outputs in zip(sizes, ran, strict=True)]
+
+    def _circumstances(self) -> str:
+        """Says with which constants a graph failed, and which flag could help; empty if neither is known."""
+        constants = ", ".join(f"{name}={text}" for name, text in self.graph.frozen.items())
+        ways = self._dim_hint() or (["is the graph made for this value?"] if constants else [])
+        return (f" with {constants}" if constants else "") + "".join(f": {way}" for way in ways)
 
     def _input_shapes(self) -> dict[str, tuple[int | str, ...]]:
         told, batch = self._signature, self._batch_name()
@@ -178,30 +235,36 @@ class ServableGraph:
         return (*spec.shape[: spec.batch_axis], batch, *spec.shape[spec.batch_axis :])
 
 
-def _with_context(graph: ForeignGraph, roles: Roles, name: str, size: int) -> StateSpec:
-    role = next(role for role in roles.inputs if role.port.name == name)
-    if role.time_axis is not None or role.batch_axis != 0 or not role.shape:
-        raise ExportError(f"--context {name}: only of an input [batch, ..., entries] without a time axis")
-    if not 0 < size < role.shape[-1]:
-        raise ExportError(
-            f"--context {name}={size}: a step of the graph has {role.shape[-1]} entries, context and new ones: "
-            f"give from 1 to {role.shape[-1] - 1}"
-        )
-    state, following = graph.keep_context(name, size)
-    return StateSpec(name=state, next_name=following, dtype=role.port.type, shape=(*role.shape[:-1], size))
+def _served(type: str) -> Dtype:
+    return cast(Dtype, served_type(type))
 
 
-def _input_spec(graph: ForeignGraph, role: InputRole, context: int) -> TensorSpec:
-    name, shape = role.port.name, role.shape
+def _context_state(graph: ForeignGraph, role: InputRole) -> StateRole:
+    """Makes the context of an input a state of the graph."""
+    assert role.context is not None and role.port.dims is not None
+    axis = len(role.port.dims) - 1 if role.context.axis is None else role.context.axis
+    if axis == role.axes.batch:
+        raise ExportError(f"--context {role.port.name}: axis {axis} of {role.port.name} is its batch")
+    port, following = graph.keep_context(role.port, axis, role.context.entries)
+    others = (size for place, size in enumerate(port.dims or ()) if place != role.axes.batch)
+    shape = tuple(size if isinstance(size, int) else 1 for size in others)
+    return StateRole(port, following, role.axes.batch, shape, False)
+
+
+def _input_spec(graph: ForeignGraph, role: InputRole) -> TensorSpec:
+    name, type = role.port.name, role.port.type
     bounds = None
-    if role.port.type != "float32":
-        bounds = role.flag.bounds or graph.bounds(name)
+    if type == "bool":
+        bounds = (0, 1)
+    elif served_type(type) != "float32":
+        limits = (int(np.iinfo(type).min), int(np.iinfo(type).max))
+        bounds = role.flag.bounds or graph.bounds(name) or (limits if type in _SMALL_INTEGERS else None)
         if bounds is None:
             raise ExportError(
                 f"{name} takes integers, and the graph does not say which: give --input {name}:bounds=FIRST..LAST"
             )
+        if not limits[0] <= bounds[0] <= bounds[1] <= limits[1]:
+            raise ExportError(f"--input {name}:bounds={bounds[0]}..{bounds[1]}: {name} is {type}")
     elif role.flag.bounds is not None:
-        raise ExportError(f"{name} takes numbers of {role.port.type}: only integers have bounds")
-    if context:
-        shape = (*shape[:-1], shape[-1] - context)
-    return TensorSpec(name=name, dtype=role.port.type, shape=shape, bounds=bounds)
+        raise ExportError(f"{name} takes numbers of {type}: only integers have bounds")
+    return TensorSpec(name=name, dtype=_served(type), shape=role.shape, bounds=bounds)

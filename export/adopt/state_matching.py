@@ -81,8 +81,10 @@ def _stems(name: str, markers: set[str]) -> set[tuple[str, ...]]:
     for place, token in enumerate(tokens):  # a marker may be the name itself: n and n.next
         if token in markers and len(tokens) > 1:
             stems.add(tokens[:place] + tokens[place + 1 :])
-    if markers is _BEFORE and len(kept) > 1 and kept[-1] == "0":  # h0
-        stems.add(kept[:-1])
+    if markers is _BEFORE:
+        stems.add(tokens)  # a marker may be part of the name: cache_last_time and cache_last_time_next
+        if len(kept) > 1 and kept[-1] == "0":  # h0
+            stems.add(kept[:-1])
     if markers is _AFTER and len(kept[-1]) > 1 and kept[-1].endswith("n"):  # hn
         stems.add((*kept[:-1], kept[-1][:-1]))
     return stems

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cellserve.export.adopt.state_matching import Dims, Port, can_be_next, find_pairs, looks_like_a_state
 from cellserve.export.errors import ExportError
 
 SERVED_TYPES = ("float32", "int32", "int64")
+# Other types, each with the type that stands for it in the service: the graph gets a Cast.
+CASTS = {"bool": "int32", "float16": "float32", "float64": "float32", "int8": "int32", "uint8": "int32",
+         "int16": "int32", "uint16": "int32"}  # fmt: skip
+NO_AXIS = -1  # an axis flag's `none`
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +20,8 @@ class InputFlag:
     """The user's `--input` flag."""
 
     name: str
-    batch_axis: int | None = None  # None if not given, -1 for an input without one
-    time_axis: int | None = None
+    batch_axis: int | None = None  # None if not given, NO_AXIS for an input without one
+    time_axis: int | None = None  # None if not given, NO_AXIS for an input without one
     bounds: tuple[int, int] | None = None
 
 
@@ -27,7 +31,48 @@ class StateFlag:
 
     name: str
     following: str
-    batch_axis: int | None = None  # None if not given
+    batch_axis: int | None = None  # None if not given, NO_AXIS for a state without one
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFlag:
+    """The user's `--output` flag."""
+
+    name: str
+    batch_axis: int | None = None  # None if not given, NO_AXIS for an output without one
+    time_axis: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The user's `--context` flag: how many of an input's last entries precede those of the next step."""
+
+    entries: int
+    axis: int | None = None  # None for the last
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """Everything that the user says about roles and axes."""
+
+    inputs: Sequence[InputFlag] = ()
+    states: Sequence[StateFlag] = ()
+    outputs: Sequence[OutputFlag] = ()
+    contexts: Mapping[str, Context] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """Which axes of a tensor of the graph are special."""
+
+    batch: int | None = None  # None for a tensor without one: a batch of one
+    time: int | None = None
+    single: int | None = None  # a time axis of size one, which clients do not see
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The axes that are not part of a time step's own shape, in the order of the service."""
+        return tuple(axis for axis in (self.batch, self.time, self.single) if axis is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +80,10 @@ class InputRole:
     """An input of a time step."""
 
     port: Port
-    batch_axis: int | None  # None for an input without one: a batch of one
-    time_axis: int | None
-    shape: tuple[int, ...]  # one time step, without the batch axis
+    axes: Axes
+    shape: tuple[int, ...]  # what a client sends for one time step
     flag: InputFlag
-
-    @property
-    def order(self) -> tuple[int, ...] | None:
-        """Permutation that brings `[batch, time, ...]` to the graph's own order; None if it is the same."""
-        if self.batch_axis is None:
-            return None
-        axes = [self.batch_axis] if self.time_axis is None else [self.batch_axis, self.time_axis]
-        own = axes + [axis for axis in range(len(axes) + len(self.shape)) if axis not in axes]
-        order = tuple(own.index(axis) for axis in range(len(own)))
-        return None if order == tuple(range(len(order))) else order
+    context: Context | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +92,7 @@ class StateRole:
 
     port: Port
     following: str
-    batch_axis: int
+    batch_axis: int | None  # None for a state without one
     shape: tuple[int, ...]  # without the batch axis
     found: bool  # found by its name, not given by the user
 
@@ -69,78 +104,98 @@ class Roles:
     inputs: tuple[InputRole, ...]
     states: tuple[StateRole, ...]
     batch: int | None  # rows per run, if the graph fixes it
+    flags: Flags
 
     @property
     def time_axis(self) -> bool:
         """Whether a run takes many time steps."""
-        return self.inputs[0].time_axis is not None
+        return self.inputs[0].axes.time is not None
+
+
+def served_type(name: str) -> str:
+    """Returns the type by which the service carries a tensor of this type."""
+    return CASTS.get(name, name)
 
 
 def find_roles(
-    inputs: Sequence[Port],
-    outputs: Sequence[Port],
-    input_flags: Sequence[InputFlag],
-    state_flags: Sequence[StateFlag],
-    contexts: Mapping[str, int],
+    inputs: Sequence[Port], outputs: Sequence[Port], flags: Flags, recurrent: Mapping[str, tuple[int, int]]
 ) -> Roles:
     """Finds the role of each input.
+
+    Args:
+        inputs: The graph's inputs.
+        outputs: The graph's outputs.
+        flags: What the user says.
+        recurrent: Inputs by name that a recurrent operator runs over, with their time and batch axes.
 
     Raises:
         ExportError: A role, an axis or a size is not clear; the message names the flag that decides it.
     """
-    states, found = _states(inputs, outputs, input_flags, state_flags)
+    given = {flag.name: flag for flag in flags.inputs}
+    for port in inputs:
+        if port.name in recurrent and port.name not in {flag.name for flag in flags.states}:
+            flag = given.get(port.name, InputFlag(port.name))
+            if flag.time_axis is None and port.name not in flags.contexts:
+                _check_time_axis(port, recurrent[port.name][0])
+    states, found = _states(inputs, outputs, flags)
     left = [port for port in inputs if port.name not in states]
-    flags = {flag.name: flag for flag in input_flags}
-    _check_inputs(left, flags, contexts)
-    if not states and not contexts:
+    _check_inputs(left, [port for port in outputs if port.name not in states.values()], given, flags.contexts)
+    if not states and not flags.contexts:
         raise ExportError(
-            "no state was found, by names like h and hn or past_x and present_x: give --state INPUT=OUTPUT "
-            f"(inputs: {_names(inputs)}; outputs: {_names(outputs)})"
+            f"no state was found, by names like h and hn or past_x and present_x: give --state INPUT=OUTPUT"
+            f"{_example(inputs, outputs)} (inputs: {listed(inputs)}; outputs: {listed(outputs)})"
         )
-    names = {dim for name in states for dim in _port(inputs, name).dims or () if isinstance(dim, str)}
-    steps = tuple(_input_role(port, flags.get(port.name, InputFlag(port.name)), names) for port in left)
-    timed = [role for role in steps if role.time_axis is not None]
+    carried = [_port(inputs, name) for name in states]
+    steps = tuple(
+        _input_role(port, given.get(port.name, InputFlag(port.name)), carried, flags.contexts, recurrent.get(port.name))
+        for port in left
+    )
+    timed = [role for role in steps if role.axes.time is not None]
     if timed and len(timed) < len(steps):
-        without = next(role.port for role in steps if role.time_axis is None)
+        without = next(role.port for role in steps if role.axes.time is None)
         raise ExportError(
-            f"{timed[0].port.name} has a time axis and {without.name} {_words(without.dims)} has none: "
+            f"{timed[0].port.name} has a time axis and {without.name} {words(without.dims)} has none: "
             f"say where it is with --input {without.name}:time_axis=N, or fix the other with --dim"
         )
     batch = _batch(steps)
     roles, fixed = [], batch if isinstance(batch, int) else None
     for name, following in states.items():
-        axis_flag = next((flag.batch_axis for flag in state_flags if flag.name == name), None)
+        axis_flag = next((flag.batch_axis for flag in flags.states if flag.name == name), None)
         port = _port(inputs, name)
-        axis = _batch_axis(port, batch, axis_flag)
-        size = (port.dims or ())[axis]
+        axis = _batch_axis(port, following, batch, axis_flag)
+        size = 1 if axis is None else (port.dims or ())[axis]
         if isinstance(size, int):
             if fixed not in (None, size):
-                raise ExportError(f"{name} has {size} rows at axis {axis}, the inputs {fixed}: give its :batch_axis")
+                raise ExportError(
+                    f"{name} {words(port.dims)} has {size} rows at axis {axis}, the inputs have {fixed}: "
+                    f"give another :batch_axis with --state {name}={following}:batch_axis=N"
+                )
             fixed = size
-        roles.append(StateRole(port, following, axis, _rest(port, (axis,)), name in found))
-    return Roles(steps, tuple(roles), fixed)
+        shape = _sizes(port, port.dims or (), () if axis is None else (axis,))
+        roles.append(StateRole(port, following, axis, shape, name in found))
+    return Roles(steps, tuple(roles), fixed, flags)
 
 
-def _states(
-    inputs: Sequence[Port], outputs: Sequence[Port], input_flags: Sequence[InputFlag], state_flags: Sequence[StateFlag]
-) -> tuple[dict[str, str], set[str]]:
+def _states(inputs: Sequence[Port], outputs: Sequence[Port], flags: Flags) -> tuple[dict[str, str], set[str]]:
     """Maps each state to its next state, and names those that were found."""
     pairs: dict[str, str] = {}
-    for flag in state_flags:
+    for flag in flags.states:
         port, following = _port(inputs, flag.name), _port(outputs, flag.following, "output")
         if not can_be_next(port, following):
             raise ExportError(
-                f"--state {flag.name}={flag.following}: {flag.name} is {port.type} {_words(port.dims)}, "
-                f"{flag.following} is {following.type} {_words(following.dims)}: they must be alike"
+                f"--state {flag.name}={flag.following}: {flag.name} is {port.type} {words(port.dims)}, "
+                f"{flag.following} is {following.type} {words(following.dims)}: they must be alike"
             )
         pairs[flag.name] = flag.following
-    told = {*pairs, *(flag.name for flag in input_flags)}
+    told = {*pairs, *(flag.name for flag in flags.inputs)}
     free = [port for port in outputs if port.name not in pairs.values()]
     found = find_pairs([port for port in inputs if port.name not in told], free)
     return pairs | found, set(found)
 
 
-def _check_inputs(left: Sequence[Port], flags: Mapping[str, InputFlag], contexts: Mapping[str, int]) -> None:
+def _check_inputs(
+    left: Sequence[Port], free: Sequence[Port], flags: Mapping[str, InputFlag], contexts: Mapping[str, Context]
+) -> None:
     for name in (*flags, *contexts):
         _port(left, name)
     if not left:
@@ -148,59 +203,158 @@ def _check_inputs(left: Sequence[Port], flags: Mapping[str, InputFlag], contexts
     for port in left:
         if port.name in flags:
             continue
-        if port.dims == ():
+        example = _example([port], free)
+        if port.dims == () and not example:
             raise ExportError(f"{port.name} is one number: give its value with --constant {port.name}=VALUE")
-        if flags or looks_like_a_state(port.name):
+        if flags or looks_like_a_state(port.name) or port.dims == ():
+            what = "is no --input" if flags else "looks like a state" if port.dims else "is one number"
             raise ExportError(
-                f"{port.name} {_words(port.dims)} {'is no --input' if flags else 'looks like a state'}, and no output "
-                f"is its next state by name and shape: give --state {port.name}=OUTPUT, --constant {port.name}=VALUE "
-                f"or --input {port.name}"
+                f"{port.name} {words(port.dims)} {what}, and no output is its next state by name and shape: give "
+                f"{example.removeprefix(', such as ') or f'--state {port.name}=OUTPUT'}, --constant {port.name}=VALUE "
+                f"or --input {port.name} (outputs: {listed(free) or 'none is left'})"
             )
     for port in left:
-        if port.type not in SERVED_TYPES:
-            raise ExportError(f"{port.name} is {port.type}: inputs of {', '.join(SERVED_TYPES)} can be served")
+        if port.type not in SERVED_TYPES and port.type not in CASTS:
+            raise ExportError(f"{port.name} is {port.type}: inputs of {_types()} can be served")
 
 
-def _input_role(port: Port, flag: InputFlag, state_dims: set[str]) -> InputRole:
-    dims = port.dims
-    if dims is None or (not dims and flag.batch_axis != -1):
+def _example(inputs: Sequence[Port], outputs: Sequence[Port]) -> str:
+    """Suggests the pairs that fit by their shapes and nothing else; empty if there are none."""
+    pairs = []
+    for port in inputs:
+        fitting = [one.name for one in outputs if port.dims is not None and _alike(port, one)]
+        if len(fitting) == 1:
+            pairs.append(f"--state {port.name}={fitting[0]}")
+    return f", such as {' '.join(pairs)}" if pairs else ""
+
+
+def _alike(port: Port, following: Port) -> bool:
+    """Whether an output has an input's sizes, wherever both are known, and shares at least half of them."""
+    if not can_be_next(port, following) or following.dims is None or port.dims is None:
+        return False
+    same = sum(one == other for one, other in zip(port.dims, following.dims, strict=True))
+    return 2 * same >= len(port.dims)
+
+
+def _input_role(
+    port: Port,
+    flag: InputFlag,
+    states: Sequence[Port],
+    contexts: Mapping[str, Context],
+    recurrent: tuple[int, int] | None,
+) -> InputRole:
+    if port.dims is None or (not port.dims and flag.batch_axis != NO_AXIS):
         raise ExportError(f"{port.name}: the graph does not say its shape: export it with one")
-    batch_axis, time_axis = flag.batch_axis, flag.time_axis
-    if batch_axis == -1:
-        chosen: int | None = None
-    elif batch_axis is not None:
-        chosen = batch_axis
+    context = contexts.get(port.name)
+    dims = _without_context(port, context) if context else port.dims
+    for axis in (flag.batch_axis, flag.time_axis):
+        if axis is not None and axis >= len(dims):
+            raise ExportError(f"{port.name} {words(port.dims)}: it has no axis {axis}")
+    batch = _input_batch_axis(dims, flag, states, recurrent)
+    if flag.time_axis == NO_AXIS:
+        axes = Axes(batch)
+    elif flag.time_axis is not None:
+        axes = _with_time(port, dims, batch, flag.time_axis)
     else:
-        # Time first, as PyTorch has it: the states share the name of the second dimension and not of the first.
-        second = len(dims) > 1 and isinstance(dims[0], str) and dims[0] not in state_dims and dims[1] in state_dims
-        chosen = 1 if time_axis == 0 or second else 0
-    if time_axis is None:
-        place = 0 if chosen is None else 1 - chosen if chosen < 2 else 0
-        time_axis = place if place < len(dims) and isinstance(dims[place], str) else None
-    axes = tuple(axis for axis in (chosen, time_axis) if axis is not None)
-    if any(axis >= len(dims) for axis in axes) or len(set(axes)) < len(axes):
-        raise ExportError(f"{port.name} {_words(dims)}: batch_axis and time_axis must be two of its axes")
-    return InputRole(port, chosen, time_axis, _rest(port, axes), flag)
+        axes = _with_found_time(dims, batch, states, recurrent)
+    if len(set(axes.leading)) < len(axes.leading):
+        raise ExportError(f"{port.name} {words(dims)}: batch_axis and time_axis must be two of its axes")
+    return InputRole(port, axes, _sizes(port, dims, axes.leading), flag, context)
+
+
+def _without_context(port: Port, context: Context) -> Dims:
+    """The dimensions of what a client sends: those of the graph without the entries of the step before."""
+    dims = port.dims or ()
+    axis = len(dims) - 1 if context.axis is None else context.axis
+    if not 0 <= axis < len(dims):
+        raise ExportError(f"--context {port.name}: {port.name} {words(dims)} has no axis {axis}")
+    size = dims[axis]
+    if isinstance(size, str):
+        return dims  # a time axis, or a size that must be fixed, which is checked later
+    if not context.entries < size:
+        most = f"give from 1 to {size - 1}" if size > 1 else "there is no room for a context"
+        raise ExportError(
+            f"--context {port.name}={context.entries}: axis {axis} of {port.name} {words(dims)} has {size} "
+            f"{'entry' if size == 1 else 'entries'}, context and new ones: {most}"
+        )
+    return (*dims[:axis], size - context.entries, *dims[axis + 1 :])
+
+
+def _input_batch_axis(
+    dims: Dims, flag: InputFlag, states: Sequence[Port], recurrent: tuple[int, int] | None
+) -> int | None:
+    if flag.batch_axis is not None:
+        return None if flag.batch_axis == NO_AXIS else flag.batch_axis
+    if recurrent is not None:
+        return recurrent[1]
+    if flag.time_axis == 0:
+        return 1
+    carried = {dim for port in states for dim in port.dims or () if isinstance(dim, str)}
+    shared = [axis for axis, dim in enumerate(dims) if dim in carried]
+    if shared:
+        return shared[0]
+    time_first = len(dims) > 2 and not isinstance(dims[1], str) and isinstance(dims[0], str) and dims[1] == 1
+    if time_first and states and not carried:  # states of one row, as the second dimension has it
+        return 1
+    if len(dims) > 2 and dims[0] == 1 and isinstance(dims[1], str) and carried:  # the rows that the states have
+        return 1
+    return 0
+
+
+def _with_time(port: Port, dims: Dims, batch: int | None, time: int) -> Axes:
+    _check_time_axis(port, time, dims)
+    return Axes(batch, single=time) if dims[time] == 1 else Axes(batch, time)
+
+
+def _check_time_axis(port: Port, time: int, dims: Dims | None = None) -> None:
+    size = (dims or port.dims or ())[time : time + 1]
+    if size and isinstance(size[0], int) and size[0] > 1:
+        raise ExportError(
+            f"{port.name} fixes its time axis at {size[0]} steps: export it with a dynamic one, or take {size[0]} as "
+            f"one step with --input {port.name}:time_axis=none"
+        )
+
+
+def _with_found_time(dims: Dims, batch: int | None, states: Sequence[Port], recurrent: tuple[int, int] | None) -> Axes:
+    if recurrent is not None and recurrent[0] != batch and dims[recurrent[0]] != 1:
+        if isinstance(dims[recurrent[0]], str):
+            return Axes(batch, recurrent[0])
+        return Axes(batch)
+    place = 0 if batch is None else 1 - batch if batch < 2 else 0
+    if recurrent is not None and recurrent[0] != batch:
+        place = recurrent[0]
+    if place < len(dims) and isinstance(dims[place], str):
+        return Axes(batch, place)
+    carried = {dim for port in states for dim in port.dims or ()}
+    dynamic = [axis for axis, dim in enumerate(dims) if isinstance(dim, str) and axis != batch and dim not in carried]
+    if len(dynamic) == 1:  # channels first
+        return Axes(batch, dynamic[0])
+    single = place < len(dims) and dims[place] == 1 and batch is not None
+    if single and (len(dims) == 3 or (len(dims) == 2 and batch == 1)):
+        return Axes(batch, single=place)
+    return Axes(batch)
 
 
 def _batch(steps: Sequence[InputRole]) -> int | str:
     """The number of rows per run, or the name of the dimension."""
-    sizes = [1 if role.batch_axis is None else (role.port.dims or ())[role.batch_axis] for role in steps]
+    sizes = [1 if role.axes.batch is None else (role.port.dims or ())[role.axes.batch] for role in steps]
     fixed = {size for size in sizes if isinstance(size, int)}
     if len(fixed) > 1:
         raise ExportError(f"the inputs have different numbers of rows, {sorted(fixed)}: say which axes are their batch")
     return fixed.pop() if fixed else sizes[0]
 
 
-def _batch_axis(port: Port, batch: int | str, told: int | None) -> int:
+def _batch_axis(port: Port, following: str, batch: int | str, told: int | None) -> int | None:
     dims = port.dims
-    if not dims:
+    if port.type not in SERVED_TYPES and port.type not in CASTS:
+        raise ExportError(f"{port.name} is {port.type}: states of {_types()} can be served")
+    if dims is None:
         raise ExportError(f"{port.name}: the graph does not say its shape: export it with one")
-    if port.type not in SERVED_TYPES:
-        raise ExportError(f"{port.name} is {port.type}: states of {', '.join(SERVED_TYPES)} can be served")
+    if told == NO_AXIS or not dims:
+        return None
     if told is not None:
         if told >= len(dims):
-            raise ExportError(f"{port.name} {_words(dims)}: it has no axis {told}")
+            raise ExportError(f"{port.name} {words(dims)}: it has no axis {told}")
         return told
     dynamic = [axis for axis, dim in enumerate(dims) if isinstance(dim, str)]
     alike = [axis for axis, dim in enumerate(dims) if dim == batch]
@@ -211,20 +365,21 @@ def _batch_axis(port: Port, batch: int | str, told: int | None) -> int:
     ones = [axis for axis, dim in enumerate(dims) if dim == 1]
     if ones and not dynamic:
         return ones[0]
+    sizes = ", or fix the sizes of others with --dim NAME=VALUE" if dynamic else ", =none if it has no such axis"
     raise ExportError(
-        f"{port.name} {_words(dims)}: which axis is the batch is not clear: give --state "
-        f"{port.name}=OUTPUT:batch_axis=N, or fix the sizes of others with --dim NAME=VALUE"
+        f"{port.name} {words(dims)}: which axis is the batch is not clear: give --state "
+        f"{port.name}={following}:batch_axis=N{sizes}"
     )
 
 
-def _rest(port: Port, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Sizes of the other axes."""
+def _sizes(port: Port, dims: Dims, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of the axes that are not special."""
     sizes = []
-    for axis, dim in enumerate(port.dims or ()):
+    for axis, dim in enumerate(dims):
         if axis not in axes:
             if isinstance(dim, str):
                 raise ExportError(
-                    f"{port.name} {_words(port.dims)}: the size of {dim!r} must be fixed: give --dim {dim}=VALUE"
+                    f"{port.name} {words(port.dims)}: the size of {dim!r} must be fixed: give --dim {dim}=VALUE"
                 )
             sizes.append(dim)
     return tuple(sizes)
@@ -234,12 +389,20 @@ def _port(ports: Sequence[Port], name: str, kind: str = "input") -> Port:
     for port in ports:
         if port.name == name:
             return port
-    raise ExportError(f"there is no such {kind} {name!r}: the candidates are {_names(ports) or 'none'}")
+    raise ExportError(
+        f"there is no such {kind} {name!r}: the candidates are {', '.join(port.name for port in ports) or 'none'}"
+    )
 
 
-def _names(ports: Sequence[Port]) -> str:
-    return ", ".join(port.name for port in ports)
+def _types() -> str:
+    return ", ".join((*SERVED_TYPES, *CASTS))
 
 
-def _words(dims: Dims | None) -> str:
+def listed(ports: Sequence[Port]) -> str:
+    """Names and shapes, for messages."""
+    return ", ".join(f"{port.name} {words(port.dims)}" for port in ports)
+
+
+def words(dims: Dims | None) -> str:
+    """A shape, for messages."""
     return "[?]" if dims is None else f"[{', '.join(map(str, dims))}]"

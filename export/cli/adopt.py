@@ -39,13 +39,16 @@ def parser() -> Parser:
     add("--state", dest="states", type=_state, action="append", default=[], metavar="IN=OUT[:batch_axis=N]",
         help="an input and the output that is its next state; repeatable")  # fmt: skip
     add("--input", dest="inputs", type=_input, action="append", default=[], metavar="NAME[:batch_axis=N]...",
-        help="an input of a time step; options :batch_axis=none, :time_axis=N, :bounds=0..255")  # fmt: skip
+        help="an input of a time step; options :batch_axis=none, :time_axis=N or none, :bounds=0..255")  # fmt: skip
+    add("--output", dest="outputs", type=_output, action="append", default=[], metavar="NAME[:batch_axis=N]...",
+        help="an output whose axes are not found; options :batch_axis=N or none, :time_axis=N")  # fmt: skip
     add("--constant", dest="constants", type=_pair, action="append", default=[], metavar="NAME=VALUE",
         help="an input that is always the same; JSON, lists for tensors")  # fmt: skip
     add("--dim", dest="dims", type=_sized, action="append", default=[], metavar="NAME=SIZE",
         help="the size of a dynamic dimension; one without a name is INPUT.AXIS")  # fmt: skip
-    add("--context", dest="contexts", type=_sized, action="append", default=[], metavar="NAME=ENTRIES",
-        help="put the last entries of an input before those of its next step, as a state of their own")  # fmt: skip
+    add("--context", dest="contexts", type=_context, action="append", default=[],
+        metavar="NAME=ENTRIES[:axis=N]",
+        help="put the last entries of an input, along an axis, before those of its next step")  # fmt: skip
     add("--description", default="", help="description for GET /models")
     add("--default-output", choices=("last", "all"), default="all",
         help="outputs returned for requests of many time steps (default: all)")  # fmt: skip
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     for name in ("constants", "dims", "contexts"):
         arguments[name] = dict(arguments[name])
-    for name in ("states", "inputs"):
+    for name in ("states", "inputs", "outputs"):
         arguments[name] = tuple(arguments[name])
     try:
         # Imported here, so that --help and argument errors are immediate.
@@ -86,26 +89,41 @@ def _sized(text: str) -> tuple[str, int]:
     return name, positive(size)
 
 
+def _context(text: str) -> tuple[str, object]:
+    from cellserve.export.adopt.tensor_roles import Context
+
+    names, options = _split_options(text, ("axis",))
+    name, entries = _sized(names)
+    return name, Context(entries, _axis(options, "axis"))
+
+
 def _state(text: str) -> object:
     from cellserve.export.adopt.tensor_roles import StateFlag
 
     names, options = _split_options(text, ("batch_axis",))
     name, following = _pair(names)
-    return StateFlag(name, following, _axis(options, "batch_axis"))
+    return StateFlag(name, following, _axis(options, "batch_axis", optional=True))
+
+
+def _output(text: str) -> object:
+    from cellserve.export.adopt.tensor_roles import OutputFlag
+
+    name, options = _split_options(text, ("batch_axis", "time_axis"))
+    return OutputFlag(name, _axis(options, "batch_axis", optional=True), _axis(options, "time_axis"))
 
 
 def _input(text: str) -> object:
     from cellserve.export.adopt.tensor_roles import InputFlag
 
     name, options = _split_options(text, ("batch_axis", "time_axis", "bounds"))
-    batch_axis = -1 if options.get("batch_axis") == "none" else _axis(options, "batch_axis")
+    batch_axis, time_axis = (_axis(options, key, optional=True) for key in ("batch_axis", "time_axis"))
     bounds = None
     if "bounds" in options:
         found = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", options["bounds"])
         if not found or int(found[1]) > int(found[2]):
             raise argparse.ArgumentTypeError(f"bounds={options['bounds']}: expected FIRST..LAST, such as 0..255")
         bounds = int(found[1]), int(found[2])
-    return InputFlag(name, batch_axis, _axis(options, "time_axis"), bounds)
+    return InputFlag(name, batch_axis, time_axis, bounds)
 
 
 def _split_options(text: str, keys: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -116,11 +134,18 @@ def _split_options(text: str, keys: Sequence[str]) -> tuple[str, dict[str, str]]
     return text, options
 
 
-def _axis(options: dict[str, str], key: str) -> int | None:
+def _axis(options: dict[str, str], key: str, optional: bool = False) -> int | None:
+    """The axis that an option gives, None if it is not given; NO_AXIS for `none` if the axis is optional."""
+    from cellserve.export.adopt.tensor_roles import NO_AXIS
+
     text = options.get(key)
-    if text is not None and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{key}={text}: expected a number from 0")
-    return None if text is None else int(text)
+    if text is None:
+        return None
+    if optional and text == "none":
+        return NO_AXIS
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{key}={text}: expected a number from 0{' or none' if optional else ''}")
+    return int(text)
 
 
 if __name__ == "__main__":

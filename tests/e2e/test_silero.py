@@ -132,3 +132,25 @@ def test_a_chunk_of_another_length_is_refused_with_the_length(server: Server) ->
         answer = client.post(f"/sessions/{session}/step", json={"x": [0.0] * 576})
     assert answer.status_code == 422
     assert "576 numbers where the model takes 512" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["sr=16000"],
+            "ONNX Runtime crashed (SIGSEGV) while it opened the graph with sr=16000: if axis 1 of input is not time, "
+            "fix its size with --dim input.1=SIZE",
+        ),
+        (["sr=44100", "--dim", "input.1=576"], "with sr=44100: is the graph made for this value?"),
+    ],
+)
+def test_a_graph_that_crashes_onnx_runtime_is_refused_in_one_line(tmp_path: Path, flags: list[str], told: str) -> None:
+    command = [sys.executable, "-m", "cellserve.cli", "adopt", str(silero()), "--name", "vad"]
+    adopted = subprocess.run(
+        [*command, "--artifacts", str(tmp_path), "--constant", *flags], capture_output=True, text=True, timeout=120
+    )
+    assert adopted.returncode == 1
+    assert told in adopted.stderr
+    assert adopted.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cellserve.export.cli.adopt import main
+from cellserve.export.errors import ExportError
+from cellserve.service.model_repository.model import Model
+from cellserve.service.model_repository.repository import load
+from cellserve.service.runtime.onnx_model import RuntimeOptions
+from tests.export.adopting import Adopt
 from tests.export.unmeasured import unmeasured
+
+
+@pytest.fixture
+def adopt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Adopt:
+    """Writes a model to a file, runs the command on it, and opens what came out as the service does."""
+
+    def run(made: Any, *flags: str) -> Model:
+        path = tmp_path / "model.onnx"
+        path.write_bytes(made if isinstance(made, bytes) else made.SerializeToString())
+        artifacts = tmp_path / "artifacts"
+        if main([str(path), "--name", "mine", "--artifacts", str(artifacts), *flags]) != 0:
+            assert not list(artifacts.glob("mine/*")), "something was written"
+            raise ExportError(capsys.readouterr().err)
+        return load("mine", artifacts / "mine" / "1", RuntimeOptions(), 16)
+
+    return run
 
 
 @pytest.fixture

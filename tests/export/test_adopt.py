@@ -16,38 +16,18 @@ from onnx import TensorProto, external_data_helper, helper
 from onnx.helper import make_node as node
 
 from cellserve.export.adopt.state_matching import Port, find_pairs
-from cellserve.export.cli.adopt import main
 from cellserve.export.errors import ExportError
 from cellserve.models.signature import Signature
-from cellserve.service.model_repository.model import Model
-from cellserve.service.model_repository.repository import load
-from cellserve.service.runtime.onnx_model import RuntimeOptions
 from tests import foreign
+from tests.export.adopting import Adopt
 from tests.foreign import FLOAT, INT64
 from tests.kinds import COUNTING, DEEP, FRAMES, LETTERS, LSTM, SYMBOLS
 
 ONE = {"batch": 1}
-Adopt = Callable[..., Model]
 
 
 def by_hand(made: Any) -> Any:
     return ort.InferenceSession(made.SerializeToString())
-
-
-@pytest.fixture
-def adopt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Adopt:
-    """Writes a model to a file, runs the command on it, and opens what came out as the service does."""
-
-    def run(made: Any, *flags: str) -> Model:
-        path = tmp_path / "model.onnx"
-        path.write_bytes(made if isinstance(made, bytes) else made.SerializeToString())
-        artifacts = tmp_path / "artifacts"
-        if main([str(path), "--name", "mine", "--artifacts", str(artifacts), *flags]) != 0:
-            assert not list(artifacts.glob("mine/*")), "something was written"
-            raise ExportError(capsys.readouterr().err)
-        return load("mine", artifacts / "mine" / "1", RuntimeOptions(), 16)
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -56,7 +36,8 @@ def adopt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Adopt:
         ("h", "hn"), ("c", "cn"), ("h0", "hn"), ("h_0", "h_n"), ("state", "stateN"), ("past_x", "present_x"),
         ("past_key.0", "present_key.0"), ("x_in", "x_out"), ("h", "h.next"), ("hidden", "new_hidden"),
         ("prevState", "nextState"), ("cache_in_3", "cache_out_3"), ("initial_h", "final_h"), ("lstm/h", "lstm/h_next"),
-        ("n", "n.next"),
+        ("n", "n.next"), ("cache_x", "cache_x_next"), ("cache_last_time", "cache_last_time_next"),
+        ("cache_last_channel_len", "cache_last_channel_next_len"),
     ],
 )  # fmt: skip
 def test_next_states_are_found_by_their_names(name: str, following: str) -> None:
@@ -324,9 +305,9 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
         [], "give --input x:bounds=FIRST..LAST"),
     "another type": (
         foreign.model([node("Add", ["x", "h"], ["hn"]), node("Identity", ["x"], ["y"])],
-                      [("x", TensorProto.DOUBLE, ["batch", 3]), ("h", TensorProto.DOUBLE, ["batch", 3])],
-                      [("y", TensorProto.DOUBLE, ["batch", 3]), ("hn", TensorProto.DOUBLE, ["batch", 3])]),
-        [], "x is float64"),
+                      [("x", TensorProto.UINT64, ["batch", 3]), ("h", TensorProto.UINT64, ["batch", 3])],
+                      [("y", TensorProto.UINT64, ["batch", 3]), ("hn", TensorProto.UINT64, ["batch", 3])]),
+        [], "x is uint64"),
     "custom operators": (
         edited(foreign.frames(), in_a_domain_of_its_own),
         [], "custom operators, which are not loaded: my.lab::Tanh"),
