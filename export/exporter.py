@@ -22,7 +22,8 @@ from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 from cellserve.export.publish import compatibility, repository_writer
 from cellserve.export.report import html
-from cellserve.export.report.console import REPORT_NAME, Results, show
+from cellserve.export.report.console import Results, show
+from cellserve.export.report.page import REPORT_NAME
 from cellserve.export.request import ExportRequest
 from cellserve.export.verify.benchmark import NO_ALTERNATIVES, alternatives
 from cellserve.export.verify.evaluation import TestData

@@ -13,8 +13,8 @@ from typing import Literal
 from rich.console import Console
 
 from cellserve.export.adopt import reference_loop
-from cellserve.export.adopt.console import show
 from cellserve.export.adopt.graph_editor import ForeignGraph
+from cellserve.export.adopt.report import Adoption, render, show
 from cellserve.export.adopt.runtime_words import reason
 from cellserve.export.adopt.serving_graph import ServableGraph
 from cellserve.export.adopt.state_matching import find_pairs
@@ -22,6 +22,8 @@ from cellserve.export.adopt.tensor_roles import Context, Flags, InputFlag, Outpu
 from cellserve.export.adopt.trial import Trial
 from cellserve.export.errors import ExportError
 from cellserve.export.publish import compatibility, repository_writer
+from cellserve.export.report.page import REPORT_NAME
+from cellserve.export.report.progress import Stages
 from cellserve.models.signature import MODEL_NAME, Exactness, ModelDocument, Rollout, Signature, rollout_misfit
 from cellserve.service.runtime.batch_invariance import FULL_PLAN, QUICK_PLAN, CheckPlan, NotBatchInvariant, compare_runs
 from cellserve.service.runtime.onnx_model import Runtime
@@ -69,7 +71,8 @@ def adopt(request: AdoptRequest, console: Console) -> Path:
 
 def _adopt(request: AdoptRequest, console: Console, trial: Trial) -> Path:
     repository_writer.check_writable(request.artifacts, request.name, request.version)
-    with console.status("reading") as status:
+    with Stages(console) as progress:
+        progress("reading the graph")
         graph = ForeignGraph(request.model)
         graph.fix_dimensions(request.dims)
         constants = {name: graph.freeze_input(name, text) for name, text in request.constants.items()}
@@ -78,33 +81,30 @@ def _adopt(request: AdoptRequest, console: Console, trial: Trial) -> Path:
             graph.promote_default_to_input(name)
         flags = Flags(request.inputs, request.states, request.outputs, request.contexts)
         roles = find_roles(graph.inputs, graph.outputs, flags, graph.recurrent_inputs)
+        progress("finding its outputs")
         model = ServableGraph(graph, roles, trial)
-        status.update("comparing with the original graph")
+        _check_flags(request, model.signature)
+        progress("comparing with the original graph")
         difference = reference_loop.difference(graph.original, roles, model, constants, trial)
         if not difference <= TOLERANCE:
             raise ExportError(
                 f"its results differ by {difference:.1e} from the original graph in a plain loop: is each :batch_axis "
                 f"right? Otherwise it is our bug, please report it with the model"
             )
-        status.update("proving that neither batch nor chunks change a bit")
+        progress("proving that neither batch nor chunks change a bit")
         signature, exactness = _proved(model)
+        _check_flags(request, signature)
         runtime = model.open(signature)
-        status.update("measuring")
+        progress("measuring")
         shapes = [(1, 1), (64, 1), (1, 50)] if signature.time_axis else [(1, 1), (64, 1)]
         if signature.predict_only is not None:
             shapes = [(1, 50), (8, 50)]
         timings = {f"{rows}x{steps}": {"ours": runtime.seconds(rows, steps) * 1e6} for rows, steps in shapes}
-        labels = request.labels
-        if labels and signature.outputs[0].shape[-1:] != (len(labels),):
-            raise ExportError(f"{len(labels)} labels for an output of shape {list(signature.outputs[0].shape)}")
-        misfit = request.rollout and rollout_misfit(signature, request.rollout)
-        if misfit:
-            raise ExportError(f"--rollout {request.rollout}: {misfit}")
         document = ModelDocument(
             name=request.name,
             signature=signature.model_copy(update={"default_output": request.default_output}),
             description=request.description,
-            labels=labels,
+            labels=request.labels,
             rollout=request.rollout,
             form="ONNX made elsewhere",
             operators=graph.operators,
@@ -115,9 +115,20 @@ def _adopt(request: AdoptRequest, console: Console, trial: Trial) -> Path:
         )
         content = model.content(document)
         warning = compatibility.warning(request.artifacts, request.name, document.signature)
-        folder = repository_writer.write(request.artifacts, request.name, request.version, {MODEL_NAME: content})
-    show(console, str(folder), document, roles, constants, len(content), warning)
+        results = Adoption(document, roles, constants, len(content), warning)
+        files = {MODEL_NAME: content, REPORT_NAME: render(results).encode()}
+        folder = repository_writer.write(request.artifacts, request.name, request.version, files)
+    show(console, folder, results)
     return folder
+
+
+def _check_flags(request: AdoptRequest, signature: Signature) -> None:
+    """Checks the flags that must fit the outputs; raises ExportError."""
+    if request.labels and signature.outputs[0].shape[-1:] != (len(request.labels),):
+        raise ExportError(f"{len(request.labels)} labels for an output of shape {list(signature.outputs[0].shape)}")
+    misfit = request.rollout and rollout_misfit(signature, request.rollout)
+    if misfit:
+        raise ExportError(f"--rollout {request.rollout}: {misfit}")
 
 
 def _proved(model: ServableGraph) -> tuple[Signature, Exactness]:
@@ -166,8 +177,9 @@ def _provenance(request: AdoptRequest, graph: ForeignGraph) -> dict[str, str]:
     told = graph.model
     flags = {
         "constants": ", ".join(f"{name}={text}" for name, text in request.constants.items()),
+        "states": ", ".join(f"{flag.name}={flag.following}" for flag in request.states),
         "dims": ", ".join(f"{name}={size}" for name, size in request.dims.items()),
-        "context": ", ".join(f"{name}={told.entries}" for name, told in request.contexts.items()),
+        "context": ", ".join(f"{name}={told}" for name, told in request.contexts.items()),
         "producer": f"{told.producer_name} {told.producer_version}".strip(),
     }
     return {

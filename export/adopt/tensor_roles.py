@@ -50,6 +50,10 @@ class Context:
     entries: int
     axis: int | None = None  # None for the last
 
+    def __str__(self) -> str:
+        """As the user gives it."""
+        return str(self.entries) if self.axis is None else f"{self.entries}:axis={self.axis}"
+
 
 @dataclass(frozen=True, slots=True)
 class Flags:

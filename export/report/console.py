@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,8 @@ from rich.table import Table
 
 from cellserve.export.candidates.candidates import Candidate
 from cellserve.export.candidates.quantization import QuantizationResult
+from cellserve.export.report.page import show_ending
 from cellserve.models.signature import ModelDocument
-
-REPORT_NAME = "report.html"  # written beside the model for people; the service does not read it
 
 # How a candidate was run for the parity check, in words.
 RUNS = {
@@ -80,14 +78,7 @@ def show(console: Console, folder: Path, results: Results) -> None:
         table.add_row("[bold]warning[/bold]", f"[bold]{escape(results.warning)}[/bold]")
     console.print(table)
     console.print(_times(results))
-    console.print("report", folder / REPORT_NAME, "in a browser", markup=False, highlight=False, soft_wrap=True)
-    console.print("serve ", serve_command(folder), markup=False, highlight=False, soft_wrap=True)
-
-
-def serve_command(folder: Path) -> str:
-    """The command that serves the repository that a version's folder is in."""
-    artifacts = folder.parent.parent
-    return "cellserve serve" + (f" --models {shlex.quote(str(artifacts))}" if artifacts != Path("artifacts") else "")
+    show_ending(console, folder)
 
 
 def _times(results: Results) -> Table:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.export.pages import Page
 from tests.helpers import FEATURES
 from tests.networks import network
 
@@ -20,8 +20,8 @@ from keras import layers  # isort: skip
 
 from cellserve.export.candidates import candidates
 from cellserve.export.exporter import export, network_of
-from cellserve.export.report.console import REPORT_NAME
 from cellserve.export.report.network_svg import draw_network
+from cellserve.export.report.page import REPORT_NAME
 from cellserve.export.request import ExportRequest
 from cellserve.models.cells import LSTMCell
 from cellserve.models.signature import MODEL_NAME
@@ -29,38 +29,6 @@ from cellserve.service.runtime.batch_invariance import QUICK_PLAN
 from cellserve.service.runtime.onnx_model import Runtime
 
 HOSTILE = "<img src=x onerror=\"alert(1)\"> & 'more'"
-VOID = {"meta"}
-
-
-class Page(HTMLParser):
-    """Reads a page; fails where a tag is closed that was not opened, or not closed at all."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture(scope="module")

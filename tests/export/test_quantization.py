@@ -22,7 +22,7 @@ from cellserve.export.cli.export import main
 from cellserve.export.errors import ExportError
 from cellserve.export.exporter import network_of
 from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.export.report.console import REPORT_NAME
+from cellserve.export.report.page import REPORT_NAME
 from cellserve.export.verify.evaluation import TestData
 from cellserve.models.cells import LSTMCell
 from cellserve.models.signature import MODEL_NAME, STEP_NAME, Exactness, ModelDocument
