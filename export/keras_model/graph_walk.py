@@ -12,6 +12,8 @@ from keras import tree
 from cellserve.export.errors import note_layer
 from cellserve.export.keras_model.keras_private import calls, graph_of, has_graph, mask_of, set_mask
 
+_VIEWS = ("Cast", "ExpandDims", "Identity", "Reshape", "Squeeze")  # operations that change no value of an integer
+
 
 class Call(NamedTuple):
     """One call of a layer or an operation at its place in a model's graph."""
@@ -87,15 +89,31 @@ def _first_positional(operation: Any, args: Any, kwargs: dict[str, Any]) -> tupl
     return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
-def readers(model: Any, place: int) -> list[Any]:
+class Reader(NamedTuple):
+    """A layer or operation that reads a tensor."""
+
+    operation: Any
+    args: tuple[Any, ...]  # its symbolic arguments
+    place: int  # the place of the tensor among them
+
+
+def readers(model: Any, place: int) -> list[Reader]:
     """The layers that read a model's input, except the comparisons that Keras inserts for a mask."""
-    tensor, found = graph_of(model).inputs[place], []
+    return _readers(model, graph_of(model).inputs[place])
+
+
+def _readers(model: Any, tensor: Any) -> list[Reader]:
+    """The layers that read a tensor, also one that differs from it only in its shape or integer type."""
+    found: list[Reader] = []
     for node in calls(model):
         for inner, argument in enumerate(tree.flatten(node.arguments.args)):
             if argument is not tensor:
                 continue
+            name = type(node.operation).__name__
             if isinstance(node.operation, keras.Model) and has_graph(node.operation):
                 found += readers(node.operation, inner)
-            elif type(node.operation).__name__ != "NotEqual":
-                found.append(node.operation)
+            elif name in _VIEWS and "int" in str(tensor.dtype) and "int" in str(node.outputs[0].dtype):
+                found += _readers(model, node.outputs[0])
+            elif name != "NotEqual":
+                found.append(Reader(node.operation, node.arguments.args, inner))
     return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 
 from cellserve.export.errors import ExportError
-from cellserve.export.keras_model.graph_walk import readers
+from cellserve.export.keras_model.graph_walk import Reader, readers
 from cellserve.export.keras_model.keras_private import input_structure, output_structure, producer
 from cellserve.export.keras_model.naming import UniqueNames
 from cellserve.models.signature import TensorSpec
@@ -35,12 +36,13 @@ def input_specs(model: Any) -> tuple[TensorSpec, ...]:
                 f"the input {tensor.name!r} has shape {shape}, not [batch, time, *features] with an open time axis: "
                 f"declare it as keras.Input((None, features)), and send constant inputs at every step"
             )
-        layers = [getattr(layer, "layer", layer) for layer in readers(model, place)]  # unwraps TimeDistributed
+        calls = readers(model, place)
+        layers = [getattr(call.operation, "layer", call.operation) for call in calls]  # unwraps TimeDistributed
         embeddings = [layer for layer in layers if isinstance(layer, keras.layers.Embedding)]
         dtype, bounds, masked = _dtype(tensor), _RANGES.get(str(tensor.dtype)), None
         if embeddings and len(embeddings) == len(layers) and dtype == "float32":
             dtype = "int32"
-        sizes = [size for layer in layers if (size := _classes(layer))]
+        sizes = [size for layer, call in zip(layers, calls, strict=True) if (size := _classes(layer, call))]
         if dtype != "float32" and sizes:
             bounds = 0, min(sizes) - 1
         if any(layer.mask_zero for layer in embeddings):
@@ -93,13 +95,21 @@ class _Key(NamedTuple):
     name: str
 
 
-def _classes(layer: Any) -> int | None:
-    """Vocabulary size that a layer or operation accepts: integers from 0 to below it; None if there is none."""
+def _classes(layer: Any, call: Reader) -> int | None:
+    """Number of integers from 0 that a layer or operation accepts; None if it accepts all, or if that is not known.
+
+    `take` and `take_along_axis` of Keras also count negative indices from the end; requests are held to the others.
+    """
     if isinstance(layer, keras.layers.Embedding):
         return int(layer.input_dim)
     if isinstance(layer, keras.layers.CategoryEncoding):
         return int(layer.num_tokens)
-    return int(layer.num_classes) if type(layer).__name__ == "OneHot" else None
+    name = type(layer).__name__
+    if name in ("Take", "TakeAlongAxis") and call.place == 1:
+        shape = call.args[0].shape
+        size = math.prod(shape) if layer.axis is None and None not in shape else shape[layer.axis or 0]
+        return None if size is None else int(size)
+    return int(layer.num_classes) if name in ("OneHot", "MultiHot") else None
 
 
 def _dtype(tensor: Any) -> Any:

@@ -9,28 +9,24 @@ from typing import Any
 
 import onnx
 import tf2onnx
-from tf2onnx.onnx_opset.controlflow import Select
+from tf2onnx.optimizer import back_to_back_optimizer
 
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
+from cellserve.export.onnx_graph.tf2onnx_handlers import HANDLERS, index_from_the_end
 
-
-def _write_select(graph: Any, node: Any, *_: Any) -> None:
-    """Writes TensorFlow's Select as `Where`, as one of tf2onnx's operator handlers.
-
-    By itself tf2onnx writes `Where` only if it sees an infinity or NaN among the constants, and otherwise
-    `condition * x + (1 - condition) * y`. That is NaN wherever the branch not taken is not finite, which is what a
-    guard (`where(isfinite(1 / x), 1 / x, 0)`) is for. The products are right for integers and booleans, of which ONNX
-    Runtime's `Where` supports only some types.
-    """
-    if graph.get_dtype(node.output[0]) in _FLOATS:
-        node.set_attr("handles_nan", True)
-    Select.version_9(graph, node)
+# Left in, it drops a cast to fewer digits that is cast back, and the rounding with it.
+back_to_back_optimizer._func_map.pop(("Cast",))
+# Two rewriters look for `x * (x > c)` and `maximum(c * x, x)`. Their operators differ for NaN and infinity.
+tf2onnx.tfonnx.rewrite_thresholded_relu = tf2onnx.tfonnx.rewrite_leakyrelu = lambda graph, nodes: nodes
 
 
 def convert_graph(graph: Any, inputs: list[str], outputs: list[str], opset: int) -> onnx.ModelProto:
-    """Converts a frozen TensorFlow GraphDef; selects of floats become `Where`."""
-    handlers: dict[str, tuple[Any, list[Any]]] = {"Select": (_write_select, []), "SelectV2": (_write_select, [])}
+    """Converts a frozen TensorFlow GraphDef, with the project's own handlers."""
     model, _ = tf2onnx.convert.from_graph_def(
-        graph, input_names=inputs, output_names=outputs, opset=opset, custom_op_handlers=handlers
+        graph,
+        input_names=inputs,
+        output_names=outputs,
+        opset=opset,
+        custom_op_handlers=HANDLERS,
+        custom_rewriter=[index_from_the_end],
     )
     return model

@@ -16,7 +16,6 @@ from onnx import helper, numpy_helper
 from cellserve.export.errors import ExportError, first_line
 from cellserve.export.keras_model.keras_private import all_layers
 from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.export.onnx_graph.builder import all_graphs
 from cellserve.export.onnx_graph.tensorflow_private import freeze
 from cellserve.export.onnx_graph.tf2onnx_private import convert_graph
 
@@ -93,17 +92,23 @@ def convert(function: Callable[..., Any], specs: list[Any], network: Any) -> onn
     named = [tf.TensorSpec(spec.shape, spec.dtype, name=f"in{place}") for place, spec in enumerate(specs)]
     concrete = tf.function(function, autograph=False).get_concrete_function(*named)
     frozen = freeze(concrete)
+    graph = frozen.graph.as_graph_def(add_shapes=True)
+    for node in graph.node:
+        # tf2onnx takes bfloat16 for float16.
+        if any(attribute.type == tf.bfloat16.as_datatype_enum for attribute in node.attr.values()):
+            raise ExportError(
+                f"{_layer_of(node, network)} casts to bfloat16, in which ONNX Runtime computes little on a CPU: "
+                f"use float32 there"
+            )
     try:
         model = convert_graph(
-            frozen.graph.as_graph_def(add_shapes=True),
+            graph,
             [f"in{place}:0" for place in range(len(specs))],
             [tensor.name for tensor in frozen.outputs],
             OPSET,
         )
     except Exception as error:
         raise ExportError(f"tf2onnx cannot convert the network: {first_line(error)}") from None
-    for graph in all_graphs(model.graph):
-        _write_erfc(graph)
     for node in model.graph.node:
         if not onnx.defs.has(node.op_type, OPSET, node.domain):
             raise ExportError(
@@ -111,20 +116,6 @@ def convert(function: Callable[..., Any], specs: list[Any], network: Any) -> onn
                 f"ONNX: write that layer or cell with other operations of keras.ops"
             )
     return model
-
-
-def _write_erfc(graph: onnx.GraphProto) -> None:
-    """Replaces TensorFlow's Erfc, which tf2onnx does not know, by 1 - Erf: `gelu` uses it."""
-    nodes = list(graph.node)
-    del graph.node[:]
-    for node in nodes:
-        if node.op_type != "Erfc":
-            graph.node.append(node)
-            continue
-        one, erf = f"{node.output[0]}/one", f"{node.output[0]}/erf"
-        graph.node.append(helper.make_node("Constant", [], [one], one, value=numpy_helper.from_array(np.float32(1))))
-        graph.node.append(helper.make_node("Erf", node.input, [erf], erf))
-        graph.node.append(helper.make_node("Sub", [one, erf], node.output, node.name))
 
 
 def _layer_of(node: onnx.NodeProto, network: Any) -> str:
@@ -215,7 +206,10 @@ def _seen(
     options.log_severity_level = 3
     step = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     # A graph without nodes cannot be run: the whole step was excluded.
-    session = ort.InferenceSession(step.SerializeToString(), options, ["CPUExecutionProvider"]) if nodes else None
+    try:
+        session = ort.InferenceSession(step.SerializeToString(), options, ["CPUExecutionProvider"]) if nodes else None
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot run the network: {first_line(error)}") from None
     seen: list[list[np.ndarray]] = []
     for batch in _BATCHES:
         feed = {}
