@@ -1,7 +1,7 @@
 """ONNX nodes for TensorFlow operations that tf2onnx lacks, or writes so that they are exact only for ordinary numbers.
 
-Each function writes one operation, is named after it and says what was wrong. `HANDLERS` is what tf2onnx is given.
-tf2onnx's graph calls are public, its handlers are not: `tests/export/test_private_parts.py` holds them.
+Each function writes one operation and says what it is or what was wrong with it. `HANDLERS` and `REWRITERS` are what
+tf2onnx is given. `tests/export/test_conversions.py` compares every conversion with Keras for special values.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper
-from tf2onnx.onnx_opset.controlflow import Select
-from tf2onnx.onnx_opset.nn import PoolOp
-from tf2onnx.onnx_opset.reduction import ArgMax
-from tf2onnx.utils import make_name
+
+from cellserve.export.onnx_graph.tf2onnx_private import ArgMax, PoolOp, Select, make_name
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
 _INTEGERS = (TensorProto.INT32, TensorProto.INT64)  # the integers that every operator of ONNX Runtime takes
@@ -218,7 +216,8 @@ def _integers(write: Nodes, x: str, y: str) -> tuple[str, str]:
 def compare(write: Nodes, x: str, y: str) -> str:
     """A comparison; tf2onnx casts integers to float32, in which those beyond 2**24 are equal to their neighbours."""
     operator = {"GreaterEqual": "GreaterOrEqual", "LessEqual": "LessOrEqual"}.get(write.node.type, write.node.type)
-    if write.type not in (TensorProto.FLOAT, TensorProto.DOUBLE, *_INTEGERS):
+    if write.type not in (TensorProto.FLOAT, TensorProto.DOUBLE):
+        # Integers are cast whatever type they have: the counter of a loop is int64, and tf2onnx takes it for int32.
         to = TensorProto.FLOAT if write.type in _FLOATS else TensorProto.INT64
         x, y = write.cast(x, to), write.cast(y, to)
     return write(operator, x, y)
@@ -416,3 +415,6 @@ def index_from_the_end(graph: Any, nodes: list[Any]) -> list[Any]:
 
 def _constant(node: Any) -> Any:
     return node.get_tensor_value() if node.is_const() else None
+
+
+REWRITERS: list[Callable[[Any, list[Any]], list[Any]]] = [index_from_the_end]

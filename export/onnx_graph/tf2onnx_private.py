@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx
 import tf2onnx
+from tf2onnx.onnx_opset.controlflow import Select
+from tf2onnx.onnx_opset.nn import PoolOp
+from tf2onnx.onnx_opset.reduction import ArgMax
 from tf2onnx.optimizer import back_to_back_optimizer
+from tf2onnx.utils import make_name
 
-from cellserve.export.onnx_graph.tf2onnx_handlers import HANDLERS, index_from_the_end
+__all__ = ["ArgMax", "PoolOp", "Select", "convert_graph", "make_name"]
 
 # Left in, it drops a cast to fewer digits that is cast back, and the rounding with it.
 back_to_back_optimizer._func_map.pop(("Cast",))
@@ -19,14 +24,30 @@ back_to_back_optimizer._func_map.pop(("Cast",))
 tf2onnx.tfonnx.rewrite_thresholded_relu = tf2onnx.tfonnx.rewrite_leakyrelu = lambda graph, nodes: nodes
 
 
-def convert_graph(graph: Any, inputs: list[str], outputs: list[str], opset: int) -> onnx.ModelProto:
-    """Converts a frozen TensorFlow GraphDef, with the project's own handlers."""
+def convert_graph(
+    graph: Any,
+    inputs: list[str],
+    outputs: list[str],
+    opset: int,
+    handlers: Mapping[str, tuple[Callable[..., None], list[Any]]],
+    rewriters: list[Callable[[Any, list[Any]], list[Any]]],
+) -> onnx.ModelProto:
+    """Converts a frozen TensorFlow GraphDef.
+
+    Args:
+        graph: The GraphDef.
+        inputs: Names of its inputs.
+        outputs: Names of its outputs.
+        opset: ONNX's opset.
+        handlers: Own handlers by TensorFlow's operation, each with its arguments.
+        rewriters: Functions that change the graph before, given tf2onnx's graph and its nodes.
+    """
     model, _ = tf2onnx.convert.from_graph_def(
         graph,
         input_names=inputs,
         output_names=outputs,
         opset=opset,
-        custom_op_handlers=HANDLERS,
-        custom_rewriter=[index_from_the_end],
+        custom_op_handlers=dict(handlers),
+        custom_rewriter=rewriters,
     )
     return model

@@ -17,6 +17,7 @@ from cellserve.export.errors import ExportError, first_line
 from cellserve.export.keras_model.keras_private import all_layers
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.onnx_graph.tensorflow_private import freeze
+from cellserve.export.onnx_graph.tf2onnx_handlers import HANDLERS, REWRITERS
 from cellserve.export.onnx_graph.tf2onnx_private import convert_graph
 
 OPSET = 18  # newest opset that tf2onnx writes
@@ -106,6 +107,8 @@ def convert(function: Callable[..., Any], specs: list[Any], network: Any) -> onn
             [f"in{place}:0" for place in range(len(specs))],
             [tensor.name for tensor in frozen.outputs],
             OPSET,
+            HANDLERS,
+            REWRITERS,
         )
     except Exception as error:
         raise ExportError(f"tf2onnx cannot convert the network: {first_line(error)}") from None

@@ -71,6 +71,8 @@ def test_keras_has_the_private_parts_that_the_export_uses() -> None:
 def test_tf2onnx_and_tensorflow_have_the_private_parts_that_the_export_uses() -> None:
     import tensorflow as tf
 
+    from cellserve.export.onnx_graph.tf2onnx_handlers import HANDLERS, REWRITERS
+
     spec = tf.TensorSpec([None], "float32", name="x")
     guarded = tf.function(lambda x: tf.where(x > 0, 1 / x, 0 * x)).get_concrete_function(spec)
     graphs = []
@@ -82,7 +84,8 @@ def test_tf2onnx_and_tensorflow_have_the_private_parts_that_the_export_uses() ->
     def convert(private: Any) -> bool:
         frozen = graphs[0]
         outputs = [tensor.name for tensor in frozen.outputs]
-        model = private.convert_graph(frozen.graph.as_graph_def(add_shapes=True), ["x:0"], outputs, 18)
+        graph = frozen.graph.as_graph_def(add_shapes=True)
+        model = private.convert_graph(graph, ["x:0"], outputs, 18, HANDLERS, REWRITERS)
         return "Where" in {node.op_type for node in model.graph.node}
 
     check_parts(
