@@ -6,7 +6,8 @@ rewritten; weights stay. The parity check compares with the model as it was save
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,21 @@ def with_dtype(model: Any, dtype: str) -> Any:
             return {**config, "config": {**config["config"], "name": dtype}}
         return {key: dtype if key == "dtype" and _is_float(value) else value for key, value in config.items()}
 
-    return _rebuilt(model, change)
+    with computing_in(dtype):
+        return _rebuilt(model, change)
+
+
+@contextmanager
+def computing_in(dtype: str) -> Iterator[None]:
+    """Makes a type Keras's default, for what has none of its own: layers and zeros that a cell creates, say."""
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx(dtype)
+    keras.config.set_dtype_policy(dtype)
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
 
 
 def with_open_shapes(model: Any) -> Any:

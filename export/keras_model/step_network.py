@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from cellserve.export.errors import ExportError, Unsteppable
+from cellserve.export.errors import ExportError, Unsteppable, first_line
 from cellserve.export.keras_model.graph_walk import Call, is_timed, walk
 from cellserve.export.keras_model.keras_private import all_layers, set_mask, takes_mask
 from cellserve.export.keras_model.load import with_open_shapes
@@ -23,6 +23,8 @@ from cellserve.export.keras_model.naming import UniqueNames
 from cellserve.export.keras_model.recurrences import Recurrence, RecurrentState, cells_of, recurrences_of
 from cellserve.export.keras_model.tensor_specs import input_specs, output_specs
 from cellserve.models.signature import Signature, StateSpec, TensorSpec
+
+_PROBE_ROWS, _PROBE_STEPS = 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,24 +144,27 @@ class StatefulNetwork:
         return outputs, following
 
     def _discover(self) -> tuple[TensorSpec, ...]:
-        """Finds the recurrences and refuses layers that cannot be stepped; returns the output specs."""
+        """Finds the recurrences and refuses layers that cannot be stepped; returns the output specs.
+
+        A few time steps of random numbers go through the network, so that each layer is tried on what it gets there.
+        """
         names = UniqueNames(layer for layer in all_layers(self.model) if isinstance(layer, keras.layers.RNN))
 
         def visit(call: Call) -> Any:
             layer, mask = call.operation, call.mask
             if not isinstance(layer, keras.layers.RNN):
-                _refuse_mixing(call)
-                return _one_step(call)
+                return _try_layer(call)
             _refuse_unsteppable(call)
-            y = ops.squeeze(call.args[0], axis=1)
-            mask = None if mask is None else ops.squeeze(mask, axis=1)
-            for recurrence, output in recurrences_of(layer, names.assign(layer), y, mask):
+            y = call.args[0]
+            first_mask = None if mask is None else mask[:, 0]
+            for recurrence, _ in recurrences_of(layer, names.assign(layer), y[:, 0], first_mask):
                 self.recurrences.append(recurrence)
-                y = output
-            return _with_call_mask(call, ops.expand_dims(y, 1)) if layer.return_sequences else y
+                zeros = [ops.zeros((_PROBE_ROWS, *state.shape), state.dtype) for state in recurrence.states]
+                y, _ = recurrence.run(y, zeros, mask)
+            return _with_call_mask(call, y) if layer.return_sequences else y[:, -1]
 
-        x = [ops.zeros((2, 1, *spec.shape), spec.dtype) for spec in self.inputs]
-        outputs = walk(self.model, x, visit)
+        rng = np.random.default_rng(0)
+        outputs = walk(self.model, [_probe(spec, rng) for spec in self.inputs], visit)
         if not self.recurrences:
             raise ExportError(
                 "the network has no recurrent layer (keras.layers.RNN over a cell): there is no state to serve"
@@ -169,10 +174,17 @@ class StatefulNetwork:
         )
 
 
+def _probe(spec: TensorSpec, rng: np.random.Generator) -> Any:
+    shape = (_PROBE_ROWS, _PROBE_STEPS, *spec.shape)
+    if spec.dtype == "float32":
+        return ops.convert_to_tensor(rng.normal(size=shape), dtype=keras.config.floatx())
+    low, high = spec.bounds or (0, 1)
+    return ops.convert_to_tensor(rng.integers(low, high, shape, endpoint=True), dtype=spec.dtype)
+
+
 def _with_call_mask(call: Call, y: Any) -> Any:
-    """Attaches the call's mask to a recurrent layer's output; returns the output."""
-    if call.mask is not None:
-        set_mask(y, call.mask)
+    """Attaches the call's mask, or none, to a recurrent layer's output; returns the output."""
+    set_mask(y, call.mask)
     return y
 
 
@@ -189,41 +201,30 @@ def _one_step(call: Call) -> Any:
     return call.with_mask(ops.expand_dims(inner(ops.squeeze(call.args[0], axis=1)), 1))
 
 
-def _refuse_mixing(call: Call) -> None:
-    """Refuses a layer whose result for several time steps at once differs from its results one by one."""
+def _try_layer(call: Call) -> Any:
+    """Calls a layer on several time steps at once; refuses it if its results differ from those one by one."""
     if isinstance(call.operation, keras.layers.Bidirectional):
         raise Unsteppable(f"{call} also reads the sequence backwards")
     arguments: Any = call.args, call.kwargs
     times = tree.map_structure(is_timed, call.symbolic)
+    result = call()
     if not any(tree.flatten(times)):
-        return
-    rng = np.random.default_rng(0)
-
-    def longer(value: Any, timed: bool) -> Any:
-        if not timed:
-            return value
-        dtype = keras.backend.standardize_dtype(value.dtype)
-        shape = (value.shape[0], 3, *value.shape[2:])
-        values = rng.normal(size=shape) if "float" in dtype else rng.integers(0, 2, shape)
-        return ops.convert_to_tensor(values, dtype=dtype)
-
-    probe = tree.map_structure(longer, arguments, times)
-    try:
-        whole = _arrays(call.operation, probe)
-        for t in range(3):
-            one = tree.map_structure(lambda v, timed, t=t: v[:, t : t + 1] if timed else v, probe, times)
-            for y, alone in zip(whole, _arrays(call.operation, one), strict=True):
-                part = y[:, t : t + 1]
-                if y.shape[1:2] != (3,) or alone.shape != part.shape:
-                    _mixes(call)
-                if not np.allclose(
-                    alone, part, 1e-4, 1e-4, equal_nan=True
-                ):  # NaN: a logarithm may get negative numbers here
-                    _mixes(call)
-    except Unsteppable:
-        raise
-    except Exception:  # from TensorFlow, NumPy or the layer itself, which may work on one number of steps only
-        _mixes(call)
+        return result
+    whole = [np.asarray(value) for value in tree.flatten(result)]
+    for t in range(_PROBE_STEPS):
+        one = tree.map_structure(lambda v, timed, t=t: v[:, t : t + 1] if timed else v, arguments, times)
+        try:
+            alone = _arrays(call.operation, one)
+        except Exception as error:  # from TensorFlow, NumPy or the layer itself
+            raise Unsteppable(f"{call} does not work on a single time step ({first_line(error)})") from None
+        for y, single in zip(whole, alone, strict=True):
+            part = y[:, t : t + 1]
+            if y.shape[1:2] != (_PROBE_STEPS,) or single.shape != part.shape:
+                _mixes(call)
+            # What is not finite, the logarithm of a negative number say, is compared as such.
+            if not np.allclose(single, part, 1e-4, 1e-4, equal_nan=True):
+                _mixes(call)
+    return result
 
 
 def _arrays(operation: Any, arguments: Any) -> list[Any]:

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from cellserve.export.onnx_graph.builder import GraphBuilder
+from cellserve.export.onnx_graph.nan_guard import is_bounded, nan_guard
 from cellserve.models.cells import LSTMCell
 
 # (graph, cell, x [time, batch, features], lengths [batch], states [batch, units]) -> (y [time, batch, units], states)
@@ -86,10 +87,11 @@ def recurrent_operator(
     """
     bias, recurrent_bias = np.asarray(weights.bias), weights.recurrent_bias
     biases = np.concatenate([bias, np.zeros_like(bias) if recurrent_bias is None else recurrent_bias])
+    kernel = graph.constant(np.asarray(weights.input_kernel).T[None])
     y, *final = graph.node(
         operator,
         x,
-        graph.constant(np.asarray(weights.input_kernel).T[None]),
+        kernel,
         graph.constant(np.asarray(weights.recurrent_kernel).T[None]),
         graph.constant(biases[None]),
         lengths,
@@ -99,6 +101,8 @@ def recurrent_operator(
         hidden_size=np.shape(weights.recurrent_kernel)[0],
         **attributes,
     )
+    if not is_bounded(graph, x):
+        final[0] = graph.node("Add", final[0], nan_guard(graph, x, lengths, kernel))
     y = graph.node("Squeeze", y, graph.constant(np.array([1])))
     return y, [graph.node("Squeeze", state, graph.constant(np.array([0]))) for state in final]
 

@@ -6,24 +6,32 @@ float64 run (the network amplifies rounding), the limit is four times Keras's ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
-import tensorflow as tf
-from keras import tree
 
 from cellserve.export.keras_model import keras_private
-from cellserve.export.keras_model.load import with_dtype
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
+from cellserve.export.verify.keras_runs import (
+    History,
+    KerasSteps,
+    double_of,
+    run_network,
+    run_saved_model,
+    run_saved_model_in_double,
+)
+from cellserve.export.verify.special_values import draw_special, nudged
 from cellserve.service.runtime.batch_invariance import Array, random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
 from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
 
 TOLERANCE = 1e-5
 KERAS_FLOAT32_ERROR_FACTOR = 4.0  # allowed error, as a multiple of float32 Keras's own
+OTHER_BRANCH = 1e-2  # an own error of Keras above this is no rounding: it took another branch than in float64
 ROWS, STEPS = 16, 208
 EXTRA_STEPS = (0, 1, 2, 13, 119)  # test lengths of a network of whole sequences: its shortest plus each of these
 
@@ -49,6 +57,7 @@ class Parity:
     rows: int
     time_steps: int
     by_step: tuple[tuple[int, float], ...]  # (time step or length, largest difference of the outputs there), in one run
+    unjudged: int  # single steps on special numbers on which float32 Keras itself takes another branch than in float64
 
     @property
     def failed(self) -> list[Difference]:
@@ -61,7 +70,7 @@ class Parity:
         for difference in self.differences:
             worst[difference.run] = max(worst.get(difference.run, 0.0), difference.value)
         figures = {"tolerance": TOLERANCE, "time_steps": self.time_steps, "rows": self.rows, **worst}
-        return {**figures, "keras_float32_error": self.keras_float32_error}
+        return {**figures, "keras_float32_error": self.keras_float32_error, "special_unjudged": self.unjudged}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +92,19 @@ class Reference:
     def __init__(self, network: StatefulNetwork, seed: int = 1) -> None:
         rng = np.random.default_rng(seed)
         self.network, self.signature = network, network.signature
-        self.outputs = TensorLayout(self.signature.outputs)
+        self.keras = KerasSteps(network)
         self.x, self.initial = random_inputs(self.signature, ROWS, STEPS, rng)
         self.lengths = rng.integers(1, STEPS + 1, ROWS).astype(np.int32)
         self.lengths[0] = STEPS
         self.cuts = [0, *np.sort(rng.choice(np.arange(1, STEPS), 12, replace=False)), STEPS]
-        self.valid = np.arange(STEPS) < self.lengths[:, None]
-        self.y, self.final = self._keras(network, self.x, self.initial)
-        self.step_y, self.step_states = self._keras_steps()
+        self.history = self.keras.history(unpack(self.x), self.initial)
+        # Where Keras is finite, and has been from the start: what comes after a number that is not is never served.
+        self.good = _finite_so_far(self.history)
+        self.valid = (np.arange(STEPS) < self.lengths[:, None]) & self.good
+        padded = np.arange(STEPS) < self.lengths[:, None]
+        self.y, self.final = run_network(network, unpack(self.x), self.initial, padded)
         self.model_x, self.model_y = self._keras_model()
-        self._double: tuple[list[Array], list[Array]] | None = None
+        self.special = SpecialReference(network, self.keras, lambda: self._double, rng)
         self.keras_float32_error = 0.0
         self.allow_float32_error = True
 
@@ -102,7 +114,7 @@ class Reference:
         Args:
             runtime: The model.
             allow_float32_error: Whether float32 Keras's own error may raise the limit. Pass False for lower precision,
-                to which no limit applies.
+                to which no limit applies and which is not compared on special numbers.
         """
         self.keras_float32_error, self.allow_float32_error = 0.0, allow_float32_error
         y, final = runtime.run(self.x, self.lengths, self.initial)
@@ -112,25 +124,20 @@ class Reference:
         chunks = list(self._differences("chunks", y, final))
         steps = list(self._step_differences(runtime))
         model = list(self._model_differences(runtime))
-        return Parity((*steps, *whole, *chunks, *model), self.keras_float32_error, ROWS, STEPS, by_step)
+        special = list(self.special.differences(runtime)) if allow_float32_error else []
+        differences = (*steps, *whole, *chunks, *model, *special)
+        return Parity(differences, self.keras_float32_error, ROWS, STEPS, by_step, self.special.unjudged)
+
+    @cached_property
+    def _double(self) -> KerasSteps | None:
+        return double_of(self.network)
 
     def _by_step(self, y: Array) -> tuple[tuple[int, float], ...]:
         worst = np.zeros(STEPS)
-        for ours, true in zip(unpack(y), unpack(self.y), strict=True):
-            wide = true.astype(np.float64)
-            error = (np.abs(ours - wide) / np.maximum(1, np.abs(wide))).reshape(*self.valid.shape, -1).max(axis=2)
+        for ours, true in zip(unpack(y), self.y, strict=True):
+            error = _relative_error(ours, true).reshape(*self.valid.shape, -1).max(axis=2)
             worst = np.maximum(worst, np.where(self.valid, error, 0).max(axis=0))
         return tuple(enumerate(worst.tolist(), 1))
-
-    def _keras(self, network: StatefulNetwork, x: Array, states: list[Array]) -> tuple[Array, list[Array]]:
-        run = tf.function(network.run, autograph=False)
-        outputs, final = run(_tensors(unpack(x)), _tensors(states), self.valid)
-        return self.outputs.pack(list(map(np.asarray, outputs))), [np.asarray(state) for state in final]
-
-    def _keras_steps(self) -> tuple[Array, list[Array]]:
-        """Steps Keras from the initial states: outputs `[rows, steps, ...]`, states before each step and at the end."""
-        outputs, history = _stepped(self.network, unpack(self.x), self.initial)
-        return self.outputs.pack(outputs), history
 
     def _keras_model(self) -> tuple[Array, list[Array]]:
         """Runs the saved model itself in Keras, from zeros, over as many rows and steps as it takes.
@@ -144,7 +151,7 @@ class Reference:
 
     def _in_chunks(self, runtime: Runtime) -> tuple[Array, list[Array]]:
         """Runs our model chunk by chunk, each row until its length is reached."""
-        y = np.zeros_like(self.y)
+        y = TensorLayout(self.signature.outputs).zeros(ROWS, STEPS)
         states = [state.copy() for state in self.initial]
         for start, stop in zip(self.cuts, self.cuts[1:], strict=False):
             rows = np.flatnonzero(self.lengths > start)
@@ -157,21 +164,41 @@ class Reference:
 
     def _differences(self, run: str, y: Array, final: list[Array]) -> Iterator[Difference]:
         last_steps = self.lengths - 1
-        for index, state in enumerate(final):
-            yield self._difference(run, Tensor("state", index), state, self.final[index], last_steps)
-        steps = np.broadcast_to(np.arange(STEPS), self.valid.shape)
-        yield from self._output_differences(run, y[self.valid], self.y[self.valid], steps[self.valid])
+        ended_well = self.good[np.arange(ROWS), last_steps]
+        if ended_well.any():
+            for index, state in enumerate(final):
+                tensor = Tensor("state", index)
+                ours, true, ends = state[ended_well], self.final[index][ended_well], last_steps[ended_well]
+                yield self._difference(run, tensor, ours, true, ends, self._stepwise_limit(tensor, ours, true)[ends])
+        steps = np.broadcast_to(np.arange(STEPS), self.valid.shape)[self.valid]
+        for index, (part, true_part) in enumerate(zip(unpack(y), self.y, strict=True)):
+            tensor, ours, true = Tensor("output", index), part[self.valid], true_part[self.valid]
+            yield self._difference(run, tensor, ours, true, steps, self._stepwise_limit(tensor, ours, true)[steps])
 
     def _step_differences(self, runtime: Runtime) -> Iterator[Difference]:
         """Compares single steps from Keras's states: errors do not add up, so the layer that is wrong shows itself."""
-        before = [state[:, :-1].reshape(-1, *state.shape[2:]) for state in self.step_states]
-        x = np.ascontiguousarray(self.x.reshape(-1, 1, *self.x.shape[2:]))
-        y, after = runtime.run(x, np.ones(len(x), np.int32), before)
-        steps = np.tile(np.arange(STEPS), ROWS)
-        for index, state in enumerate(after):
-            true = self.step_states[index][:, 1:].reshape(state.shape)
-            yield self._difference("steps", Tensor("state", index), state, true, steps)
-        yield from self._output_differences("steps", y, self.step_y.reshape(y.shape), steps)
+        single = SingleSteps(self.x, self.history, self.good)
+        y, after = runtime.run(single.x, single.lengths, single.before)
+        for tensor, ours, true in single.compared(y, after):
+            error = self._single_step_error(tensor) if _exceeds(ours, true) else 0.0
+            limit = _limit(np.full(len(true), error))
+            yield self._difference("steps", tensor, ours, true, single.steps, limit)
+
+    @cached_property
+    def _double_single_steps(self) -> tuple[list[Array], list[Array]] | None:
+        single = SingleSteps(self.x, self.history, self.good)
+        return None if self._double is None else self._double.step(unpack(single.x), single.before)
+
+    def _single_step_error(self, tensor: Tensor) -> float:
+        """Float32 Keras's largest error in a single step, against the same step in float64."""
+        if self._double_single_steps is None or not self.allow_float32_error:
+            return 0.0
+        outputs, following = self._double_single_steps
+        single = SingleSteps(self.x, self.history, self.good)
+        exact = outputs[tensor.index][:, 0] if tensor.kind == "output" else following[tensor.index]
+        error = float(_relative_error(single.true(tensor), exact).max(initial=0))
+        self.keras_float32_error = max(self.keras_float32_error, error)
+        return error
 
     def _model_differences(self, runtime: Runtime) -> Iterator[Difference]:
         rows, time = self.model_x.shape[:2]
@@ -181,72 +208,272 @@ class Reference:
             if not self.network.timed[index]:
                 ours, steps = ours[:, -1], steps[time - 1 :: time]
             shape = (len(steps), *self.signature.outputs[index].shape)
-            yield self._difference("model", Tensor("output", index), ours.reshape(shape), true.reshape(shape), steps)
+            ours, true = ours.reshape(shape), true.reshape(shape)
+            finite = np.isfinite(true).reshape(len(true), -1).all(axis=1)
+            if not finite.any():
+                continue
+            limit = np.full(len(true), TOLERANCE)
+            exact = self._double_model if self.allow_float32_error and _exceeds(ours[finite], true[finite]) else None
+            if exact is not None:
+                errors = _relative_error(true, exact[index].reshape(shape)).reshape(len(true), -1).max(axis=1)
+                errors = _largest_so_far(errors, steps)
+                self.keras_float32_error = max(self.keras_float32_error, float(errors.max()))
+                limit = _limit(errors)
+            yield self._difference(
+                "model", Tensor("output", index), ours[finite], true[finite], steps[finite], limit[finite]
+            )
 
-    def _output_differences(self, run: str, ours: Array, true: Array, steps: Array) -> Iterator[Difference]:
-        for index, (one, other) in enumerate(zip(unpack(ours), unpack(true), strict=True)):
-            yield self._difference(run, Tensor("output", index), one, other, steps)
+    @cached_property
+    def _double_model(self) -> list[Array] | None:
+        return run_saved_model_in_double(self.network.original, unpack(self.model_x))
 
-    def _difference(self, run: str, tensor: Tensor, ours: Array, true: Array, steps: Array) -> Difference:
-        """Measures `ours` against Keras's `[n, ...]`; `steps [n]` is the time step of each row."""
-        ours, true = ours.astype(np.float64), true.astype(np.float64)
-        error = np.abs(ours - true) / np.maximum(1, np.abs(true))
-        error = np.where(np.isfinite(ours), error, np.inf).reshape(len(error), -1).max(axis=1)
-        allowed = np.full(len(error), TOLERANCE)
-        if self.allow_float32_error and (error > TOLERANCE).any() and run != "steps":
-            allowed = np.maximum(allowed, KERAS_FLOAT32_ERROR_FACTOR * self._keras_float32_error(tensor)[steps])
-        worst = int(np.argmax(error / allowed))
-        name, layer = self._name_and_layer(tensor)
-        share, where = float(error[worst] / allowed[worst]), f"time step {steps[worst]}"
+    def _stepwise_limit(self, tensor: Tensor, ours: Array, true: Array) -> Array:
+        """The limit at each time step, `[steps]`: four times float32 Keras's largest error so far, if it is needed."""
+        if not self.allow_float32_error or not _exceeds(ours, true):
+            return np.full(STEPS, TOLERANCE)
+        error = self._stepwise_errors[tensor]
+        self.keras_float32_error = max(self.keras_float32_error, float(error.max()))
+        return _limit(error)
+
+    @cached_property
+    def _stepwise_errors(self) -> dict[Tensor, Array]:
+        """Float32 Keras's largest error so far at each time step, `[steps]`, stepping and in one run."""
+        exact = None if self._double is None else self._double.history(unpack(self.x), self.initial)
+        found: dict[Tensor, Array] = {}
+        for tensor in tensors_of(self.network):
+            error = np.zeros((ROWS, STEPS))
+            if exact is not None:
+                single, double = true_steps(self.history, tensor), true_steps(exact, tensor)
+                error = _relative_error(single, double).reshape(ROWS, STEPS, -1).max(axis=2)
+                if tensor.kind == "output":
+                    in_one_run = _relative_error(self.y[tensor.index], double).reshape(ROWS, STEPS, -1).max(axis=2)
+                    error = np.maximum(error, np.where(self.valid, in_one_run, 0))
+            found[tensor] = np.maximum.accumulate(np.where(self.good, error, 0).max(axis=0))
+        return found
+
+    def _difference(self, run: str, tensor: Tensor, ours: Array, true: Array, steps: Array, limit: Array) -> Difference:
+        """Measures `ours` against Keras's `[n, ...]` at the time steps `steps [n]`, with the limits `limit [n]`."""
+        error = _relative_error(ours, true).reshape(len(true), -1).max(axis=1)
+        worst = int(np.argmax(error / limit))
+        name, layer = name_and_layer(self.network, tensor)
+        share, where = float(error[worst] / limit[worst]), f"time step {steps[worst]}"
         return Difference(name, layer, run, float(error.max()), share, where)
 
-    def _name_and_layer(self, tensor: Tensor) -> tuple[str, str]:
-        if tensor.kind == "state":
-            return [
-                (state.name, recurrence.layer) for recurrence in self.network.recurrences for state in recurrence.states
-            ][tensor.index]
-        layer = keras_private.producer(self.network.model.outputs[tensor.index]).name
-        return self.signature.outputs[tensor.index].name, layer
 
-    def _keras_float32_error(self, tensor: Tensor) -> Array:
-        """Float32 Keras's largest error so far at each time step, `[steps]`, against a float64 run."""
-        if self._double is None:
-            network = StatefulNetwork(with_dtype(self.network.model, "float64"))
-            inputs = [_double(part) for part in unpack(self.x)]
-            self._double = _stepped(network, inputs, [_double(state) for state in self.initial])
-        outputs, states = self._double
-        if tensor.kind == "output":
-            exact, single = outputs[tensor.index], unpack(self.step_y)[tensor.index]
-        else:
-            exact, single = states[tensor.index][:, 1:], self.step_states[tensor.index][:, 1:]
-        error = np.abs(single - exact) / np.maximum(1, np.abs(exact))
-        by_step = error.max(axis=(0, *range(2, error.ndim)))
-        self.keras_float32_error = max(self.keras_float32_error, float(by_step.max()))
-        return np.asarray(np.maximum.accumulate(by_step))
+class SingleSteps:
+    """All single steps of a history from states that are finite, as one batch.
 
+    Args:
+        x: The inputs `[rows, steps, ...]`.
+        history: Keras's history of them.
+        good: `[rows, steps]`, where Keras has been finite so far.
+    """
 
-def _stepped(
-    network: StatefulNetwork, inputs: Sequence[Array], initial: Sequence[Array]
-) -> tuple[list[Array], list[Array]]:
-    """Steps Keras: each output `[rows, steps, ...]`, each state before every step and at the end."""
-    run = tf.function(network.run, autograph=False)
-    states, ys, history = _tensors(initial), [], [list(initial)]
-    for t in range(inputs[0].shape[1]):
-        y, states = run(_tensors([x[:, t : t + 1] for x in inputs]), states)
-        ys.append(list(map(np.asarray, y)))
-        history.append(list(map(np.asarray, states)))
-    outputs = [np.concatenate(tensors, axis=1) for tensors in zip(*ys, strict=True)]
-    return outputs, [np.stack(tensors, axis=1) for tensors in zip(*history, strict=True)]
+    def __init__(self, x: Array, history: History, good: Array) -> None:
+        rows, steps = x.shape[:2]
+        begins = np.concatenate([np.ones((rows, 1), bool), good[:, :-1]], axis=1)
+        self.steps = np.broadcast_to(np.arange(steps), good.shape)[begins]
+        self.x = np.ascontiguousarray(x[begins][:, None])
+        self.lengths = np.ones(len(self.x), np.int32)
+        self.before = [np.ascontiguousarray(state[:, :-1][begins]) for state in history[1]]
+        self.good = good[begins]
+        self._history, self._begins = history, begins
+
+    def true(self, tensor: Tensor) -> Array:
+        """Keras's results of one tensor."""
+        return np.asarray(true_steps(self._history, tensor)[self._begins])
+
+    def compared(self, y: Array, after: Sequence[Array]) -> Iterator[tuple[Tensor, Array, Array]]:
+        """Yields each tensor with our results and Keras's, states first; the rows that Keras has finite."""
+        for index, state in enumerate(after):
+            tensor = Tensor("state", index)
+            yield tensor, state[self.good], self.true(tensor)[self.good]
+        for index, part in enumerate(unpack(y)):
+            tensor = Tensor("output", index)
+            yield tensor, part[:, 0][self.good], self.true(tensor)[self.good]
 
 
-def run_saved_model(model: Any, inputs: Sequence[Array]) -> list[Array]:
-    """Runs a Keras model unchanged over whole sequences `[batch, time, *features]`; returns its outputs."""
-    for layer in keras_private.all_layers(model):
-        if getattr(layer, "stateful", False):
-            layer.reset_state()
-    cast = [np.ascontiguousarray(x).astype(t.dtype) for x, t in zip(inputs, model.inputs, strict=True)]
-    structure = tree.pack_sequence_as(keras_private.input_structure(model), [tf.constant(x) for x in cast])
-    return [np.asarray(y) for y in tree.flatten(tf.function(model, autograph=False)(structure))]
+class SpecialReference:
+    """Keras's results for special numbers among ordinary ones, in inputs and states.
+
+    Where Keras is finite, ours must equal it: in single steps from Keras's states and in one run. Where it is not, ours
+    must not be either, in an output or a next state: the service then refuses the request. Where float32 Keras itself
+    differs from its float64 twin by more than a hundredth, it took another branch, and the row is counted, not judged.
+
+    Args:
+        network: The network.
+        keras: The network in Keras.
+        double: Returns the network in float64, or None; called if it is needed.
+        rng: Draws the numbers.
+    """
+
+    def __init__(
+        self,
+        network: StatefulNetwork,
+        keras: KerasSteps,
+        double: Callable[[], KerasSteps | None],
+        rng: np.random.Generator,
+    ) -> None:
+        self.network, self._keras, self._double, self._rng = network, keras, double, rng
+        self.x, self.initial = draw_special(network.signature, keras.constants, rng)
+        self.history = keras.history(unpack(self.x), self.initial)
+        self.good = _finite_so_far(self.history)
+        self.single = SingleSteps(self.x, self.history, self.good)
+        self.unjudged = 0
+
+    def differences(self, runtime: Runtime) -> Iterator[Difference]:
+        """Runs a model on the special numbers and measures every tensor."""
+        self.unjudged = 0
+        y, after = runtime.run(self.single.x, self.single.lengths, self.single.before)
+        finite = np.logical_and.reduce([_finite_rows(each) for each in (*after, *unpack(y))])
+        for tensor in tensors_of(self.network):
+            ours = after[tensor.index] if tensor.kind == "state" else unpack(y)[tensor.index][:, 0]
+            good, steps = self.single.good, self.single.steps
+            yield self._difference(tensor, ours, self.single.true(tensor), good, finite, steps, self._single_errors)
+        rows, steps = self.x.shape[0], np.arange(self.x.shape[1])
+        y, final = runtime.run(self.x, np.full(rows, len(steps), np.int32), self.initial)
+        finite = np.logical_and.reduce([_finite_rows(each) for each in (*final, *unpack(y))])
+        for tensor in tensors_of(self.network):
+            true = true_steps(self.history, tensor)
+            # The states after the last step; the outputs of all steps. A row is refused as a whole.
+            at = steps[-1:] if tensor.kind == "state" else steps
+            ours = final[tensor.index][:, None] if tensor.kind == "state" else unpack(y)[tensor.index]
+            refused = ~self.good[:, -1:] & finite[:, None]
+            yield self._difference(
+                tensor,
+                ours.reshape(-1, *ours.shape[2:]),
+                true[:, at].reshape(-1, *true.shape[2:]),
+                self.good[:, at].ravel(),
+                np.broadcast_to(refused if tensor.kind == "state" else False, (rows, len(at))).ravel(),
+                np.tile(at, rows),
+                partial(self._errors, at),
+            )
+
+    def _difference(
+        self,
+        tensor: Tensor,
+        ours: Array,
+        true: Array,
+        good: Array,
+        finite: Array,
+        steps: Array,
+        own: Callable[[], dict[Tensor, Array]],
+    ) -> Difference:
+        """Measures `[n, ...]`.
+
+        Args:
+            tensor: The tensor.
+            ours: Our results.
+            true: Keras's.
+            good: `[n]`, where Keras is finite.
+            finite: `[n]`, where all of ours is finite.
+            steps: `[n]`, the time steps.
+            own: Returns float32 Keras's own error of each tensor, `[n]`; called if it is needed.
+        """
+        error = _relative_error(ours, true).reshape(len(true), -1).max(axis=1)
+        error = np.where(good, error, np.where(finite, np.inf, 0.0))
+        limit = np.full(len(error), TOLERANCE)
+        if (error > TOLERANCE).any():
+            own_error = own()[tensor]
+            other_branch = (own_error > OTHER_BRANCH) & (error > TOLERANCE)
+            self.unjudged += int(other_branch.sum())
+            error, limit = np.where(other_branch, 0.0, error), _limit(own_error)
+        worst = int(np.argmax(error / limit))
+        name, layer = name_and_layer(self.network, tensor)
+        what = "" if good[worst] else ", where Keras is not finite and ours is"
+        share, where = float(error[worst] / limit[worst]), f"time step {steps[worst]}{what}"
+        value = float(error[worst] if share > 1 else np.where(limit <= TOLERANCE, error, 0).max())
+        return Difference(name, layer, "special", value, share, where)
+
+    def _errors(self, at: Array) -> dict[Tensor, Array]:
+        """Float32 Keras's largest error so far in the whole run, of all rows at some steps, `[rows * len(at)]`."""
+        exact, near = self._exact
+        found = {}
+        for tensor in tensors_of(self.network):
+            true, double, nudge = (true_steps(each, tensor) for each in (self.history, exact, near))
+            error = np.maximum(_relative_error(true, double), _relative_error(nudge, double))
+            found[tensor] = np.maximum.accumulate(error.reshape(*true.shape[:2], -1).max(axis=2), axis=1)[:, at].ravel()
+        return found
+
+    def _single_errors(self) -> dict[Tensor, Array]:
+        """Float32 Keras's error in each single step, `[n]`."""
+        found = {}
+        for tensor in tensors_of(self.network):
+            double, nudge = (
+                each[0][tensor.index][:, 0] if tensor.kind == "output" else each[1][tensor.index]
+                for each in self._exact_single
+            )
+            error = np.maximum(_relative_error(self.single.true(tensor), double), _relative_error(nudge, double))
+            found[tensor] = error.reshape(len(double), -1).max(axis=1)
+        return found
+
+    @cached_property
+    def _exact(self) -> tuple[History, History]:
+        """The history in float64, and that of inputs and states whose large numbers are slightly different."""
+        inputs, twin = unpack(self.x), self._double() or self._keras
+        near = nudged(inputs, self._rng), nudged(self.initial, self._rng)
+        return twin.history(inputs, self.initial), twin.history(*near)
+
+    @cached_property
+    def _exact_single(self) -> tuple[tuple[list[Array], list[Array]], tuple[list[Array], list[Array]]]:
+        """The single steps in float64, and those of slightly different large numbers."""
+        inputs, before, twin = unpack(self.single.x), self.single.before, self._double() or self._keras
+        return twin.step(inputs, before), twin.step(nudged(inputs, self._rng), nudged(before, self._rng))
+
+
+def tensors_of(network: StatefulNetwork) -> list[Tensor]:
+    """All compared tensors of a network, states first."""
+    states = [Tensor("state", index) for index in range(len(network.states))]
+    return states + [Tensor("output", index) for index in range(len(network.outputs))]
+
+
+def true_steps(history: History, tensor: Tensor) -> Array:
+    """One tensor of a history after each step, `[rows, steps, ...]`."""
+    return history[0][tensor.index] if tensor.kind == "output" else history[1][tensor.index][:, 1:]
+
+
+def name_and_layer(network: StatefulNetwork, tensor: Tensor) -> tuple[str, str]:
+    """The name of a tensor and of the layer that it comes from."""
+    if tensor.kind == "state":
+        named = [(state.name, recurrence.layer) for recurrence in network.recurrences for state in recurrence.states]
+        return named[tensor.index]
+    layer = keras_private.producer(network.model.outputs[tensor.index]).name
+    return network.outputs[tensor.index].name, layer
+
+
+def _relative_error(ours: Array, true: Array) -> Array:
+    """`|ours - true| / max(1, |true|)`; infinite where only one of the two is finite, 0 where neither is."""
+    ours, true = ours.astype(np.float64), true.astype(np.float64)
+    finite = np.isfinite(ours), np.isfinite(true)
+    with np.errstate(all="ignore"):
+        error = np.abs(ours - true) / np.maximum(1, np.abs(true))
+    return np.where(finite[0] & finite[1], error, np.where(finite[0] | finite[1], np.inf, 0.0))
+
+
+def _exceeds(ours: Array, true: Array) -> bool:
+    return bool((_relative_error(ours, true) > TOLERANCE).any())
+
+
+def _limit(error: Array) -> Array:
+    return np.asarray(np.maximum(TOLERANCE, KERAS_FLOAT32_ERROR_FACTOR * error))
+
+
+def _largest_so_far(errors: Array, steps: Array) -> Array:
+    """For errors `[n]` at time steps `[n]`, the largest at that step or before, over all rows."""
+    by_step = np.zeros(int(steps.max()) + 1)
+    np.maximum.at(by_step, steps, errors)
+    return np.asarray(np.maximum.accumulate(by_step)[steps])
+
+
+def _finite_rows(array: Array) -> Array:
+    return np.asarray(np.isfinite(array).reshape(len(array), -1).all(axis=1))
+
+
+def _finite_so_far(history: History) -> Array:
+    """Where all outputs and states of a history are finite and have been in all steps before, `[rows, steps]`."""
+    tensors = [*history[0], *(state[:, 1:] for state in history[1])]
+    finite = [np.isfinite(each).reshape(*each.shape[:2], -1).all(axis=2) for each in tensors]
+    return np.logical_and.accumulate(np.logical_and.reduce(finite), axis=1)
 
 
 class SequenceReference:
@@ -277,8 +504,7 @@ class SequenceReference:
                 ours, keras_y = output.astype(np.float64), true[index].astype(np.float64)
                 if not self.network.timed[index]:
                     ours = ours.reshape(keras_y.shape) if ours.size == keras_y.size else ours[:, -1]
-                error = np.abs(ours - keras_y) / np.maximum(1, np.abs(keras_y))
-                worst, allowed = float(np.where(np.isfinite(error), error, np.inf).max()), TOLERANCE
+                worst, allowed = float(_relative_error(ours, keras_y).max()), TOLERANCE
                 by_length[x.shape[1]] = max(worst, by_length.get(x.shape[1], 0.0))
                 if allow_float32_error and worst > TOLERANCE:
                     float32_error = max(float32_error, self._keras_float32_error(x, index, keras_y))
@@ -288,18 +514,9 @@ class SequenceReference:
                 where = f"{x.shape[1]} time steps"
                 differences.append(Difference(spec.name, layer, "model", worst, worst / allowed, where))
         rows, time = self.cases[-1][0].shape[:2]
-        return Parity(tuple(differences), float32_error, rows, time, tuple(by_length.items()))
+        return Parity(tuple(differences), float32_error, rows, time, tuple(by_length.items()), 0)
 
     def _keras_float32_error(self, x: Array, index: int, single: Array) -> float:
         """Float32 Keras's own error of one output against a float64 run."""
-        double = with_dtype(self.network.original, "float64")
-        exact = run_saved_model(double, [_double(part) for part in unpack(x)])[index]
-        return float((np.abs(single - exact) / np.maximum(1, np.abs(exact))).max())
-
-
-def _tensors(arrays: Sequence[Array]) -> list[Any]:
-    return [tf.constant(np.ascontiguousarray(array)) for array in arrays]
-
-
-def _double(array: Array) -> Array:
-    return array.astype(np.float64) if array.dtype == np.float32 else array
+        exact = run_saved_model_in_double(self.network.original, unpack(x))
+        return 0.0 if exact is None else float(_relative_error(single, exact[index]).max())

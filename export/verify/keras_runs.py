@@ -1,0 +1,125 @@
+"""Runs of Keras that a converted model is compared with: step by step, in one run, and the saved model itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from keras import tree
+
+from cellserve.export.keras_model import keras_private
+from cellserve.export.keras_model.load import computing_in, with_dtype
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.service.runtime.batch_invariance import Array
+
+_MOST_CONSTANTS = 64
+
+History = tuple[list[Array], list[Array]]  # outputs [rows, steps, ...]; states before each step and after the last
+
+
+class KerasSteps:
+    """A network in Keras, step by step; traced once for any number of rows.
+
+    Args:
+        network: The network.
+        dtype: What it computes in, float32 or float64.
+    """
+
+    def __init__(self, network: StatefulNetwork, dtype: str = "float32") -> None:
+        self._dtype = dtype
+
+        def spec(tensor: Any, *leading: int | None) -> tf.TensorSpec:
+            return tf.TensorSpec((*leading, *tensor.shape), dtype if tensor.dtype == "float32" else tensor.dtype)
+
+        specs = (
+            [spec(each, None, 1) for each in network.inputs],
+            # A network in float64 has states of float64.
+            [tf.TensorSpec((None, *state.shape), state.dtype) for state in network.states],
+        )
+        self._run = tf.function(lambda x, s: network.run(x, s), input_signature=specs, autograph=False)
+
+    def step(self, inputs: Sequence[Array], states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+        """Takes one step: inputs `[rows, 1, ...]` and states to outputs `[rows, 1, ...]` and next states."""
+        with computing_in(self._dtype), np.errstate(all="ignore"):
+            outputs, following = self._run(self._tensors(inputs), self._tensors(states))
+        return list(map(np.asarray, outputs)), list(map(np.asarray, following))
+
+    def history(self, inputs: Sequence[Array], initial: Sequence[Array]) -> History:
+        """Takes all steps of inputs `[rows, steps, ...]` from initial states."""
+        states, ys, history = list(initial), [], [list(initial)]
+        for t in range(inputs[0].shape[1]):
+            y, states = self.step([x[:, t : t + 1] for x in inputs], states)
+            ys.append(y)
+            history.append(states)
+        outputs = [np.concatenate(tensors, axis=1) for tensors in zip(*ys, strict=True)]
+        return outputs, [np.stack(tensors, axis=1) for tensors in zip(*history, strict=True)]
+
+    @property
+    def constants(self) -> Array:
+        """The numbers that stand in its layers' and cells' code, `[n]`: places where it may take another branch."""
+        definition = self._run.get_concrete_function().graph.as_graph_def()
+        found: set[float] = set()
+        for node in itertools.chain(definition.node, *(each.node_def for each in definition.library.function)):
+            if node.op == "Const" and tf.dtypes.as_dtype(node.attr["dtype"].type).is_floating:
+                value = tf.make_ndarray(node.attr["value"].tensor)
+                if value.size <= _MOST_CONSTANTS:
+                    found.update(value.astype(np.float32).ravel().tolist())
+        return np.array(sorted(filter(np.isfinite, found))[:_MOST_CONSTANTS], np.float32)
+
+    def _tensors(self, arrays: Sequence[Array]) -> list[Any]:
+        single = self._dtype == "float32"
+        return [tf.constant(np.ascontiguousarray(array if single else double(array))) for array in arrays]
+
+
+def double_of(network: StatefulNetwork) -> KerasSteps | None:
+    """The network in float64, with the same weights; None if it cannot be run so (because a cell casts to float32)."""
+    try:
+        with computing_in("float64"):
+            steps = KerasSteps(StatefulNetwork(with_dtype(network.model, "float64")), "float64")
+            steps.step(
+                [np.zeros((1, 1, *spec.shape), spec.dtype) for spec in network.inputs],
+                [np.zeros((1, *state.shape), state.dtype) for state in network.states],
+            )
+    except Exception:  # from TensorFlow, Keras or a layer's own code
+        return None
+    return steps
+
+
+def run_network(
+    network: StatefulNetwork, inputs: Sequence[Array], states: Sequence[Array], mask: Array
+) -> tuple[list[Array], list[Array]]:
+    """Runs whole sequences in Keras's own loops: outputs `[rows, time, ...]` and the states after each row's end."""
+    run = tf.function(network.run, autograph=False)
+    outputs, final = run(_tensors(inputs), _tensors(states), tf.constant(mask))
+    return list(map(np.asarray, outputs)), list(map(np.asarray, final))
+
+
+def run_saved_model(model: Any, inputs: Sequence[Array]) -> list[Array]:
+    """Runs a Keras model unchanged over whole sequences `[batch, time, *features]`; returns its outputs."""
+    for layer in keras_private.all_layers(model):
+        if getattr(layer, "stateful", False):
+            layer.reset_state()
+    cast = [np.ascontiguousarray(x).astype(t.dtype) for x, t in zip(inputs, model.inputs, strict=True)]
+    structure = tree.pack_sequence_as(keras_private.input_structure(model), _tensors(cast))
+    return [np.asarray(y) for y in tree.flatten(tf.function(model, autograph=False)(structure))]
+
+
+def run_saved_model_in_double(model: Any, inputs: Sequence[Array]) -> list[Array] | None:
+    """Runs a Keras model in float64, with the same weights; returns its outputs, or None if it cannot be run so."""
+    try:
+        with computing_in("float64"):
+            return run_saved_model(with_dtype(model, "float64"), [double(x) for x in inputs])
+    except Exception:  # from TensorFlow, Keras or a layer's own code
+        return None
+
+
+def double(array: Array) -> Array:
+    """The array in float64 if it is of float32."""
+    return array.astype(np.float64) if array.dtype == np.float32 else array
+
+
+def _tensors(arrays: Sequence[Array]) -> list[Any]:
+    return [tf.constant(np.ascontiguousarray(array)) for array in arrays]
