@@ -207,7 +207,12 @@ def _try_layer(call: Call) -> Any:
         raise Unsteppable(f"{call} also reads the sequence backwards")
     arguments: Any = call.args, call.kwargs
     times = tree.map_structure(is_timed, call.symbolic)
-    result = call()
+    try:
+        result = call()
+    except Exception as error:  # from TensorFlow or the layer itself: a convolution that needs more steps, say
+        raise Unsteppable(
+            f"{call} mixes time steps: it does not work on {_PROBE_STEPS} of them ({first_line(error)})"
+        ) from None
     if not any(tree.flatten(times)):
         return result
     whole = [np.asarray(value) for value in tree.flatten(result)]

@@ -20,6 +20,7 @@ RUNS = {
     "chunks": "in chunks",
     "steps": "single steps from Keras's states",
     "model": "beside the saved model",
+    "special": "on special numbers",
 }
 
 

@@ -24,13 +24,14 @@ from cellserve.export.verify.keras_runs import (
     run_saved_model,
     run_saved_model_in_double,
 )
-from cellserve.export.verify.special_values import draw_special, nudged
+from cellserve.export.verify.special_values import LARGE, draw_special, nudged
 from cellserve.service.runtime.batch_invariance import Array, random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
 from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
 
 TOLERANCE = 1e-5
 KERAS_FLOAT32_ERROR_FACTOR = 4.0  # allowed error, as a multiple of float32 Keras's own
+NUDGES = 16  # of large numbers, to find what their sums come to by rounding alone
 OTHER_BRANCH = 1e-2  # an own error of Keras above this is no rounding: it took another branch than in float64
 ROWS, STEPS = 16, 208
 EXTRA_STEPS = (0, 1, 2, 13, 119)  # test lengths of a network of whole sequences: its shortest plus each of these
@@ -279,9 +280,13 @@ class SingleSteps:
         self.good = good[begins]
         self._history, self._begins = history, begins
 
+    def of(self, by_step: Array) -> Array:
+        """The entries of `[rows, steps, ...]` that belong to these steps."""
+        return np.asarray(by_step[self._begins])
+
     def true(self, tensor: Tensor) -> Array:
         """Keras's results of one tensor."""
-        return np.asarray(true_steps(self._history, tensor)[self._begins])
+        return self.of(true_steps(self._history, tensor))
 
     def compared(self, y: Array, after: Sequence[Array]) -> Iterator[tuple[Tensor, Array, Array]]:
         """Yields each tensor with our results and Keras's, states first; the rows that Keras has finite."""
@@ -299,6 +304,8 @@ class SpecialReference:
     Where Keras is finite, ours must equal it: in single steps from Keras's states and in one run. Where it is not, ours
     must not be either, in an output or a next state: the service then refuses the request. Where float32 Keras itself
     differs from its float64 twin by more than a hundredth, it took another branch, and the row is counted, not judged.
+    Nothing is judged that follows from states beyond a million (a sum of such numbers, say): what gates of nearly zero,
+    which kernels round to 1e-7, let through of them is no longer small.
 
     Args:
         network: The network.
@@ -319,6 +326,10 @@ class SpecialReference:
         self.history = keras.history(unpack(self.x), self.initial)
         self.good = _finite_so_far(self.history)
         self.single = SingleSteps(self.x, self.history, self.good)
+        small = [
+            (np.abs(state[:, :-1]) <= LARGE).reshape(*self.good.shape, -1).all(axis=2) for state in self.history[1]
+        ]
+        self.judged = np.logical_and.accumulate(np.logical_and.reduce(small), axis=1)
         self.unjudged = 0
 
     def differences(self, runtime: Runtime) -> Iterator[Difference]:
@@ -328,8 +339,16 @@ class SpecialReference:
         finite = np.logical_and.reduce([_finite_rows(each) for each in (*after, *unpack(y))])
         for tensor in tensors_of(self.network):
             ours = after[tensor.index] if tensor.kind == "state" else unpack(y)[tensor.index][:, 0]
-            good, steps = self.single.good, self.single.steps
-            yield self._difference(tensor, ours, self.single.true(tensor), good, finite, steps, self._single_errors)
+            yield self._difference(
+                tensor,
+                ours,
+                self.single.true(tensor),
+                self.single.good,
+                finite,
+                self.single.of(self.judged),
+                self.single.steps,
+                self._single_errors,
+            )
         rows, steps = self.x.shape[0], np.arange(self.x.shape[1])
         y, final = runtime.run(self.x, np.full(rows, len(steps), np.int32), self.initial)
         finite = np.logical_and.reduce([_finite_rows(each) for each in (*final, *unpack(y))])
@@ -345,6 +364,7 @@ class SpecialReference:
                 true[:, at].reshape(-1, *true.shape[2:]),
                 self.good[:, at].ravel(),
                 np.broadcast_to(refused if tensor.kind == "state" else False, (rows, len(at))).ravel(),
+                self.judged[:, at].ravel(),
                 np.tile(at, rows),
                 partial(self._errors, at),
             )
@@ -356,6 +376,7 @@ class SpecialReference:
         true: Array,
         good: Array,
         finite: Array,
+        judged: Array,
         steps: Array,
         own: Callable[[], dict[Tensor, Array]],
     ) -> Difference:
@@ -367,11 +388,12 @@ class SpecialReference:
             true: Keras's.
             good: `[n]`, where Keras is finite.
             finite: `[n]`, where all of ours is finite.
+            judged: `[n]`, where they are to be alike.
             steps: `[n]`, the time steps.
             own: Returns float32 Keras's own error of each tensor, `[n]`; called if it is needed.
         """
         error = _relative_error(ours, true).reshape(len(true), -1).max(axis=1)
-        error = np.where(good, error, np.where(finite, np.inf, 0.0))
+        error = np.where(judged, np.where(good, error, np.where(finite, np.inf, 0.0)), 0.0)
         limit = np.full(len(error), TOLERANCE)
         if (error > TOLERANCE).any():
             own_error = own()[tensor]
@@ -387,38 +409,45 @@ class SpecialReference:
 
     def _errors(self, at: Array) -> dict[Tensor, Array]:
         """Float32 Keras's largest error so far in the whole run, of all rows at some steps, `[rows * len(at)]`."""
-        exact, near = self._exact
+        exact, *near = self._histories
         found = {}
         for tensor in tensors_of(self.network):
-            true, double, nudge = (true_steps(each, tensor) for each in (self.history, exact, near))
-            error = np.maximum(_relative_error(true, double), _relative_error(nudge, double))
-            found[tensor] = np.maximum.accumulate(error.reshape(*true.shape[:2], -1).max(axis=2), axis=1)[:, at].ravel()
+            double = true_steps(exact, tensor)
+            others = (true_steps(each, tensor) for each in (self.history, *near))
+            error = np.maximum.reduce([_relative_error(each, double) for each in others])
+            found[tensor] = np.maximum.accumulate(error.reshape(*double.shape[:2], -1).max(axis=2), axis=1)[
+                :, at
+            ].ravel()
         return found
 
     def _single_errors(self) -> dict[Tensor, Array]:
         """Float32 Keras's error in each single step, `[n]`."""
+
+        def of(step: tuple[list[Array], list[Array]], tensor: Tensor) -> Array:
+            return step[0][tensor.index][:, 0] if tensor.kind == "output" else step[1][tensor.index]
+
+        exact, *near = self._double_single_steps
         found = {}
         for tensor in tensors_of(self.network):
-            double, nudge = (
-                each[0][tensor.index][:, 0] if tensor.kind == "output" else each[1][tensor.index]
-                for each in self._exact_single
-            )
-            error = np.maximum(_relative_error(self.single.true(tensor), double), _relative_error(nudge, double))
+            double = of(exact, tensor)
+            others = (self.single.true(tensor), *(of(each, tensor) for each in near))
+            error = np.maximum.reduce([_relative_error(each, double) for each in others])
             found[tensor] = error.reshape(len(double), -1).max(axis=1)
         return found
 
     @cached_property
-    def _exact(self) -> tuple[History, History]:
-        """The history in float64, and that of inputs and states whose large numbers are slightly different."""
+    def _histories(self) -> list[History]:
+        """The history in float64, and those of slightly different large numbers."""
         inputs, twin = unpack(self.x), self._double() or self._keras
-        near = nudged(inputs, self._rng), nudged(self.initial, self._rng)
-        return twin.history(inputs, self.initial), twin.history(*near)
+        near = [(nudged(inputs, self._rng), nudged(self.initial, self._rng)) for _ in range(NUDGES)]
+        return [twin.history(*each) for each in ((inputs, self.initial), *near)]
 
     @cached_property
-    def _exact_single(self) -> tuple[tuple[list[Array], list[Array]], tuple[list[Array], list[Array]]]:
+    def _double_single_steps(self) -> list[tuple[list[Array], list[Array]]]:
         """The single steps in float64, and those of slightly different large numbers."""
         inputs, before, twin = unpack(self.single.x), self.single.before, self._double() or self._keras
-        return twin.step(inputs, before), twin.step(nudged(inputs, self._rng), nudged(before, self._rng))
+        near = [(nudged(inputs, self._rng), nudged(before, self._rng)) for _ in range(NUDGES)]
+        return [twin.step(*each) for each in ((inputs, before), *near)]
 
 
 def tensors_of(network: StatefulNetwork) -> list[Tensor]:

@@ -85,13 +85,13 @@ def _special_state(state: Array, spec: StateSpec, rng: np.random.Generator) -> A
 
 
 def nudged(arrays: Sequence[Array], rng: np.random.Generator) -> list[Array]:
-    """The arrays with their large entries changed by a relative 2^-21, some up, some down.
+    """The arrays with their large entries changed by a relative 2^-20, some up, some down.
 
     What a sum of large numbers that cancel out comes to is a matter of rounding: it changes by as much as this changes
     it. Entries of ordinary size stay: at a comparison's threshold nothing excuses the wrong branch.
     """
     return [
-        np.where(np.abs(array) > LARGE, array * (1 + rng.choice([-1, 1], array.shape) * 2.0**-21), array).astype(
+        np.where(np.abs(array) > LARGE, array * (1 + rng.choice([-1, 1], array.shape) * 2.0**-20), array).astype(
             array.dtype
         )
         if array.dtype.kind == "f"

@@ -1,0 +1,73 @@
+"""Networks whose code holds for ordinary numbers only where it is not converted with care: served as Keras has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from cellserve.export.verify.special_values import special_numbers
+from tests.export.proving import Proof
+
+
+def before_lstm(function: Callable[[Any], Any], recurrent: Any = layers.LSTM) -> Any:
+    x = keras.Input((None, 2), name="x")
+    return keras.Model(x, layers.Dense(1)(recurrent(8, return_sequences=True)(function(x))))
+
+
+# Keras is not finite for some inputs that a client may send.
+NOT_FINITE_AT = {
+    "sqrt": (ops.sqrt, [-1.0, 2.0]),
+    "log": (ops.log, [-1.0, 2.0]),
+    "reciprocal": (lambda x: 1 / x - 1 / ops.abs(x), [0.0, 1.0]),
+    "overflow": (lambda x: x * 1e4, [1e36, -1e36]),
+}
+
+
+@pytest.mark.parametrize("recurrent", [layers.LSTM, layers.GRU, layers.SimpleRNN])
+@pytest.mark.parametrize("name", NOT_FINITE_AT)
+def test_where_keras_is_not_finite_neither_is_the_next_state_in_any_form(name: str, recurrent: Any) -> None:
+    function, x = NOT_FINITE_AT[name]
+    proof = Proof(before_lstm(function, recurrent))
+    for runtime in proof.forms.values():
+        rows = np.array([[x, [0.1, 0.2]], [[0.5, 0.25], [0.1, 0.2]], [[0.5, 0.25], x]], np.float32)
+        y, states = runtime.run(rows, np.full(3, 2, np.int32), runtime.zeros(3))
+        finite = np.logical_and.reduce([np.isfinite(each).reshape(3, -1).all(axis=1) for each in (y, *states)])
+        assert finite.tolist() == [False, True, False]
+
+
+def test_a_padded_step_that_is_not_finite_harms_nothing() -> None:
+    proof = Proof(before_lstm(ops.sqrt))
+    for runtime in proof.forms.values():
+        x = np.array([[[1, 2], [-1, -1]], [[1, 2], [3, 4]]], np.float32)
+        _, states = runtime.run(x, np.array([1, 2], np.int32), runtime.zeros(2))
+        assert all(np.isfinite(state).all() for state in states)
+
+
+def test_a_branch_at_a_constant_is_tried_at_it_and_beside_it() -> None:
+    proof = Proof(before_lstm(lambda x: ops.where(x > 60.25, -x, ops.tanh(x))))
+    numbers = special_numbers(np.array([60.25], np.float32))
+    assert {60.25, float(np.nextafter(np.float32(60.25), np.float32(61)))} <= set(numbers.tolist())
+    assert all(not parity.failed for parity in proof.parity.values())
+
+
+def test_a_conversion_that_is_wrong_on_special_numbers_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cellserve.export.onnx_graph import tf_trace
+
+    trace = tf_trace.trace_step
+
+    def wrong(network: Any, *more: Any) -> Any:
+        step = trace(network, *more)
+        for node in step.nodes:
+            if node.op_type == "Greater":
+                node.op_type = "GreaterOrEqual"
+        return step
+
+    monkeypatch.setattr("cellserve.export.candidates.candidates.trace_step", wrong)
+    proof = Proof(before_lstm(lambda x: ops.where(x > 60.25, -x, ops.tanh(x))))
+    for parity in proof.parity.values():
+        assert {difference.run for difference in parity.failed} == {"special"}
