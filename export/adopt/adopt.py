@@ -18,7 +18,7 @@ from cellserve.export.adopt.report import Adoption, render, show
 from cellserve.export.adopt.runtime_words import reason
 from cellserve.export.adopt.serving_graph import ServableGraph
 from cellserve.export.adopt.state_matching import find_pairs
-from cellserve.export.adopt.tensor_roles import Context, Flags, InputFlag, OutputFlag, StateFlag, find_roles
+from cellserve.export.adopt.tensor_roles import Context, Flags, InputFlag, OutputFlag, Roles, StateFlag, find_roles
 from cellserve.export.adopt.trial import Trial
 from cellserve.export.errors import ExportError
 from cellserve.export.publish import compatibility, repository_writer
@@ -88,8 +88,8 @@ def _adopt(request: AdoptRequest, console: Console, trial: Trial) -> Path:
         difference = reference_loop.difference(graph.original, roles, model, constants, trial)
         if not difference <= TOLERANCE:
             raise ExportError(
-                f"its results differ by {difference:.1e} from the original graph in a plain loop: is each :batch_axis "
-                f"right? Otherwise it is our bug, please report it with the model"
+                f"its results differ by {difference:.1e} from the original graph in a plain loop: check the batch axes "
+                f"({_batch_axes(roles)}), or report it with the model as our bug"
             )
         progress("proving that neither batch nor chunks change a bit")
         signature, exactness = _proved(model)
@@ -120,6 +120,12 @@ def _adopt(request: AdoptRequest, console: Console, trial: Trial) -> Path:
         folder = repository_writer.write(request.artifacts, request.name, request.version, files)
     show(console, folder, results)
     return folder
+
+
+def _batch_axes(roles: Roles) -> str:
+    axes = {role.port.name: role.axes.batch for role in roles.inputs}
+    axes |= {state.port.name: state.batch_axis for state in roles.states}
+    return ", ".join(f"{name}:batch_axis={'none' if axis is None else axis}" for name, axis in axes.items())
 
 
 def _check_flags(request: AdoptRequest, signature: Signature) -> None:

@@ -24,6 +24,10 @@ _LARGEST_BYTES = 2**31 - 1  # limit of a protocol buffer
 # The opsets from which Squeeze and Unsqueeze take their axes, and Slice its bounds, as inputs; that of Expand.
 _AXES_AS_INPUT, _SLICE_BY_INPUTS, _EXPAND = 13, 10, 8
 _END = 2**62  # beyond any tensor's end
+_RECURRENT, _RECURRENT_RANK, _INITIAL_STATE = {"LSTM", "GRU", "RNN"}, 3, 5  # operators, axes of X, place of initial_h
+# Operators that leave the axes of their first input where they are, or those of either input.
+_KEEPING = {"Cast", "Dropout", "Elu", "Gelu", "Identity", "LayerNormalization", "LeakyRelu", "Relu", "Sigmoid", "Tanh"}
+_KEEPING_EITHER = {"Add", "Div", "Mul", "Sub"}
 # Operators that leave the values of an index unchanged on its way to a Gather.
 _PASSING = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
@@ -105,10 +109,10 @@ class ForeignGraph:
             if (given != value).any() and given.dtype.kind != "f":
                 raise ValueError(f"not of type {told.type}")
             dims = told.dims or ()
+            if not _fits(given.shape, dims):
+                raise ValueError(f"its shape is {list(given.shape)}, the input's {words(dims)}")
             if all(isinstance(dim, int) for dim in dims) or not given.ndim:
                 given = np.broadcast_to(given, [dim if isinstance(dim, int) else 1 for dim in dims])
-            elif given.ndim != len(dims):
-                raise ValueError(f"its shape is {list(given.shape)}, the input's {words(dims)}")
         except ValueError as error:
             raise ExportError(f"--constant {name}={text}: {error}: give a number, or nested lists in JSON") from None
         self.graph.input.remove(port)
@@ -249,24 +253,49 @@ class ForeignGraph:
         else:
             self.graph.node.append(helper.make_node(operator, [inner, *constants], [name], **attributes))
 
+    def answer_with(self, following: str) -> str:
+        """Adds an output that equals a next state; returns its name."""
+        name = f"{following}.output"
+        self.graph.node.append(helper.make_node("Identity", [following], [name]))
+        like = next(port for port in self.graph.output if port.name == following)
+        added = self.graph.output.add()
+        added.CopyFrom(like)
+        added.name = name
+        return name
+
+    def drop_output(self, name: str) -> None:
+        """Removes an output that nobody asked for."""
+        self.graph.output.remove(next(port for port in self.graph.output if port.name == name))
+
     @property
     def recurrent_inputs(self) -> dict[str, tuple[int, int]]:
-        """Inputs that a recurrent operator runs over, by name, with their time and batch axes."""
+        """Inputs that a recurrent operator with a state runs over, by name, with their time and batch axes."""
         found: dict[str, tuple[int, int]] = {}
         for port in self.inputs:
-            axes = {port.name: list(range(len(port.dims or ())))}  # tensors with the input's values, and its axes there
+            axes = {port.name: list(range(len(port.dims or ())))}  # tensors along the way, and the input's axes there
             for node in self.graph.node:
-                own = axes.get(node.input[0]) if node.input else None
-                if own is None:
-                    continue
-                if node.op_type in ("Identity", "Cast"):
-                    axes[node.output[0]] = own
-                elif node.op_type == "Transpose":
-                    perm = next((list(told.ints) for told in node.attribute if told.name == "perm"), None)
-                    axes[node.output[0]] = own[::-1] if perm is None else [own[axis] for axis in perm]
-                elif node.op_type in ("LSTM", "GRU", "RNN") and len(own) == 3:
-                    found[port.name] = (own[0], own[1])
+                if node.op_type in _RECURRENT and (own := axes.get(node.input[0])) and len(own) == _RECURRENT_RANK:
+                    if self._is_streamed(node, port.name):
+                        found[port.name] = (own[0], own[1])
+                elif (passed := _axes_after(node, axes)) is not None:
+                    axes[node.output[0]] = passed
         return found
+
+    def _is_streamed(self, node: Any, x: str) -> bool:
+        """Whether a recurrent operator runs forward, from a state that an input other than x has brought."""
+        if any(told.name == "direction" and told.s != b"forward" for told in node.attribute):
+            return False
+        makers = {name: maker for maker in self.graph.node for name in maker.output}
+        inputs = {port.name for port in self.graph.input} - {x}
+        left, seen = [*node.input[_INITIAL_STATE : _INITIAL_STATE + 1]], set()
+        while left:
+            name = left.pop()
+            if name in inputs:
+                return True
+            if name in makers and name not in seen:
+                seen.add(name)
+                left += makers[name].input
+        return False
 
     def bounds(self, name: str) -> tuple[int, int] | None:
         """Bounds of an integer input that is only used as an index into constants; None for any other."""
@@ -373,6 +402,35 @@ def _check_operators(model: Any, opset: int) -> None:
         raise ExportError(
             f"its opset is {opset}, but only opsets up to {known} are supported: export it with an older one"
         )
+
+
+def _fits(shape: tuple[int, ...], dims: Dims) -> bool:
+    """Whether a constant can fill an input; only a number, or one of as many axes, if a size is dynamic."""
+    if not shape:
+        return True
+    if len(shape) > len(dims) or (len(shape) < len(dims) and any(isinstance(dim, str) for dim in dims)):
+        return False
+    pairs = zip(shape[::-1], dims[::-1], strict=False)
+    return all(isinstance(dim, str) or size in (1, dim) for size, dim in pairs)
+
+
+def _axes_after(node: Any, axes: Mapping[str, list[int]]) -> list[int] | None:
+    """Where the axes of an input are in a node's output; None if the node moves them in another way."""
+    traced = [axes.get(name) for name in node.input]
+    first = traced[0] if traced else None
+    if node.op_type == "Gather":  # an embedding: one more axis
+        by_rows = not any(told.name == "axis" and told.i for told in node.attribute)
+        return [*traced[1], -1] if traced[1] is not None and by_rows else None
+    if node.op_type in _KEEPING_EITHER:
+        return first if first is not None else traced[1]
+    if first is None:
+        return None
+    if node.op_type == "Transpose":
+        perm = next((list(told.ints) for told in node.attribute if told.name == "perm"), None)
+        return first[::-1] if perm is None else [first[axis] for axis in perm]
+    if node.op_type == "MatMul" and first:
+        return [*first[:-1], -1]
+    return first if node.op_type in _KEEPING else None
 
 
 def _port(told: Any) -> Port:

@@ -33,6 +33,10 @@ class SessionFactory(Protocol):
         """The special axes of each output in the original graph."""
 
     @property
+    def sources(self) -> Mapping[str, str]:
+        """The outputs, and what each is in the original graph."""
+
+    @property
     def states(self) -> Sequence[StateRole]:
         """The states, those of contexts last."""
 
@@ -57,7 +61,8 @@ def difference(
     for t in range(STEPS):
         step, states = runtime.run(np.ascontiguousarray(x[:, t : t + 1]), np.ones(_ROWS, np.int32), states)
         y.append(unpack(step))
-    loop = PlainLoop(original, roles, model.states, constants, outputs, trial)
+    originals = [model.sources[name] for name in outputs]
+    loop = PlainLoop(original, roles, model.states, constants, originals, trial)
     repeated = told.batch or 1
     worst = 0.0
     for row in range(_ROWS):
@@ -67,8 +72,8 @@ def difference(
         }
         for t in range(STEPS):
             given, own = loop.step([np.repeat(part[row : row + 1, t], repeated, 0) for part in unpack(x)], own)
-            for name, ours in zip(outputs, y[t], strict=True):
-                worst = max(worst, _relative_error(ours[row].ravel(), _first(given[name], model.output_axes[name])))
+            for name, source, ours in zip(outputs, originals, y[t], strict=True):
+                worst = max(worst, _relative_error(ours[row].ravel(), _first(given[source], model.output_axes[name])))
         for state, ours, axis in _carried(model.states, states, told):
             theirs = _first(own[state.port.name], Axes(state.batch_axis))
             worst = max(worst, _relative_error(np.take(ours, row, axis).ravel(), theirs))
@@ -102,7 +107,7 @@ class PlainLoop:
         self._following = {
             state.port.name: state.following for state in states if state.port.name not in self._contexts
         }
-        self._names = [*outputs, *self._following.values()]
+        self._names = list(dict.fromkeys([*outputs, *self._following.values()]))
         self._session: Any = None
 
     @staticmethod

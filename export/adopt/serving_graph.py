@@ -45,6 +45,7 @@ class ServableGraph:
     def __init__(self, graph: ForeignGraph, roles: Roles, trial: Trial) -> None:
         self.graph = graph
         self.output_axes: dict[str, Axes] = {}
+        self.sources: dict[str, str] = {}  # the outputs, and what each is in the original graph
         self._roles, self._trial = roles, trial
         self._shapes: dict[str, tuple[int | str, ...]] = {}
         inputs = tuple(_input_spec(graph, role) for role in roles.inputs)
@@ -73,11 +74,7 @@ class ServableGraph:
             time_axis=roles.time_axis,
             batch=roles.batch,
         )
-        following = {state.next_name for state in self._signature.states}
-        self._names = [port.name for port in graph.outputs if port.name not in following]
-        if not self._names:
-            raise ExportError("all of its outputs are next states: there is none to answer with")
-        self._check_output_flags()
+        self._names = self._chosen_outputs()
         self._infer_output_specs()
 
     @property
@@ -98,13 +95,34 @@ class ServableGraph:
         except RuntimeUnavailable as error:
             raise ExportError(str(error)) from None
 
-    def _check_output_flags(self) -> None:
-        for flag in self._roles.flags.outputs:
-            if flag.name not in self._names:
+    def _chosen_outputs(self) -> list[str]:
+        """The outputs that the user named, or all that are no next states; those of the graph become the same.
+
+        Raises:
+            ExportError: There is none, or not the one that was named.
+        """
+        following = [spec.next_name for spec in self._signature.states]
+        known = [port.name for port in self.graph.outputs]
+        wanted = [flag.name for flag in self._roles.flags.outputs]
+        for name in wanted:
+            if name not in known:
+                raise ExportError(f"--output {name}: there is no such output: the candidates are {', '.join(known)}")
+        wanted = wanted or [name for name in known if name not in following]
+        if not wanted:  # as of a GRU cell
+            wanted = [state.following for state in self._roles.states]
+            if len(wanted) != 1:
                 raise ExportError(
-                    f"--output {flag.name}: there is no such output that is no next state: "
-                    f"the candidates are {', '.join(self._names)}"
+                    f"all of its outputs are next states: say which one is the answer too, with --output NAME "
+                    f"({', '.join(wanted)})"
                 )
+        for name in known:
+            if name not in wanted and name not in following:
+                self.graph.drop_output(name)
+        names = []
+        for name in wanted:
+            names.append(self.graph.answer_with(name) if name in following else name)
+            self.sources[names[-1]] = name
+        return names
 
     def _infer_output_specs(self) -> None:
         """Runs the graph to find its outputs; on one row if it declares any number of rows but fails on two."""
@@ -151,8 +169,8 @@ class ServableGraph:
             if type not in SERVED_TYPES and type not in CASTS:
                 raise ExportError(f"output {name} is {type}: {', '.join((*SERVED_TYPES, *CASTS))} can be served")
             shapes = [(run.rows, run.time, run.outputs[name].shape) for run in runs]
-            flag = flags.get(name, OutputFlag(name))
-            axes[name] = find_axes(shapes, flag, self._roles, told.batch, self._axis_hint(name))
+            flag = flags.get(self.sources[name], OutputFlag(name))
+            axes[name] = find_axes(shapes, flag, self._roles, told.batch, self._axis_hint(self.sources[name]))
             shape = runs[0].outputs[name].shape
             rest = tuple(size for axis, size in enumerate(shape) if axis not in axes[name].leading)
             outputs.append(TensorSpec(name=name, dtype=_served(type), shape=rest))
@@ -182,6 +200,8 @@ class ServableGraph:
                 break
         if getattr(next((f for f in self._roles.flags.outputs if f.name == output), OutputFlag(output)), axis) is None:
             ways.append(f"or of the output with --output {output}:{axis}=N")
+        if len(self._names) > 1:
+            ways.append("or leave it out: name the others with --output")
         return ", ".join(ways) or "export it with outputs for each row and time step"
 
     def _dim_hint(self) -> list[str]:
@@ -261,7 +281,8 @@ def _input_spec(graph: ForeignGraph, role: InputRole) -> TensorSpec:
         bounds = role.flag.bounds or graph.bounds(name) or (limits if type in _SMALL_INTEGERS else None)
         if bounds is None:
             raise ExportError(
-                f"{name} takes integers, and the graph does not say which: give --input {name}:bounds=FIRST..LAST"
+                f"{name} takes integers, and the graph does not say which: give --input {name}:bounds=FIRST..LAST, "
+                f"or --constant {name}=VALUE if it is always the same"
             )
         if not limits[0] <= bounds[0] <= bounds[1] <= limits[1]:
             raise ExportError(f"--input {name}:bounds={bounds[0]}..{bounds[1]}: {name} is {type}")

@@ -143,7 +143,12 @@ def find_roles(
                 _check_time_axis(port, recurrent[port.name][0])
     states, found = _states(inputs, outputs, flags)
     left = [port for port in inputs if port.name not in states]
-    _check_inputs(left, [port for port in outputs if port.name not in states.values()], given, flags.contexts)
+    _check_inputs(left, outputs, states, given, flags.contexts)
+    if not states and not flags.contexts and len(inputs) == 1:
+        raise ExportError(
+            f"no state was found: {inputs[0].name} is the only input: export the model with its states as inputs, and "
+            f"the next ones as outputs, or give --context {inputs[0].name}=ENTRIES if its steps overlap"
+        )
     if not states and not flags.contexts:
         raise ExportError(
             f"no state was found, by names like h and hn or past_x and present_x: give --state INPUT=OUTPUT"
@@ -157,16 +162,20 @@ def find_roles(
     timed = [role for role in steps if role.axes.time is not None]
     if timed and len(timed) < len(steps):
         without = next(role.port for role in steps if role.axes.time is None)
+        where = (
+            f", or say where its time is with --input {without.name}:time_axis=N" if len(without.dims or ()) > 1 else ""
+        )
         raise ExportError(
-            f"{timed[0].port.name} has a time axis and {without.name} {words(without.dims)} has none: "
-            f"say where it is with --input {without.name}:time_axis=N, or fix the other with --dim"
+            f"{timed[0].port.name} {words(timed[0].port.dims)} has a time axis and {without.name} "
+            f"{words(without.dims)} has none: give its value with --constant {without.name}=VALUE{where}"
         )
     batch = _batch(steps)
     roles, fixed = [], batch if isinstance(batch, int) else None
     for name, following in states.items():
         axis_flag = next((flag.batch_axis for flag in flags.states if flag.name == name), None)
         port = _port(inputs, name)
-        axis = _batch_axis(port, following, batch, axis_flag)
+        alone = all(role.axes.batch is None for role in steps)
+        axis = _batch_axis(port, following, batch, NO_AXIS if alone and _has_no_rows(port, axis_flag) else axis_flag)
         size = 1 if axis is None else (port.dims or ())[axis]
         if isinstance(size, int):
             if fixed not in (None, size):
@@ -198,9 +207,17 @@ def _states(inputs: Sequence[Port], outputs: Sequence[Port], flags: Flags) -> tu
 
 
 def _check_inputs(
-    left: Sequence[Port], free: Sequence[Port], flags: Mapping[str, InputFlag], contexts: Mapping[str, Context]
+    left: Sequence[Port],
+    outputs: Sequence[Port],
+    states: Mapping[str, str],
+    flags: Mapping[str, InputFlag],
+    contexts: Mapping[str, Context],
 ) -> None:
+    free = [port for port in outputs if port.name not in states.values()]
+    all_named = any(flag == InputFlag(flag.name) for flag in flags.values())
     for name in (*flags, *contexts):
+        if name in states:
+            raise ExportError(f"{name} is a state, and no input of a time step: its next one is {states[name]}")
         _port(left, name)
     if not left:
         raise ExportError("every input looks like a state: say with --input NAME which is none")
@@ -210,8 +227,8 @@ def _check_inputs(
         example = _example([port], free)
         if port.dims == () and not example:
             raise ExportError(f"{port.name} is one number: give its value with --constant {port.name}=VALUE")
-        if flags or looks_like_a_state(port.name) or port.dims == ():
-            what = "is no --input" if flags else "looks like a state" if port.dims else "is one number"
+        if all_named or looks_like_a_state(port.name) or port.dims == ():
+            what = "is no --input" if all_named else "looks like a state" if port.dims else "is one number"
             raise ExportError(
                 f"{port.name} {words(port.dims)} {what}, and no output is its next state by name and shape: give "
                 f"{example.removeprefix(', such as ') or f'--state {port.name}=OUTPUT'}, --constant {port.name}=VALUE "
@@ -261,7 +278,7 @@ def _input_role(
         axes = _with_time(port, dims, batch, flag.time_axis)
     else:
         axes = _with_found_time(dims, batch, states, recurrent)
-    if len(set(axes.leading)) < len(axes.leading):
+    if len(set(axes.leading)) < len(axes.leading) or any(axis >= len(dims) for axis in axes.leading):
         raise ExportError(f"{port.name} {words(dims)}: batch_axis and time_axis must be two of its axes")
     return InputRole(port, axes, _sizes(port, dims, axes.leading), flag, context)
 
@@ -297,11 +314,14 @@ def _input_batch_axis(
     shared = [axis for axis, dim in enumerate(dims) if dim in carried]
     if shared:
         return shared[0]
-    time_first = len(dims) > 2 and not isinstance(dims[1], str) and isinstance(dims[0], str) and dims[1] == 1
-    if time_first and states and not carried:  # states of one row, as the second dimension has it
+    time_first = len(dims) > 2 and isinstance(dims[0], str) and states and not carried
+    if time_first and all(dims[1] in (port.dims or ()) for port in states):  # as many rows as the states have
         return 1
     if len(dims) > 2 and dims[0] == 1 and isinstance(dims[1], str) and carried:  # the rows that the states have
         return 1
+    sizes = {dim for port in states for dim in port.dims or ()}
+    if len(dims) == 1 and states and not isinstance(dims[0], str) and dims[0] != 1 and not sizes & {dims[0], *carried}:
+        return None  # features without a batch
     return 0
 
 
@@ -374,6 +394,11 @@ def _batch_axis(port: Port, following: str, batch: int | str, told: int | None) 
         f"{port.name} {words(dims)}: which axis is the batch is not clear: give --state "
         f"{port.name}={following}:batch_axis=N{sizes}"
     )
+
+
+def _has_no_rows(port: Port, told: int | None) -> bool:
+    """Whether a state, of a graph whose inputs have no batch axis, has none either."""
+    return told is None and port.dims is not None and all(isinstance(dim, int) and dim != 1 for dim in port.dims)
 
 
 def _sizes(port: Port, dims: Dims, axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ def parser() -> Parser:
     add("--input", dest="inputs", type=_input, action="append", default=[], metavar="NAME[:batch_axis=N]...",
         help="an input of a time step; options :batch_axis=none, :time_axis=N or none, :bounds=0..255")  # fmt: skip
     add("--output", dest="outputs", type=_output, action="append", default=[], metavar="NAME[:batch_axis=N]...",
-        help="an output whose axes are not found; options :batch_axis=N or none, :time_axis=N")  # fmt: skip
+        help="an output to return (default: all but next states); options :batch_axis=N, :time_axis=N")  # fmt: skip
     add("--constant", dest="constants", type=_pair, action="append", default=[], metavar="NAME=VALUE",
         help="an input that is always the same; JSON, lists for tensors")  # fmt: skip
     add("--dim", dest="dims", type=_sized, action="append", default=[], metavar="NAME=SIZE",

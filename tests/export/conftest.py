@@ -28,7 +28,8 @@ def adopt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Adopt:
         if main([str(path), "--name", "mine", "--artifacts", str(artifacts), *flags]) != 0:
             assert not list(artifacts.glob("mine/*")), "something was written"
             raise ExportError(capsys.readouterr().err)
-        return load("mine", artifacts / "mine" / "1", RuntimeOptions(), 16)
+        newest = max((artifacts / "mine").iterdir(), key=lambda folder: int(folder.name))
+        return load("mine", newest, RuntimeOptions(), 16)
 
     return run
 

@@ -355,3 +355,126 @@ def test_a_fixed_time_axis_can_be_one_step(adopt: Adopt) -> None:
     assert model.document.signature.inputs[0].shape == (10, 3)
     states = {"hidden_state": ("66", np.zeros((1, 1, 4), np.float32))}
     assert_served_as_in_a_plain_loop(model, made, lambda step: {"x": step[:, None]}, states)
+
+
+def cell(states: tuple[str, ...] = ("h",)) -> Any:
+    """A cell of PyTorch: its next states are all that it returns."""
+    nodes = [node("MatMul", ["x", "W"], ["a"])]
+    for name in states:
+        nodes += [node("Add", ["a", name], [f"{name}.z"]), node("Tanh", [f"{name}.z"], [f"{name}.next"])]
+    return foreign.model(
+        nodes,
+        [("x", FLOAT, ["batch", 9]), *((name, FLOAT, ["batch", 8]) for name in states)],
+        [(f"{name}.next", FLOAT, ["batch", 8]) for name in states],
+        W=foreign.weights(42, 9, 8),
+    )
+
+
+def test_a_cell_answers_with_its_next_state(adopt: Adopt) -> None:
+    model = adopt(cell())
+    x = drawn(model)
+    y, states = model.runtime.run(x, np.full(len(x), x.shape[1], np.int32), model.runtime.zeros(len(x)))
+    state = np.zeros((len(x), 8), np.float32)
+    for t in range(x.shape[1]):
+        state = np.tanh(x[:, t] @ foreign.weights(42, 9, 8) + state)
+        np.testing.assert_allclose(y[:, t], state, atol=1e-5)
+    np.testing.assert_array_equal(states[0], y[:, -1])
+
+
+def test_outputs_are_those_that_are_named(adopt: Adopt) -> None:
+    made = cell(("h", "c"))
+    with pytest.raises(ExportError, match=r"say which one is the answer too, with --output NAME \(h.next, c.next\)"):
+        adopt(made)
+    with pytest.raises(ExportError, match=r"no such output: the candidates are h\.next, c\.next"):
+        adopt(made, "--output", "y")
+    signature = adopt(made, "--output", "h.next").document.signature
+    assert [spec.name for spec in signature.outputs] == ["h.next.output"]
+    assert [state.next_name for state in signature.states] == ["h.next", "c.next"]
+    signature = adopt(foreign.symbols(), "--output", "top").document.signature
+    assert [spec.name for spec in signature.outputs] == ["top"]
+
+
+def test_features_without_a_batch_are_one_row(adopt: Adopt) -> None:
+    made = foreign.model(
+        [node("MatMul", ["x", "W"], ["a"]), node("Add", ["a", "h"], ["hn"]), node("Neg", ["hn"], ["y"])],
+        [("x", FLOAT, [9]), ("h", FLOAT, [8])],
+        [("y", FLOAT, [8]), ("hn", FLOAT, [8])],
+        W=foreign.weights(43, 9, 8),
+    )
+    model = adopt(made)
+    assert (model.document.signature.batch, model.document.signature.inputs[0].shape) == (1, (9,))
+    assert_served_as_in_a_plain_loop(model, made, lambda step: {"x": step}, {"h": ("hn", np.zeros(8, np.float32))})
+
+
+def after_a_layer(initial: str = "h0", x: Any = (None, None, 3)) -> Any:
+    """A GRU behind a dense layer, time first, whose dimensions have no names; or one that starts from zeros."""
+    return foreign.model(
+        [
+            node("MatMul", ["x", "L"], ["a"]),
+            node("Add", ["a", "bias"], ["b"]),
+            node("Relu", ["b"], ["c"]),
+            node("GRU", ["c", "W", "R", "", "", initial], ["yt", "last"], hidden_size=4),
+            node("Squeeze", ["yt", "one"], ["y"]),
+            node("Identity", ["last"], ["hn"]) if initial else node("Add", ["h0", "h0"], ["hn"]),
+        ],
+        [("x", FLOAT, list(x)), ("h0", FLOAT, [1, None, 4])],
+        [("y", FLOAT, [None, None, 4]), ("hn", FLOAT, [1, None, 4])],
+        L=foreign.weights(44, 3, 3),
+        bias=foreign.weights(45, 3),
+        one=np.array([1]),
+        W=foreign.weights(46, 1, 12, 3),
+        R=foreign.weights(47, 1, 12, 4),
+    )
+
+
+def test_the_time_axis_is_that_of_a_gru_behind_other_layers(adopt: Adopt) -> None:
+    made = after_a_layer()
+    model = adopt(made)
+    assert (model.document.signature.time_axis, model.document.signature.batch) == (True, None)
+    states = {"h0": ("hn", np.zeros((1, 1, 4), np.float32))}
+    assert_served_as_in_a_plain_loop(model, made, lambda step: {"x": step[None, None]}, states)
+
+
+def test_a_gru_without_a_state_runs_over_something_else_than_time(adopt: Adopt) -> None:
+    with pytest.raises(ExportError, match="x fixes its time axis at 10 steps"):
+        adopt(after_a_layer(x=(10, None, 3)))
+    model = adopt(after_a_layer("", x=(10, None, 3)), "--input", "x:batch_axis=1")
+    assert model.document.signature.inputs[0].shape == (10, 3)
+
+
+def test_an_input_flag_with_options_names_no_other_inputs(adopt: Adopt) -> None:
+    made = foreign.symbols()
+    flags = ["--input", "symbol:bounds=1..3"]
+    assert [spec.bounds for spec in adopt(made, *flags).document.signature.inputs] == [(1, 3), None]
+
+
+MESSAGES: dict[str, tuple[Any, list[str], str]] = {
+    "no state among one input": (foreign.both_ways(), [], "x is the only input: export the model with its states"),
+    "a constant of another size": (
+        foreign.frames(1),
+        ["--constant", "x=[1,2]"],
+        "its shape is [2], the input's [1, 3]",
+    ),
+    "a context of a state": (foreign.frames(), ["--context", "s=1"], "s is a state, and no input of a time step"),
+    "a context of the batch": (foreign.frames(), ["--context", "x=1:axis=0"], "axis 0 of x is its batch"),
+    "a context of no axis": (foreign.frames(), ["--context", "x=1:axis=2"], "x [batch, 3] has no axis 2"),
+    "an axis too many": (foreign.frames(), ["--input", "x:time_axis=2"], "x [batch, 3]: it has no axis 2"),
+    "time in one axis": (foreign.letters(), ["--input", "ids:time_axis=0"], "must be two of its axes"),
+    "lengths": (lengthy("N"), [], "or --constant length=VALUE if it is always the same"),
+    "a fixed axis said to be time": (
+        foreign.frames(),
+        ["--input", "x:time_axis=1"],
+        "x fixes its time axis at 3 steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_a_refusal_says_what_is_wrong(adopt: Adopt, case: str) -> None:
+    made, flags, told = MESSAGES[case]
+    with pytest.raises(ExportError) as refused:
+        adopt(made, *flags)
+    assert told in str(refused.value)
+    assert str(refused.value).count("\n") == 1
+    for word in (".cc", ".h:", "(of )", "[ONNXRuntimeError]"):
+        assert word not in str(refused.value)
