@@ -6,7 +6,7 @@ EXAMPLES := vowels sunspots sunspots-jordan characters
 # Builds and runs images. Any engine with the same subcommands works (DOCKER=podman).
 DOCKER ?= docker
 
-.PHONY: setup serve test test-long coverage check servers lock bench gpu-references gpu-test container-test
+.PHONY: setup serve test test-long fuzz check servers lock bench gpu-references gpu-test container-test
 .DELETE_ON_ERROR:
 
 serve: setup
@@ -14,19 +14,19 @@ serve: setup
 
 setup: $(BIN)/.all $(EXAMPLES:%=artifacts/%/1/model.onnx)
 
+# COVERAGE=yes counts the branches that the tests take, for half as much processor time again on Python 3.11.
 test: $(BIN)/.dev $(BIN)/.silero setup check servers
-	$(BIN)/pytest -n auto --dist worksteal
-
-# The tests again, counting the branches they take. Not part of `test`: on Python 3.11 counting takes half as much
-# processor time again, and more in servers as they start.
-coverage: $(BIN)/.dev $(BIN)/.silero setup servers
-	$(BIN)/pytest -n auto --dist worksteal --cov
+	$(BIN)/pytest -n auto --dist worksteal $(COVERAGE:%=--cov)
 
 # The long tests: minutes of kills and fuzzing, then the image's test if an engine is available.
 test-long: $(BIN)/.dev $(BIN)/.silero setup servers
 	$(BIN)/pytest -m long -n 0
 	@if $(DOCKER) info >/dev/null 2>&1; then $(MAKE) container-test; \
 	else echo "no container was built: '$(DOCKER) info' finds no engine here; name another with DOCKER=..."; fi
+
+# Exports random networks and compares them with Keras; wrong ones are saved in fuzz/.
+fuzz: $(BIN)/.dev
+	$(BIN)/python -m tests.export.fuzz $(FUZZ_FLAGS)
 
 # Installs what the tests run: a real Redis, a real load balancer, strace, and a C compiler for the bench's load
 # generator.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -122,3 +123,18 @@ def flag(name: str) -> str:
 def _conflict(name: str, message: str) -> PydanticCustomError:
     """Returns the error to raise where a setting conflicts with others."""
     return PydanticCustomError("conflict", "{flag}: {message}", {"flag": flag(name), "message": message})
+
+
+def explain_invalid(error: ValidationError, given: Collection[str] = ()) -> str:
+    """Returns what is wrong with the first invalid setting, named as the user gave it.
+
+    Args:
+        error: What is wrong.
+        given: The settings that were given as flags; others are from the environment.
+    """
+    first = error.errors()[0]
+    if not first["loc"]:
+        return first["msg"]  # a conflict between settings names them itself
+    name = str(first["loc"][0])
+    place = flag(name) if name in given else f"{ENV_PREFIX}{name.upper()}"
+    return f"{place}: {first['msg']}, got {first['input']!r}"

@@ -40,11 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print what GET /models/{name} returns for each")
     arguments = parser.parse_args(argv)
     # Here and not above, so that --help answers at once.
+    from pydantic import ValidationError
+
     from cellserve.service.model_repository.repository import BrokenModel, Repository
     from cellserve.service.runtime.onnx_model import RuntimeOptions
-    from cellserve.service.settings import Settings
+    from cellserve.service.settings import Settings, explain_invalid
 
-    settings = Settings()
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        print(f"cellserve models: {explain_invalid(error)}", file=sys.stderr)
+        return 2
     repository = Repository(arguments.models, RuntimeOptions(), settings.max_batch, settings.max_model_bytes)
     try:
         repository.scan()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from cellserve.service.observability import logging
-from cellserve.service.settings import ENV_PREFIX, TUNING, Settings, flag
+from cellserve.service.settings import ENV_PREFIX, TUNING, Settings, explain_invalid, flag
 
 if TYPE_CHECKING:
     from cellserve.service.api.middleware import ObservabilityMiddleware
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = Settings(**given)
     except ValidationError as error:
-        return _fail(_explain(error, given), 2)
+        return _fail(explain_invalid(error, given), 2)
     # Here and not above, so that --help and a mistyped flag answer at once.
     from cellserve.service.api.ports import PortTaken, check_port
     from cellserve.service.app import create_app
@@ -131,16 +131,6 @@ def _uvicorn_options(settings: Settings) -> dict[str, Any]:
     if settings.log_format == "json":
         options["log_config"] = None  # uvicorn's lines go through our handler
     return options
-
-
-def _explain(error: ValidationError, given: dict[str, str]) -> str:
-    """Returns what is wrong with the first invalid setting, named as the user gave it."""
-    first = error.errors()[0]
-    if not first["loc"]:
-        return first["msg"]  # a conflict between settings names them itself
-    name = str(first["loc"][0])
-    place = flag(name) if name in given else f"{ENV_PREFIX}{name.upper()}"
-    return f"{place}: {first['msg']}, got {first['input']!r}"
 
 
 def _missing_extra(error: ModuleNotFoundError) -> str:

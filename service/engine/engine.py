@@ -313,7 +313,9 @@ class Engine:
                 self._scatter_finite_rows(tick, slots, result)
                 tick.is_complete = False
         except Exception as error:
-            self.arena.scatter(slots, before)
+            # A cancelled item has given its slots back: they may be another's by now.
+            owned = np.repeat([not item.done.cancelled() for item in tick.items], [item.rows for item in tick.items])
+            self._scatter_rows(slots, before, np.flatnonzero(owned).tolist())
             self._fail(tick, error)
             return
         if tick.is_complete:
@@ -420,10 +422,13 @@ class Engine:
             if not item.done.cancelled():
                 self._collect_row_errors(item, rows, length, result)
                 good += [row for row in rows if row - rows.start not in (item.errors_by_row or ())]
-        if good:
+        self._scatter_rows(slots, result.states, good)
+
+    def _scatter_rows(self, slots: Slots, states: list[Array], rows: Sequence[int]) -> None:
+        if rows:
             specs = self.arena.specs
-            states = [np.take(state, good, spec.batch_axis) for state, spec in zip(result.states, specs, strict=True)]
-            self.arena.scatter(slots[good], states)
+            taken = [np.take(state, rows, spec.batch_axis) for state, spec in zip(states, specs, strict=True)]
+            self.arena.scatter(slots[rows], taken)
 
     def _record_progress(self, item: WorkItem, y: Array, steps: int) -> Array | None:
         """Records what one tick did for an item; returns its whole y if it is finished."""
