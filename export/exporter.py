@@ -19,6 +19,7 @@ from cellserve.export.candidates.quantization import QuantizationResult, quantiz
 from cellserve.export.errors import ExportError, Unsteppable, explain_unforeseen
 from cellserve.export.keras_model.load import load
 from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.keras_model.unservable import refuse_unservable
 from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 from cellserve.export.publish import compatibility, repository_writer
 from cellserve.export.report import html
@@ -164,6 +165,7 @@ def _parity_figures(chosen: Candidate, quantized: QuantizationResult | None) -> 
 
 def network_of(model: Any) -> StatefulNetwork | SequenceNetwork:
     """Analyses a Keras model as a network of steps, or of whole sequences if it cannot be stepped."""
+    refuse_unservable(model)
     try:
         return StatefulNetwork(model)
     except Unsteppable as reason:

@@ -18,9 +18,9 @@ import tensorflow as tf
 from keras import ops
 from onnx import compose, helper, numpy_helper
 
-from cellserve.export.errors import ExportError
+from cellserve.export.errors import ExportError, first_line
 from cellserve.export.keras_model.graph_walk import Call, is_timed, walk
-from cellserve.export.keras_model.keras_private import set_mask
+from cellserve.export.keras_model.keras_private import set_mask, takes_mask
 from cellserve.export.keras_model.load import with_open_shapes
 from cellserve.export.keras_model.recurrences import Recurrence
 from cellserve.export.keras_model.step_network import StatefulNetwork, refuse_foreign_states
@@ -99,7 +99,9 @@ class SequenceNetwork:
 
             def recur(layer: Any, sequence: Any, mask: Any) -> Any:
                 into.extend([sequence] if mask is None else [sequence, ops.cast(mask, "int32")])
-                return next(given)
+                y = next(given)
+                y.set_shape([*sequence.shape[:2], *y.shape[2:]])  # layers after a RepeatVector rely on its number
+                return y
 
             outputs = self._walk(tensors[:count], recur)
             if any(self.timed):  # outputs are returned together: if one has the time axis, all get it
@@ -124,12 +126,20 @@ class SequenceNetwork:
             try:
                 outputs = self._walk([ops.zeros((2, time, *spec.shape), spec.dtype) for spec in self.inputs], recur)
                 break
-            except (ValueError, tf.errors.OpError):  # too short for a convolution
-                continue
+            except (ValueError, tf.errors.OpError) as error:  # too short for a convolution
+                failure = first_line(error)
+            except ExportError as error:
+                fixed = self.original.inputs[0].shape[1]
+                if fixed is None or time == fixed:
+                    raise
+                raise ExportError(
+                    f"the network cannot be stepped ({self.reason}), and takes {fixed} time steps and no other number: "
+                    f"with {time}, {error}"
+                ) from None
         else:
             raise ExportError(
                 f"the network cannot be stepped ({self.reason}), nor run over {', '.join(map(str, _TIMES))} time steps "
-                f"({self._at} fails): leave out layers that need a certain number, such as Flatten"
+                f"({self._at} fails: {failure}): leave out layers that need a certain number, such as Flatten"
             )
         if not self.parts:
             raise ExportError(
@@ -179,6 +189,8 @@ class SequenceNetwork:
                 refuse_foreign_states(call)
                 forward, backward = layer.forward_layer, layer.backward_layer
                 y = _merged(layer, *(one_way(way, call.args[0], call.mask) for way in (forward, backward)))
+            elif type(layer) is keras.layers.TimeDistributed and not takes_mask(layer.layer):
+                return _distributed(call)
             else:
                 return call()
             if call.mask is not None and layer.return_sequences:
@@ -237,12 +249,28 @@ def _alone(layer: Any, features: tuple[int, ...], masked: bool) -> StatefulNetwo
     """A network of one recurrent layer, forwards, that returns its output at every step."""
     x = keras.Input((None, *features), name="x")
     mask = keras.Input((None,), dtype="int32", name="mask")
-    loop = keras.layers.RNN(
-        layer.cell, return_sequences=True, zero_output_for_mask=layer.zero_output_for_mask, name=layer.name
-    )
-    if not masked:
-        return StatefulNetwork(keras.Model(x, loop(x)))
-    return StatefulNetwork(keras.Model([x, mask], loop(x, mask=ops.cast(mask, "bool"))))
+    # A copy of the layer, as `keras.layers.RNN` does not know the shapes of a convolution's states.
+    config = {**layer.get_config(), "go_backwards": False, "return_sequences": True}
+    try:
+        loop = type(layer).from_config(config)
+        loop.cell = layer.cell
+        y = loop(x, mask=ops.cast(mask, "bool")) if masked else loop(x)
+    except Exception as error:
+        raise ExportError(
+            f"layer {layer.name!r} ({type(layer).__name__}) cannot be rebuilt from its config ({first_line(error)}): "
+            f"a layer of your own needs a get_config that returns its constructor's arguments"
+        ) from None
+    return StatefulNetwork(keras.Model([x, mask] if masked else x, y))
+
+
+def _distributed(call: Call) -> Any:
+    """Calls a `TimeDistributed` layer's own layer on all time steps as one batch.
+
+    Keras maps it over time where the batch size is not known, which tf2onnx converts into a graph that fails.
+    """
+    x = call.args[0]
+    y = call.operation.layer(ops.reshape(x, (-1, *x.shape[2:])))
+    return call.with_mask(ops.reshape(y, (-1, ops.shape(x)[1], *y.shape[1:])))
 
 
 def _merged(layer: Any, y: Any, reverse: Any) -> Any:
