@@ -18,6 +18,7 @@ from cellserve.export.candidates.candidates import Candidate
 from cellserve.export.candidates.quantization import QuantizationResult, quantize
 from cellserve.export.errors import ExportError, Unsteppable, explain_unforeseen
 from cellserve.export.keras_model.load import load
+from cellserve.export.keras_model.naming import number_layers
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.keras_model.unservable import refuse_unservable
 from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
@@ -165,6 +166,7 @@ def _parity_figures(chosen: Candidate, quantized: QuantizationResult | None) -> 
 
 def network_of(model: Any) -> StatefulNetwork | SequenceNetwork:
     """Analyses a Keras model as a network of steps, or of whole sequences if it cannot be stepped."""
+    number_layers(model)
     refuse_unservable(model)
     try:
         return StatefulNetwork(model)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cellserve.export.keras_model.keras_private import default_name
+import keras
+
+from cellserve.export.keras_model.keras_private import calls, default_name, has_graph, producer
 
 
 class UniqueNames:
@@ -36,6 +38,28 @@ class UniqueNames:
                 break
         self._taken.add(name)
         return str(name)
+
+
+def number_layers(model: Any) -> None:
+    """Renames the layers that Keras named by their order in the network, so that reports and errors have one name each.
+
+    They are then called as their states are.
+    """
+    layers = list(_operations(model))
+    names = UniqueNames(layers)
+    for layer in dict.fromkeys(layers):
+        layer.name = names.assign(layer)
+
+
+def _operations(model: Any) -> Iterator[Any]:
+    """Yields the layers and operations of a model, and of models within it, at each of their calls."""
+    if not has_graph(model):
+        return
+    yield from map(producer, model.inputs)
+    for node in calls(model):
+        yield node.operation
+        if isinstance(node.operation, keras.Model):
+            yield from _operations(node.operation)
 
 
 def _is_automatic(operation: Any) -> bool:

@@ -128,13 +128,13 @@ class SequenceNetwork:
                 break
             except (ValueError, tf.errors.OpError) as error:  # too short for a convolution
                 failure = first_line(error)
-            except ExportError as error:
+            except ExportError:
                 fixed = self.original.inputs[0].shape[1]
                 if fixed is None or time == fixed:
                     raise
                 raise ExportError(
-                    f"the network cannot be stepped ({self.reason}), and takes {fixed} time steps and no other number: "
-                    f"with {time}, {error}"
+                    f"the network cannot be stepped ({self.reason}), and {self._at} works for {fixed} time steps and "
+                    f"no other number: leave out what makes features of time steps"
                 ) from None
         else:
             raise ExportError(

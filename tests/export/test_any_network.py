@@ -344,7 +344,32 @@ def repeated() -> Any:
     return keras.Model(x, layers.LSTM(2, return_sequences=True)(layers.RepeatVector(4)(code)))
 
 
+def tagged() -> Any:
+    """A layer over each time step by itself, after one that reads both ways."""
+    ids = keras.Input((None,))
+    h = layers.Embedding(6, 4, mask_zero=True, embeddings_initializer="random_normal")(ids)
+    h = layers.Bidirectional(layers.LSTM(3, return_sequences=True))(h)
+    h = layers.TimeDistributed(layers.Dense(3, activation="softmax"))(h)
+    return keras.Model(ids, layers.GRU(2, return_sequences=True)(h))
+
+
+def autoencoder() -> Any:
+    x = keras.Input((6, 3))
+    h = layers.RepeatVector(6)(layers.LSTM(4)(x))
+    return keras.Model(x, layers.TimeDistributed(layers.Dense(3))(layers.LSTM(4, return_sequences=True)(h)))
+
+
+def next_frame() -> Any:
+    """Frames that are convolved over time after convolutional recurrences, one of which reads backwards."""
+    x = keras.Input((None, 6, 5, 2))
+    h = layers.ConvLSTM2D(3, 3, padding="same", return_sequences=True)(x)
+    h = layers.BatchNormalization()(h)
+    h = layers.ConvLSTM2D(2, 1, padding="same", return_sequences=True, go_backwards=True)(h)
+    return keras.Model(x, layers.Conv3D(1, 3, padding="same", activation="sigmoid")(h))
+
+
 WHOLE = {both_ways: "backwards", both_ways_masked: "backwards", convolved: "mixes time steps"}
+WHOLE |= {tagged: "backwards", autoencoder: "does not run over", next_frame: "backwards"}
 WHOLE |= {attended: "mixes time steps", repeated: "does not run over the input's time axis"}
 
 

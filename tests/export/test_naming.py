@@ -9,12 +9,15 @@ import tests.networks  # noqa: F401  imports TensorFlow quietly
 import keras  # isort: skip
 from keras import layers  # isort: skip
 
+import re
 from pathlib import Path
 
 import pytest
 
 from cellserve.export.exporter import network_of
 from cellserve.export.keras_model.load import load
+from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.report.network_svg import draw_network
 from cellserve.models.cells import LSTMCell, RNNCell
 from cellserve.models.signature import Signature
 
@@ -41,6 +44,23 @@ def whole() -> Any:
     x = keras.Input((None, 2))
     h = layers.Bidirectional(layers.LSTM(3), name="both")(x)  # its name is in the reason, as it is
     return keras.Model(x, [layers.Dense(2)(h), layers.Dense(1)(h)])
+
+
+def test_a_layer_is_called_in_reports_and_errors_as_its_states_are(tmp_path: Path) -> None:
+    """Each layer has one name, wherever the network was built; names that users gave stay."""
+    layers.LSTM(2)  # from now on Keras numbers this class
+    x = keras.Input((None, 2))
+    h = layers.LSTM(2, return_sequences=True)(layers.Dense(3, name="mine")(x))
+    inner_x = keras.Input((None, 2))
+    inner = keras.Model(inner_x, layers.LSTM(3, return_sequences=True)(inner_x + inner_x))
+    keras.Model(x, inner(h)).save(tmp_path / "mine.keras")
+    network = network_of(load(tmp_path / "mine.keras"))
+    assert isinstance(network, StatefulNetwork)
+    assert [recurrence.layer for recurrence in network.recurrences] == ["lstm", "lstm_2"]
+    assert [state.name for state in network.states] == ["lstm.h", "lstm.c", "lstm_2.h", "lstm_2.c"]
+    assert {"mine (Dense", "lstm (LSTM", "add (Add", "lstm_2 (LSTM"} <= {
+        text.rpartition(" [")[0] for text in re.findall(r"[a-z_0-9]+ \(.*?\]", draw_network(network))
+    }
 
 
 @pytest.mark.parametrize("made", [stacked, several_ends, whole])
