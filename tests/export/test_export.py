@@ -249,6 +249,11 @@ def continued() -> Any:
     return keras.Model(x, layers.LSTM(3, name="decoder")(y, initial_state=states))
 
 
+def returning() -> Any:
+    x = keras.Input((None, 5))
+    return keras.Model(x, layers.LSTM(3, return_state=True, name="encoder")(x))
+
+
 def with_constants() -> Any:
     x, who = keras.Input((None, 5)), keras.Input((3,), name="who")
     return keras.Model([x, who], layers.Concatenate()([layers.LSTM(3)(x), who]))
@@ -260,7 +265,8 @@ def sequential(*inner: Any, time: int | None = None) -> Any:
 
 REFUSED: dict[str, Callable[[], Any]] = {
     "no recurrent layer": lambda: sequential(layers.Dense(3)),
-    "'encoder' (LSTM) returns its states": continued,
+    "'decoder' (LSTM) starts from the states of layer 'encoder' (LSTM): export the two as": continued,
+    "'encoder' (LSTM) returns its states": returning,
     "the input 'who' has shape (None, 3)": with_constants,
     "leave out layers that need a certain number": lambda: sequential(
         layers.LSTM(3, return_sequences=True), layers.Flatten(), layers.Dense(1), time=4
