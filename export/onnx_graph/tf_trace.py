@@ -207,6 +207,8 @@ def _seen(
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    # ONNX Runtime sets this for the process by its first session. Proofs are of the service, which sets it.
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     step = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     # A graph without nodes cannot be run: the whole step was excluded.
     try:
