@@ -20,7 +20,7 @@ from cellserve.export.adopt.serving_graph import ServableGraph
 from cellserve.export.adopt.state_matching import find_pairs
 from cellserve.export.adopt.tensor_roles import Context, Flags, InputFlag, OutputFlag, Roles, StateFlag, find_roles
 from cellserve.export.adopt.trial import Trial
-from cellserve.export.errors import ExportError
+from cellserve.export.errors import ExportError, first_line
 from cellserve.export.publish import compatibility, repository_writer
 from cellserve.export.report.page import REPORT_NAME
 from cellserve.export.report.progress import Stages
@@ -63,10 +63,13 @@ def adopt(request: AdoptRequest, console: Console) -> Path:
     try:
         with Trial() as trial:
             return _adopt(request, console, trial)
+    except (ExportError, OSError):
+        raise
     except Exception as error:
-        if not type(error).__module__.startswith("onnxruntime"):
-            raise
-        raise ExportError(f"it does not run row by row and step by step: {reason(str(error))}") from None
+        if type(error).__module__.startswith("onnxruntime"):
+            raise ExportError(f"it does not run row by row and step by step: {reason(str(error))}") from None
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise ExportError(f"the model cannot be adopted: {told}; please report it with the model") from error
 
 
 def _adopt(request: AdoptRequest, console: Console, trial: Trial) -> Path:
@@ -169,7 +172,7 @@ def _whole_only(
             return signature, Exactness(proved=True, why=compare_runs([model.open(signature)], effort))
         except NotBatchInvariant as differs:
             differed = differs
-    return signature, Exactness(proved=False, why=str(differed))
+    return signature, Exactness(proved=False, why=reason(str(differed)))
 
 
 def _effort(runtime: Runtime) -> CheckPlan:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cellserve.export.adopt.state_matching import Dims, Port, can_be_next, find_pairs, looks_like_a_state
-from cellserve.export.errors import ExportError
+from cellserve.export.errors import ExportError, did_you_mean
 
 SERVED_TYPES = ("float32", "int32", "int64")
 # Other types, each with the type that stands for it in the service: the graph gets a Cast.
@@ -418,8 +418,9 @@ def _port(ports: Sequence[Port], name: str, kind: str = "input") -> Port:
     for port in ports:
         if port.name == name:
             return port
+    names = [port.name for port in ports]
     raise ExportError(
-        f"there is no such {kind} {name!r}: the candidates are {', '.join(port.name for port in ports) or 'none'}"
+        f"there is no such {kind} {name!r}{did_you_mean(name, names)}: the candidates are {', '.join(names) or 'none'}"
     )
 
 

@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(f"cellserve adopt: {error.name} is not installed: pip install 'cellserve[adopt]'", markup=False)
         return 1
     except (ExportError, OSError) as error:
-        errors.print(f"cellserve adopt: {error}", markup=False)
+        line = " ".join(str(error).split())  # a name in the graph may have line breaks
+        errors.print(f"cellserve adopt: {line}", markup=False)
         return 1
     return 0
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import pytest
 from onnx.helper import make_node as node
 
+from cellserve.export.adopt import adopt
 from cellserve.export.cli.adopt import main
 from tests import foreign
 from tests.export.pages import Page
@@ -60,3 +62,22 @@ def test_labels_are_checked_before_the_proof(tmp_path: Path, capsys: Any) -> Non
     ran = capsys.readouterr()
     assert "3 labels for an output of shape [2]" in ran.err
     assert "comparing" not in ran.out
+
+
+def test_an_unforeseen_error_is_told_in_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_roles(*_: Any) -> Any:
+        raise KeyError("x")
+
+    monkeypatch.setattr(adopt, "find_roles", find_roles)
+    path = tmp_path / "model.onnx"
+    onnx.save(foreign.frames(), path)
+    assert main([str(path), "--name", "mine", "--artifacts", str(tmp_path / "a")]) == 1
+    told = "cellserve adopt: the model cannot be adopted: KeyError: 'x'; please report it with the model\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_mistyped_name_is_told_with_the_one_that_was_meant(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(foreign.deep(), path)
+    assert main([str(path), "--name", "mine", "--artifacts", str(tmp_path / "a"), "--state", "stat=stateN"]) == 1
+    assert "no such input 'stat' (did you mean state?): the candidates are input, state" in capsys.readouterr().err
