@@ -41,7 +41,7 @@ def _refuse_vectors(model: Any) -> None:
         if len(tensor.shape) != 2 or tensor.shape[1] is None or "float" not in str(tensor.dtype):
             continue
         size = tensor.shape[1]
-        for layer in readers(model, place):
+        for layer in (reader.operation for reader in readers(model, place)):
             if isinstance(layer, keras.layers.Reshape | keras.layers.RepeatVector):
                 raise ExportError(
                     f"the input {tensor.name!r} has no time axis, {_named(layer)} makes time steps of its {size} "
