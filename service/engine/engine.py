@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellserve.service.engine.run_errors import run_failed
 from cellserve.service.engine.scheduler import CostModel, RequestQueue, Tick
 from cellserve.service.engine.sequence_runner import SequenceRunner, SteppedSequences, WholeSequences
 from cellserve.service.engine.state_arena import Arena, Slots
 from cellserve.service.engine.stats import TickCounts
 from cellserve.service.engine.work import Completion, CompletionSink, Finished, Tracing, WorkItem
-from cellserve.service.errors import ModelFailed, NotFinite, Problem, QueueFull
+from cellserve.service.errors import NotFinite, Problem, QueueFull
 from cellserve.service.idempotency import IdempotencyKey
 from cellserve.service.model_repository.model import Model
 from cellserve.service.runtime.tensor_layout import unpack
@@ -367,7 +368,7 @@ class Engine:
         except Exception as error:
             log.error("the results of a tick of model %s were not written", self.model.name, exc_info=error)
             for item, _ in with_sink:
-                item.errors_by_row = dict.fromkeys(range(item.rows), self._model_failed())
+                item.errors_by_row = dict.fromkeys(range(item.rows), run_failed(self.model.name))
         seconds = time.perf_counter() - start
         self.counts.store.observe(seconds)
         if self.tracing is not None:
@@ -408,11 +409,8 @@ class Engine:
         log.error("a tick of model %s failed", self.model.name, exc_info=error)
         self.counts.failed += 1
         for item in tick.items:
-            item.errors_by_row = dict.fromkeys(range(item.rows), self._model_failed())
+            item.errors_by_row = dict.fromkeys(range(item.rows), run_failed(self.model.name))
             self._complete_one(item)
-
-    def _model_failed(self) -> ModelFailed:
-        return ModelFailed(f"ONNX Runtime could not run model {self.model.name!r} on this request: nothing was applied")
 
     def _scatter_finite_rows(self, tick: Tick, slots: Slots, result: BatchResult) -> None:
         start, good = 0, []
@@ -486,7 +484,7 @@ class Engine:
             if place in errors:
                 continue
             if row in result.failed:
-                errors[place] = self._model_failed()
+                errors[place] = run_failed(self.model.name, result.failed[row])
                 continue
             each = (np.isfinite(part).reshape(length, -1).all(axis=1) for part in unpack(result.y[row, :length]))
             finite = np.logical_and.reduce(list(each))

@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cellserve.service.engine.run_errors import run_failed
 from cellserve.service.engine.scheduler import Profilable
 from cellserve.service.engine.state_arena import Arena, Slots
 from cellserve.service.engine.stats import TickCounts
 from cellserve.service.engine.work import WorkItem
-from cellserve.service.errors import BodyTooLarge, InvalidInput, ModelFailed, NotFinite, Problem, QueueFull
+from cellserve.service.errors import BodyTooLarge, InvalidInput, NotFinite, QueueFull
 from cellserve.service.model_repository.model import Model
 from cellserve.service.runtime.tensor_layout import unpack
 
@@ -245,7 +246,7 @@ class WholeSequences:
             y, _ = runtime.run(x, np.full(len(x), x.shape[1], np.int32), runtime.zeros(len(x)))
         except Exception as error:
             log.error("model %s failed: %s", self._model.name, error)
-            raise _model_failed(self._model.name) from None
+            raise run_failed(self._model.name, error) from None
         for row, number in enumerate(numbers):
             if not all(np.isfinite(part).all() for part in unpack(y[row])):
                 place = f"{name}[{number}]"
@@ -256,7 +257,3 @@ class WholeSequences:
 def name_sequence(problem: NotFinite, place: str) -> NotFinite:
     """Turns the problem of one sequence into one of the request, which names the sequence."""
     return NotFinite(f"{place}: {problem.detail}", place=place, **problem.extensions)
-
-
-def _model_failed(name: str) -> Problem:
-    return ModelFailed(f"ONNX Runtime could not run model {name!r} on this request")

@@ -25,6 +25,7 @@ from cellserve.service.sessions.writer import SessionWriter
 from cellserve.service.settings import Settings
 
 BROKEN, INFINITE = 666.0, 777.0  # inputs at which the model raises, or gives infinity
+OUTSIDE = 888.0  # at which it raises as ONNX Runtime does for an index outside a table
 
 
 class Halving:
@@ -49,6 +50,8 @@ class Halving:
     ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
         self.gate.wait()
         self.runs.append(x.shape[:2])
+        if (x == OUTSIDE).any():
+            raise RuntimeError("indices element out of data bounds, idx=24 must be within the inclusive range [-24,23]")
         if (x == BROKEN).any():
             raise RuntimeError("broken input")
         y, state, final = np.zeros_like(x), states[0], states[0].copy()

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cellserve.service.engine.engine import Engine
-from cellserve.service.errors import ModelFailed, NotFinite, QueueFull, SessionGone
+from cellserve.service.errors import InvalidInput, ModelFailed, NotFinite, QueueFull, SessionGone
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.writer import SessionWriter
 from tests.budgets import examples
-from tests.service.helpers import BROKEN, INFINITE, halving, truth
+from tests.service.helpers import BROKEN, INFINITE, OUTSIDE, halving, truth
 
 Make = Callable[..., tuple[Engine, MemoryStore, SessionWriter]]
 
@@ -96,7 +96,7 @@ def test_a_model_that_is_not_exact_runs_one_row_and_one_step_at_a_time(make: Mak
     assert set(halving(engine).runs) == {(1, 1)}
 
 
-@pytest.mark.parametrize(("poison", "problem"), [(BROKEN, ModelFailed), (INFINITE, NotFinite)])
+@pytest.mark.parametrize(("poison", "problem"), [(BROKEN, ModelFailed), (INFINITE, NotFinite), (OUTSIDE, InvalidInput)])
 @pytest.mark.parametrize("costly", [False, True])
 def test_a_poisoned_step_fails_alone_and_moves_nothing(
     make: Make, poison: float, problem: type[Exception], costly: bool
@@ -128,7 +128,7 @@ def test_a_poisoned_step_fails_alone_and_moves_nothing(
 
     asyncio.run(scenario())
     assert engine.queued == 0
-    assert engine.counts.rerun == (poison == BROKEN)
+    assert engine.counts.rerun == (poison != INFINITE)
 
 
 @pytest.mark.parametrize("part", ["gather", "scatter"])
