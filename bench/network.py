@@ -129,7 +129,7 @@ def make(folder: Path) -> dict[str, Any]:
 
     import_tensorflow()
     from cellserve.export.exporter import export
-    from cellserve.export.request import ExportRequest
+    from cellserve.export.publish.request import ExportRequest
     from cellserve.service.runtime.onnx_model import Runtime
 
     own = weights()

@@ -23,10 +23,10 @@ from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.keras_model.unservable import refuse_unservable
 from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 from cellserve.export.publish import compatibility, repository_writer
+from cellserve.export.publish.request import ExportRequest
 from cellserve.export.report import html
 from cellserve.export.report.console import Results, show
 from cellserve.export.report.page import REPORT_NAME
-from cellserve.export.request import ExportRequest
 from cellserve.export.verify.benchmark import NO_ALTERNATIVES, alternatives
 from cellserve.export.verify.evaluation import TestData
 from cellserve.models import cells  # noqa: F401  registers the cells for loading

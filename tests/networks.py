@@ -14,7 +14,7 @@ from keras import layers, ops  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from cellserve.export.exporter import export  # noqa: E402
-from cellserve.export.request import ExportRequest  # noqa: E402
+from cellserve.export.publish.request import ExportRequest  # noqa: E402
 from cellserve.models.cells import LSTMCell, RNNCell  # noqa: E402
 from tests.export.unmeasured import unmeasured  # noqa: E402
 from tests.helpers import FEATURES, OUTPUTS  # noqa: E402

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from cellserve.export.cli.options import Parser, add_shared
 from cellserve.export.errors import ExportError
+from cellserve.export.publish.request import ExportRequest
 from cellserve.export.report.progress import Stages
-from cellserve.export.request import ExportRequest
 
 EXAMPLE = """\
 example:

@@ -70,8 +70,10 @@ class KerasSteps:
         return np.array(sorted(filter(np.isfinite, found))[:_MOST_CONSTANTS], np.float32)
 
     def _tensors(self, arrays: Sequence[Array]) -> list[Any]:
-        single = self._dtype == "float32"
-        return [tf.constant(np.ascontiguousarray(array if single else double(array))) for array in arrays]
+        return [
+            tf.constant(np.ascontiguousarray(array.astype(self._dtype) if array.dtype.kind == "f" else array))
+            for array in arrays
+        ]
 
 
 def double_of(network: StatefulNetwork) -> KerasSteps | None:
@@ -111,7 +113,7 @@ def run_saved_model_in_double(model: Any, inputs: Sequence[Array]) -> list[Array
     """Runs a Keras model in float64, with the same weights; returns its outputs, or None if it cannot be run so."""
     try:
         with computing_in("float64"):
-            return run_saved_model(with_dtype(model, "float64"), [double(x) for x in inputs])
+            return run_saved_model(with_dtype(model, "float64"), list(map(double, inputs)))
     except Exception:  # from TensorFlow, Keras or a layer's own code
         return None
 

@@ -19,6 +19,7 @@ from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 from cellserve.export.verify.keras_runs import (
     History,
     KerasSteps,
+    double,
     double_of,
     run_network,
     run_saved_model,
@@ -31,7 +32,10 @@ from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
 
 TOLERANCE = 1e-5
 KERAS_FLOAT32_ERROR_FACTOR = 4.0  # allowed error, as a multiple of float32 Keras's own
-NUDGES = 16  # of large numbers, to find what their sums come to by rounding alone
+# How much results change with rounding is found by runs in float64 of slightly different numbers. A sum of large ones
+# that cancel out is all rounding; ordinary ones are changed by half a unit in the last place.
+LARGE_NUDGES, LARGE_NUDGE = 16, 2.0**-20
+NUDGES, NUDGE = 3, 2.0**-24
 OTHER_BRANCH = 1e-2  # an own error of Keras above this is no rounding: it took another branch than in float64
 ROWS, STEPS = 16, 208
 EXTRA_STEPS = (0, 1, 2, 13, 119)  # test lengths of a network of whole sequences: its shortest plus each of these
@@ -214,10 +218,11 @@ class Reference:
             if not finite.any():
                 continue
             limit = np.full(len(true), TOLERANCE)
-            exact = self._double_model if self.allow_float32_error and _exceeds(ours[finite], true[finite]) else None
-            if exact is not None:
-                errors = _relative_error(true, exact[index].reshape(shape)).reshape(len(true), -1).max(axis=1)
-                errors = _largest_so_far(errors, steps)
+            runs = self._double_models if self.allow_float32_error and _exceeds(ours[finite], true[finite]) else []
+            if runs:
+                exact, *near = (run[index].reshape(shape) for run in runs)
+                errors = np.maximum.reduce([_relative_error(each, exact) for each in (true, *near)])
+                errors = _largest_so_far(errors.reshape(len(true), -1).max(axis=1), steps)
                 self.keras_float32_error = max(self.keras_float32_error, float(errors.max()))
                 limit = _limit(errors)
             yield self._difference(
@@ -225,8 +230,12 @@ class Reference:
             )
 
     @cached_property
-    def _double_model(self) -> list[Array] | None:
-        return run_saved_model_in_double(self.network.original, unpack(self.model_x))
+    def _double_models(self) -> list[list[Array]]:
+        """The saved model in float64, on its inputs and on slightly different ones; empty if it cannot be run so."""
+        inputs, rng = unpack(self.model_x), np.random.default_rng(0)
+        near = [nudged(list(map(double, inputs)), rng, NUDGE) for _ in range(NUDGES)]
+        runs = [run_saved_model_in_double(self.network.original, each) for each in (inputs, *near)]
+        return [run for run in runs if run is not None]
 
     def _stepwise_limit(self, tensor: Tensor, ours: Array, true: Array) -> Array:
         """The limit at each time step, `[steps]`: four times float32 Keras's largest error so far, if it is needed."""
@@ -239,17 +248,20 @@ class Reference:
     @cached_property
     def _stepwise_errors(self) -> dict[Tensor, Array]:
         """Float32 Keras's largest error so far at each time step, `[steps]`, stepping and in one run."""
-        exact = None if self._double is None else self._double.history(unpack(self.x), self.initial)
         found: dict[Tensor, Array] = {}
+        if self._double is None:
+            return dict.fromkeys(tensors_of(self.network), np.zeros(STEPS))
+        inputs, initial, rng = unpack(self.x), self.initial, np.random.default_rng(0)
+        doubles = list(map(double, inputs)), list(map(double, initial))
+        near = [[nudged(each, rng, NUDGE) for each in doubles] for _ in range(NUDGES)]
+        exact, *others = (self._double.history(*each) for each in ((inputs, initial), *near))
         for tensor in tensors_of(self.network):
-            error = np.zeros((ROWS, STEPS))
-            if exact is not None:
-                single, double = true_steps(self.history, tensor), true_steps(exact, tensor)
-                error = _relative_error(single, double).reshape(ROWS, STEPS, -1).max(axis=2)
-                if tensor.kind == "output":
-                    in_one_run = _relative_error(self.y[tensor.index], double).reshape(ROWS, STEPS, -1).max(axis=2)
-                    error = np.maximum(error, np.where(self.valid, in_one_run, 0))
-            found[tensor] = np.maximum.accumulate(np.where(self.good, error, 0).max(axis=0))
+            true = true_steps(exact, tensor)
+            runs = [true_steps(each, tensor) for each in (self.history, *others)]
+            if tensor.kind == "output":
+                runs.append(np.where(_like(self.valid, true), self.y[tensor.index], true))
+            error = np.maximum.reduce([_relative_error(each, true) for each in runs]).reshape(ROWS, STEPS, -1)
+            found[tensor] = np.maximum.accumulate(np.where(self.good, error.max(axis=2), 0).max(axis=0))
         return found
 
     def _difference(self, run: str, tensor: Tensor, ours: Array, true: Array, steps: Array, limit: Array) -> Difference:
@@ -409,45 +421,57 @@ class SpecialReference:
 
     def _errors(self, at: Array) -> dict[Tensor, Array]:
         """Float32 Keras's largest error so far in the whole run, of all rows at some steps, `[rows * len(at)]`."""
-        exact, *near = self._histories
         found = {}
         for tensor in tensors_of(self.network):
-            double = true_steps(exact, tensor)
-            others = (true_steps(each, tensor) for each in (self.history, *near))
-            error = np.maximum.reduce([_relative_error(each, double) for each in others])
-            found[tensor] = np.maximum.accumulate(error.reshape(*double.shape[:2], -1).max(axis=2), axis=1)[
-                :, at
-            ].ravel()
+            exact, large, near = ([true_steps(run, tensor) for run in runs] for runs in self._histories)
+            error = _own_error(true_steps(self.history, tensor), exact[0], large, near)
+            so_far = np.maximum.accumulate(error.reshape(*exact[0].shape[:2], -1).max(axis=2), axis=1)
+            found[tensor] = so_far[:, at].ravel()
         return found
 
     def _single_errors(self) -> dict[Tensor, Array]:
         """Float32 Keras's error in each single step, `[n]`."""
-
-        def of(step: tuple[list[Array], list[Array]], tensor: Tensor) -> Array:
-            return step[0][tensor.index][:, 0] if tensor.kind == "output" else step[1][tensor.index]
-
-        exact, *near = self._double_single_steps
         found = {}
         for tensor in tensors_of(self.network):
-            double = of(exact, tensor)
-            others = (self.single.true(tensor), *(of(each, tensor) for each in near))
-            error = np.maximum.reduce([_relative_error(each, double) for each in others])
-            found[tensor] = error.reshape(len(double), -1).max(axis=1)
+            place, index = (0, np.s_[:, 0]) if tensor.kind == "output" else (1, np.s_[:])
+            exact, large, near = ([run[place][tensor.index][index] for run in runs] for runs in self._double_steps)
+            error = _own_error(self.single.true(tensor), exact[0], large, near)
+            found[tensor] = error.reshape(len(error), -1).max(axis=1)
         return found
 
     @cached_property
-    def _histories(self) -> list[History]:
-        """The history in float64, and those of slightly different large numbers."""
-        inputs, twin = unpack(self.x), self._double() or self._keras
-        near = [(nudged(inputs, self._rng), nudged(self.initial, self._rng)) for _ in range(NUDGES)]
-        return [twin.history(*each) for each in ((inputs, self.initial), *near)]
+    def _histories(self) -> list[list[History]]:
+        """In float64: the history; those of different large numbers; those of slightly different ones."""
+        twin = self._double() or self._keras
+        return [[twin.history(*each) for each in runs] for runs in self._variants(unpack(self.x), self.initial)]
 
     @cached_property
-    def _double_single_steps(self) -> list[tuple[list[Array], list[Array]]]:
-        """The single steps in float64, and those of slightly different large numbers."""
-        inputs, before, twin = unpack(self.single.x), self.single.before, self._double() or self._keras
-        near = [(nudged(inputs, self._rng), nudged(before, self._rng)) for _ in range(NUDGES)]
-        return [twin.step(*each) for each in ((inputs, before), *near)]
+    def _double_steps(self) -> list[list[tuple[list[Array], list[Array]]]]:
+        """In float64: the single steps; those of different large numbers; those of slightly different ones."""
+        twin = self._double() or self._keras
+        variants = self._variants(unpack(self.single.x), self.single.before)
+        return [[twin.step(*each) for each in runs] for runs in variants]
+
+    def _variants(self, inputs: Sequence[Array], states: Sequence[Array]) -> list[list[list[list[Array]]]]:
+        given = list(map(double, inputs)), list(map(double, states))
+        large = [[nudged(each, self._rng, LARGE_NUDGE, LARGE) for each in given] for _ in range(LARGE_NUDGES)]
+        near = [[nudged(each, self._rng, NUDGE) for each in given] for _ in range(NUDGES)]
+        return [[list(given)], large, near]
+
+
+def _own_error(single: Array, exact: Array, large: Sequence[Array], near: Sequence[Array]) -> Array:
+    """Float32 Keras's own error: that of its result, and what rounding would make of a slightly different one.
+
+    A large effect of a small change is not counted: at a comparison's threshold nothing excuses the wrong branch.
+    """
+    error = np.maximum.reduce([_relative_error(each, exact) for each in (single, *large)])
+    rounding = np.maximum.reduce([_relative_error(each, exact) for each in near])
+    return np.maximum(error, np.where(rounding > OTHER_BRANCH, 0.0, rounding))
+
+
+def _like(mask: Array, array: Array) -> Array:
+    """The mask with trailing axes of one, so that it broadcasts over an array."""
+    return mask.reshape(*mask.shape, *(1 for _ in array.shape[mask.ndim :]))
 
 
 def tensors_of(network: StatefulNetwork) -> list[Tensor]:

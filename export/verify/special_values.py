@@ -84,16 +84,17 @@ def _special_state(state: Array, spec: StateSpec, rng: np.random.Generator) -> A
     return state
 
 
-def nudged(arrays: Sequence[Array], rng: np.random.Generator) -> list[Array]:
-    """The arrays with their large entries changed by a relative 2^-20, some up, some down.
+def nudged(arrays: Sequence[Array], rng: np.random.Generator, by: float, above: float = 0.0) -> list[Array]:
+    """The arrays with entries changed by a relative amount, some up, some down: as much as rounding may do.
 
-    What a sum of large numbers that cancel out comes to is a matter of rounding: it changes by as much as this changes
-    it. Entries of ordinary size stay: at a comparison's threshold nothing excuses the wrong branch.
+    Args:
+        arrays: The arrays; integers stay.
+        rng: Draws the directions.
+        by: The relative amount.
+        above: Only entries that are larger are changed.
     """
     return [
-        np.where(np.abs(array) > LARGE, array * (1 + rng.choice([-1, 1], array.shape) * 2.0**-20), array).astype(
-            array.dtype
-        )
+        np.where(np.abs(array) > above, array * (1 + rng.choice([-by, by], array.shape)), array).astype(array.dtype)
         if array.dtype.kind == "f"
         else array
         for array in arrays

@@ -203,14 +203,18 @@ def test_a_bad_step_names_the_place_and_what_to_send(server: Server, stream: Cli
             "return_states",
             "leave it out",
         ),
-        ({"model": "both-ways", "sequences": [[[1, 2, 3]] * 2, [[1, 2, 3]]]}, "sequences[1]", "the model wants 2"),
-        ({"model": "both-ways", "sequences": [[[1, 2, 3]] * 51]}, "", "send 50 at most"),
+        (
+            {"model": "both-ways", "sequences": [[[1, 2, 3]] * 2, [[1, 2, 3]]]},
+            "sequences[1]",
+            "needs at least 2",
+        ),
+        ({"model": "both-ways", "sequences": [[[1, 2, 3]] * 51]}, "", "send at most 50"),
     ],
 )
 def test_a_bad_prediction_names_the_place_and_what_to_send(server: Server, body: Any, place: str, told: str) -> None:
     with server.client() as client:
         answer = client.post("/predict", json=body)
-    assert answer.status_code == (413 if told == "send 50 at most" else 422), answer.text
+    assert answer.status_code == (413 if told == "send at most 50" else 422), answer.text
     assert told in answer.json()["detail"]
     assert answer.json().get("place", "") == place, answer.text
 

@@ -145,9 +145,9 @@ def test_bad_binary_data_is_refused_with_the_reason(both: Server, case: str) -> 
     ("method", "path", "status", "told"),
     [
         ("POST", "/v2/models/nobody/infer", 404, "send one of"),
-        ("POST", "/v2/models/lstm/versions/2/infer", 404, "version 1"),
+        ("POST", "/v2/models/lstm/versions/2/infer", 404, "send one of 1"),
         ("GET", "/v2/models/nobody", 404, "send one of"),
-        ("GET", "/v2/models/lstm/versions/x/config", 404, "version 1"),
+        ("GET", "/v2/models/lstm/versions/x/config", 404, "send one of 1"),
         ("GET", "/v2/models/lstm/trace", 404, "no such extension"),
         ("GET", "/v2/systemsharedmemory/status", 404, "no such extension"),
         ("POST", "/v2/cudasharedmemory/region/a/register", 404, "no such extension"),
@@ -191,7 +191,11 @@ def with_parameter(name: str, **value: Any) -> Any:
 
 GRPC: dict[str, tuple[Any, str, str]] = {
     "another model": (service_pb2.ModelInferRequest(model_name="x"), "NOT_FOUND", "send one of"),
-    "another version": (service_pb2.ModelInferRequest(model_name="lstm", model_version="9"), "NOT_FOUND", "version 1"),
+    "another version": (
+        service_pb2.ModelInferRequest(model_name="lstm", model_version="9"),
+        "NOT_FOUND",
+        "send one of 1",
+    ),
     "nothing": (service_pb2.ModelInferRequest(model_name="lstm"), "INVALID_ARGUMENT", "send x"),
     "another tensor": (request(name="z"), "INVALID_ARGUMENT", "send x"),
     "a strange name": (request(name="é\n\0" * 9, datatype="x"), "INVALID_ARGUMENT", "é"),

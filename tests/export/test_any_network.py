@@ -20,7 +20,7 @@ from keras import layers, ops  # isort: skip
 
 from cellserve.export.exporter import export
 from cellserve.export.onnx_graph.operators import lowering_of, lowers
-from cellserve.export.request import ExportRequest
+from cellserve.export.publish.request import ExportRequest
 from cellserve.models.cells import LSTMCell, RNNCell
 from cellserve.models.signature import MODEL_NAME
 from cellserve.service.runtime.onnx_model import Runtime

@@ -33,8 +33,8 @@ from cellserve.export.errors import ExportError
 from cellserve.export.exporter import export
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.onnx_graph import operators
+from cellserve.export.publish.request import ExportRequest
 from cellserve.export.report.page import REPORT_NAME
-from cellserve.export.request import ExportRequest
 from cellserve.models.cells import LSTMCell, RNNCell
 from cellserve.models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
 from cellserve.service.runtime.batch_invariance import QUICK_PLAN

@@ -20,9 +20,9 @@ from keras import layers  # isort: skip
 
 from cellserve.export.candidates import candidates
 from cellserve.export.exporter import export, network_of
+from cellserve.export.publish.request import ExportRequest
 from cellserve.export.report.network_svg import draw_network
 from cellserve.export.report.page import REPORT_NAME
-from cellserve.export.request import ExportRequest
 from cellserve.models.cells import LSTMCell
 from cellserve.models.signature import MODEL_NAME
 from cellserve.service.runtime.batch_invariance import QUICK_PLAN
