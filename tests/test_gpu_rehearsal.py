@@ -56,4 +56,4 @@ def test_without_references_or_a_gpu_one_line_says_what_is_missing(tmp_path: Pat
     no_gpu = run("pytest", "tests/gpu", "--provider", "cuda", "--references", tmp_path)
     assert no_gpu.returncode != 0 and "passed" not in no_gpu.stdout and "skipped" not in no_gpu.stdout
     (line,) = [line for line in no_gpu.stderr.splitlines() if line]
-    assert line.startswith("ERROR: the CUDA execution provider was asked for, but")
+    assert line.startswith("ERROR: the CUDA execution provider was requested, but")
