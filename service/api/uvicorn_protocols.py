@@ -87,6 +87,7 @@ class FastPathHttp(HttpToolsProtocol):
                 cycle.disconnected = True
                 cycle.message_event.set()
         super().connection_lost(exc)
+        self.cycle = self._running = None  # type: ignore[assignment]  # they refer to this connection
 
     def on_message_begin(self) -> None:
         """Starts to receive a request; its scope is only built if it falls back to ASGI."""

@@ -31,7 +31,7 @@ class PendingSequence(Pending):
         on_done: Called within the tick with the result or the error; it must not raise.
     """
 
-    __slots__ = ("_engine", "_on_done", "_return_states", "_slots")
+    __slots__ = ("_engine", "_return_states", "_slots")
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class PendingSequence(Pending):
         states = arena.read(int(self._slots[0])) if self._return_states else None
         arena.release(self._slots)
         self._on_done(SequenceResult(y[0], states))
+        self._let_go()
 
     def set_exception(self, error: BaseException) -> None:
         """Completes it with an error."""
@@ -63,6 +64,7 @@ class PendingSequence(Pending):
         self._engine.arena.release(self._slots)
         if isinstance(error, Exception):
             self._on_done(error)
+        self._let_go()
 
 
 def start_sequence(

@@ -63,6 +63,10 @@ class _Retrying(Pending):
         if self.retry is not None:
             self.retry.cancel()
 
+    def _finish(self, outcome: Any) -> None:
+        self._on_done(self, outcome)
+        self._let_go()
+
 
 class PendingStep(_Retrying):
     """A step of one session in flight.
@@ -73,7 +77,7 @@ class PendingStep(_Retrying):
         on_done: Called within the tick with this object and the result or the error; it must not raise.
     """
 
-    __slots__ = ("_on_done", "_session", "_writer")
+    __slots__ = ("_session", "_writer")
 
     def __init__(
         self, writer: Resubmitter, session: Session, on_done: Callable[[PendingStep, StepResult | Exception], None]
@@ -84,7 +88,7 @@ class PendingStep(_Retrying):
     def set_result(self, y: Array) -> None:
         """Completes it."""
         self._state = 1
-        self._on_done(self, StepResult(y[0], self.item.final_positions[0]))
+        self._finish(StepResult(y[0], self.item.final_positions[0]))
 
     def set_exception(self, error: BaseException) -> None:
         """Completes it with an error, or repeats the step if the session was changed elsewhere."""
@@ -92,7 +96,7 @@ class PendingStep(_Retrying):
         if isinstance(error, StaleSession):
             self.retry = asyncio.get_running_loop().create_task(self._again())
         elif isinstance(error, Exception):
-            self._on_done(self, error)
+            self._finish(error)
 
     async def _again(self) -> None:
         item = self.item
@@ -102,7 +106,7 @@ class PendingStep(_Retrying):
             outcome = await self._writer.submit(self._session, item.x[0], item.return_all_outputs, key)
         except Exception as error:
             outcome = error
-        self._on_done(self, outcome)
+        self._finish(outcome)
 
 
 class PendingBatch(_Retrying):
@@ -114,7 +118,7 @@ class PendingBatch(_Retrying):
         on_done: Called within the tick with this object and the result or the error; it must not raise.
     """
 
-    __slots__ = ("_on_done", "_sessions", "_writer")
+    __slots__ = ("_sessions", "_writer")
 
     def __init__(
         self,
@@ -132,7 +136,7 @@ class PendingBatch(_Retrying):
         if result.problems and any(isinstance(problem, StaleSession) for problem in result.problems.values()):
             self.retry = asyncio.get_running_loop().create_task(self._again(result))
         else:
-            self._on_done(self, result)
+            self._finish(result)
 
     def set_exception(self, error: BaseException) -> None:
         """Completes it with an error; a problem is that of its only row."""
@@ -141,12 +145,12 @@ class PendingBatch(_Retrying):
             self.set_result(model.outputs.zeros(*x.shape[:2]))
         elif isinstance(error, Exception):
             self._state = 1
-            self._on_done(self, error)
+            self._finish(error)
 
     async def _again(self, result: BatchStepResult) -> None:
         try:
             await self._writer.retry_stale(self._sessions, self.item.x, None, result)
         except Exception as error:
-            self._on_done(self, error)
+            self._finish(error)
         else:
-            self._on_done(self, result)
+            self._finish(result)

@@ -140,12 +140,7 @@ PREDICTIONS = [
 STATUSES = [200] * 5 + [422] * 3 + [404] + [422] * 2  # of them
 
 
-def test_predictions_are_the_same_bytes_on_the_fast_path_and_over_asgi(
-    server: Server, connection: socket.socket
-) -> None:
-    with server.client() as client:  # where there are sessions, predictions are left to ASGI
-        for listed in client.get("/sessions?limit=1000").json()["sessions"]:
-            client.delete(f"/sessions/{listed['session']}")
+def test_predictions_are_the_same_bytes_on_the_fast_path_and_over_asgi(connection: socket.socket) -> None:
     headers = "Content-Type: application/json", "X-Request-Id: mine"  # an id takes the request to the ASGI endpoint
     over_asgi = []
     for body in PREDICTIONS:
