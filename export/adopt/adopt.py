@@ -13,12 +13,14 @@ from typing import Literal
 from rich.console import Console
 
 from cellserve.export.adopt import reference_loop
+from cellserve.export.adopt.graph_analysis import recurrent_inputs
 from cellserve.export.adopt.graph_editor import ForeignGraph
 from cellserve.export.adopt.report import Adoption, render, show
+from cellserve.export.adopt.role_finder import find_roles
 from cellserve.export.adopt.runtime_words import reason
 from cellserve.export.adopt.serving_graph import ServableGraph
 from cellserve.export.adopt.state_matching import find_pairs
-from cellserve.export.adopt.tensor_roles import Context, Flags, InputFlag, OutputFlag, Roles, StateFlag, find_roles
+from cellserve.export.adopt.tensor_roles import Context, Flags, InputFlag, OutputFlag, Roles, StateFlag
 from cellserve.export.adopt.trial import Trial
 from cellserve.export.errors import ExportError, first_line
 from cellserve.export.publish import compatibility, repository_writer
@@ -83,7 +85,7 @@ def _adopt(request: AdoptRequest, console: Console, trial: Trial) -> Path:
         for name in find_pairs(graph.defaults, graph.outputs).keys() | told & {port.name for port in graph.defaults}:
             graph.promote_default_to_input(name)
         flags = Flags(request.inputs, request.states, request.outputs, request.contexts)
-        roles = find_roles(graph.inputs, graph.outputs, flags, graph.recurrent_inputs)
+        roles = find_roles(graph.inputs, graph.outputs, flags, recurrent_inputs(graph.graph))
         progress("finding its outputs")
         model = ServableGraph(graph, roles, trial)
         _check_flags(request, model.signature)

@@ -1,4 +1,4 @@
-"""An ONNX graph that was made elsewhere: reads it, checks it, and edits it so that it can be served."""
+"""An ONNX graph that was made elsewhere, edited so that it can be served."""
 
 from __future__ import annotations
 
@@ -9,27 +9,18 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import external_data_helper, helper, numpy_helper
+from onnx import helper, numpy_helper
 
-from cellserve.export.adopt.onnx_private import all_tensors
+from cellserve.export.adopt.graph_file import check_operators, load_foreign
 from cellserve.export.adopt.state_matching import Dims, Port
 from cellserve.export.adopt.tensor_roles import Axes, StateRole, listed, served_type, words
 from cellserve.export.errors import ExportError
 from cellserve.export.onnx_graph.builder import all_nodes, count_operators, subgraphs
 from cellserve.models.signature import METADATA_KEY, ModelDocument
 
-# Domains whose operators ONNX Runtime has built in; no library of custom operators is ever loaded.
-_DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
-_LARGEST_BYTES = 2**31 - 1  # limit of a protocol buffer
 # The opsets from which Squeeze and Unsqueeze take their axes, and Slice its bounds, as inputs; that of Expand.
 _AXES_AS_INPUT, _SLICE_BY_INPUTS, _EXPAND = 13, 10, 8
 _END = 2**62  # beyond any tensor's end
-_RECURRENT, _RECURRENT_RANK, _INITIAL_STATE = {"LSTM", "GRU", "RNN"}, 3, 5  # operators, axes of X, place of initial_h
-# Operators that leave the axes of their first input where they are, or those of either input.
-_KEEPING = {"Cast", "Dropout", "Elu", "Gelu", "Identity", "LayerNormalization", "LeakyRelu", "Relu", "Sigmoid", "Tanh"}
-_KEEPING_EITHER = {"Add", "Div", "Mul", "Sub"}
-# Operators that leave the values of an index unchanged on its way to a Gather.
-_PASSING = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 class ForeignGraph:
@@ -43,9 +34,9 @@ class ForeignGraph:
     """
 
     def __init__(self, path: Path) -> None:
-        self.model = _load(path)
+        self.model = load_foreign(path)
         self.opset = next((told.version for told in self.model.opset_import if told.domain in ("", "ai.onnx")), 0)
-        _check_operators(self.model, self.opset)
+        check_operators(self.model, self.opset)
         if any(entry.key == METADATA_KEY for entry in self.model.metadata_props):
             raise ExportError(f"{path} is already a model of cellserve: copy its folder into the repository")
         self.original: bytes = self.model.SerializeToString()
@@ -267,55 +258,6 @@ class ForeignGraph:
         """Removes an output that nobody asked for."""
         self.graph.output.remove(next(port for port in self.graph.output if port.name == name))
 
-    @property
-    def recurrent_inputs(self) -> dict[str, tuple[int, int]]:
-        """Inputs that a recurrent operator with a state runs over, by name, with their time and batch axes."""
-        found: dict[str, tuple[int, int]] = {}
-        for port in self.inputs:
-            axes = {port.name: list(range(len(port.dims or ())))}  # tensors along the way, and the input's axes there
-            for node in self.graph.node:
-                if node.op_type in _RECURRENT and (own := axes.get(node.input[0])) and len(own) == _RECURRENT_RANK:
-                    if self._is_streamed(node, port.name):
-                        found[port.name] = (own[0], own[1])
-                elif (passed := _axes_after(node, axes)) is not None:
-                    axes[node.output[0]] = passed
-        return found
-
-    def _is_streamed(self, node: Any, x: str) -> bool:
-        """Whether a recurrent operator runs forward, from a state that an input other than x has brought."""
-        if any(told.name == "direction" and told.s != b"forward" for told in node.attribute):
-            return False
-        makers = {name: maker for maker in self.graph.node for name in maker.output}
-        inputs = {port.name for port in self.graph.input} - {x}
-        left, seen = [*node.input[_INITIAL_STATE : _INITIAL_STATE + 1]], set()
-        while left:
-            name = left.pop()
-            if name in inputs:
-                return True
-            if name in makers and name not in seen:
-                seen.add(name)
-                left += makers[name].input
-        return False
-
-    def bounds(self, name: str) -> tuple[int, int] | None:
-        """Bounds of an integer input that is only used as an index into constants; None for any other."""
-        constants = {tensor.name: list(tensor.dims) for tensor in self.graph.initializer}
-        for node in self.graph.node:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                constants[node.output[0]] = list(node.attribute[0].t.dims)
-        names, sizes = {name}, set()
-        for node in all_nodes(self.graph.node):
-            if not names & set(node.input):
-                continue
-            if node.op_type in _PASSING and node.input[0] in names:
-                names.add(node.output[0])
-            elif node.op_type == "Gather" and node.input[1] in names and node.input[0] in constants:
-                axis = next((told.i for told in node.attribute if told.name == "axis"), 0)
-                sizes.add(constants[node.input[0]][axis])
-            elif node.op_type != "Shape":
-                return None
-        return (0, min(sizes) - 1) if sizes else None
-
     def to_bytes(self, shapes: Mapping[str, Dims], document: ModelDocument | None = None) -> bytes:
         """Returns the model file, with these shapes of inputs and outputs, and with the model document."""
         model = onnx.ModelProto()
@@ -355,55 +297,6 @@ class ForeignGraph:
                 tensor.name = new
 
 
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise ExportError(f"{path}: no such file")
-    try:
-        model = onnx.load_model(str(path), load_external_data=False)
-    except Exception as error:
-        raise ExportError(f"{path}: not an ONNX file ({type(error).__name__})") from None
-    if not model.graph.node:
-        raise ExportError(f"{path}: not an ONNX file, or one without a single node")
-    home = path.resolve().parent
-    for tensor in all_tensors(model):
-        if not external_data_helper.uses_external_data(tensor):
-            continue
-        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        file = (home / location).resolve()
-        if not file.is_relative_to(home) or not file.is_file():
-            raise ExportError(
-                f"{path}: the data of {tensor.name!r} is in {location!r}, which is not a file in the model's folder"
-            )
-    try:
-        external_data_helper.load_external_data_for_model(model, str(home))
-    except Exception as error:
-        raise ExportError(f"{path}: its external data cannot be read: {str(error).splitlines()[0]}") from None
-    if model.ByteSize() > _LARGEST_BYTES:
-        raise ExportError(f"{path}: with its external data it has {model.ByteSize()} bytes, one file holds 2 GiB")
-    return model
-
-
-def _check_operators(model: Any, opset: int) -> None:
-    own = {(function.domain, function.name) for function in model.functions}
-    nodes = list(all_nodes(model.graph.node))
-    for function in model.functions:
-        nodes += all_nodes(function.node)
-    custom = {
-        f"{node.domain}::{node.op_type}"
-        for node in nodes
-        if node.domain not in _DOMAINS and (node.domain, node.op_type) not in own
-    }
-    if custom:
-        raise ExportError(
-            f"it needs custom operators, which are not loaded: {', '.join(sorted(custom))}: export it without them"
-        )
-    known = onnx.defs.onnx_opset_version()
-    if opset > known:
-        raise ExportError(
-            f"its opset is {opset}, but only opsets up to {known} are supported: export it with an older one"
-        )
-
-
 def _fits(shape: tuple[int, ...], dims: Dims) -> bool:
     """Whether a constant can fill an input; only a number, or one of as many axes, if a size is dynamic."""
     if not shape:
@@ -412,25 +305,6 @@ def _fits(shape: tuple[int, ...], dims: Dims) -> bool:
         return False
     pairs = zip(shape[::-1], dims[::-1], strict=False)
     return all(isinstance(dim, str) or size in (1, dim) for size, dim in pairs)
-
-
-def _axes_after(node: Any, axes: Mapping[str, list[int]]) -> list[int] | None:
-    """Where the axes of an input are in a node's output; None if the node moves them in another way."""
-    traced = [axes.get(name) for name in node.input]
-    first = traced[0] if traced else None
-    if node.op_type == "Gather":  # an embedding: one more axis
-        by_rows = not any(told.name == "axis" and told.i for told in node.attribute)
-        return [*traced[1], -1] if traced[1] is not None and by_rows else None
-    if node.op_type in _KEEPING_EITHER:
-        return first if first is not None else traced[1]
-    if first is None:
-        return None
-    if node.op_type == "Transpose":
-        perm = next((list(told.ints) for told in node.attribute if told.name == "perm"), None)
-        return first[::-1] if perm is None else [first[axis] for axis in perm]
-    if node.op_type == "MatMul" and first:
-        return [*first[:-1], -1]
-    return first if node.op_type in _KEEPING else None
 
 
 def _port(told: Any) -> Port:

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from cellserve.export.adopt.graph_analysis import index_bounds
 from cellserve.export.adopt.graph_editor import ForeignGraph
 from cellserve.export.adopt.output_axes import Run, find_axes
 from cellserve.export.adopt.tensor_roles import (
@@ -278,7 +279,7 @@ def _input_spec(graph: ForeignGraph, role: InputRole) -> TensorSpec:
         bounds = (0, 1)
     elif served_type(type) != "float32":
         limits = (int(np.iinfo(type).min), int(np.iinfo(type).max))
-        bounds = role.flag.bounds or graph.bounds(name) or (limits if type in _SMALL_INTEGERS else None)
+        bounds = role.flag.bounds or index_bounds(graph.graph, name) or (limits if type in _SMALL_INTEGERS else None)
         if bounds is None:
             raise ExportError(
                 f"{name} takes integers, and the graph does not say which: give --input {name}:bounds=FIRST..LAST, "

@@ -24,7 +24,9 @@ from cellserve.export.onnx_graph.step_model import StepModelBuilder
 from cellserve.export.onnx_graph.tf_trace import trace_step
 from cellserve.export.verify import benchmark
 from cellserve.export.verify.benchmark import NO_ALTERNATIVES, Alternatives
-from cellserve.export.verify.parity import STEPS, Parity, Reference, SequenceReference
+from cellserve.export.verify.parity import Parity
+from cellserve.export.verify.reference import STEPS, Reference
+from cellserve.export.verify.sequence_reference import SequenceReference
 from cellserve.models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
 from cellserve.service.runtime.batch_invariance import FULL_PLAN, check_batch_invariance
 from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions, RuntimeUnavailable

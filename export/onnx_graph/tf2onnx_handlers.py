@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from cellserve.export.onnx_graph.tf2onnx_private import ArgMax, PoolOp, Select, make_name
+from cellserve.export.onnx_graph.tf2onnx_nodes import HANDLERS, Nodes, converts
+from cellserve.export.onnx_graph.tf2onnx_private import ArgMax, PoolOp, Select
+
+__all__ = ["HANDLERS", "REWRITERS"]
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
 _INTEGERS = (TensorProto.INT32, TensorProto.INT64)  # the integers that every operator of ONNX Runtime takes
@@ -24,73 +27,6 @@ _AMPLIFIERS = {"Log", "Log1p", "Sqrt", "Rsqrt", "Reciprocal", "Pow", "Xlogy", "S
 _AMPLIFIERS |= {"Equal", "NotEqual", "Greater", "GreaterEqual", "Less", "LessEqual"}
 _DIVISIONS = {"RealDiv", "Div", "DivNoNan", "Xdivy", "FloorDiv", "FloorMod"}
 _PRODUCTS = {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "Conv1D", "Conv2D", "Conv3D"}
-
-Handler = Callable[..., None]  # (tf2onnx's graph, node, name, arguments)
-HANDLERS: dict[str, tuple[Handler, list[Any]]] = {}
-
-
-class Nodes:
-    """Writes ONNX nodes in place of one TensorFlow node.
-
-    Args:
-        graph: tf2onnx's graph.
-        node: The TensorFlow node.
-    """
-
-    def __init__(self, graph: Any, node: Any) -> None:
-        self.graph, self.node = graph, node
-        self.type = graph.get_dtype(node.input[0])
-
-    def __call__(self, operator: str, *inputs: str | float | np.ndarray, **attributes: Any) -> str:
-        """Adds a node; returns the name of its output. Plain numbers become constants of the first input's type."""
-        names = [operand if isinstance(operand, str) else self._constant(operand) for operand in inputs]
-        return str(self.graph.make_node(operator, names, attr=attributes).output[0])
-
-    def _constant(self, value: float | np.ndarray) -> str:
-        if not isinstance(value, np.ndarray):
-            value = np.array(value, helper.tensor_dtype_to_np_dtype(self.type))
-        return str(self.graph.make_const(make_name("constant"), value).output[0])
-
-    def cast(self, tensor: str, to: int) -> str:
-        """Returns the tensor in another type."""
-        return self("Cast", tensor, to=to)
-
-    def negative(self, x: str) -> str:
-        """Whether numbers have a minus sign, -0.0 included; false for NaN."""
-        return self("Less", self("Where", self("Equal", x, 0), self("Div", 1, x), x), 0)
-
-    def value(self, place: int) -> Any:
-        """The value of a constant input.
-
-        Raises:
-            ValueError: The input is computed.
-        """
-        if not self.node.inputs[place].is_const():
-            raise ValueError(f"{self.node.type} with an argument that is computed")
-        return self.node.inputs[place].get_tensor_value(as_list=False)
-
-
-def _converts(*operations: str) -> Callable[[Any], Any]:
-    """Decorator that registers a function as the handler of TensorFlow operations.
-
-    The function gets a writer and the names of the inputs. It returns the name of the result (a tuple of several), or
-    None to leave the node as it is: an ONNX operator of the same name, or an operation that the export refuses.
-    """
-
-    def register(write: Callable[..., Any]) -> Callable[..., Any]:
-        def handler(graph: Any, node: Any, *_: Any) -> None:
-            results = write(Nodes(graph, node), *node.input)
-            if results is not None:
-                results = results if isinstance(results, tuple) else (results,)
-                shapes, types, outputs = node.output_shapes, node.output_dtypes, node.output
-                graph.remove_node(node.name)
-                for result, output, shape, type_ in zip(results, outputs, shapes, types, strict=True):
-                    graph.make_node("Identity", [result], outputs=[output], shapes=[shape], dtypes=[type_])
-
-        HANDLERS.update(dict.fromkeys(operations, (handler, [])))
-        return write
-
-    return register
 
 
 def _feeds_amplifier(graph: Any, tensor: str) -> bool:
@@ -111,7 +47,7 @@ def _feeds_amplifier(graph: Any, tensor: str) -> bool:
     return False
 
 
-@_converts("Log1p")
+@converts("Log1p")
 def log1p(write: Nodes, x: str) -> str:
     """log(1 + x), accurate near 0 too (Kahan's form, cf. Goldberg 1991, theorem 4)."""
     sum_ = write("Add", x, 1)
@@ -119,7 +55,7 @@ def log1p(write: Nodes, x: str) -> str:
     return write("Where", straight, x, write("Mul", write("Log", sum_), write("Div", x, write("Sub", sum_, 1))))
 
 
-@_converts("Expm1")
+@converts("Expm1")
 def expm1(write: Nodes, x: str) -> str:
     """exp(x) - 1, accurate near 0 too (Kahan)."""
     power = write("Exp", x)
@@ -129,7 +65,7 @@ def expm1(write: Nodes, x: str) -> str:
     return write("Where", write("Equal", power, 1), x, write("Where", extreme, less_one, corrected))
 
 
-@_converts("Sigmoid")
+@converts("Sigmoid")
 def sigmoid(write: Nodes, x: str) -> str | None:
     """1 / (1 + exp(-x)) where the digits of small results matter; otherwise ONNX's operator."""
     if not _feeds_amplifier(write.graph, write.node.output[0]):
@@ -137,7 +73,7 @@ def sigmoid(write: Nodes, x: str) -> str | None:
     return write("Div", 1, write("Add", write("Exp", write("Neg", x)), 1))
 
 
-@_converts("Erfc")
+@converts("Erfc")
 def erfc(write: Nodes, x: str) -> str:
     """1 - erf(x); where the digits of small results matter, a Chebyshev fit of them (Numerical Recipes, erfcc)."""
     if not _feeds_amplifier(write.graph, write.node.output[0]):
@@ -153,13 +89,13 @@ def erfc(write: Nodes, x: str) -> str:
     return write("Where", write("Less", x, 0.5), write("Sub", 1, write("Erf", x)), tail)
 
 
-@_converts("Softsign")
+@converts("Softsign")
 def softsign(write: Nodes, x: str) -> str:
     """The quotient x / (1 + |x|); ONNX Runtime multiplies by a reciprocal, which is 0 for the largest numbers."""
     return write("Div", x, write("Add", write("Abs", x), 1))
 
 
-@_converts("Atan2")
+@converts("Atan2")
 def atan2(write: Nodes, y: str, x: str) -> str:
     """The angle of (x, y), for infinities and signed zeros too."""
     both = write("And", write("IsInf", x), write("IsInf", y))
@@ -174,7 +110,7 @@ def atan2(write: Nodes, y: str, x: str) -> str:
     return write("Where", write("Greater", write("Abs", turned), 0), turned, zero)
 
 
-@_converts("FloorMod")
+@converts("FloorMod")
 def floor_mod(write: Nodes, x: str, y: str) -> str:
     """The remainder with the divisor's sign; tf2onnx's x - floor(x / y) y is wrong for large and negative numbers."""
     if write.type not in _FLOATS:
@@ -185,7 +121,7 @@ def floor_mod(write: Nodes, x: str, y: str) -> str:
     return write("Where", wrong, write("Add", rest, y), rest)
 
 
-@_converts("FloorDiv")
+@converts("FloorDiv")
 def floor_div(write: Nodes, x: str, y: str) -> str:
     """The quotient rounded down; tf2onnx rounds that of integers towards zero."""
     if write.type not in _FLOATS:
@@ -212,7 +148,7 @@ def _integers(write: Nodes, x: str, y: str) -> tuple[str, str]:
     return dividend, divisor
 
 
-@_converts("Greater", "GreaterEqual", "Less", "LessEqual")
+@converts("Greater", "GreaterEqual", "Less", "LessEqual")
 def compare(write: Nodes, x: str, y: str) -> str:
     """A comparison; tf2onnx casts integers to float32, in which those beyond 2**24 are equal to their neighbours."""
     operator = {"GreaterEqual": "GreaterOrEqual", "LessEqual": "LessOrEqual"}.get(write.node.type, write.node.type)
@@ -223,7 +159,7 @@ def compare(write: Nodes, x: str, y: str) -> str:
     return write(operator, x, y)
 
 
-@_converts("Max", "Min")
+@converts("Max", "Min")
 def reduce_extreme(write: Nodes, x: str, axes: str) -> str:
     """The largest or smallest entry; ONNX Runtime's operators pass over NaN, TensorFlow's do not."""
     places = np.atleast_1d(write.value(1)).astype(np.int64)
@@ -239,7 +175,7 @@ def reduce_extreme(write: Nodes, x: str, axes: str) -> str:
     return write("Where", write("Greater", missing, 0), math.nan, extreme)
 
 
-@_converts("TopKV2")
+@converts("TopKV2")
 def top_k(write: Nodes, x: str, k: str) -> tuple[str, str]:
     """The largest entries and their places; tf2onnx compares integers as float32."""
     of = x if write.type in (TensorProto.FLOAT, TensorProto.DOUBLE, *_INTEGERS) else write.cast(x, TensorProto.INT64)
@@ -248,7 +184,7 @@ def top_k(write: Nodes, x: str, k: str) -> tuple[str, str]:
     return write.cast(values, write.type), write.cast(places, write.node.output_dtypes[1])
 
 
-@_converts("OneHot")
+@converts("OneHot")
 def one_hot(write: Nodes, indices: str, depth: str, on: str, off: str) -> str:
     """One-hot rows; ONNX's operator counts negative indices from the end, TensorFlow has no entry for them."""
     axis = write.node.get_attr_value("axis", -1)
@@ -262,7 +198,7 @@ def one_hot(write: Nodes, indices: str, depth: str, on: str, off: str) -> str:
     return write("Where", hit, on, off)
 
 
-@_converts("Bitcast")
+@converts("Bitcast")
 def bitcast(write: Nodes, x: str) -> str | None:
     """The sign bit of a float, which `signbit` and `argmax` of Keras ask for; other bits have no operator in ONNX."""
     readers = write.graph.find_output_consumers(write.node.output[0])
@@ -272,14 +208,14 @@ def bitcast(write: Nodes, x: str) -> str | None:
     return write("Mul", write.cast(write.negative(x), TensorProto.INT32), np.array(_INT32_MIN, np.int32))
 
 
-@_converts("Bucketize")
+@converts("Bucketize")
 def bucketize(write: Nodes, x: str) -> str:
     """The number of boundaries that are not above each entry (NaN: all of them)."""
     boundaries = np.array(write.node.get_attr_value("boundaries"), helper.tensor_dtype_to_np_dtype(write.type))
     return _count(write, write("Not", write("Less", write("Unsqueeze", x, np.array([-1])), boundaries)))
 
 
-@_converts("LowerBound", "UpperBound")
+@converts("LowerBound", "UpperBound")
 def search_sorted(write: Nodes, ordered: str, values: str) -> str:
     """The places at which values would be inserted into ordered rows: `[rows, n], [rows, m] -> [rows, m]`."""
     row, column = write("Unsqueeze", ordered, np.array([1])), write("Unsqueeze", values, np.array([2]))
@@ -294,7 +230,7 @@ def _count(write: Nodes, truths: str) -> str:
     return write.cast(write("ReduceSum", ones, np.array([-1]), keepdims=0), write.graph.get_dtype(write.node.output[0]))
 
 
-@_converts("Cumprod")
+@converts("Cumprod")
 def cumprod(write: Nodes, x: str, axis: str) -> str | None:
     """Products of the entries up to each; of an axis of known size."""
     shape = write.graph.get_shape(x)
@@ -312,7 +248,7 @@ def cumprod(write: Nodes, x: str, axis: str) -> str | None:
     return write("Transpose", products, perm=np.argsort(order).tolist())
 
 
-@_converts("MatrixBandPart")
+@converts("MatrixBandPart")
 def matrix_band_part(write: Nodes, x: str, lower: str, upper: str) -> str | None:
     """A matrix with zeros outside a band; tf2onnx multiplies by a mask, and 0 times infinity is not a number."""
     rows, columns = write.graph.get_shape(x)[-2:]
@@ -324,7 +260,7 @@ def matrix_band_part(write: Nodes, x: str, lower: str, upper: str) -> str | None
     return write("Where", band, x, 0)
 
 
-@_converts("BroadcastArgs")
+@converts("BroadcastArgs")
 def broadcast_args(write: Nodes, first: str, second: str) -> str:
     """The shape of two shapes broadcast."""
     ranks = [write.graph.get_shape(shape)[0] for shape in (first, second)]
@@ -335,7 +271,7 @@ def broadcast_args(write: Nodes, first: str, second: str) -> str:
     return write("Where", write("Equal", padded[0], 1), padded[1], padded[0])
 
 
-@_converts("XlaDynamicUpdateSlice")
+@converts("XlaDynamicUpdateSlice")
 def slice_update(write: Nodes, x: str, update: str, starts: str) -> str | None:
     """A tensor with a block replaced (`keras.ops.slice_update`), at a constant place."""
     whole, part = (write.graph.get_shape(name) for name in (x, update))
