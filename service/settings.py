@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -82,6 +83,9 @@ class Settings(BaseSettings):
     log_format: LogFormat = Field("text", description="text, or json with one object per line")
     access_log: bool = Field(False, description="whether each request is logged")
     tracing: bool = Field(False, description="whether to send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT")
+    trusted_proxies: str = Field(
+        "", description="comma-separated addresses and networks of proxies whose X-Forwarded headers are believed"
+    )
     allowed_origins: str = Field("", description="comma-separated page origins that may open a WebSocket")
     shutdown_seconds: int = Field(30, ge=0, description="seconds a stopping server has to finish accepted work")
 
@@ -95,6 +99,18 @@ class Settings(BaseSettings):
         if self.snapshot is not None and self.store != "memory":
             raise _conflict("snapshot", "the shared store keeps the sessions itself: leave out --snapshot or --store")
         return self
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_networks(cls, value: str) -> str:
+        for one in filter(None, value.split(",")):
+            try:
+                ip_network(one.strip())
+            except ValueError:
+                raise PydanticCustomError(
+                    "network", "{one} is no address or network: send such as 10.0.0.7,10.1.0.0/16", {"one": one.strip()}
+                ) from None
+        return value
 
     @model_validator(mode="after")
     def _check_ports_differ(self) -> Self:

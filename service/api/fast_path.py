@@ -13,6 +13,7 @@ import msgspec
 import orjson
 
 from cellserve.service.api.asgi import JSON, REPLAY, OnePerLoopIteration, as_problem
+from cellserve.service.api.client_identity import TrustedProxies
 from cellserve.service.api.predict_codec import parse_simple_prediction, prediction_json, wants_every_output
 from cellserve.service.api.step_codec import NOT_SIMPLE, parse_simple_step, step_json
 from cellserve.service.context import ServiceContext
@@ -89,6 +90,7 @@ class FastPath:
     def __init__(self, service: ServiceContext, one_per_iteration: OnePerLoopIteration) -> None:
         self.service = service
         self.admit = one_per_iteration.submit
+        self.proxies = TrustedProxies(service.settings.trusted_proxies)
         # The default headers of answers, and the head of an answer with status 200 that is made of them.
         self.ok_head: tuple[list[tuple[bytes, bytes]], bytes] = [], b""
         surfaces = service.counts.surfaces

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from websockets.exceptions import InvalidState
 from websockets.http11 import Request
 
 from cellserve.service.api.asgi import JSON, RESUMABLE
+from cellserve.service.api.client_identity import TrustedProxies
 from cellserve.service.api.fast_path import Exchange, FastPath, Headers
 from cellserve.service.observability.request_context import HEADER
 
@@ -71,6 +73,12 @@ class FastPathHttp(HttpToolsProtocol):
         self._waiting: Exchange | None = None  # which has not been admitted yet
         self._running: Exchange | RequestResponseCycle | None = None  # the last that was started
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Notes whether the peer is a trusted proxy; then each request says who its client is."""
+        super().connection_made(transport)
+        self._peer = self.client
+        self._is_proxied = self._peer in self._fast_path.proxies
+
     def shutdown(self) -> None:
         """Closes the connection; aborts a resumable stream whose client reads too slowly."""
         self._fast_path.service.stopping = True
@@ -106,6 +114,8 @@ class FastPathHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Chooses between the fast path and ASGI."""
         self._in_head = False
+        if self._is_proxied:
+            self.client, self.scheme = self._fast_path.proxies.forwarded(self._peer, self.headers)
         parser = self.parser
         route = self._fast_path.route(self.url)
         if (
@@ -218,9 +228,14 @@ class FastPathWebSocket(WebSocketsSansIOProtocol):
     def __init__(self, config: Config, *more: Any, **named: Any) -> None:
         super().__init__(config, *more, **named)
         self.logger = self.conn.logger = _log
+        self._proxies: TrustedProxies = config.loaded_app.fast_path.proxies
 
     def handle_connect(self, event: Request) -> None:
         """Accepts the handshake and offers this connection to the endpoint."""
+        if self.client in self._proxies:
+            headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in event.headers.raw_items()]
+            self.client, scheme = self._proxies.forwarded(self.client, headers)
+            self.scheme = "wss" if scheme == "https" else "ws"
         super().handle_connect(event)
         if self.handshake_initiated and not self.close_sent:
             self.scope["extensions"][FRAMES_EXTENSION] = self  # type: ignore[assignment]

@@ -1,0 +1,86 @@
+"""Who a client is: the owner of its key, else its address, however many connections it has."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Iterable, MutableMapping
+from functools import lru_cache
+from typing import Literal
+from urllib.parse import unquote
+
+from starlette.types import Scope
+from uvicorn.middleware.proxy_headers import _TrustedHosts
+
+Address = tuple[str, int] | None  # host and port; None where the peer has none (a Unix socket)
+Scheme = Literal["http", "https"]
+
+_IPV6_NETWORK = 64  # bits: the smallest network that is handed out (RFC 6177); all its addresses are one client
+
+
+def client_of(owner: str, source: Scope | asyncio.BaseTransport) -> str:
+    """Returns a client's identity: the owner of its key, or where no keys are used, its address.
+
+    Args:
+        owner: The owner; empty where no keys are used.
+        source: The request's scope, or the connection's transport.
+    """
+    return owner or peer_of(source)
+
+
+def peer_of(source: Scope | asyncio.BaseTransport) -> str:
+    """Returns the address of a client, an IPv6 address by its network; empty for a Unix socket.
+
+    Args:
+        source: A request's scope, whose `client` is the address that a trusted proxy forwards; or a transport.
+    """
+    # Not by the transport's type: uvloop's are none of asyncio's.
+    known = source.get("client") if isinstance(source, MutableMapping) else source.get_extra_info("peername")
+    return host_identity(known[0]) if known and not isinstance(known, str | bytes) else ""
+
+
+def grpc_peer(peer: str) -> str:
+    """Returns the address in what gRPC's `context.peer()` says, such as `ipv4:10.0.0.7:50712`."""
+    host = unquote(peer).partition(":")[2].rpartition(":")[0]
+    return host_identity(host.strip("[]"))
+
+
+@lru_cache(4096)
+def host_identity(host: str) -> str:
+    """Returns the identity of a host: an IPv4 address itself, the network of an IPv6 address."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host[:64]
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, _IPV6_NETWORK), strict=False))
+
+
+class TrustedProxies:
+    """The proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed.
+
+    Args:
+        trusted: Their addresses and networks, separated by commas.
+    """
+
+    def __init__(self, trusted: str) -> None:
+        self._hosts = _TrustedHosts(trusted)
+
+    def __contains__(self, peer: Address) -> bool:
+        """Whether a connection's peer is one of them."""
+        return peer is not None and peer[0] in self._hosts
+
+    def forwarded(self, peer: Address, headers: Iterable[tuple[bytes, bytes]]) -> tuple[Address, Scheme]:
+        """Returns the client's address and scheme that a trusted proxy forwards; else the proxy's own and `http`."""
+        scheme: Scheme = "http"
+        hosts = []
+        for name, value in headers:
+            if name == b"x-forwarded-proto":
+                scheme = "https" if value == b"https" else "http"
+            elif name == b"x-forwarded-for":
+                hosts.append(value.decode("latin-1"))
+        host, port = self._hosts.get_trusted_client_address(",".join(hosts))
+        return ((host, port) if host else peer), scheme
