@@ -199,6 +199,10 @@ class StoreAway(ServerProblem):
     """The server's session store does not answer."""
 
 
+class SessionUnreadable(ServerProblem):
+    """What the server's session store has of the session is damaged: delete it, or create it again."""
+
+
 class QueueFull(ServerProblem):
     """The queue is full."""
 
@@ -223,6 +227,7 @@ _BY_TYPE = {
     "model-version-not-here": ModelVersionNotHere,
     "version-loading": VersionLoading,
     "store-away": StoreAway,
+    "session-unreadable": SessionUnreadable,
     "queue-full": QueueFull,
     "model-failed": ModelFailed,
 }

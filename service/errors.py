@@ -266,12 +266,33 @@ class StaleSession(Problem):
 
 
 class StoreUnavailable(Problem):
-    """The session store does not answer; whether a pending write was applied is unknown."""
+    """The session store does not answer, or refuses; whether a pending write was applied is unknown."""
 
     status = 503
     title = "The session store is unavailable"
     retry_after = 1
     wire_kind = "store-away"
+
+    def __init__(
+        self,
+        detail: str = "the session store cannot be used now: send the request again in a second (with its position, so "
+        "that it is applied only once)",
+    ) -> None:
+        super().__init__(detail)
+
+
+class SessionUnreadable(Problem):
+    """What the session store has of the session is not a session; other sessions are not affected."""
+
+    status = 500
+    title = "The session cannot be read"
+
+    def __init__(
+        self,
+        detail: str = "what the session store has of this session is damaged, so that it can be neither read nor "
+        "stepped: delete it",
+    ) -> None:
+        super().__init__(detail)
 
 
 class ShuttingDown(Problem):

@@ -28,7 +28,7 @@ from cellserve.service.engine.sequence_runner import SequenceRunner, SteppedSequ
 from cellserve.service.engine.state_arena import Arena, Slots
 from cellserve.service.engine.stats import TickCounts
 from cellserve.service.engine.work import Completion, CompletionSink, Finished, Tracing, WorkItem
-from cellserve.service.errors import NotFinite, Problem, QueueFull
+from cellserve.service.errors import NotFinite, Problem, QueueFull, StoreUnavailable
 from cellserve.service.idempotency import IdempotencyKey
 from cellserve.service.model_repository.model import Model
 from cellserve.service.runtime.tensor_layout import unpack
@@ -368,7 +368,8 @@ class Engine:
         except Exception as error:
             log.error("the results of a tick of model %s were not written", self.model.name, exc_info=error)
             for item, _ in with_sink:
-                item.errors_by_row = dict.fromkeys(range(item.rows), run_failed(self.model.name))
+                # The model is not to blame, and what the store has of it is not known.
+                item.errors_by_row = dict.fromkeys(range(item.rows), StoreUnavailable())
         seconds = time.perf_counter() - start
         self.counts.store.observe(seconds)
         if self.tracing is not None:

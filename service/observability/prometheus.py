@@ -174,8 +174,12 @@ class _ProcessCollector(Collector):
         yield CounterMetricFamily(
             "cellserve_replays", "Repeated changes that were told their answer again.", self._writer.replays
         )
+        errors = CounterMetricFamily("cellserve_store_errors", "Calls to the store that failed.", labels=["reason"])
+        for reason, count in store.errors.items():
+            errors.add_metric([reason], count)
+        yield errors
         yield CounterMetricFamily(
-            "cellserve_store_errors", "Calls that the store did not answer.", self._sessions.errors
+            "cellserve_unreadable_records", "Records of the store that were not those of a session.", store.unreadable
         )
         snapshots = HistogramMetricFamily("cellserve_snapshot_duration_seconds", "Of writing a snapshot.", labels=[])
         _add(snapshots, [], counts.snapshots)

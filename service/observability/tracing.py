@@ -5,6 +5,8 @@ OpenTelemetry's own environment variables `OTEL_...` set the exporter's endpoint
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from cellserve.service.engine.work import WorkItem
 from cellserve.service.observability.request_context import get_context, route
 
+log = logging.getLogger("cellserve")
+
+_CLOSE_SECONDS = 0.4  # a stop waits no longer for the collector
+
 _propagator = TraceContextTextMapPropagator()
 
 
@@ -33,13 +39,17 @@ class Tracing:
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
         resource = Resource({SERVICE_NAME: "cellserve"}).merge(OTELResourceDetector().detect())
-        self._provider = TracerProvider(resource=resource)
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # `close` does
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("cellserve")
 
     def close(self) -> None:
-        """Flushes the remaining spans; blocks for seconds if the endpoint does not answer."""
-        self._provider.shutdown()
+        """Sends the remaining spans, and gives up on them if the collector takes longer than `_CLOSE_SECONDS`."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(_CLOSE_SECONDS)
+        if closing.is_alive():
+            log.warning("the collector of traces does not answer: the last spans are lost")
 
     @contextmanager
     def request(self, scope: Any, request_context: Any) -> Iterator[None]:

@@ -184,7 +184,7 @@ def test_metrics_of_workers_are_the_sum_and_outlive_a_worker(
     own_redis.stop(signal.SIGKILL)
     with server.client() as client:
         assert client.get(f"/sessions/{session}").status_code == 503
-        scrape = scraped(client, lambda now: now("cellserve_store_errors_total") >= 1)
+        scrape = scraped(client, lambda now: now("cellserve_store_errors_total", reason="away") >= 1)
         assert ("cellserve_sessions", frozenset()) not in scrape.values  # nobody knows
     own_redis.start()
     assert server.stop() == 0

@@ -82,7 +82,8 @@ class MemoryStore:
         self.awaiting_model: dict[str, str] = {}  # sessions in the snapshot whose model version is not loaded
         self.created = 0
         self.ended = dict.fromkeys(("deleted", "expired", "evicted"), 0)
-        self.errors = 0
+        self.unreadable = 0
+        self.errors: dict[str, int] = {}  # memory does not fail
 
     async def start(self) -> None:
         """Has nothing to check."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -38,10 +38,11 @@ class SessionStore(Protocol):
     when_full: WhenFull
     created: int  # sessions created so far
     ended: dict[str, int]  # sessions ended so far, by reason
+    unreadable: int  # records that were read so far and were not those of a session
 
     @property
-    def errors(self) -> int:
-        """Calls to the store that failed, so far."""
+    def errors(self) -> Mapping[str, int]:
+        """Calls to the store that failed so far, by reason; has all reasons from the start."""
 
     async def start(self) -> None:
         """Checks the store."""
@@ -62,6 +63,7 @@ class SessionStore(Protocol):
             UnknownSession: The owner has no session of that id.
             SessionGone: It was deleted, expired or evicted.
             ModelVersionNotHere: This server does not have the session's model version.
+            SessionUnreadable: What the store has of it is not a session.
         """
 
     def not_found_error(self, owner: str, session_id: str) -> Problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -81,10 +81,11 @@ class RedisStore:
         self._client, self._cache_size, self._engine_loader = client, cached, engine_loader
         self.created = 0
         self.ended = dict.fromkeys(("deleted", "expired", "evicted"), 0)
+        self.unreadable = 0
 
     @property
-    def errors(self) -> int:
-        """Calls that Redis did not answer, so far."""
+    def errors(self) -> Mapping[str, int]:
+        """Calls that failed so far, by reason."""
         return self._client.errors
 
     async def start(self) -> None:

@@ -118,7 +118,7 @@ class RedisClient:
         self._timeout = timeout_seconds
         self._replicas = replicas
         self._away = False
-        self.errors = 0  # calls that failed so far
+        self.errors = {"away": 0}  # calls that failed so far
         self._offset = 0.0  # seconds that Redis's clock is ahead of ours
         self._scripts: dict[bytes, str] = {
             script: hashlib.sha1(script).hexdigest() for script in (_WRITE, _CREATE, _REPLACE, _END)
@@ -310,7 +310,7 @@ class RedisClient:
                 self._away = False
                 log.info("the store answers again")
         except (ConnectionError, TimeoutError, ResponseError, RedisClusterException, OSError) as error:
-            self.errors += 1
+            self.errors["away"] += 1
             if not self._away:  # logged once, not for each request
                 self._away = True
                 log.error("the store does not answer: %s", error or type(error).__name__)
