@@ -52,12 +52,12 @@ def _store(settings: Settings, table: SessionTable, versions: ModelManager) -> S
         durable: Durable = "none" if settings.snapshot is None else "snapshot"
         return MemoryStore(table, settings.max_sessions, settings.tombstone_seconds, settings.when_full, durable)
     # Here and not above: the package is an extra.
-    from cellserve.service.sessions.stores.redis import RedisStore
     from cellserve.service.sessions.stores.redis_client import RedisClient
+    from cellserve.service.sessions.stores.shared import SharedStore
 
     times = settings.session_idle_seconds, settings.tombstone_seconds, settings.store_timeout_seconds
     client = RedisClient(settings.store, *times, settings.store_replicas)
-    return RedisStore(client, table, settings.arena_sessions, *bounds, versions.engine_for_digest)
+    return SharedStore(client, table, settings.arena_sessions, *bounds, versions.engine_for_digest)
 
 
 def _tracing(settings: Settings) -> Tracing | None:

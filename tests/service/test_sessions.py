@@ -361,8 +361,8 @@ class SharedSessions(Sessions):
     url = ""
 
     def begin(self) -> list[Replica]:
-        from cellserve.service.sessions.stores.redis import RedisStore
         from cellserve.service.sessions.stores.redis_client import RedisClient
+        from cellserve.service.sessions.stores.shared import SharedStore
 
         redis = Redis.from_url(self.url)
         redis.flushall()
@@ -372,7 +372,7 @@ class SharedSessions(Sessions):
             engine, _, _ = machinery(max_batch=4, quantum=8)
             table = SessionTable(3600)
             table.register(engine)
-            store = RedisStore(RedisClient(self.url, 3600, 3600, 5, 0), table, 3, LIMIT)
+            store = SharedStore(RedisClient(self.url, 3600, 3600, 5, 0), table, 3, LIMIT)
             self.loop.run_until_complete(store.start())
             replicas.append((engine, store, SessionWriter(store)))
         return replicas

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -12,6 +12,12 @@ from cellserve.service.engine.work import Finished
 from cellserve.service.errors import Problem
 from cellserve.service.idempotency import IdempotencyKey
 from cellserve.service.sessions.session import Durable, Session, SessionSummary
+from cellserve.service.sessions.stores.records import (
+    ConditionalWrite,
+    SessionRecord,
+    TombstoneRecord,
+    WriteOutcome,
+)
 from cellserve.service.sessions.table import SessionTable
 from cellserve.service.settings import WhenFull
 
@@ -163,3 +169,47 @@ class SessionStore(Protocol):
 
     def sweep(self) -> None:
         """Ends idle sessions, and forgets old tombstones."""
+
+
+class StoreClient(Protocol):
+    """A store that several processes share; keys are those of `key_of`. All methods raise StoreUnavailable."""
+
+    durable: Durable
+
+    @property
+    def errors(self) -> Mapping[str, int]:
+        """Calls that failed so far, by reason."""
+
+    async def start(self) -> None:
+        """Checks the store."""
+
+    async def close(self) -> None:
+        """Closes the store."""
+
+    async def load(self, key: str) -> SessionRecord | TombstoneRecord | None:
+        """Reads a session, or its tombstone, and extends its life; returns None if the key is unknown."""
+
+    async def create(self, key: str, session: SessionRecord) -> WriteOutcome:
+        """Creates a session: WRITTEN, EXISTS, or GONE if it has ended."""
+
+    async def replace(self, key: str, session: SessionRecord) -> None:
+        """Creates a session, replacing any existing or ended one."""
+
+    async def write(self, writes: Sequence[ConditionalWrite], touched: Iterable[str] = ()) -> list[WriteOutcome]:
+        """Writes sessions together, and refreshes the deadlines of the touched ones in the index.
+
+        Returns:
+            The outcome of each write: WRITTEN, CONFLICT or GONE.
+        """
+
+    async def end(self, key: str, reason: str, position: int | None = None) -> WriteOutcome:
+        """Ends a session: WRITTEN, CONFLICT if it is not at the position, or GONE."""
+
+    async def count(self) -> tuple[int, int]:
+        """Returns the number of live sessions, and of those that have expired since the last call of any client."""
+
+    async def longest_idle(self) -> str | None:
+        """Returns the key of the session with the earliest deadline."""
+
+    async def page(self, prefix: str, cursor: int, limit: int) -> tuple[list[tuple[str, str, int, int]], int]:
+        """Returns about `limit` sessions by key prefix, as key, model, version and position, and the next cursor."""

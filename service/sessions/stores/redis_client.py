@@ -30,6 +30,7 @@ from redis.exceptions import (
 )
 
 from cellserve.service.errors import StoreUnavailable
+from cellserve.service.sessions.session import Durable
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 from cellserve.service.sessions.stores.records import ConditionalWrite, SessionRecord, TombstoneRecord, WriteOutcome
 
@@ -96,6 +97,8 @@ class RedisClient:
     Raises:
         StoreUnusable: The URL is invalid.
     """
+
+    durable: Durable = "store"
 
     def __init__(
         self, url: str, idle_seconds: float, tombstone_seconds: float, timeout_seconds: float, replicas: int

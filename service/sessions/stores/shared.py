@@ -1,4 +1,4 @@
-"""Sessions in a shared Redis: the slots are a cache, and every commit detects a stale one."""
+"""Sessions in a store that several processes share: the slots are a cache, and every commit detects a stale one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from cellserve.service.sessions.session import (
     unknown_session_error,
 )
 from cellserve.service.sessions.stores.memory import capacity_error, new_id
-from cellserve.service.sessions.stores.protocol import Page, States
+from cellserve.service.sessions.stores.protocol import Page, States, StoreClient
 from cellserve.service.sessions.stores.records import (
     ConditionalWrite,
     SessionRecord,
@@ -44,21 +45,41 @@ from cellserve.service.sessions.stores.records import (
     WriteOutcome,
     new_revisions,
 )
-from cellserve.service.sessions.stores.redis_client import RedisClient
 from cellserve.service.sessions.table import SessionTable
 from cellserve.service.settings import WhenFull
 
 Array = NDArray[Any]
 LoadEngine = Callable[[VersionKey, str], Awaitable[Engine | None]]
 
-_DEADLINE_SLACK = 0.1  # the deadline in Redis is refreshed only after this fraction of the idle time
+_DEADLINE_SLACK = 0.1  # the deadline in the store's index is refreshed only after this fraction of the idle time
 
 
-class RedisStore:
-    """The sessions of a shared Redis; those in use here are cached in slots. A `SessionStore`.
+@dataclass(slots=True)
+class Tick:
+    """A tick's results on their way to the store."""
+
+    sessions: list[Session]
+    rows: list[tuple[WorkItem, int]]
+    writes: list[ConditionalWrite]
+
+    def settle(self, outcomes: Sequence[WriteOutcome | Problem]) -> bool:
+        """Makes the slots that were written current, and records the others in their items; returns if all were."""
+        complete = True
+        for session, (item, row), write, outcome in zip(self.sessions, self.rows, self.writes, outcomes, strict=True):
+            if outcome is WriteOutcome.WRITTEN:
+                session.revision = write.stamp.revision
+            else:
+                problem = outcome if isinstance(outcome, Problem) else StaleSession()
+                item.errors_by_row = (item.errors_by_row or {}) | {row: problem}
+                complete = False
+        return complete
+
+
+class SharedStore:
+    """The sessions of a shared store; those in use here are cached in slots. A `SessionStore`.
 
     Args:
-        client: The connection to Redis.
+        client: The store itself.
         table: The slots.
         cached: Sessions of a model that are cached here, at most.
         max_sessions: Live sessions, at most.
@@ -66,11 +87,9 @@ class RedisStore:
         engine_loader: Returns the engine of a model version by name and digest, loading it if necessary.
     """
 
-    durable: Durable = "store"
-
     def __init__(
         self,
-        client: RedisClient,
+        client: StoreClient,
         table: SessionTable,
         cached: int,
         max_sessions: int,
@@ -78,6 +97,7 @@ class RedisStore:
         engine_loader: LoadEngine | None = None,
     ) -> None:
         self.table, self.max_sessions, self.when_full = table, max_sessions, when_full
+        self.durable: Durable = client.durable
         self._client, self._cache_size, self._engine_loader = client, cached, engine_loader
         self.created = 0
         self.ended = dict.fromkeys(("deleted", "expired", "evicted"), 0)
@@ -89,16 +109,16 @@ class RedisStore:
         return self._client.errors
 
     async def start(self) -> None:
-        """Checks Redis; if it is unavailable now, later calls try again."""
+        """Checks the store; if it is unavailable now, later calls try again."""
         with suppress(StoreUnavailable):
             await self._client.start()
 
     async def close(self) -> None:
-        """Closes the connections to Redis."""
+        """Closes the store."""
         await self._client.close()
 
     async def count(self) -> int:
-        """Returns the number of sessions in Redis; raises StoreUnavailable."""
+        """Returns the number of sessions in the store; raises StoreUnavailable."""
         live, expired = await self._client.count()
         self.ended["expired"] += expired
         return live
@@ -111,7 +131,7 @@ class RedisStore:
         return session
 
     async def fetch(self, owner: str, session_id: str) -> Session:
-        """Returns a session, from its slot or from Redis."""
+        """Returns a session, from its slot or from the store."""
         key = key_of(owner, session_id)
         session = self.table.live.get(key)
         if session is None:
@@ -119,14 +139,14 @@ class RedisStore:
         return session
 
     def not_found_error(self, owner: str, session_id: str) -> Problem:
-        """Returns the error for a session without a slot: it may still be in Redis."""
+        """Returns the error for a session without a slot: the store may still have it."""
         return StaleSession()
 
     async def _reload(self, session: Session) -> None:
         """Reads a locked session again.
 
         Raises:
-            SessionGone, UnknownSession, StaleSession: The session is not in Redis any more.
+            SessionGone, UnknownSession, StaleSession: The session is not in the store any more.
             StoreUnavailable: The store does not answer.
         """
         stored = await self._client.load(key_of(session.owner, session.id))
@@ -161,7 +181,7 @@ class RedisStore:
         creation_digest: bytes,
         position: int = 0,
     ) -> tuple[Session, bool]:
-        """Creates a session in Redis, and caches it."""
+        """Creates a session in the store, and caches it."""
         name = session_id if session_id is not None else new_id()
         key = key_of(owner, name)
         found = None if session_id is None else await self._client.load(key)
@@ -181,7 +201,7 @@ class RedisStore:
         return session, outcome is WriteOutcome.WRITTEN
 
     async def recreate(self, engine: Engine, owner: str, session_id: str, creation_digest: bytes) -> Session:
-        """Creates a session from zeros in Redis, replacing any existing or ended one of that id."""
+        """Creates a session from zeros in the store, replacing any existing or ended one of that id."""
         key = key_of(owner, session_id)
         if not isinstance(await self._client.load(key), SessionRecord):
             await self._enforce_capacity()
@@ -198,7 +218,7 @@ class RedisStore:
     async def fork(
         self, session: Session, new_id: str | None, creation_digest: bytes, position: int | None = None
     ) -> tuple[Session, bool]:
-        """Creates a session with the state and position that another has in Redis."""
+        """Creates a session with the state and position that another has in the store."""
         async with self._locked(session):
             await self._reload(session)
             known = None if new_id is None else await self._client.load(key_of(session.owner, new_id))
@@ -237,7 +257,7 @@ class RedisStore:
         return listed, (0, cursor) if cursor else None
 
     async def read_state(self, session: Session) -> tuple[States, int]:
-        """Returns a session's states and position in Redis."""
+        """Returns a session's states and position in the store."""
         async with self._locked(session):
             await self._reload(session)
             return session.engine.arena.read(session.slot), session.position
@@ -268,7 +288,7 @@ class RedisStore:
         session.applied, session.revision = applied, write.stamp.revision
 
     def sweep(self) -> None:
-        """Evicts idle sessions from the cache; Redis itself expires those that nobody uses."""
+        """Evicts idle sessions from the cache; the store itself expires those that nobody uses."""
         for session in list(self.table.idle()):
             self._evict_from_cache(session)
 
@@ -349,12 +369,27 @@ class RedisStore:
         session.revision = stored.stamp.revision
 
     def _evict_from_cache(self, session: Session) -> None:
-        """Frees a session's slot; Redis still has the session or its tombstone."""
+        """Frees a session's slot; the store still has the session or its tombstone."""
         session.revision = None
         self.table.remove(session)
 
-    async def commit(self, engine: Engine, batch: Sequence[Finished]) -> None:
+    def commit(self, engine: Engine, batch: Sequence[Finished]) -> Awaitable[None] | None:
         """Writes the results of a tick in one round trip; records the rows that are refused in their items."""
+        return self._commit(self._tick(engine, batch))
+
+    async def _commit(self, tick: Tick) -> None:
+        late = self._overdue(tick.sessions)
+        outcomes: Sequence[WriteOutcome | Problem]
+        try:
+            outcomes = await self._client.write(tick.writes, [key_of(one.owner, one.id) for one in late])
+        except StoreUnavailable as away:
+            outcomes = [away] * len(tick.writes)
+            for session in late:
+                session.deadline_indexed_at = -math.inf
+        tick.settle(outcomes)
+
+    def _tick(self, engine: Engine, batch: Sequence[Finished]) -> Tick:
+        """Builds the writes of a tick's results; until it is settled, its slots must be read again before their use."""
         places = [
             (item, row, y)
             for item, y in batch
@@ -368,22 +403,9 @@ class RedisStore:
         stamps = list(map(VersionStamp, positions, new_revisions(len(places))))
         lasts = [_stored_answer(arena, *place, stamp) for place, stamp in zip(places, stamps, strict=True)]
         writes = list(map(self._conditional_write, sessions, stamps, arena.pack(slots), lasts))
-        late = self._overdue(sessions)
         for session in sessions:
-            session.revision = None  # the slot holds an uncommitted state: if the write fails, it must be read again
-        outcomes: list[WriteOutcome] | list[StoreUnavailable]
-        try:
-            outcomes = await self._client.write(writes, [key_of(one.owner, one.id) for one in late])
-        except StoreUnavailable as away:
-            outcomes = [away] * len(writes)
-            for session in late:
-                session.deadline_indexed_at = -math.inf
-        for session, stamp, (item, row, _), outcome in zip(sessions, stamps, places, outcomes, strict=True):
-            if outcome is WriteOutcome.WRITTEN:
-                session.revision = stamp.revision
-            else:
-                problem = outcome if isinstance(outcome, Problem) else StaleSession()
-                item.errors_by_row = (item.errors_by_row or {}) | {row: problem}
+            session.revision = None  # the slot holds an uncommitted state
+        return Tick(sessions, [(item, row) for item, row, _ in places], writes)
 
     def _conditional_write(
         self, session: Session, stamp: VersionStamp, states: bytes, last: StoredAnswer | None
