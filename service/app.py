@@ -10,13 +10,15 @@ from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cellserve.service.api import openapi, operations, sessions
-from cellserve.service.api.asgi import OnePerLoopIteration, ProblemMiddleware, as_problem
+from cellserve.service.api.asgi import ClientGone, OnePerLoopIteration, ProblemMiddleware, as_problem
+from cellserve.service.api.browser_rules import BrowserRules, BrowserRulesMiddleware
 from cellserve.service.api.fast_path import FastPath
 from cellserve.service.api.inference.http import HttpInference
 from cellserve.service.api.inference.service import Inference
@@ -32,6 +34,7 @@ from cellserve.service.observability import logging
 from cellserve.service.observability.request_context import problem_body
 from cellserve.service.settings import Settings
 
+_DOCS_FILES = "static-offline-docs"
 _GC_THRESHOLD = 50_000  # new objects between collections
 _METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT")
 
@@ -87,8 +90,10 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
         summary="Serves stateful recurrent models: whole sequences, or step by step with the state kept here.",
         version=importlib.metadata.version("cellserve"),
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
     )
+    app.add_route("/docs", _docs, include_in_schema=False)
     one_per_iteration = OnePerLoopIteration()
     predict, step = ProblemMiddleware(Predict(service, one_per_iteration)), sessions.StepEndpoint(service)
     app.router.routes.append(Route("/predict", predict, methods=["POST"]))
@@ -98,12 +103,14 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
     app.router.routes.append(WebSocketRoute("/stream", StreamEndpoint(service)))
     app.router.routes.append(Route("/stream", ProblemMiddleware(reject_plain_http)))
     app.include_router(sessions.router)
-    app.include_router(operations.main_router())
+    app.include_router(operations.main_router(with_operator_routes=settings.operations_port is None))
     app.state.service = service
     _answer_problems(app)
     openapi.install(app, service)
-    hot_paths = HotPaths(app, predict, step, HttpInference(inference))
-    return ObservabilityMiddleware(hot_paths, service, FastPath(service, one_per_iteration))
+    hot_paths = HotPaths(app, predict, step, HttpInference(inference), settings.root_path)
+    rules = BrowserRules(settings)
+    fast_path = FastPath(service, one_per_iteration, rules)
+    return ObservabilityMiddleware(BrowserRulesMiddleware(hot_paths, rules), service, fast_path)
 
 
 def from_environment() -> ObservabilityMiddleware:
@@ -113,13 +120,24 @@ def from_environment() -> ObservabilityMiddleware:
     return create_app(settings)
 
 
+async def _docs(request: Request) -> Response:
+    """Returns the page of the API, with relative addresses: it works under any path."""
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="Cellserve",
+        swagger_js_url=f"{_DOCS_FILES}/swagger-ui-bundle.js",
+        swagger_css_url=f"{_DOCS_FILES}/swagger-ui.css",
+        swagger_favicon_url=f"{_DOCS_FILES}/favicon.png",
+    )
+
+
 def _operations(service: ServiceContext) -> ObservabilityMiddleware:
     """Returns the application on the operations port, where no key is needed."""
     app = FastAPI(openapi_url=None)
     app.include_router(operations.operations_port_router())
     app.state.service = service
     _answer_problems(app)
-    return ObservabilityMiddleware(app, service)
+    return ObservabilityMiddleware(BrowserRulesMiddleware(app, BrowserRules(service.settings)), service)
 
 
 class HotPaths:
@@ -128,8 +146,9 @@ class HotPaths:
     FastAPI's middleware and routing would take longer than a model's step.
     """
 
-    def __init__(self, app: FastAPI, predict: ASGIApp, step: ASGIApp, inference: ASGIApp) -> None:
+    def __init__(self, app: FastAPI, predict: ASGIApp, step: ASGIApp, inference: ASGIApp, root_path: str = "") -> None:
         self.app, self.predict, self.step, self.inference = app, predict, step, inference
+        self.root_path = root_path
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Serves one connection."""
@@ -142,7 +161,16 @@ class HotPaths:
                     return self.step(scope, receive, send)
             if path.startswith("/v2/") or path == "/v2":
                 return self.inference(scope, receive, send)
+        if self.root_path and scope["type"] != "lifespan":
+            scope = {**scope, "root_path": self.root_path, "path": self.root_path + scope["path"]}
         return self.app(scope, receive, send)
+
+
+class _NoAnswer(Response):
+    """What is sent to a client that has disconnected: nothing."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends nothing."""
 
 
 def _methods(app: FastAPI, request: Request) -> str:
@@ -164,6 +192,10 @@ def _answer_problems(app: FastAPI) -> None:
     async def problem(request: Request, error: Problem) -> Response:
         return answer(request, error)
 
+    @app.exception_handler(ClientGone)
+    async def client_gone(request: Request, gone: ClientGone) -> Response:
+        return _NoAnswer()
+
     @app.exception_handler(RequestValidationError)
     async def invalid_request(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
@@ -176,12 +208,11 @@ def _answer_problems(app: FastAPI) -> None:
         kind = kinds.get(error.status_code, Problem)
         # Starlette names the methods of the path's first route only, and each method has its own route.
         allowed = _methods(app, request) if error.status_code == 405 else ""
-        detail = f"{request.method} {request.url.path}: see /docs for what there is"
+        detail = f"{request.method} {request.url.path[:200]}: see /docs for what there is"
         response = answer(request, kind(detail, **({"allow": allowed} if allowed else {})))
         response.status_code = error.status_code
-        response.headers.update(error.headers or {})
-        if allowed:
-            response.headers["allow"] = allowed
+        if not allowed:
+            response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)

@@ -8,19 +8,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
-from cellserve.service.auth import Keys
+from cellserve.service.auth import HeldKey, Keys
 from cellserve.service.engine.engine import Engine
-from cellserve.service.errors import NotAnOperator, ServerFull
+from cellserve.service.errors import NotAnOperator, ServerFull, Unauthorized
 from cellserve.service.model_manager import ModelManager
 from cellserve.service.model_repository.model import Model
 from cellserve.service.model_repository.repository import Repository
 from cellserve.service.observability.counters import Counts
 from cellserve.service.observability.prometheus import Metrics
+from cellserve.service.peer_address import Address
 from cellserve.service.runtime.onnx_model import RuntimeOptions
 from cellserve.service.sessions.rollout import RolloutRunner
 from cellserve.service.sessions.session import Durable
@@ -34,10 +35,13 @@ from cellserve.service.settings import Settings
 if TYPE_CHECKING:
     from cellserve.service.observability.tracing import Tracing
 
+Headers = Iterable[tuple[bytes, bytes]]
+
 log = logging.getLogger("cellserve")
 
 _NICE = 10
 _SWEEP_SECONDS = 1.0
+_KEYS_SECONDS = 0.25  # between looks at the file of keys: a revoked key's connections end within a second
 
 
 def _lower_priority() -> None:
@@ -125,20 +129,66 @@ class ServiceContext:
     def _engine_of(self, model: Model) -> Engine:
         return Engine(model, self.settings, self._executor, self.tracing)
 
-    def owner(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
-        """Returns the owner whose key is in a request's headers, empty if no keys are needed; raises Unauthorized."""
+    def owner(self, headers: Headers, client: Address) -> str:
+        """Returns the owner whose key is in a request's headers, empty if no keys are needed.
+
+        Args:
+            headers: The headers, with their names in lower case.
+            client: The client's address.
+
+        Raises:
+            Unauthorized: There is no key, or an unknown one.
+            TooManyWrongKeys: The address has sent too many wrong keys.
+        """
         if self.keys is None:
             return ""
-        return self.keys.owner(dict(headers).get(b"authorization"))
+        return self.keys.owner(dict(headers).get(b"authorization"), client[0] if client else "")
 
-    def operator(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
+    def known_owner(self, headers: Headers, client: Address) -> str:
+        """Returns what `owner` returns if the key is in use, and counts no wrong keys; raises Unauthorized."""
+        if self.keys is None:
+            return ""
+        return self.keys.known(dict(headers).get(b"authorization"), client[0] if client else "")
+
+    def holding_key(
+        self, headers: Headers, owner: str, end: Callable[[Unauthorized], object]
+    ) -> AbstractContextManager[HeldKey | None]:
+        """Calls `end` when the owner's key in a request's headers is revoked, within the context."""
+        if self.keys is None:
+            return nullcontext()
+        return self.keys.held(dict(headers).get(b"authorization"), owner, end)
+
+    @asynccontextmanager
+    async def while_key_valid(self, headers: Headers, owner: str) -> AsyncIterator[HeldKey | None]:
+        """Cancels what runs in the context when the owner's key in a request's headers is revoked.
+
+        Raises:
+            Unauthorized: The key was revoked.
+        """
+        revoked: list[Unauthorized] = []
+
+        def end(problem: Unauthorized) -> None:
+            revoked.append(problem)
+            limit.reschedule(0)
+
+        try:
+            async with asyncio.timeout(None) as limit:
+                with self.holding_key(headers, owner, end) as held:
+                    yield held
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise revoked[0] from None
+
+    def operator(self, headers: Headers, client: Address) -> str:
         """Returns the operator whose key is in a request's headers, empty if no keys are needed.
 
         Raises:
             Unauthorized: There is no key, or an unknown one.
+            TooManyWrongKeys: The address has sent too many wrong keys.
             NotAnOperator: The key's owner is not one of the setting `operators`.
         """
-        owner = self.owner(headers)
+        owner = self.owner(headers, client)
         if self.keys is not None and owner not in self.settings.operators.split(","):
             raise NotAnOperator(
                 f"the key belongs to {owner!r}, who is not an operator: send the key of an owner in --operators, "
@@ -169,11 +219,19 @@ class ServiceContext:
 
     async def run_housekeeping(self) -> None:
         """Expires sessions, reloads keys and models, and writes snapshots and metrics, until it is cancelled."""
-        watching = asyncio.create_task(self.versions.watch(self.settings.reload_seconds))
+        watching = [asyncio.create_task(self.versions.watch(self.settings.reload_seconds))]
+        if self.keys is not None:
+            watching.append(asyncio.create_task(self._watch(self.keys)))
         try:
             await self._sweep_periodically()
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
+
+    async def _watch(self, keys: Keys) -> None:
+        while True:
+            await asyncio.sleep(_KEYS_SECONDS)
+            keys.reload_if_changed()
 
     async def _sweep_periodically(self) -> None:
         written = time.monotonic()
@@ -181,8 +239,6 @@ class ServiceContext:
             await asyncio.sleep(min(_SWEEP_SECONDS, self.settings.session_idle_seconds))
             self.sessions.sweep()
             self.versions.sweep()
-            if self.keys is not None:
-                self.keys.reload_if_changed()
             if self.snapshots is not None:
                 await self._restore_waiting(self.snapshots)
             if self.snapshots is not None and time.monotonic() - written >= self.settings.snapshot_seconds:

@@ -108,8 +108,23 @@ class Unauthorized(Problem):
         return [*super().headers(), (b"www-authenticate", b"Bearer")]
 
 
+class TooManyWrongKeys(Problem):
+    """The address has sent many wrong keys; for now only keys are taken that it has used before."""
+
+    status = 429
+    title = "Too many wrong keys"
+
+    def __init__(self, wait_seconds: int) -> None:
+        super().__init__(f"too many wrong keys from this address: send the right one in {wait_seconds} seconds")
+        self.wait_seconds = wait_seconds
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Returns the headers of the answer."""
+        return [*super().headers(), (b"retry-after", b"%d" % self.wait_seconds)]
+
+
 class Forbidden(Problem):
-    """The browser page's origin may not open sockets here."""
+    """A browser's page of that origin may not open sockets or change anything here."""
 
     status = 403
     title = "The origin is not allowed"
@@ -190,6 +205,18 @@ class MethodNotAllowed(Problem):
 
     status = 405
     title = "The path does not take this method"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Returns the headers of the answer (RFC 9110, section 15.5.6)."""
+        allowed = self.extensions.get("allow")
+        return [*super().headers(), *([(b"allow", allowed.encode())] if allowed else [])]
+
+
+class Misdirected(Problem):
+    """The request names a host that this server does not go by."""
+
+    status = 421
+    title = "The host is not this server"
 
 
 class UpgradeRequired(Problem):

@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple, TypeVar
 from cellserve.models.signature import Signature, StateSpec, TensorSpec
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
+from cellserve.service.model_repository.errors import BrokenModel, Stopping
 from cellserve.service.model_repository.model import Model, VersionKey
-from cellserve.service.model_repository.repository import BrokenModel, Repository, run_failure
+from cellserve.service.model_repository.repository import Repository, run_failure
 from cellserve.service.runtime.onnx_model import RuntimeUnavailable
 from cellserve.service.sessions.table import SessionTable
 
@@ -73,7 +74,7 @@ class ModelManager:
         self._unloading: list[Engine] = []  # retired engines; a pending request may still hold one
         self._busy = asyncio.Lock()  # held while the thread is working
         self._last_logged_error = ""
-        self._install(*self._rescan(False))
+        self._install(*self._rescan(False, False))
         if not self.newest:
             raise BrokenModel(f"no model in {repository.folder}/ can be served: the log says what is wrong with each")
 
@@ -155,7 +156,7 @@ class ModelManager:
         """Returns what `engine_for_digest` returns; blocks, and is only for use before anything is served."""
         wanted = None if self._loaded_with(key, digest) else self._in_folder_with(key, digest)
         if wanted is not None:
-            self._install(self._open(wanted), self.newest)
+            self._install(self._open(wanted, False), self.newest)
         return self._loaded_with(key, digest)
 
     async def reload(self, again: bool = False) -> None:
@@ -169,7 +170,7 @@ class ModelManager:
         """
         async with self._busy:
             try:
-                self._install(*await self._in_thread(lambda: self._rescan(again)))
+                self._install(*await self._in_thread(lambda: self._rescan(again, True)))
                 self._last_logged_error = ""
             except BrokenModel as broken:
                 if str(broken) != self._last_logged_error:
@@ -222,10 +223,13 @@ class ModelManager:
 
     def close(self) -> None:
         """Stops accepting loads."""
+        self.repository.trial.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _rescan(self, again: bool) -> tuple[Engines, dict[str, Engine]]:
+    def _rescan(self, again: bool, tried_first: bool) -> tuple[Engines, dict[str, Engine]]:
         """Rescans the folder; returns the engines that were created, and the newest engine of each name.
+
+        At the start versions are opened at once: trying each in a process of its own would make every start longer.
 
         That is the newest version that can be served. If none can, the current one stays: a broken version never
         replaces a working one.
@@ -238,7 +242,7 @@ class ModelManager:
             for version in versions:
                 engine = self.loaded.get(version.key)
                 if engine is None or (version.refused and engine is not serving):
-                    opened = {} if version.refused else self._open(version.key)
+                    opened = {} if version.refused else self._open(version.key, tried_first)
                     fresh |= opened
                     engine = opened.get(version.key)
                 if engine is not None:
@@ -249,11 +253,16 @@ class ModelManager:
                     newest[name] = serving
         return fresh, newest
 
-    def _open(self, key: VersionKey) -> Engines:
-        """Opens a version; returns its engine under its key, or nothing if it is refused."""
+    def _open(self, key: VersionKey, tried_first: bool) -> Engines:
+        """Opens a version; returns its engine under its key, or nothing if it is refused or the server stops.
+
+        Args:
+            key: The version.
+            tried_first: Whether a process of its own opens it first.
+        """
         try:
-            return {key: self._make_engine(self.repository.open(key))}
-        except BrokenModel:
+            return {key: self._make_engine(self.repository.open(key, tried_first))}
+        except (BrokenModel, Stopping):
             return {}
         except RuntimeUnavailable as error:
             if not self.newest:
@@ -302,7 +311,7 @@ class ModelManager:
                     f"{self._max_old} old model versions are loaded, which is the limit, so {key} cannot be loaded: "
                     f"try again when one of them has no more sessions"
                 )
-            fresh = await self._in_thread(lambda: self._open(key))
+            fresh = await self._in_thread(lambda: self._open(key, True))
             self._install(fresh, self.newest)
             self._last_requested[key] = self._clock()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
+from difflib import get_close_matches
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, LiteralString, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -86,7 +88,11 @@ class Settings(BaseSettings):
     trusted_proxies: str = Field(
         "", description="comma-separated addresses and networks of proxies whose X-Forwarded headers are believed"
     )
-    allowed_origins: str = Field("", description="comma-separated page origins that may open a WebSocket")
+    allowed_origins: str = Field("", description="comma-separated origins whose pages may use this server")
+    allowed_hosts: str = Field("", description="comma-separated names that requests may have in Host; unset: any")
+    root_path: str = Field(
+        "", pattern=r"^(/[A-Za-z0-9._~-]+)*$", description="path under which a proxy publishes this server"
+    )
     shutdown_seconds: int = Field(30, ge=0, description="seconds a stopping server has to finish accepted work")
 
     @model_validator(mode="after")
@@ -112,6 +118,18 @@ class Settings(BaseSettings):
                 ) from None
         return value
 
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, value: str) -> str:
+        return _check_each(
+            value, r"[a-z][a-z0-9+.-]*://[^/\s]+", "{one} is no origin: send such as https://app.example"
+        )
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, value: str) -> str:
+        return _check_each(value, r"[a-z0-9._-]+", "{one} is no name: send such as api.example, without a port")
+
     @model_validator(mode="after")
     def _check_ports_differ(self) -> Self:
         if self.workers > 1 and self.grpc_port == 0:
@@ -129,6 +147,26 @@ class Settings(BaseSettings):
     def held_sessions(self) -> int:
         """Sessions of a model that have slots here, at most."""
         return self.max_sessions if self.store == "memory" else self.arena_sessions
+
+
+def unknown_variables(environment: Collection[str]) -> list[str]:
+    """Returns a message for each environment variable that is named like a setting, but is none."""
+    messages = []
+    for variable in sorted(environment):
+        name = variable.lower().removeprefix(ENV_PREFIX.lower())  # in any case, as pydantic-settings reads them
+        if variable.upper().startswith(ENV_PREFIX) and name not in Settings.model_fields:
+            nearest = get_close_matches(name, Settings.model_fields, 1)
+            advice = f"did you mean {ENV_PREFIX}{nearest[0].upper()}?" if nearest else "docs/settings.md lists them"
+            messages.append(f"{variable[:100]} is no setting: {advice}")
+    return messages
+
+
+def _check_each(value: str, pattern: str, message: LiteralString) -> str:
+    """Returns a comma-separated list; raises the error with this message if one of it does not match the pattern."""
+    for one in filter(None, value.split(",")):
+        if not re.fullmatch(pattern, one.strip(), re.IGNORECASE):
+            raise PydanticCustomError("item", message, {"one": one.strip()})
+    return value
 
 
 def flag(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from cellserve.export.publish import repository_writer
 from cellserve.models.signature import MODEL_NAME
@@ -39,6 +39,27 @@ def scaled(model: Path, factor: float) -> bytes:
                 tensor.CopyFrom(numpy_helper.from_array(weights * np.float32(factor), tensor.name))
 
     return changed(model, scale)
+
+
+def crashing(model: Path) -> bytes:
+    """Gives a model file that ends the process which opens it: ONNX Runtime folds the constant -2**63 / -1 (SIGFPE)."""
+
+    def crash(proto: onnx.ModelProto) -> None:
+        graph = proto.graph
+        for name, value in (("smallest", -(2**63)), ("minus_one", -1), ("nothing", 0)):
+            graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
+        y = graph.output[0].name
+        last = next(node for node in graph.node if y in node.output)
+        last.output[list(last.output).index(y)] = "unchanged"
+        for operator, inputs, output, more in (
+            ("Div", ["smallest", "minus_one"], "quotient", {}),
+            ("Mul", ["quotient", "nothing"], "zero", {}),
+            ("Cast", ["zero"], "float_zero", {"to": onnx.TensorProto.FLOAT}),
+            ("Add", ["unchanged", "float_zero"], y, {}),
+        ):
+            graph.node.append(helper.make_node(operator, inputs, [output], **more))
+
+    return changed(model, crash)
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

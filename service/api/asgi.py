@@ -198,5 +198,9 @@ def as_problem(error: Exception, scope: Scope) -> Problem:
 
 
 async def send_problem(send: Send, problem: Problem, scope: Scope) -> None:
-    """Sends a problem document."""
-    await send_body(send, problem.status, problem.headers(), problem_body(problem, scope))
+    """Sends a problem document, as the answer to a request or to a socket's handshake."""
+    kind = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
+    body = problem_body(problem, scope)
+    headers = [*problem.headers(), (b"content-length", b"%d" % len(body))]
+    await send({"type": f"{kind}.start", "status": problem.status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body})

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Iterable, MutableMapping
-from functools import lru_cache
 from typing import Literal
 from urllib.parse import unquote
 
 from starlette.types import Scope
 from uvicorn.middleware.proxy_headers import _TrustedHosts
 
-Address = tuple[str, int] | None  # host and port; None where the peer has none (a Unix socket)
-Scheme = Literal["http", "https"]
+from cellserve.service.peer_address import Address, host_identity
 
-_IPV6_NETWORK = 64  # bits: the smallest network that is handed out (RFC 6177); all its addresses are one client
+Scheme = Literal["http", "https"]
 
 
 def client_of(owner: str, source: Scope | asyncio.BaseTransport) -> str:
@@ -43,20 +40,6 @@ def grpc_peer(peer: str) -> str:
     """Returns the address in what gRPC's `context.peer()` says, such as `ipv4:10.0.0.7:50712`."""
     host = unquote(peer).partition(":")[2].rpartition(":")[0]
     return host_identity(host.strip("[]"))
-
-
-@lru_cache(4096)
-def host_identity(host: str) -> str:
-    """Returns the identity of a host: an IPv4 address itself, the network of an IPv6 address."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host[:64]
-    if isinstance(address, ipaddress.IPv4Address):
-        return str(address)
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.ip_network((address, _IPV6_NETWORK), strict=False))
 
 
 class TrustedProxies:

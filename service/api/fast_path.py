@@ -13,6 +13,7 @@ import msgspec
 import orjson
 
 from cellserve.service.api.asgi import JSON, REPLAY, OnePerLoopIteration, as_problem
+from cellserve.service.api.browser_rules import BrowserRules
 from cellserve.service.api.client_identity import TrustedProxies
 from cellserve.service.api.predict_codec import parse_simple_prediction, prediction_json, wants_every_output
 from cellserve.service.api.step_codec import NOT_SIMPLE, parse_simple_step, step_json
@@ -24,6 +25,7 @@ from cellserve.service.errors import NotFinite, Problem
 from cellserve.service.model_repository.model import Model
 from cellserve.service.observability.counters import SurfaceCounts
 from cellserve.service.observability.request_context import HEADER, RequestContext, make_scope, new_id, problem_body
+from cellserve.service.peer_address import Address
 from cellserve.service.sessions.pending import PendingStep, StepResult
 from cellserve.service.sessions.session import Session
 
@@ -35,6 +37,8 @@ _NO_STATES = msgspec.Raw(b"null")
 
 class Connection(Protocol):
     """What carries the answers."""
+
+    client: Address  # of the request
 
     def respond(self, exchange: Exchange, status: int, body: bytes, headers: Headers | None = None) -> None:
         """Sends an answer; without headers it is JSON. Nothing happens where the client has disconnected."""
@@ -85,10 +89,12 @@ class FastPath:
     Args:
         service: The service.
         one_per_iteration: Admits the bodies of predictions to be read, those of the ASGI endpoint too.
+        rules: What pages in a browser may ask for.
     """
 
-    def __init__(self, service: ServiceContext, one_per_iteration: OnePerLoopIteration) -> None:
+    def __init__(self, service: ServiceContext, one_per_iteration: OnePerLoopIteration, rules: BrowserRules) -> None:
         self.service = service
+        self._rules = rules if rules.origins or rules.hosts else None
         self.admit = one_per_iteration.submit
         self.proxies = TrustedProxies(service.settings.trusted_proxies)
         # The default headers of answers, and the head of an answer with status 200 that is made of them.
@@ -106,8 +112,10 @@ class FastPath:
     def _start_step(self, exchange: Exchange) -> bool:
         """Starts `POST /sessions/{id}/step` of one time step."""
         service = self.service
+        if self._rules is not None and not self._rules.take_fast_path(exchange.headers):
+            return False
         try:
-            owner = service.owner(exchange.headers)
+            owner = service.known_owner(exchange.headers, exchange.connection.client)
             session = service.sessions.get(owner, exchange.url[len(_BEGIN) : -len(_END)].decode())
             x, key = parse_simple_step(session.model, exchange.body)
             if x is None:
@@ -129,8 +137,10 @@ class FastPath:
 
     def _start_prediction(self, exchange: Exchange) -> bool:
         """Starts `POST /predict` of one sequence from zeros."""
+        if self._rules is not None and not self._rules.take_fast_path(exchange.headers):
+            return False
         try:
-            self.service.owner(exchange.headers)
+            self.service.known_owner(exchange.headers, exchange.connection.client)
             request = parse_simple_prediction(exchange.body)
             engine = self.service.engine(request.model)
             model = engine.model

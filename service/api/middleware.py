@@ -37,6 +37,9 @@ class ObservabilityMiddleware:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        root_path = self.service.settings.root_path
+        if root_path and scope["path"].startswith(f"{root_path}/"):  # not every proxy strips it
+            scope["path"] = scope["path"].removeprefix(root_path)
         counts = self.service.counts
         context = scope[KEY] = RequestContext(self._id(scope), counts.surface(scope["path"]))
         header = HEADER, context.id.encode()
@@ -72,7 +75,7 @@ class ObservabilityMiddleware:
 
     def _log(self, scope: Scope, context: RequestContext, took: float) -> None:
         try:
-            owner = self.service.owner(scope["headers"])
+            owner = self.service.known_owner(scope["headers"], scope["client"])
         except Unauthorized:
             owner = ""
         fields = {

@@ -13,7 +13,7 @@ from cellserve.service.context import ServiceContext
 _SESSION = {"session": "0b54b1fd5d2a4f3f9d63a3a1e6a1c0de", "model": "sunspots", "version": 1, "position": 0,
             "expires_in": 3600.0, "durable": "none"}  # fmt: skip
 _NUMBERS = {"description": "numbers, nested as deep as the model's input and output have axes", "type": "array"}
-_STATES = {"type": "object", "description": "one array per state, by tensor name: see GET /models/{name}"}
+_STATES = {"type": ["object", "null"], "description": "one array per state, by tensor name: see GET /models/{name}"}
 _OUTPUTS = {"enum": ["last", "all", None], "description": "outputs of the last or of all time steps; by default "
             "the model's own"}  # fmt: skip
 _MODEL = {"type": ["string", "null"], "description": "NAME for its newest version, or NAME:VERSION; optional if "
@@ -99,7 +99,11 @@ def _predict_json() -> dict[str, Any]:
                 "model": _MODEL,
                 "sequences": {**_NUMBERS, "description": "[sequence][time][feature]; sequences may differ in length"},
                 "outputs": _OUTPUTS,
-                "states": {"type": "array", "items": _STATES, "description": "one per sequence, to start from"},
+                "states": {
+                    "type": ["array", "null"],
+                    "items": _STATES,
+                    "description": "one per sequence, to start from; null: zeros",
+                },
                 "return_states": {"type": "boolean", "description": "also return each sequence's final states"},
             },
             {"model": "sunspots", "sequences": [[[96.7], [104.3], [116.7]], [[92.8]]], "outputs": "last"},

@@ -16,11 +16,11 @@ from cellserve.service.observability.prometheus import MEDIA_TYPE
 
 
 async def _require_key(request: Request) -> None:
-    _service(request).owner(request.scope["headers"])
+    _service(request).owner(request.scope["headers"], request.scope["client"])
 
 
 async def _require_operator(request: Request) -> None:
-    _service(request).operator(request.scope["headers"])
+    _service(request).operator(request.scope["headers"], request.scope["client"])
 
 
 models_router = APIRouter(tags=["models"], dependencies=[Depends(_require_key)])
@@ -89,11 +89,12 @@ async def readyz(request: Request, response: Response) -> dict[str, str]:
     return {"status": "ready" if ready else "not ready"}
 
 
-def main_router() -> APIRouter:
-    """Returns the routes on the main port."""
+def main_router(with_operator_routes: bool) -> APIRouter:
+    """Returns the routes on the main port; those for operators only where there is no port of their own."""
     router = APIRouter()
     router.include_router(models_router)
-    router.include_router(operator_router, dependencies=[Depends(_require_operator)])
+    if with_operator_routes:
+        router.include_router(operator_router, dependencies=[Depends(_require_operator)])
     router.include_router(health_router)
     return router
 

@@ -52,7 +52,7 @@ class Predict:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request in its own format, JSON or safetensors."""
-        self.service.owner(scope["headers"])
+        self.service.owner(scope["headers"], scope["client"])
         kind = content_type(scope)
         if kind in safetensors.MEDIA_TYPES:
             await self._binary(scope, receive, send)

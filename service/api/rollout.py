@@ -56,7 +56,7 @@ class RolloutEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
-        owner = self.service.owner(scope["headers"])
+        owner = self.service.owner(scope["headers"], scope["client"])
         body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
         session = await self.service.sessions.fetch(owner, scope["path_params"]["session_id"])
         headers = dict(scope["headers"])
@@ -64,7 +64,7 @@ class RolloutEndpoint:
         wanted, position = self._read(session.model, body, accepts)
         if wanted.streamed:
             after = _last_event_id(headers.get(b"last-event-id"), position)
-            await cancel_on_disconnect(self._stream(scope, send, session, wanted, position, after), receive)
+            await cancel_on_disconnect(self._stream(scope, send, session, wanted, position, after, owner), receive)
             return
         rolled = await cancel_on_disconnect(self.service.rollouts.run(session, wanted, position), receive)
         answer = {
@@ -103,7 +103,14 @@ class RolloutEndpoint:
         return Rollout(x, request.steps, sampling, request.stream or streamed), request.position
 
     async def _stream(
-        self, scope: Scope, send: Send, session: Session, wanted: Rollout, position: int | None, after: int | None
+        self,
+        scope: Scope,
+        send: Send,
+        session: Session,
+        wanted: Rollout,
+        position: int | None,
+        after: int | None,
+        owner: str,
     ) -> None:
         begun = False
 
@@ -118,7 +125,10 @@ class RolloutEndpoint:
         position_reached = after
         scope[RESUMABLE] = True
         try:
-            async with aclosing(self.service.rollouts.stream(session, wanted, position, after)) as events:
+            async with (
+                self.service.while_key_valid(scope["headers"], owner),
+                aclosing(self.service.rollouts.stream(session, wanted, position, after)) as events,
+            ):
                 async for given in events:
                     position_reached = given.position
                     await event(b"id: %d\ndata: %b\n\n" % (position_reached, _data(session.model, given)))

@@ -7,7 +7,6 @@ from urllib.parse import parse_qsl
 
 import msgspec
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
@@ -15,6 +14,7 @@ from safetensors.numpy import save
 from cellserve.models.signature import StateSpec, TensorSpec
 from cellserve.service.errors import InvalidInput, NotSafetensors
 from cellserve.service.model_repository.model import Model
+from cellserve.service.validation.safetensors_header import check_size, read_header
 from cellserve.service.validation.tensor_values import validate
 
 Array = NDArray[Any]
@@ -55,7 +55,7 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
         NotSafetensors: The body cannot be parsed.
         InvalidInput: A tensor is missing or invalid.
     """
-    tensors, inputs = _load(body), model.inputs
+    (tensors, _), inputs = _load(body), model.inputs
     specs = {"x" if len(inputs.specs) == 1 else spec.name: spec for spec in inputs.specs}
     known = {*specs, "lengths"} | model.reader.states_spec.keys()
     if tensors.keys() - known or specs.keys() - tensors.keys():
@@ -113,25 +113,25 @@ def read_states(body: bytes, model: Model) -> tuple[dict[str, Array], dict[str, 
         NotSafetensors: The body cannot be parsed.
         InvalidInput: The tensors are not the model's states: names, shapes or types differ, or a number is not finite.
     """
-    tensors, specs = _load(body), model.reader.states_spec
+    (tensors, metadata), specs = _load(body), model.reader.states_spec
     if tensors.keys() != specs.keys():
         raise InvalidInput(f"got the tensors {sorted(tensors)}: send the model's states, {sorted(specs)}")
     for name, tensor in tensors.items():
         tensors[name] = _checked(tensor, specs[name], name)
         if tensor.shape != specs[name].shape:
             raise InvalidInput(f"{name}: its shape is {list(tensor.shape)}: send {list(specs[name].shape)}", place=name)
-    # The header is its length, then JSON; `_load` has checked both.
-    metadata = orjson.loads(body[8 : 8 + int.from_bytes(body[:8], "little")]).get("__metadata__") or {}
     return tensors, metadata
 
 
-def _load(body: bytes) -> dict[str, Array]:
-    """Decodes tensors of the supported types; three times as fast as safetensors.numpy.load."""
+def _load(body: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Decodes tensors of the supported types, and the metadata; three times as fast as safetensors.numpy.load."""
     try:
-        return {
+        check_size(body)
+        tensors = {
             name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
             for name, tensor in deserialize(body)  # type: ignore[no-untyped-call]
         }
+        return tensors, read_header(body).get("__metadata__") or {}
     except KeyError as error:
         raise InvalidInput(f"the tensor type {error} is not supported: send one of {', '.join(_DTYPES)}") from None
     except (SafetensorError, ValueError) as error:

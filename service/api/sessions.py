@@ -63,7 +63,7 @@ class StepEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         try:
-            owner = self.service.owner(scope["headers"])
+            owner = self.service.owner(scope["headers"], scope["client"])
             body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
             session = await self.service.sessions.fetch(owner, scope["path"][len("/sessions/") : -len("/step")])
             x, single, outputs, position = read_step(session.model, body)
@@ -191,7 +191,7 @@ async def set_state(
 def _caller(request: Request) -> tuple[ServiceContext, str]:
     """Returns the service, and the owner whose key the request has; raises Unauthorized."""
     service: ServiceContext = request.app.state.service
-    return service, service.owner(request.scope["headers"])
+    return service, service.owner(request.scope["headers"], request.scope["client"])
 
 
 async def _find(request: Request, session_id: str) -> tuple[ServiceContext, Session]:
@@ -211,7 +211,7 @@ async def _optional_body(service: ServiceContext, request: Request) -> bytes:
 def _created(service: ServiceContext, response: Response, session: Session, new: bool) -> dict[str, Any]:
     """Returns the answer with a session that was created, or was there already."""
     response.status_code = 201 if new else 200
-    response.headers["location"] = f"/sessions/{session.id}"
+    response.headers["location"] = f"{service.settings.root_path}/sessions/{session.id}"
     return session_json(service.sessions, session)
 
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cellserve.service.private_files import append_private
+
 EPILOG = """\
 example:
   cellserve key alice --file keys.txt
@@ -34,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"owner: {given.owner!r} must be 1 to 64 letters, digits, '.', '_' and '-'")
     key = secrets.token_urlsafe(32)
     try:
-        with given.file.open("a") as lines:
-            lines.write(f"{given.owner}:{hashlib.sha256(key.encode()).hexdigest()}\n")
-        given.file.chmod(0o600)
+        with append_private(given.file) as lines:
+            lines.write(f"{given.owner}:{hashlib.sha256(key.encode()).hexdigest()}\n".encode())
     except OSError as error:
         print(f"cellserve key: {error}", file=sys.stderr)
         return 1

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here and not above, so that --help answers at once.
     from pydantic import ValidationError
 
-    from cellserve.service.model_repository.repository import BrokenModel, Repository
+    from cellserve.service.model_repository.errors import BrokenModel
+    from cellserve.service.model_repository.repository import Repository
     from cellserve.service.runtime.onnx_model import RuntimeOptions
     from cellserve.service.settings import Settings, explain_invalid
 

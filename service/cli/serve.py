@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from logging import getLogger
 from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from cellserve.service.observability import logging
-from cellserve.service.settings import ENV_PREFIX, TUNING, Settings, explain_invalid, flag
+from cellserve.service.settings import ENV_PREFIX, TUNING, Settings, explain_invalid, flag, unknown_variables
 
 if TYPE_CHECKING:
     from cellserve.service.api.middleware import ObservabilityMiddleware
@@ -60,12 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cellserve.service.api.ports import PortTaken, check_port
     from cellserve.service.app import create_app
     from cellserve.service.auth import BadKeysFile
-    from cellserve.service.model_repository.repository import BrokenModel
+    from cellserve.service.model_repository.errors import BrokenModel
     from cellserve.service.runtime.onnx_model import RuntimeUnavailable
     from cellserve.service.sessions.stores.protocol import StoreUnusable
     from cellserve.service.sessions.stores.snapshot import BadSnapshot
 
     logging.configure(settings.log_format)
+    for message in unknown_variables(os.environ):
+        getLogger("cellserve").warning(message)
     try:
         check_port("port", settings.host, settings.port)  # uvicorn only binds it after all models are loaded
         app = create_app(settings)

@@ -20,7 +20,9 @@ from cellserve.models.signature import (
     checked_name,
     rollout_misfit,
 )
+from cellserve.service.model_repository.errors import BrokenModel
 from cellserve.service.model_repository.model import VERSION_NUMBER, Model, VersionKey
+from cellserve.service.model_repository.trial import Trial
 from cellserve.service.runtime.onnx_file import BadModelFile, validate
 from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions, RuntimeUnavailable, parse_document
 
@@ -31,10 +33,6 @@ _FILES = (MANIFEST_NAME, MODEL_NAME, STEP_NAME)
 
 # For each relevant file: modification time, size and inode; None if it is missing.
 Stamp = tuple[tuple[int, int, int] | None, ...]
-
-
-class BrokenModel(Exception):
-    """A version cannot be served, or there is none; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,9 @@ class Repository:
     def __init__(self, folder: Path, options: RuntimeOptions, max_batch: int, max_bytes: int) -> None:
         self.folder, self._options, self._max_batch, self._max_bytes = folder, options, max_batch, max_bytes
         self.versions: dict[VersionKey, Version] = {}  # replaced, never mutated: any thread may read it
+        self.trial = Trial()
         self._open: dict[VersionKey, str] = {}  # digests of the open versions
+        self._opened: set[str] = set()  # digests of all versions that were ever open here
         self._last_logged: dict[VersionKey, str] = {}  # the last reason logged for each version
 
     def scan(self, again: bool = False) -> None:
@@ -97,8 +97,13 @@ class Repository:
             names.setdefault(key.name, []).append(self.versions[key])
         return names
 
-    def open(self, key: VersionKey) -> Model:
+    def open(self, key: VersionKey, tried_first: bool = False) -> Model:
         """Opens a version that is in the folder.
+
+        Args:
+            key: The version.
+            tried_first: Whether a process of its own opens it first, unless a file with its digest was open here
+                before: what crashes ONNX Runtime is refused then, and does not end the server.
 
         Raises:
             BrokenModel: It cannot be served; it stays `refused` until its files change.
@@ -108,12 +113,16 @@ class Repository:
         if version is None or version.refused:
             raise BrokenModel(version.refused if version else "it is not in the folder any more")
         try:
+            self._check_links(version.path)
+            if tried_first and version.digest not in self._opened:
+                self.trial.open(key.name, version.path, self._options, self._max_batch, self._max_bytes)
             model = load(key.name, version.path, self._options, self._max_batch, self._max_bytes)
         except BrokenModel as broken:
             self.refuse(key, str(broken))
             raise
         self._last_logged.pop(key, None)
         self._open[key] = model.digest
+        self._opened.add(model.digest)
         self.versions = {**self.versions, key: replace(version, digest=model.digest)}
         return model
 
@@ -133,6 +142,7 @@ class Repository:
         """Reads a version's manifest; if the version is open, also verifies that its model file is unchanged."""
         opened = self._open.get(version.key)
         try:
+            self._check_links(version.path)
             digest = _read_manifest(version.path)[MODEL_NAME]
             if opened is not None and (opened != digest or _read_files(version.path, self._max_bytes)[0] != opened):
                 raise BrokenModel("the files differ from the open ones")
@@ -145,6 +155,14 @@ class Repository:
                 "use: restore the files, and publish the new ones under the next number",
             )
         return replace(version, digest=digest)
+
+    def _check_links(self, path: Path) -> None:
+        """Raises BrokenModel if a version's folder or file is a link that leads out of the repository."""
+        root = os.path.realpath(self.folder)
+        for file in ("", *_FILES):
+            if os.path.commonpath((root, os.path.realpath(path / file))) != root:
+                name = file or "its folder"
+                raise BrokenModel(f"{name} is a link that leads out of the folder of models: copy the files there")
 
     def _mark_refused(self, version: Version, reason: str) -> Version:
         if self._last_logged.get(version.key) != reason:  # logged once, not on each scan

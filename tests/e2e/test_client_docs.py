@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 from cellserve import errors
@@ -16,7 +17,7 @@ TEXT = (ROOT / "docs/client.md").read_text()
 def test_the_pages_examples_run(examples: Path, tmp_path: Path, serve: Serve) -> None:
     models = write_repository(tmp_path / "models")
     for model in examples.iterdir():
-        (models / model.name).symlink_to(model)
+        shutil.copytree(model, models / model.name)
     url = serve("--models", str(models)).url
     names: dict[str, object] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,8 +78,7 @@ def test_sessions_of_a_model_that_is_not_served_wait_until_it_is(
     repository: Path, serve: Serve, tmp_path: Path
 ) -> None:
     few = tmp_path / "few"
-    few.mkdir()
-    (few / "rnn").symlink_to(repository / "rnn")
+    shutil.copytree(repository / "rnn", few / "rnn")
     file = str(tmp_path / "s")
     server = serve("--models", str(repository), "--snapshot", file)
     with server.client() as client:

@@ -17,6 +17,7 @@ from cellserve.models.signature import Exactness, Signature, StateSpec, TensorSp
 from cellserve.service.engine.engine import Engine
 from cellserve.service.model_manager import ModelManager, VersionState
 from cellserve.service.model_repository.repository import Repository
+from cellserve.service.model_repository.trial import Trial
 from cellserve.service.runtime.onnx_model import RuntimeOptions
 from cellserve.service.runtime.tensor_layout import TensorLayout
 from cellserve.service.sessions.stores.memory import MemoryStore
@@ -107,18 +108,35 @@ def machinery(
     return engine, store, SessionWriter(store)
 
 
-class Served:
-    """A repository whose versions are served, without a server."""
+class NoTrial(Trial):
+    """Lets every version through."""
 
-    def __init__(self, models: Path, max_old: int = 8, max_bytes: int = 10**9) -> None:
+    def open(self, *_: object) -> None:
+        """Opens nothing."""
+
+
+class Served:
+    """A repository whose versions are served, without a server.
+
+    Args:
+        models: The repository.
+        max_old: Versions loaded on request, at most.
+        max_bytes: Size of a model file, at most.
+        tried_first: Whether new versions are opened in a process of their own first, which takes a second.
+    """
+
+    def __init__(self, models: Path, max_old: int = 8, max_bytes: int = 10**9, tried_first: bool = False) -> None:
         self.now = 0.0
         self.thread = ThreadPoolExecutor(1)
         settings = Settings(max_batch=4, quantum=8, max_sessions=100)
         self.store = MemoryStore(SessionTable(1e9, lambda: self.now), 100, 1e9)
         self.writer = SessionWriter(self.store)
         ticks = ThreadPoolExecutor(1)
+        repository = Repository(models, RuntimeOptions("cpu"), 4, max_bytes)
+        if not tried_first:
+            repository.trial = NoTrial()
         self.versions = ModelManager(
-            Repository(models, RuntimeOptions("cpu"), 4, max_bytes),
+            repository,
             lambda model: Engine(model, settings, ticks),
             self.store.table,
             max_old,

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from cellserve.service.auth import BadKeysFile, Keys
-from cellserve.service.errors import Unauthorized
+from cellserve.service.errors import TooManyWrongKeys, Unauthorized
 
 
 def line(owner: str, key: str) -> str:
     return f"{owner}:{hashlib.sha256(key.encode()).hexdigest()}\n"
 
 
-def opens(keys: Keys, key: str) -> bool:
+def opens(keys: Keys, key: str, host: str = "10.0.0.1") -> bool:
     try:
-        return keys.owner(f"Bearer {key}".encode()) != ""
-    except Unauthorized:
+        return keys.owner(f"Bearer {key}".encode(), host) != ""
+    except (Unauthorized, TooManyWrongKeys):
         return False
 
 
@@ -73,3 +73,68 @@ def test_an_emptied_file_revokes_all(file: Path) -> None:
     file.write_text("")
     keys.reload_if_changed()
     assert not opens(keys, "a") and not opens(keys, "b")
+
+
+def test_wrong_keys_are_compared_ten_at_once_and_then_one_every_six_seconds(file: Path) -> None:
+    now = [0.0]
+    keys = Keys(file, lambda: now[0])
+    for _ in range(10):
+        with pytest.raises(Unauthorized):
+            keys.owner(b"Bearer wrong", "10.0.0.1")
+    for key in ("wrong", "a"):  # even the right guess
+        with pytest.raises(TooManyWrongKeys) as refused:
+            keys.owner(f"Bearer {key}".encode(), "10.0.0.1")
+        assert (b"retry-after", b"6") in refused.value.headers()
+    assert opens(keys, "a", "10.0.0.2")
+    now[0] = 6.1
+    with pytest.raises(Unauthorized):
+        keys.owner(b"Bearer wrong", "10.0.0.1")
+    with pytest.raises(TooManyWrongKeys):
+        keys.owner(b"Bearer a", "10.0.0.1")
+    now[0] = 12.2
+    assert opens(keys, "a")
+
+
+def test_wrong_keys_lock_nobody_out_who_used_a_right_one_from_there(file: Path) -> None:
+    keys = Keys(file)
+    assert opens(keys, "a")
+    assert not any(opens(keys, f"wrong {number}") for number in range(20))
+    assert opens(keys, "a") and not opens(keys, "b")
+    assert keys.known(b"Bearer a", "10.0.0.1") == "alice"
+    file.write_text(line("alice", "a") + line("carol", "c"))
+    keys.reload_if_changed()
+    assert opens(keys, "a") and not opens(keys, "c")
+
+
+def test_the_memory_of_wrong_keys_is_bounded_and_swept(file: Path) -> None:
+    now = [0.0]
+    keys = Keys(file, lambda: now[0])
+    for number in range(10_000):
+        assert not opens(keys, "wrong", f"10.1.{number // 256}.{number % 256}")
+        assert opens(keys, "a", f"10.1.{number // 256}.{number % 256}")
+    assert len(keys._wrong._forgotten_at) == len(keys._used) == 4096
+    now[0] = 100.0
+    keys.reload_if_changed()
+    assert not keys._wrong
+
+
+def test_what_holds_a_key_ends_when_it_is_revoked_or_changes_hands(file: Path) -> None:
+    keys = Keys(file)
+    ended: list[str] = []
+    with (
+        keys.held(b"Bearer a", "alice", lambda problem: ended.append("a")) as rotated,
+        keys.held(b"Bearer a", "alice", lambda problem: ended.append(problem.detail)),
+        keys.held(b"Bearer b", "bob", lambda problem: ended.append("b")),
+    ):
+        file.write_text(line("alice", "new") + line("alice", "a") + line("bob", "b"))
+        keys.reload_if_changed()
+        rotated.replace(b"Bearer new")
+        file.write_text(line("alice", "new") + line("bob", "b"))
+        keys.reload_if_changed()
+        assert ended == ["the key was revoked: go on with a valid one"]
+        file.write_text(line("alice", "new") + line("carol", "b"))
+        keys.reload_if_changed()
+        assert ended[1:] == ["b"]
+        with keys.held(b"Bearer a", "alice", lambda problem: ended.append("late")):
+            assert ended[2:] == ["late"]
+    assert not keys._held

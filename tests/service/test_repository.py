@@ -19,12 +19,12 @@ from onnx import helper
 
 from cellserve.models.signature import MANIFEST_NAME, METADATA_KEY, MODEL_NAME
 from cellserve.service.errors import Problem, RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
+from cellserve.service.model_repository.errors import BrokenModel, Stopping
 from cellserve.service.model_repository.model import VersionKey
-from cellserve.service.model_repository.repository import BrokenModel
 from cellserve.service.sessions.session import Session
 from tests.service.helpers import Served
 from tests.service.model_files import with_external_data
-from tests.versions import add_version, changed, copy_of, remove_version, scaled
+from tests.versions import add_version, changed, copy_of, crashing, remove_version, scaled
 
 KEY = VersionKey("rnn", 2)
 
@@ -481,3 +481,62 @@ def test_the_manifest_names_what_is_read(models: Path) -> None:
     files = json.loads(manifest.read_text())["files"]
     manifest.write_text(json.dumps({"files": {MODEL_NAME: files[MODEL_NAME], "../../secret": "0"}}))
     assert Served(models).versions.newest["rnn"].model.runtime._step is None
+
+
+def test_a_version_that_crashes_onnx_runtime_is_refused_and_the_one_before_it_serves(models: Path) -> None:
+    served = Served(models, tried_first=True)
+    add_version(models, "rnn", 2, crashing(models / "rnn/1" / MODEL_NAME))
+    served.reload()
+    assert served.serving() == {"rnn": 1}
+    assert served.state(2).reason == "ONNX Runtime crashed (SIGFPE) in a process that tried to open it"
+    add_version(models, "rnn", 3)
+    served.reload()
+    assert served.serving() == {"rnn": 3}
+
+
+def test_a_version_that_is_tried_does_not_keep_a_server_from_stopping(models: Path) -> None:
+    served = Served(models, tried_first=True)
+    served.versions.close()
+    add_version(models, "rnn", 2)
+    with pytest.raises(Stopping):
+        served.versions.repository.scan()
+        served.versions.repository.open(KEY, tried_first=True)
+    assert not served.versions.repository.versions[KEY].refused
+
+
+def linked_file(home: Path, outside: Path) -> None:
+    shutil.copytree(home / "1", home / "2")
+    (home / "2" / MODEL_NAME).rename(outside / "model.onnx")
+    (home / "2" / MODEL_NAME).symlink_to(outside / "model.onnx")
+
+
+def linked_folder(home: Path, outside: Path) -> None:
+    shutil.copytree(home / "1", outside / "2")
+    (home / "2").symlink_to(outside / "2")
+
+
+def linked_to_itself(home: Path, outside: Path) -> None:
+    (home / "2").mkdir()
+    for name in (MANIFEST_NAME, MODEL_NAME):
+        (home / "2" / name).symlink_to(name)
+
+
+@pytest.mark.parametrize("link", [linked_file, linked_folder, linked_to_itself])
+def test_links_that_lead_out_of_the_repository_are_refused(
+    models: Path, tmp_path: Path, link: Callable[[Path, Path], None]
+) -> None:
+    served = Served(models)
+    (tmp_path / "outside").mkdir()
+    link(models / "rnn", tmp_path / "outside")
+    served.reload()
+    assert served.serving() == {"rnn": 1}
+    assert "link" in served.state(2).reason and str(tmp_path) not in served.state(2).reason
+
+
+def test_links_within_the_repository_are_followed(models: Path) -> None:
+    served = Served(models)
+    add_version(models, "rnn", 2)
+    (models / "rnn" / "2").rename(models / "rnn" / "as-copied")
+    (models / "rnn" / "2").symlink_to("as-copied")
+    served.reload()
+    assert served.serving() == {"rnn": 2}

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+
+from cellserve.service.idempotency import AppliedChange, IdempotencyKey
+from cellserve.service.sessions.stores.snapshot import _MAGIC, BadSnapshot, Snapshots
+from tests.service.helpers import machinery
 
 # Lets a child write the snapshot and ends it at the first call of anything that is not Python, as a kill would; then
 # another one at the second call, and so on, until one comes through. The position of the one session is the attempt's.
@@ -73,3 +86,86 @@ def test_a_write_that_is_ended_at_any_call_leaves_the_old_snapshot_or_the_new_on
     # Most ended before the new file had its name, a few after that.
     assert 20 < positions.count(0) < len(attempts) - 1
     assert positions[-1] == len(attempts) - 1
+
+
+def rewritten(content: bytes, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> bytes:
+    """A snapshot with something changed in its index or its tensors, and a SHA-256 that fits."""
+    tensors = dict(load(content[len(_MAGIC) : -32]))
+    index = json.loads(tensors["told"].tobytes())
+    change(index, tensors)
+    tensors["told"] = np.frombuffer(json.dumps(index).encode(), np.uint8)
+    content = _MAGIC + save(tensors)
+    return content + hashlib.sha256(content).digest()
+
+
+def first(index: dict[str, Any]) -> list[Any]:
+    row: list[Any] = index["models"][0]["sessions"][0]
+    return row
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index, tensors: tensors["0/state.s"].fill(np.nan),
+        lambda index, tensors: tensors.update({"0/state.s": np.zeros((1, 3), np.float32)}),
+        lambda index, tensors: tensors.update({"0/state.s": np.zeros((1, 2), np.float64)}),
+        lambda index, tensors: tensors["0/position"].fill(-1),
+        lambda index, tensors: tensors["0/used"].fill(np.inf),
+        lambda index, tensors: tensors["0/answers"].view("<f4").fill(np.nan),
+        lambda index, tensors: tensors.update({"0/answers": np.zeros(3, np.uint8)}),
+        lambda index, tensors: tensors.pop("0/position"),
+        lambda index, tensors: tensors.update({"1/more": np.zeros(3, np.uint8)}),
+        lambda index, tensors: index["models"].append({**index["models"][0]}),
+        lambda index, tensors: index["models"][0].pop("digest"),
+        lambda index, tensors: first(index).__setitem__(0, "al/ice"),
+        lambda index, tensors: first(index).__setitem__(2, "xyz"),
+        lambda index, tensors: first(index)[3].__setitem__(2, 2**70),
+        lambda index, tensors: first(index)[3].__setitem__(3, [5, 5]),
+        lambda index, tensors: index["gone"].append(["key", "stolen", 3, 1e9]),
+        lambda index, tensors: index.update(models=3),
+    ],
+)
+def test_a_snapshot_that_somebody_else_wrote_is_checked_as_input(
+    tmp_path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]
+) -> None:
+    file = tmp_path / "sessions"
+
+    def restored() -> int:
+        engine, store, _ = machinery()
+        snapshots = Snapshots(file, store, lambda: [engine], lambda key, digest: engine)
+        try:
+            return snapshots.restore()
+        finally:
+            snapshots.close()
+
+    engine, store, _ = machinery()
+    session, _ = store.create_now(engine, {"s": np.ones(2, np.float32)}, session_id="one")
+    y = np.ones((1, 2), np.float32)
+    session.applied = AppliedChange(IdempotencyKey(0, b"0" * 32), 1, y, None)
+    snapshots = Snapshots(file, store, lambda: [engine], lambda key, digest: engine)
+    asyncio.run(snapshots.write())
+    snapshots.close()
+    written = file.read_bytes()
+    assert restored() == 1
+    file.write_bytes(rewritten(written, lambda index, tensors: None))
+    assert restored() == 1
+    file.write_bytes(rewritten(written, change))
+    with pytest.raises(BadSnapshot):
+        restored()
+
+
+def test_neither_the_snapshot_nor_its_lock_can_be_read_by_others_or_leads_elsewhere(tmp_path: Path) -> None:
+    file, victim = tmp_path / "sessions", tmp_path / "victim"
+    victim.write_text("whole")
+    (tmp_path / "sessions.new").symlink_to(victim)
+    engine, store, _ = machinery()
+    snapshots = Snapshots(file, store, lambda: [engine], lambda key, digest: engine)
+    asyncio.run(snapshots.write())
+    snapshots.close()
+    assert victim.read_text() == "whole"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (file, tmp_path / "sessions.lock")} == {0o600}
+    (tmp_path / "sessions.lock").unlink()
+    (tmp_path / "sessions.lock").symlink_to(victim)
+    with pytest.raises(BadSnapshot):
+        Snapshots(file, store, lambda: [engine], lambda key, digest: engine)
+    assert victim.read_text() == "whole"

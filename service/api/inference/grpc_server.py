@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import chain
 from time import perf_counter
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import grpc
 from google.protobuf.json_format import ParseDict
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from cellserve.service.api.asgi import as_problem
+from cellserve.service.api.client_identity import grpc_peer
 from cellserve.service.api.inference import metadata
 from cellserve.service.api.inference.codec import check_output
 from cellserve.service.api.inference.errors import NotByProtocol, grpc_code, http_status
@@ -71,7 +72,8 @@ class GrpcServer:
         )
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._methods, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        names = SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(self._methods, names), self._server)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         port = self._server.add_insecure_port(f"{host}:{settings.grpc_port}")
         await self._server.start()
@@ -144,7 +146,7 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
 
     @_answering
     async def ModelReady(self, request: Message, context: Message) -> Message:
-        self._owner(context)
+        self.owner(context)
         try:
             await self._inference.engine(request.name, request.version)
         except UnknownModel:
@@ -153,30 +155,30 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
 
     @_answering
     async def ServerMetadata(self, request: Message, context: Message) -> Message:
-        self._owner(context)
+        self.owner(context)
         return ParseDict(metadata.server(), pb.ServerMetadataResponse())
 
     @_answering
     async def ModelMetadata(self, request: Message, context: Message) -> Message:
-        self._owner(context)
+        self.owner(context)
         model = (await self._inference.engine(request.name, request.version)).model
         return ParseDict(metadata.metadata(model, self._inference.versions(model.name)), pb.ModelMetadataResponse())
 
     @_answering
     async def ModelConfig(self, request: Message, context: Message) -> Message:
-        self._owner(context)
+        self.owner(context)
         config = self._inference.config(await self._inference.engine(request.name, request.version))
         return ParseDict({"config": config}, pb.ModelConfigResponse())
 
     @_answering
     async def ModelStatistics(self, request: Message, context: Message) -> Message:
-        self._owner(context)
+        self.owner(context)
         statistics = await self._inference.statistics_document(request.name, request.version)
         return ParseDict(statistics, pb.ModelStatisticsResponse())
 
     @_answering
     async def RepositoryIndex(self, request: Message, context: Message) -> Message:
-        self._owner(context)
+        self.owner(context)
         models = metadata.index(chain.from_iterable(self._service.versions.states().values()))
         return ParseDict({"models": models}, pb.RepositoryIndexResponse())
 
@@ -188,21 +190,23 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
 
     @_answering
     async def ModelInfer(self, request: Message, context: Message) -> Message:
-        return await self._infer(self._owner(context), request)
+        return await self._infer(self.owner(context), request)
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Message], context: Message) -> AsyncIterator[Message]:
+        stream: RequestStream | None = None
         try:
-            owner = self._owner(context)
+            owner = self.owner(context)
+            stream = RequestStream(lambda request: self._streamed(owner, request), self._service.settings.stream_window)
+            self.streams.add(stream)
+            with self._service.holding_key(_headers(context), owner, stream.refuse):
+                async for answer in stream.answers(requests):
+                    yield answer
         except Problem as problem:
             about = self.request_context(context)
             await _abort(context, _record_problem(problem, about, "ModelStreamInfer"), about)
-        stream = RequestStream(lambda request: self._streamed(owner, request), self._service.settings.stream_window)
-        self.streams.add(stream)
-        try:
-            async for answer in stream.answers(requests):
-                yield answer
         finally:
-            self.streams.discard(stream)
+            if stream is not None:
+                self.streams.discard(stream)
 
     async def _streamed(self, owner: str, request: Message) -> Message:
         about = self.request_context()
@@ -244,11 +248,32 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
             given if 0 < len(given) <= _LONGEST_VALUE else new_id(), self._service.counts.surfaces["inference"]
         )
 
-    def _owner(self, context: Message) -> str:
-        metadata = context.invocation_metadata() or ()
-        return self._service.owner(
-            (name.encode(), value.encode() if isinstance(value, str) else value) for name, value in metadata
-        )
+    def owner(self, context: Message) -> str:
+        """Returns the owner whose key is in a call's metadata; raises Unauthorized or TooManyWrongKeys."""
+        return self._service.owner(_headers(context), (grpc_peer(context.peer()), 0))
+
+
+def _headers(context: Message) -> list[tuple[bytes, bytes]]:
+    """Returns a call's metadata as headers."""
+    metadata = context.invocation_metadata() or ()
+    return [(name.encode(), value.encode() if isinstance(value, str) else value) for name, value in metadata]
+
+
+class _Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]
+    """Reflection, for those who have a key where keys are used."""
+
+    def __init__(self, methods: _Methods, names: Sequence[str]) -> None:
+        super().__init__(names)
+        self._methods = methods
+
+    async def ServerReflectionInfo(self, requests: AsyncIterator[Message], context: Message) -> AsyncIterator[Message]:
+        try:
+            self._methods.owner(context)
+        except Problem as problem:
+            about = self._methods.request_context(context)
+            await _abort(context, _record_problem(problem, about, "ServerReflectionInfo"), about)
+        async for answer in super().ServerReflectionInfo(requests, context):
+            yield answer
 
 
 @_answering

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from cellserve.service.api.inference.grpc_messages import Message, plain
+from cellserve.service.errors import Problem
 
 
 class RequestStream:
@@ -18,16 +19,18 @@ class RequestStream:
 
     def __init__(self, answer: Callable[[Message], Awaitable[Message]], window: int) -> None:
         self._answer, self._window = answer, asyncio.Semaphore(window)
-        self._answers: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[Message | Problem | None] = asyncio.Queue()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._last: dict[tuple[str, str], asyncio.Task[None]] = {}  # by model and sequence
         self._reading: asyncio.Task[None] | None = None
 
     async def answers(self, requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
-        """Yields the answers as they complete."""
+        """Yields the answers as they complete; raises the problem that the stream was refused with."""
         self._reading = asyncio.create_task(self._read(requests))
         try:
             while (answer := await self._answers.get()) is not None:
+                if isinstance(answer, Problem):
+                    raise answer
                 yield answer
                 self._window.release()
         finally:
@@ -38,6 +41,12 @@ class RequestStream:
         """Stops reading requests; those in flight are still answered."""
         if self._reading is not None:
             self._reading.cancel()
+
+    def refuse(self, problem: Problem) -> None:
+        """Ends the stream at once, with a problem; requests in flight are dropped."""
+        while not self._answers.empty():
+            self._answers.get_nowait()
+        self._answers.put_nowait(problem)
 
     async def _read(self, requests: AsyncIterator[Message]) -> None:
         try:

@@ -66,7 +66,7 @@ class HttpInference:
 
     async def _infer(self, scope: Scope, receive: Receive, send: Send, name: str, version: str) -> None:
         headers = dict(scope["headers"])
-        owner = self._service.owner(scope["headers"])
+        owner = self._service.owner(scope["headers"], scope["client"])
         engine = await self._inference.engine(name, version)
         limit = self._service.settings.max_body_bytes
         content = await read_rest(await receive(), scope, receive, limit)
@@ -94,11 +94,11 @@ class HttpInference:
         inference, service = self._inference, self._service
         match path:
             case ["health", "live"]:
-                return b""
+                return b'{"live":true}'
             case ["health", "ready"]:
                 inference.check_ready()
-                return b""
-        service.owner(scope["headers"])
+                return b'{"ready":true}'
+        service.owner(scope["headers"], scope["client"])
         match path:
             case []:
                 return orjson.dumps(metadata.server())
@@ -123,7 +123,7 @@ class HttpInference:
                 return orjson.dumps(metadata.metadata(engine.model, inference.versions(name)))
             case ["ready"]:
                 inference.check_ready()
-                return b""
+                return orjson.dumps({"name": engine.model.name, "ready": True})
             case ["config"]:
                 return orjson.dumps(inference.config(engine))
             case ["stats"]:

@@ -66,12 +66,12 @@ def paths() -> dict[str, Any]:
     """Returns the paths."""
     found = {
         "/v2": {"get": _operation("The server's metadata", "v2_server", _DOCUMENT)},
-        "/v2/health/live": {"get": _operation("Is the process alive?", "v2_live")},
-        "/v2/health/ready": {"get": _operation("Does it take requests?", "v2_ready")},
+        "/v2/health/live": {"get": _operation("Is the process alive?", "v2_live", _DOCUMENT)},
+        "/v2/health/ready": {"get": _operation("Does it take requests?", "v2_ready", _DOCUMENT)},
         "/v2/models/stats": {"get": _operation("Statistics of all models", "v2_stats", _DOCUMENT)},
         "/v2/repository/index": {"post": _operation("The models that are served", "v2_index", _DOCUMENT)},
     }
-    of_model = (("", "A model's metadata", _DOCUMENT), ("/ready", "Does a model take requests?", None),
+    of_model = (("", "A model's metadata", _DOCUMENT), ("/ready", "Does a model take requests?", _DOCUMENT),
                 ("/config", "A model's configuration, as Triton has it", _DOCUMENT),
                 ("/stats", "A model's statistics", _DOCUMENT))  # fmt: skip
     for prefix, names in (
@@ -105,14 +105,14 @@ def _infer(operation_id: str) -> dict[str, Any]:
     return operation
 
 
-def _operation(summary: str, operation_id: str, content: dict[str, Any] | None = None) -> dict[str, Any]:
+def _operation(summary: str, operation_id: str, content: dict[str, Any]) -> dict[str, Any]:
     failed = {"content": {"application/json": {"schema": _ERROR}}}
     return {
         "tags": ["inference protocol"],
         "summary": summary,
         "operationId": operation_id,
         "responses": {
-            "200": {"description": "done", **({"content": content} if content else {})},
+            "200": {"description": "done", "content": content},
             "4XX": {"description": "The request is invalid; the error says where and why.", **failed},
             "5XX": {"description": "Nothing was applied; Retry-After says when to try again.", **failed},
         },

@@ -19,7 +19,7 @@ import orjson
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from cellserve.service.api.asgi import as_problem
+from cellserve.service.api.asgi import as_problem, send_problem
 from cellserve.service.api.session_requests import (
     CreateRequest,
     ForkRequest,
@@ -33,8 +33,16 @@ from cellserve.service.api.websocket import binary_frames, json_frames
 from cellserve.service.api.websocket.binary_frames import STEP, Frame, Group
 from cellserve.service.api.websocket.json_frames import Attach, Auth, Close, Fork, Open, Reset, Step
 from cellserve.service.api.websocket.send_queue import SendQueue
-from cellserve.service.context import ServiceContext
-from cellserve.service.errors import Forbidden, InvalidInput, Problem, Unauthorized, UnknownSession, UpgradeRequired
+from cellserve.service.auth import HeldKey
+from cellserve.service.context import Headers, ServiceContext
+from cellserve.service.errors import (
+    InvalidInput,
+    Problem,
+    TooManyWrongKeys,
+    Unauthorized,
+    UnknownSession,
+    UpgradeRequired,
+)
 from cellserve.service.idempotency import state_key, step_key
 from cellserve.service.observability.request_context import get_context, problem_body
 from cellserve.service.sessions.pending import BatchStepResult, PendingBatch, PendingStep, StepResult
@@ -44,6 +52,7 @@ from cellserve.service.validation.json_input import decode
 Array = NDArray[Any]
 
 _AUTH_SECONDS = 10
+_REFUSAL_SECONDS = 0.5
 _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 _CACHED_GROUPS = 8  # groups of sessions per socket
 
@@ -58,33 +67,31 @@ class StreamEndpoint:
         """Serves one socket until it is closed."""
         await receive()
         try:
-            self._check_origin(scope)
-            has_key = self.service.keys is None or any(name == b"authorization" for name, _ in scope["headers"])
-            owner = self.service.owner(scope["headers"]) if has_key else None
+            headers: Headers = [header for header in scope["headers"] if header[0] == b"authorization"]
+            has_key = self.service.keys is None or headers != []
+            owner = self.service.owner(headers, scope["client"]) if has_key else None
         except Problem as problem:
-            start = {"type": "websocket.http.response.start", "status": problem.status, "headers": problem.headers()}
-            await send(start)
-            await send({"type": "websocket.http.response.body", "body": problem_body(problem, scope)})
+            await send_problem(send, problem, scope)
             return
         await send({"type": "websocket.accept"})
         if owner is None:
-            owner = await self._authenticated(scope, receive, send)
-        if owner is not None:
-            await _Socket(self.service, owner, scope, send).serve(receive)
+            authenticated = await self._authenticated(scope, receive, send)
+            if authenticated is None:
+                return
+            owner, headers = authenticated
+        socket = _Socket(self.service, owner, scope, send)
+        try:
+            async with self.service.while_key_valid(headers, owner) as socket.key:
+                await socket.serve(receive)
+        except Unauthorized as revoked:
+            await socket.refuse(revoked)
 
-    def _check_origin(self, scope: Scope) -> None:
-        """Raises Forbidden if a page of a foreign origin (RFC 6454) that is not allowed opens the socket."""
-        headers = dict(scope["headers"])
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        allowed = self.service.settings.allowed_origins.split(",")
-        same = origin.partition("://")[2] == headers.get(b"host", b"").decode("latin-1")
-        if origin and not same and origin not in [one.strip() for one in allowed]:
-            raise Forbidden(
-                f"pages of {origin[:200]} may not open sockets here: the server can allow them with --allowed-origins"
-            )
+    async def _authenticated(self, scope: Scope, receive: Receive, send: Send) -> tuple[str, Headers] | None:
+        """Reads the first frame, which must have a key.
 
-    async def _authenticated(self, scope: Scope, receive: Receive, send: Send) -> str | None:
-        """Reads the first frame, which must have a key; returns its owner, or None if the socket was closed."""
+        Returns:
+            The key's owner, and headers with the key; None if the socket was closed.
+        """
         ref: Any = None
         try:
             async with asyncio.timeout(_AUTH_SECONDS):
@@ -93,15 +100,21 @@ class StreamEndpoint:
                 return None
             body = (message.get("text") or "").encode()
             ref = json_frames.ref_of(body)
-            owner = self.service.owner([_bearer_header(decode(json_frames.auth_decoder, body).key)])
+            headers = [_bearer_header(decode(json_frames.auth_decoder, body).key)]
+            owner = self.service.owner(headers, scope["client"])
             await send({"type": "websocket.send", "text": orjson.dumps({"op": "auth", "ref": ref}).decode()})
-            return owner
+            return owner, headers
         except (Problem, TimeoutError) as error:
             detail = 'this server needs a key: send {"op": "auth", "key": ...} in the first frame'
-            problem = error if isinstance(error, Unauthorized) else Unauthorized(detail)
-            await send({"type": "websocket.send", "text": orjson.dumps(_error_frame(scope, ref, problem)).decode()})
-            await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
+            problem = error if isinstance(error, Unauthorized | TooManyWrongKeys) else Unauthorized(detail)
+            await _refuse(scope, send, ref, problem)
             return None
+
+
+async def _refuse(scope: Scope, send: Send, ref: Any, problem: Problem) -> None:
+    """Says why and closes the socket."""
+    await send({"type": "websocket.send", "text": orjson.dumps(_error_frame(scope, ref, problem)).decode()})
+    await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
 
 
 async def reject_plain_http(scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,9 +133,10 @@ class _Socket:
     def __init__(self, service: ServiceContext, owner: str, scope: Scope, send: Send) -> None:
         self.service = service
         self.owner = owner
-        self.scope = scope
+        self.scope, self.send = scope, send
         self.fast: FastPathWebSocket | None = scope["extensions"].get(FRAMES_EXTENSION)
         self.send_queue = SendQueue(send, self.fast, service.settings.stream_window)
+        self.key: HeldKey | None = None  # None where no keys are used
         self.counts = get_context(scope).surface
         self.sessions: list[Session] = []  # indexed by handle
         self.handles: dict[str, int] = {}
@@ -155,6 +169,15 @@ class _Socket:
                 task.cancel()
             for pending in self.pending:
                 pending.cancel()
+
+    async def refuse(self, problem: Problem) -> None:
+        """Says why and closes the socket, at once if its client does not read."""
+        try:
+            async with asyncio.timeout(_REFUSAL_SECONDS):
+                await _refuse(self.scope, self.send, None, problem)
+        except TimeoutError:
+            if self.fast:
+                self.fast.transport.abort()
 
     def _put_json(self, document: Any, last: bool = True) -> None:
         self.send_queue.put(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), True, last)
@@ -258,11 +281,15 @@ class _Socket:
         answer: dict[str, Any] = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
         match frame:
             case Auth():
-                # The socket is authenticated already; a key of the same owner does no harm.
-                if self.service.keys is not None and self.service.owner([_bearer_header(frame.key)]) != self.owner:
-                    raise InvalidInput(
-                        "key: it belongs to another owner than the socket's: open another socket with it", place="key"
-                    )
+                # The socket is authenticated already; from now on it lives as long as this key of the same owner.
+                if self.key is not None:
+                    header = _bearer_header(frame.key)
+                    if self.service.owner([header], self.scope["client"]) != self.owner:
+                        raise InvalidInput(
+                            "key: it belongs to another owner than the socket's: open another socket with it",
+                            place="key",
+                        )
+                    self.key.replace(header[1])
                 return answer
             case Step():
                 session = await self._found(frame.session)

@@ -22,13 +22,16 @@ from typing import IO, Any
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from safetensors.numpy import load, save
+from safetensors import SafetensorError
+from safetensors.numpy import save
 
 from cellserve.service.engine.engine import Engine
 from cellserve.service.idempotency import AppliedChange, IdempotencyKey
 from cellserve.service.model_repository.model import VersionKey
+from cellserve.service.private_files import append_private, create_private
 from cellserve.service.sessions.session import Session, key_of
 from cellserve.service.sessions.stores.memory import MemoryStore, Tombstone
+from cellserve.service.sessions.stores.snapshot_input import Applied, Index, SessionRow, check_rows, read_document
 from cellserve.service.sessions.table import SessionTable
 
 Array = NDArray[Any]
@@ -48,7 +51,7 @@ class _Part:
     """The sessions of one model."""
 
     header: dict[str, Any]  # model, version, digest
-    sessions: list[list[Any]] = field(default_factory=list)  # owner, id, creation_digest, applied
+    sessions: list[SessionRow] = field(default_factory=list)
     arrays: dict[str, list[Array]] = field(default_factory=dict)
 
     def tensors(self, place: int) -> dict[str, Array]:
@@ -90,25 +93,24 @@ class Snapshots:
         """
         if not self._path.exists():
             return 0
-        document = _read(self._path)
-        index = orjson.loads(document.pop("told").tobytes())
+        index, document = _read(self._path)
         table, now = self._table, self._table.clock() - time.time()
         count = 0
-        for place, part in enumerate(index["models"]):
-            arrays = {name: document[f"{place}/{name}"] for name in part["arrays"]}
-            engine = self._find_engine(VersionKey(part["model"], part["version"]), part["digest"])
+        for place, part in enumerate(index.models):
+            arrays = {name: document[f"{place}/{name}"] for name in part.arrays}
+            engine = self._find_engine(VersionKey(part.model, part.version), part.digest)
             if engine is None:
-                header = {key: part[key] for key in ("model", "version", "digest")}
-                self._unrestored.append((_Part(header, part["sessions"]), arrays))
-                waiting = f"{part['model']!r}, version {part['version']}"
-                self._store.awaiting_model |= {key_of(owner, name): waiting for owner, name, *_ in part["sessions"]}
+                header = {"model": part.model, "version": part.version, "digest": part.digest}
+                self._unrestored.append((_Part(header, part.sessions), arrays))
+                waiting = f"{part.model!r}, version {part.version}"
+                self._store.awaiting_model |= {key_of(owner, name): waiting for owner, name, *_ in part.sessions}
                 log.error(
                     "%d sessions of model %s version %s stay in the snapshot: that version is not here",
-                    len(part["sessions"]), part["model"], part["version"],
+                    len(part.sessions), part.model, part.version,
                 )  # fmt: skip
                 continue
-            count += _restore_sessions(table, engine, part["sessions"], arrays, now)
-        for key, reason, position, until in index["gone"]:
+            count += _restore_sessions(table, engine, part.sessions, arrays, now)
+        for key, reason, position, until in index.gone:
             self._store.tombstones[key] = Tombstone(reason, position, until + now)
         return count
 
@@ -150,7 +152,7 @@ class Snapshots:
                 own = [session for session in sessions[start : start + _ROWS] if session.alive]
                 slots = np.array([session.slot for session in own], np.intp)
                 part.sessions += [
-                    [one.owner, one.id, one.creation_digest.hex(), _applied_to_json(one.applied)] for one in own
+                    (one.owner, one.id, one.creation_digest.hex(), _applied_to_json(one.applied)) for one in own
                 ]
                 rows = {"position": arena.position[slots], "used": arena.last_used[slots] + to_wall}
                 rows |= {f"state.{name}": state for name, state in arena.read_many(slots).items()}
@@ -191,7 +193,7 @@ class Snapshots:
         tensors["told"] = np.frombuffer(orjson.dumps({"models": models, "gone": gone}), np.uint8)
         content = _MAGIC + save(tensors)
         new = self._path.with_name(self._path.name + ".new")
-        with new.open("wb") as file:
+        with create_private(new) as file:
             file.write(content)
             file.write(hashlib.sha256(content).digest())
             file.flush()
@@ -205,9 +207,9 @@ class Snapshots:
 
 
 def _restore_sessions(
-    table: SessionTable, engine: Engine, rows: list[list[Any]], arrays: dict[str, Array], now: float
+    table: SessionTable, engine: Engine, rows: list[SessionRow], arrays: dict[str, Array], now: float
 ) -> int:
-    """Restores the sessions of one model; returns their number.
+    """Restores the sessions of one model; returns their number. Raises BadSnapshot.
 
     Args:
         table: Receives the sessions.
@@ -217,6 +219,10 @@ def _restore_sessions(
         now: Seconds to add to a wall clock time to get the table's clock.
     """
     arena = engine.arena
+    try:
+        check_rows(engine, rows, arrays)
+    except (KeyError, ValueError) as error:
+        raise BadSnapshot(f"the snapshot's sessions of model {engine.model.name} are not such: {error}") from None
     slots = arena.allocate_many(len(rows))
     if slots is None:
         raise BadSnapshot(f"the snapshot has {len(rows)} sessions of model {engine.model.name}: raise --max-sessions")
@@ -245,15 +251,15 @@ def _restore_sessions(
     return len(rows)
 
 
-def _applied_to_json(applied: AppliedChange | None) -> list[Any] | None:
+def _applied_to_json(applied: AppliedChange | None) -> Applied | None:
     if applied is None:
         return None
     shape = None if applied.y is None else list(applied.y.shape)
     has_states_before = applied.states_before is not None
-    return [applied.key.position, applied.key.digest.hex(), applied.position_after, shape, has_states_before]
+    return applied.key.position, applied.key.digest.hex(), applied.position_after, shape, has_states_before
 
 
-def _read(path: Path) -> dict[str, Array]:
+def _read(path: Path) -> tuple[Index, dict[str, Array]]:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -264,12 +270,15 @@ def _read(path: Path) -> dict[str, Array]:
         raise BadSnapshot(
             f"{path} is damaged (its SHA-256 does not match): restore it from a backup, or move it away to start empty"
         )
-    return dict(load(content[len(_MAGIC) : -32]))
+    try:
+        return read_document(content[len(_MAGIC) : -32])
+    except (ValueError, SafetensorError) as error:
+        raise BadSnapshot(f"{path} is not as a server writes it, and is left untouched: {error}") from None
 
 
 def _locked(path: Path) -> IO[bytes]:
     try:
-        lock = path.with_name(path.name + ".lock").open("wb")
+        lock = append_private(path.with_name(path.name + ".lock"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BadSnapshot(f"{path} is in use by another process: each server needs a snapshot of its own") from None

@@ -1,0 +1,76 @@
+"""Opens a model version in a process of its own first: ONNX Runtime can crash while it opens a file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from cellserve.service.model_repository.errors import BrokenModel, Stopping
+from cellserve.service.runtime.onnx_model import RuntimeOptions
+
+_SECONDS = 300  # a version that takes longer is refused
+_NICE = 10
+
+
+class Trial:
+    """Opens versions one at a time, each in a process that is allowed to crash."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # of the two below
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+
+    def open(self, name: str, path: Path, options: RuntimeOptions, max_batch: int, max_bytes: int) -> None:
+        """Returns if opening a version here will not crash; the arguments are those of `repository.load`.
+
+        Raises:
+            BrokenModel: It crashed, or took too long.
+            Stopping: `close` was called.
+        """
+        with self._lock:
+            if self._closed:
+                raise Stopping
+            process = self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        try:
+            process.communicate(pickle.dumps((name, path, options, max_batch, max_bytes)), _SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise BrokenModel(f"a process that tried to open it did not end within {_SECONDS} seconds") from None
+        except OSError:  # it ended before it read all
+            process.wait()
+        if self._closed:
+            raise Stopping
+        if process.returncode < 0:
+            how = signal.Signals(-process.returncode).name
+            raise BrokenModel(f"ONNX Runtime crashed ({how}) in a process that tried to open it")
+
+    def close(self) -> None:
+        """Ends the process under way, and opens none any more."""
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                self._process.kill()
+
+
+def _main() -> None:
+    """Opens the version that standard input describes. Errors are left to the server, which meets them itself."""
+    # Here and not above: the repository imports this module.
+    from cellserve.service.model_repository.repository import load
+
+    os.nice(_NICE)
+    load(*pickle.load(sys.stdin.buffer))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,37 @@
+"""Files with states or keys: readable by their owner alone, and never written through a link that somebody laid."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+_MODE = 0o600
+# Without O_NONBLOCK, opening a pipe would wait for its reader.
+_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def create_private(path: Path) -> IO[bytes]:
+    """Opens a new file for writing, in place of any file or link of that name; raises OSError."""
+    with suppress(FileNotFoundError):
+        path.unlink()
+    return os.fdopen(os.open(path, _FLAGS | os.O_EXCL, _MODE), "wb")
+
+
+def append_private(path: Path) -> IO[bytes]:
+    """Opens a file for appending, and creates it if it is missing; others cannot read it any more.
+
+    Raises:
+        OSError: It cannot be opened, or is a link or no file.
+    """
+    file = os.fdopen(os.open(path, _FLAGS | os.O_APPEND, _MODE), "ab")
+    try:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path} is not a file")
+        os.fchmod(file.fileno(), _MODE)
+    except OSError:
+        file.close()
+        raise
+    return file
