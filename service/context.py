@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from cellserve.service.auth import HeldKey, Keys
 from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.memory import MemoryTrimmer
 from cellserve.service.errors import NotAnOperator, ServerFull, Unauthorized
 from cellserve.service.model_manager import ModelManager
 from cellserve.service.model_repository.model import Model
@@ -122,6 +123,7 @@ class ServiceContext:
             restored = self.snapshots.restore()
             self.sessions.sweep()  # expired while the server was down
             log.info("%d sessions restored from %s", restored, settings.snapshot)
+        self._memory = MemoryTrimmer()
         self.ready = False
         self.stopping = False  # whether the server shuts down: connections should close as soon as possible
         self.exit_status = 0
@@ -239,6 +241,7 @@ class ServiceContext:
             await asyncio.sleep(min(_SWEEP_SECONDS, self.settings.session_idle_seconds))
             self.sessions.sweep()
             self.versions.sweep()
+            await self._memory.sweep([engine.arena for engine in self.versions.loaded.values()])
             if self.snapshots is not None:
                 await self._restore_waiting(self.snapshots)
             if self.snapshots is not None and time.monotonic() - written >= self.settings.snapshot_seconds:

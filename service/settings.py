@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     quantum: int = Field(32, ge=1, le=65536, description="maximum time steps of one row per run")
     inline_microseconds: int = Field(1000, ge=0, description="runs predicted to take longer use a thread")
     max_queued_steps: int = Field(1_000_000, ge=1, description="maximum queued time steps per model; then 503")
+    max_queued_steps_per_client: int = Field(
+        250_000, ge=1, description="maximum queued time steps per model and client; one request with more: 413"
+    )
     max_whole_steps: int = Field(65_536, ge=1, description="maximum time steps per run of a predict-only model")
     max_rollout_steps: int = Field(4096, ge=1, description="maximum steps per rollout request")
     max_sessions: int = Field(100_000, ge=1, description="maximum live sessions")

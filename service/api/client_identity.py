@@ -33,7 +33,12 @@ def peer_of(source: Scope | asyncio.BaseTransport) -> str:
     """
     # Not by the transport's type: uvloop's are none of asyncio's.
     known = source.get("client") if isinstance(source, MutableMapping) else source.get_extra_info("peername")
-    return host_identity(known[0]) if known and not isinstance(known, str | bytes) else ""
+    return "" if isinstance(known, str | bytes) else address_identity(known)
+
+
+def address_identity(address: Address) -> str:
+    """Returns the identity of an address: that of its host; empty for a Unix socket."""
+    return host_identity(address[0]) if address else ""
 
 
 def grpc_peer(peer: str) -> str:

@@ -14,7 +14,7 @@ import orjson
 
 from cellserve.service.api.asgi import JSON, REPLAY, OnePerLoopIteration, as_problem
 from cellserve.service.api.browser_rules import BrowserRules
-from cellserve.service.api.client_identity import TrustedProxies
+from cellserve.service.api.client_identity import TrustedProxies, address_identity
 from cellserve.service.api.predict_codec import parse_simple_prediction, prediction_json, wants_every_output
 from cellserve.service.api.step_codec import NOT_SIMPLE, parse_simple_step, step_json
 from cellserve.service.context import ServiceContext
@@ -140,7 +140,7 @@ class FastPath:
         if self._rules is not None and not self._rules.take_fast_path(exchange.headers):
             return False
         try:
-            self.service.known_owner(exchange.headers, exchange.connection.client)
+            owner = self.service.known_owner(exchange.headers, exchange.connection.client)
             request = parse_simple_prediction(exchange.body)
             engine = self.service.engine(request.model)
             model = engine.model
@@ -150,7 +150,8 @@ class FastPath:
             (x,) = model.reader.arrays(request.sequences)
             every_output = wants_every_output(model, request.outputs)
             on_done = partial(self._answer_prediction, exchange, model, every_output)
-            exchange.pending = start_sequence(engine, x, every_output, request.return_states, on_done)
+            client = owner or address_identity(exchange.connection.client)
+            exchange.pending = start_sequence(engine, x, every_output, request.return_states, on_done, client)
         except (*NOT_SIMPLE, Problem):
             return False
         return True

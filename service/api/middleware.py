@@ -10,10 +10,12 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cellserve.service.api.client_identity import peer_of
 from cellserve.service.api.fast_path import FastPath
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import Unauthorized
 from cellserve.service.observability.request_context import HEADER, KEY, RequestContext, new_id, route
+from cellserve.service.sessions.session import peer
 
 _ID = re.compile(rb"[!-~]{1,128}")
 
@@ -41,6 +43,7 @@ class ObservabilityMiddleware:
         if root_path and scope["path"].startswith(f"{root_path}/"):  # not every proxy strips it
             scope["path"] = scope["path"].removeprefix(root_path)
         counts = self.service.counts
+        peer.set(peer_of(scope))
         context = scope[KEY] = RequestContext(self._id(scope), counts.surface(scope["path"]))
         header = HEADER, context.id.encode()
         is_websocket = scope["type"] == "websocket"

@@ -30,6 +30,7 @@ from cellserve.service.api.step_codec import NOT_SIMPLE
 from cellserve.service.context import ServiceContext
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import BodyTooLarge, InvalidInput, VersionLoading
+from cellserve.service.sessions.session import current_client
 from cellserve.service.validation.json_input import PART_BYTES
 
 Array = NDArray[Any]
@@ -52,10 +53,10 @@ class Predict:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request in its own format, JSON or safetensors."""
-        self.service.owner(scope["headers"], scope["client"])
+        owner = self.service.owner(scope["headers"], scope["client"])
         kind = content_type(scope)
         if kind in safetensors.MEDIA_TYPES:
-            await self._binary(scope, receive, send)
+            await self._binary(owner, scope, receive, send)
             return
         check_json(kind)
         body = await read_body(scope, receive, self.service.settings.max_body_bytes)
@@ -74,7 +75,7 @@ class Predict:
         states = None
         if bytes(request.states) != b"null":
             states = model.reader.states(request.states, len(sequences))
-        outputs, every_output, final = await self._advance(engine, receive, sequences, states, request)
+        outputs, every_output, final = await self._advance(owner, engine, receive, sequences, states, request)
         answer = prediction_json(model, outputs, every_output, final if request.return_states else None)
         await send_json(send, answer)
 
@@ -108,18 +109,19 @@ class Predict:
             sequences.append(np.concatenate(parts))
         return request, engine, sequences
 
-    async def _binary(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _binary(self, owner: str, scope: Scope, receive: Receive, send: Send) -> None:
         options = safetensors.read_options(scope["query_string"])
         body = await read_body(scope, receive, self.service.settings.max_body_bytes)
         await self._one_per_iteration()
         engine = await self.service.engine_when_loaded(options.model)
         sequences, states = safetensors.read(body, engine.model)
-        outputs, every_output, final = await self._advance(engine, receive, sequences, states, options)
+        outputs, every_output, final = await self._advance(owner, engine, receive, sequences, states, options)
         answer = safetensors.write(engine.model, outputs, every_output, final if options.return_states else None)
         await send_body(send, 200, [(b"content-type", safetensors.MEDIA_TYPES[0])], answer)
 
     async def _advance(
         self,
+        owner: str,
         engine: Engine,
         receive: Receive,
         sequences: list[Array],
@@ -135,6 +137,7 @@ class Predict:
             )
         every_output = wants_every_output(engine.model, options.outputs)
         runner = engine.sequences
-        work = runner.run(sequences, states, every_output, options.return_states, "sequences")
+        client = current_client(owner)
+        work = runner.run(sequences, states, every_output, options.return_states, "sequences", client)
         outputs, final = await (cancel_on_disconnect(work, receive) if runner.may_wait else work)
         return outputs, every_output, final

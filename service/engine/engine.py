@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cellserve.service.engine.queue_bound import QueueBound
 from cellserve.service.engine.run_errors import run_failed
 from cellserve.service.engine.scheduler import CostModel, RequestQueue, Tick
 from cellserve.service.engine.sequence_runner import SequenceRunner, SteppedSequences, WholeSequences
@@ -77,15 +78,15 @@ class Engine:
         invariant = model.exactness.proved
         self.max_batch = settings.max_batch if invariant else 1
         self.counts = TickCounts()
+        self.bound = QueueBound(model.name, settings.max_queued_steps, settings.max_queued_steps_per_client)
         # The runner refers to the engine weakly: without a cycle, an unloaded engine is freed as soon as it is unused.
         self.sequences: SequenceRunner = (
             SteppedSequences(weakref.proxy(self), model.runtime)
             if model.runtime.signature.predict_only is None
-            else WholeSequences(model, self.max_batch, settings.max_whole_steps, self.counts)
+            else WholeSequences(model, self.max_batch, settings.max_whole_steps, self.counts, self.bound)
         )
         self._quantum = settings.quantum if invariant else 1
         self._inline_seconds = settings.inline_microseconds / 1e6
-        self._max_queued = settings.max_queued_steps
         self._executor = executor
         self._cost = CostModel(self.sequences, self.max_batch)
         # Short items are those that a full tick can run within the event loop's time budget.
@@ -98,7 +99,6 @@ class Engine:
         self._long_queue = RequestQueue(self._cost, self.max_batch, self._quantum, cheap_seconds)
         self._queues = [self._short_queue, self._long_queue]
         self.tracing = tracing
-        self.queued = 0  # waiting time steps, over all rows
         self._committing: set[asyncio.Task[None]] = set()
         self._scheduled = False  # whether a callback of the event loop will run the next ticks
         self._on_thread = False  # whether a tick is running on the thread
@@ -112,6 +112,7 @@ class Engine:
         sink: CompletionSink | None = None,
         keys: Sequence[IdempotencyKey] | None = None,
         before: Sequence[dict[str, Array] | None] | None = None,
+        client: str = "",
     ) -> WorkItem:
         """Enqueues a work item of a model that can be stepped.
 
@@ -124,6 +125,7 @@ class Engine:
                 all. It is notified as soon as the item ends, even if nobody waits for the result any more.
             keys: By row, the idempotency key; for the sink.
             before: By row, the states before the item; for the sink.
+            client: Whose work it is.
 
         Returns:
             The work item. Its `done` receives `y [rows, time, *outputs]` (time is 1 if only the last output is
@@ -131,21 +133,21 @@ class Engine:
             `errors_by_row`; the error of an item's only row is raised by `done`.
 
         Raises:
-            QueueFull: More time steps would wait than the limit.
+            BodyTooLarge, QueueFull: More time steps would wait than the limits.
         """
         rows, steps = x.shape[:2]
-        if self.queued and self.queued + rows * steps > self._max_queued:
-            raise QueueFull(
-                f"{self.queued} time steps are waiting for model {self.model.name!r}: try again in a second"
-            )
         loop = asyncio.get_running_loop()
-        own = self._copy_states(slots) if sink is not None and steps > self._quantum else slots
         done = done or loop.create_future()
-        item = WorkItem(x, rows, steps, own, slots, return_all_outputs, sink, keys, before, done)
+        counted = self.bound.enter(client, rows * steps)
+        try:
+            own = self._copy_states(slots) if sink is not None and steps > self._quantum else slots
+        except BaseException:
+            self.bound.leave(client, rows * steps, counted)
+            raise
+        item = WorkItem(x, rows, steps, own, slots, return_all_outputs, sink, keys, before, done, client, counted)
         if self.tracing is not None:
             item.trace = self.tracing.current()
         (self._short_queue if steps <= self._short_steps else self._long_queue).append(item)
-        self.queued += rows * steps
         if not self._scheduled:
             self._scheduled = True
             loop.call_soon(self._coalesce, 0)
@@ -180,6 +182,11 @@ class Engine:
             yield slots
         finally:
             self.arena.release(slots)
+
+    @property
+    def queued(self) -> int:
+        """Waiting time steps, over all rows."""
+        return self.bound.waiting
 
     @property
     def is_idle(self) -> bool:
@@ -320,7 +327,11 @@ class Engine:
             self._fail(tick, error)
             return
         if tick.is_complete:
-            self.queued -= steps
+            if self.bound.by_client:
+                for item in tick.items:
+                    self.bound.leave(item.client, item.rows * item.remaining, item.is_counted)
+            else:
+                self.bound.waiting -= steps
             self._commit(tick.answers(y), slots, lengths)
             return
         start = 0
@@ -433,13 +444,16 @@ class Engine:
         """Records what one tick did for an item; returns its whole y if it is finished."""
         item.steps_done += steps
         item.remaining -= steps
-        self.queued -= steps * item.rows
+        self.bound.leave(item.client, steps * item.rows, item.is_counted)
         if item.done.cancelled() or (item.errors_by_row and len(item.errors_by_row) == item.rows):
             self._complete_one(item)
             return None
         if item.remaining:
             if item.return_all_outputs:
-                item.outputs = [*(item.outputs or ()), y]
+                if item.outputs is None:
+                    item.outputs = self.model.outputs.zeros(item.rows, item.x.shape[1])
+                # Copied: y is a part of the whole tick's outputs, and would keep those of all its items.
+                item.outputs[:, item.steps_done - steps : item.steps_done] = y
             (self._short_queue if item.x.shape[1] <= self._short_steps else self._long_queue).append(item)
             return None
         if item.slots is not item.target_slots:
@@ -447,14 +461,15 @@ class Engine:
             self.arena.copy(item.slots[good], item.target_slots[good])
         if not item.return_all_outputs:
             y = y[:, -1:]
-        elif item.outputs:
-            y = np.concatenate([*item.outputs, y], axis=1)
+        elif item.outputs is not None:
+            item.outputs[:, -steps:] = y
+            return item.outputs
         return y
 
     def _complete_one(self, item: WorkItem, y: Array | None = None) -> None:
         """Completes an item: with y, all rows without an error have advanced; without y, none has."""
         if y is None:
-            self.queued -= item.remaining * item.rows
+            self.bound.leave(item.client, item.remaining * item.rows, item.is_counted)
         if item.slots is not item.target_slots:
             self.arena.release(item.slots)
         errors = item.errors_by_row or {}

@@ -73,6 +73,7 @@ def start_sequence(
     return_all_outputs: bool,
     return_states: bool,
     on_done: Callable[[SequenceResult | Exception], None],
+    client: str = "",
 ) -> PendingSequence:
     """Starts a sequence from zeros.
 
@@ -82,14 +83,15 @@ def start_sequence(
         return_all_outputs: Whether to return the outputs of all time steps.
         return_states: Whether to return the final states.
         on_done: Called within the tick with the result or the error; it must not raise.
+        client: Whose request it is.
 
     Raises:
-        QueueFull: Too much work is waiting, or too many sequences are in flight.
+        BodyTooLarge, QueueFull: Too much work is waiting, or too many sequences are in flight.
     """
     slots = engine.borrow(1)
     pending = PendingSequence(engine, slots, return_states, on_done)
     try:
-        pending.item = engine.submit(slots, x[None], return_all_outputs, pending)
+        pending.item = engine.submit(slots, x[None], return_all_outputs, pending, client=client)
     except Exception:
         engine.arena.release(slots)
         raise

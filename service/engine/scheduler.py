@@ -23,6 +23,7 @@ _TICK_SECONDS = 100e-6  # overhead of a tick beside the model's run
 _ROW_SECONDS = 3e-6  # overhead of each row of a tick
 # Fraction of a row's own cost. If the overhead of a run, divided by its rows, exceeds it, a larger batch is worth more.
 _OVERHEAD_SHARE = 0.25
+_REMEMBERED_CLIENTS = 4096
 _MAX_PADDING = 0.25  # padding steps of a row, at most, as a fraction of the tick's time steps
 
 
@@ -79,8 +80,55 @@ class Tick:
         return x, np.repeat(np.array(self.lengths, np.int32), rows), slots
 
 
+class Bucket:
+    """Waiting items with equal time steps per tick: first in, first out; by turns of clients while not all fit."""
+
+    __slots__ = ("_by_client", "_turns", "arrived")
+
+    def __init__(self) -> None:
+        self.arrived: deque[WorkItem] = deque()  # behind all items that have been sorted
+        self._by_client: dict[str, deque[WorkItem]] = {}  # sorted items; none is empty
+        self._turns: deque[str] = deque()  # the clients of sorted items, the next one first
+
+    def __bool__(self) -> bool:
+        return bool(self.arrived or self._turns)
+
+    @property
+    def first(self) -> WorkItem:
+        """The next item."""
+        return self._by_client[self._turns[0]][0] if self._turns else self.arrived[0]
+
+    @property
+    def is_sorted(self) -> bool:
+        """Whether items are sorted by client."""
+        return bool(self._turns)
+
+    def sort(self) -> int:
+        """Sorts the items that have arrived by client; returns the number of clients."""
+        while self.arrived:
+            item = self.arrived.popleft()
+            own = self._by_client.get(item.client)
+            if own is None:
+                self._by_client[item.client] = own = deque()
+                self._turns.append(item.client)
+            own.append(item)
+        return len(self._turns)
+
+    def pop(self) -> tuple[WorkItem, bool]:
+        """Removes the next of the sorted items; returns it, and whether its client has more of them."""
+        own = self._by_client[self._turns[0]]
+        item = own.popleft()
+        if not own:
+            del self._by_client[self._turns.popleft()]
+        return item, bool(own)
+
+    def end_turn(self) -> None:
+        """Lets the next client have its turn."""
+        self._turns.rotate(-1)
+
+
 class RequestQueue:
-    """Waiting work items, first in, first out within each bucket of equal time steps per tick.
+    """Waiting work items, in a bucket for each number of time steps that an item can take per tick.
 
     Args:
         cost: The cost model.
@@ -92,9 +140,11 @@ class RequestQueue:
     def __init__(self, cost: CostModel, max_batch: int, quantum: int, cheap_seconds: float) -> None:
         self._cost, self._quantum = cost, quantum
         self._max_rows = cost.max_rows(max_batch, quantum, cheap_seconds)
-        self._buckets: dict[int, deque[WorkItem]] = {}  # by min(remaining, quantum); none is empty
+        self._buckets: dict[int, Bucket] = {}  # by min(remaining, quantum); none is empty
         self._rows = np.zeros(quantum + 1, np.intp)  # waiting rows, by bucket
         self.waiting = 0  # waiting items
+        self._ticks = 0  # ticks that were chosen among several buckets
+        self._last_first: dict[str, int] = {}  # by client, the last of these ticks that took an item of it first
 
     def append(self, item: WorkItem) -> None:
         """Enqueues an item, or enqueues it again after a tick."""
@@ -104,8 +154,8 @@ class RequestQueue:
             steps = self._quantum
         bucket = self._buckets.get(steps)
         if bucket is None:
-            self._buckets[steps] = bucket = deque()
-        bucket.append(item)
+            self._buckets[steps] = bucket = Bucket()
+        bucket.arrived.append(item)
         self._rows[steps] += item.rows
         self.waiting += 1
 
@@ -120,17 +170,16 @@ class RequestQueue:
     def schedule(self, steps: int) -> Tick:
         """Removes the items of the next tick from the queue; the tick is empty if all of them were cancelled.
 
-        The item that has waited longest always takes part. Items that can take `steps` time steps or more join it,
-        those with the fewest steps first. Then shorter ones join, as long as padding them costs less than a tick of
-        their own.
+        The item that has waited longest always takes part; among those of several clients, the one whose client was
+        not so chosen for the longest time. Items that can take `steps` time steps or more join it, those with the
+        fewest steps first. Then shorter ones join, as long as padding them costs less than a tick of their own.
         """
         tick = Tick([], [], [])
         free_rows = int(self._max_rows[steps])
         if len(self._buckets) == 1:
             self._fill(tick, steps, steps, free_rows)
             return tick
-        oldest = min(self._buckets, key=lambda key: self._buckets[key][0].enqueued_at)
-        free_rows -= self._fill(tick, oldest, steps, 1)
+        free_rows -= self._fill(tick, self._choose_first(), steps, 1)
         min_steps = self._cost.min_steps_to_pad(steps)
         longer = sorted(key for key in self._buckets if key >= steps)
         shorter = sorted((key for key in self._buckets if min_steps <= key < steps), reverse=True)
@@ -140,21 +189,58 @@ class RequestQueue:
             free_rows -= self._fill(tick, key, steps, free_rows)
         return tick
 
+    def _choose_first(self) -> int:
+        """Returns the bucket whose next item takes part in any case."""
+        last = self._last_first
+        key = min(
+            self._buckets,
+            key=lambda key: (last.get((item := self._buckets[key].first).client, 0), item.enqueued_at),
+        )
+        self._ticks += 1
+        if len(last) >= _REMEMBERED_CLIENTS:
+            last.clear()
+        last[self._buckets[key].first.client] = self._ticks
+        return key
+
     def _fill(self, tick: Tick, key: int, steps: int, free_rows: int) -> int:
         """Moves items from a bucket to a tick while they fit, the first one in any case; returns the rows moved."""
         bucket, rows = self._buckets[key], 0
-        while bucket and rows < free_rows and (rows + bucket[0].rows <= free_rows or not tick.items):
-            item = bucket.popleft()
-            self._rows[key] -= item.rows
-            self.waiting -= 1
-            if item.done.cancelled():
-                tick.cancelled.append(item)
-            else:
-                tick.add(item, min(item.remaining, steps))
-                rows += item.rows
+        if bucket.is_sorted or self._rows[key] > free_rows:
+            rows = self._fill_by_turns(tick, key, steps, free_rows)
+        else:
+            arrived = bucket.arrived
+            while arrived:
+                rows += self._move(tick, arrived.popleft(), key, steps)
         if not bucket:
             del self._buckets[key]
         return rows
+
+    def _fill_by_turns(self, tick: Tick, key: int, steps: int, free_rows: int) -> int:
+        """Fills a tick from a bucket by turns: in its turn, a client moves its share of the rows."""
+        bucket, rows, in_turn = self._buckets[key], 0, 0
+        share = max(1, free_rows // bucket.sort())
+        while bucket and rows < free_rows:
+            first = bucket.first
+            if rows + first.rows > free_rows and tick.items and not first.done.cancelled():
+                break  # it is still this client's turn in the next tick
+            item, has_more = bucket.pop()
+            moved = self._move(tick, item, key, steps)
+            rows += moved
+            in_turn = in_turn + moved if has_more else 0
+            if in_turn >= share:
+                bucket.end_turn()
+                in_turn = 0
+        return rows
+
+    def _move(self, tick: Tick, item: WorkItem, key: int, steps: int) -> int:
+        """Moves an item that was removed from a bucket to a tick; returns the rows that take part."""
+        self._rows[key] -= item.rows
+        self.waiting -= 1
+        if item.done.cancelled():
+            tick.cancelled.append(item)
+            return 0
+        tick.add(item, min(item.remaining, steps))
+        return item.rows
 
 
 class Profilable(Protocol):

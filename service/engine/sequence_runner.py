@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellserve.service.engine.queue_bound import QueueBound
 from cellserve.service.engine.run_errors import run_failed
 from cellserve.service.engine.scheduler import Profilable
 from cellserve.service.engine.state_arena import Arena, Slots
@@ -48,6 +50,7 @@ class SequenceRunner(Profilable, Protocol):
         return_all_outputs: bool,
         return_states: bool,
         name: str,
+        client: str = "",
     ) -> tuple[list[Array], list[States]]:
         """Runs sequences.
 
@@ -57,13 +60,14 @@ class SequenceRunner(Profilable, Protocol):
             return_all_outputs: Return the outputs of all time steps, or at least the last one.
             return_states: Return the states after each sequence.
             name: What the request calls its sequences, for error messages.
+            client: Whose request it is.
 
         Returns:
             The outputs `[time, *outputs]` of each sequence, and their last states, empty if not wanted.
 
         Raises:
             InvalidInput: A sequence has too few time steps, or the model has no states to start from or to return.
-            BodyTooLarge: A sequence has too many time steps.
+            BodyTooLarge: A sequence, or all of them together, have too many time steps.
             QueueFull: Too much work is waiting.
             NotFinite: An output or a state would not be finite.
             ModelFailed: ONNX Runtime could not run the model.
@@ -77,12 +81,13 @@ class StepEngine(Protocol):
     """The part of the engine that `SteppedSequences` uses."""
 
     arena: Arena
+    bound: QueueBound
 
     @property
     def is_backlogged(self) -> bool:
         """Whether new work may wait so long that its client may disconnect."""
 
-    def submit(self, slots: Slots, x: Array, return_all_outputs: bool) -> WorkItem:
+    def submit(self, slots: Slots, x: Array, return_all_outputs: bool, *, client: str) -> WorkItem:
         """Enqueues a work item."""
 
     def scratch(self, states: Sequence[States | None]) -> AbstractContextManager[Slots]:
@@ -114,16 +119,17 @@ class SteppedSequences:
         return_all_outputs: bool,
         return_states: bool,
         name: str,
+        client: str = "",
     ) -> tuple[list[Array], list[States]]:
         """Allocates a slot for each sequence, advances all of them, and reads their last states."""
         engine = self._engine
+        engine.bound.check(client, sum(map(len, sequences)))
         waiting: list[asyncio.Future[Array]] = []
         with engine.scratch([None] * len(sequences) if states is None else states) as slots:
             try:
                 for number, sequence in enumerate(sequences):
-                    waiting.append(
-                        engine.submit(slots[number : number + 1], sequence[None], return_all_outputs).awaited
-                    )
+                    own = slots[number : number + 1]
+                    waiting.append(engine.submit(own, sequence[None], return_all_outputs, client=client).awaited)
                 outputs: list[Array] = []
                 for number, done in enumerate(waiting):
                     try:
@@ -154,15 +160,18 @@ class WholeSequences:
         max_batch: Rows of a run, at most: sequences of one request that have the same length.
         max_steps: Time steps of a run over all its rows, at most: they bound the memory of a run.
         counts: Statistics of the engine; a run counts as a tick.
+        bound: Bounds the time steps that wait.
     """
 
     may_wait = True
 
-    def __init__(self, model: Model, max_batch: int, max_steps: int, counts: TickCounts) -> None:
-        self._counts = counts
+    def __init__(self, model: Model, max_batch: int, max_steps: int, counts: TickCounts, bound: QueueBound) -> None:
+        self._counts, self._bound = counts, bound
         self._model, self._max_batch, self._max_steps = model, max_batch, max_steps
         self._executor = ThreadPoolExecutor(1, "whole")
         self._waiting = 0  # requests
+        # Held by one request of each client at a time: so clients take turns on the thread.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @property
     def is_idle(self) -> bool:
@@ -180,6 +189,7 @@ class WholeSequences:
         return_all_outputs: bool,
         return_states: bool,
         name: str,
+        client: str = "",
     ) -> tuple[list[Array], list[States]]:
         """Runs sequences from zeros; there are no states to start from or to return."""
         self._check(sequences, states is not None, return_states, name)
@@ -187,18 +197,26 @@ class WholeSequences:
             raise QueueFull(f"{self._waiting} requests are waiting for model {self._model.name!r}: try again")
         loop = asyncio.get_running_loop()
         outputs: dict[int, Array] = {}
+        left = sum(map(len, sequences))
+        counted = self._bound.enter(client, left)
+        turn = self._turns.setdefault(client, asyncio.Lock())
         self._waiting += 1
         try:
             for numbers in self._batches(sequences):
-                x = np.stack([sequences[number] for number in numbers])
                 # One batch after the other, so that a cancelled request stops after the current one.
                 arrived = perf_counter()
-                ys, start = await loop.run_in_executor(self._executor, self._run, x, numbers, name)
+                async with turn:
+                    x = np.stack([sequences[number] for number in numbers])
+                    ys, start = await loop.run_in_executor(self._executor, self._run, x, numbers, name)
                 rows, steps = x.shape[:2]
                 self._counts.record_sequence_batch(rows, rows * steps, start - arrived, perf_counter() - start)
                 outputs.update(zip(numbers, ys, strict=True))
+                left -= rows * steps
+                self._bound.leave(client, rows * steps, counted)
         finally:
             self._waiting -= 1
+            if left:
+                self._bound.leave(client, left, counted)
         return [outputs[number] for number in range(len(sequences))], []
 
     def _check(self, sequences: Sequence[Array], states: bool, return_states: bool, name: str) -> None:

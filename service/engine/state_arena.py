@@ -6,7 +6,9 @@ What else belongs to a session is kept in columns too, so that a tick can update
 from __future__ import annotations
 
 import itertools
-from collections import deque
+import math
+import mmap
+import sys
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ Array = NDArray[Any]
 Slots = NDArray[np.intp]
 
 _INITIAL_ROWS = 64
+_SPARE_BYTES = 4 * 1024 * 1024  # states of free slots that are kept for the next burst of work
+_TRIMMED_BYTES = 16 * 1024 * 1024  # states that one trim looks at: giving them back takes 8 ms
 
 
 class Arena:
@@ -32,13 +36,17 @@ class Arena:
         self.specs = states
         self.limit = limit
         self.capacity = min(_INITIAL_ROWS, limit)
-        # np.zeros takes memory only as rows are written, so that doubling costs address space, not memory.
-        self._arrays = [np.zeros((self.capacity, *spec.shape), spec.dtype) for spec in states]
+        self._tables = [Table(self.capacity, spec) for spec in states]
+        self._arrays = [table.rows for table in self._tables]
         self._orders = [_batch_first(spec) for spec in states]
         self.position = np.zeros(self.capacity, np.int64)  # the session's position
         self.last_used = np.full(self.capacity, np.inf)  # seconds of the table's clock; infinity without a session
         self.locked = np.zeros(self.capacity, bool)  # whether a change of the session is in flight
-        self._free: deque[int] = deque(range(self.capacity))
+        # A stack: the slots that were freed last are taken first, so that memory is used again before more is touched.
+        self._free = np.arange(self.capacity, dtype=np.intp)[::-1].copy()
+        self._free_count = self.capacity
+        self._least_free = self.capacity  # since the last complete trim
+        self._trimmed = 0  # slots up to here have been looked at by the trim under way
 
     @property
     def row_bytes(self) -> int:
@@ -48,33 +56,62 @@ class Arena:
     @property
     def in_use(self) -> int:
         """Allocated slots."""
-        return self.capacity - len(self._free)
+        return self.capacity - self._free_count
 
     def allocate(self) -> int | None:
         """Allocates a slot with zero states; returns None if the limit is reached."""
-        if not self._free and not self._grow():
+        if not self._free_count and not self._grow(1):
             return None
-        return self._free.popleft()
+        return int(self._take(1)[0])
 
     def allocate_many(self, count: int) -> Slots | None:
         """Allocates `count` slots with zero states; returns None, and allocates none, if the limit is reached."""
-        while len(self._free) < count:
-            if not self._grow():
-                return None
-        return np.array([self._free.popleft() for _ in range(count)], np.intp)
+        if self._free_count < count and not self._grow(count):
+            return None
+        return self._take(count)[::-1].copy()
+
+    def _take(self, count: int) -> Slots:
+        end = self._free_count
+        self._free_count = start = end - count
+        if start < self._least_free:
+            self._least_free = start
+        return self._free[start:end]
 
     def release(self, slots: Slots) -> None:
         """Frees slots and zeroes their states, so that no other session can ever see them."""
         for array in self._arrays:
             array[slots] = 0
-        self._free.extend(slots.tolist())
+        start = self._free_count
+        self._free_count = end = start + len(slots)
+        self._free[start:end] = slots[::-1]
+
+    def trim(self) -> bool:
+        """Gives a part of the memory of free slots back to the system; returns whether there is more to do.
+
+        It does so after many slots were in use at a time that are free now.
+        """
+        spare = self._free_count - self._least_free
+        if spare * self.row_bytes < _SPARE_BYTES:
+            return False
+        start, end = self._trimmed, min(self.capacity, self._trimmed + max(1, _TRIMMED_BYTES // self.row_bytes))
+        is_free = np.zeros(self.capacity + 1, bool)
+        is_free[self._free[: self._free_count]] = True
+        edges = np.flatnonzero(np.diff(is_free[start:end], prepend=False, append=False)) + start
+        for first, last in edges.reshape(-1, 2).tolist():
+            for table in self._tables:
+                table.discard(first, last)
+        self._trimmed = end if end < self.capacity else 0
+        if not self._trimmed:
+            self._least_free = self._free_count
+        return bool(self._trimmed)
 
     def close(self) -> None:
         """Frees all memory. No slot may be in use; none can be allocated any more."""
         self._arrays = [array[:0].copy() for array in self._arrays]
+        self._tables.clear()
         self.position, self.last_used, self.locked = self.position[:0], self.last_used[:0], self.locked[:0]
-        self._free.clear()
-        self.capacity = self.limit = 0
+        self._free = self._free[:0].copy()
+        self.capacity = self.limit = self._free_count = self._least_free = 0
 
     def gather(self, slots: Slots) -> list[Array]:
         """Copies the states of slots: `[len(slots), *shape]` per state, with the batch at its batch axis."""
@@ -121,20 +158,74 @@ class Arena:
         for array in self._arrays:
             array[targets] = array[sources]
 
-    def _grow(self) -> bool:
-        capacity = min(self.limit, self.capacity * 2)
-        if capacity == self.capacity:
+    def _grow(self, count: int) -> bool:
+        """Doubles the capacity until `count` slots are free; returns False, and does nothing, if the limit is lower."""
+        capacity = self.capacity
+        while capacity < self.limit and self._free_count + capacity - self.capacity < count:
+            capacity = min(self.limit, 2 * capacity)
+        added = capacity - self.capacity
+        if self._free_count + added < count:
             return False
-        for place, array in enumerate(self._arrays):
-            larger = np.zeros((capacity, *array.shape[1:]), array.dtype)
-            larger[: self.capacity] = array
-            self._arrays[place] = larger
-        self.position = np.append(self.position, np.zeros(capacity - self.capacity, np.int64))
-        self.last_used = np.append(self.last_used, np.full(capacity - self.capacity, np.inf))
-        self.locked = np.append(self.locked, np.zeros(capacity - self.capacity, bool))
-        self._free.extend(range(self.capacity, capacity))
-        self.capacity = capacity
+        self._arrays.clear()  # tables cannot grow while there are views of them
+        for table in self._tables:
+            table.grow(capacity)
+        self._arrays = [table.rows for table in self._tables]
+        self.position = np.append(self.position, np.zeros(added, np.int64))
+        self.last_used = np.append(self.last_used, np.full(added, np.inf))
+        self.locked = np.append(self.locked, np.zeros(added, bool))
+        free = np.empty(capacity, np.intp)
+        free[:added] = np.arange(capacity - 1, self.capacity - 1, -1)
+        free[added : added + self._free_count] = self._free[: self._free_count]
+        self._free, self.capacity = free, capacity
+        self._free_count += added
+        self._least_free += added
         return True
+
+
+class Table:
+    """Rows of one state: `[capacity, *shape]`, in pages of their own, which can be given back to the system one by one.
+
+    Args:
+        capacity: Its rows.
+        spec: The state.
+    """
+
+    def __init__(self, capacity: int, spec: StateSpec) -> None:
+        self._spec = spec
+        self._row_bytes = math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+        self._pages = _map(capacity * self._row_bytes)
+        self.rows: Array = self._view(capacity)
+
+    def grow(self, capacity: int) -> None:
+        """Appends rows of zeros."""
+        before = len(self.rows)
+        del self.rows
+        try:
+            # The system moves the pages' addresses (mremap), which takes no time even for gigabytes.
+            self._pages.resize(capacity * self._row_bytes)
+        except (BufferError, OSError, SystemError):  # something else refers to the rows, or the system cannot do it
+            rows = self._view(before)
+            self._pages = _map(capacity * self._row_bytes)
+            self._view(before)[:] = rows
+        self.rows = self._view(capacity)
+
+    def discard(self, first: int, last: int) -> None:
+        """Gives the pages that lie within rows of zeros, from `first` up to `last`, back: they stay zeros."""
+        start = -(-first * self._row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = last * self._row_bytes // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if size > 0 and sys.platform == "linux":  # elsewhere the pages may keep what they had
+            self._pages.madvise(mmap.MADV_DONTNEED, start, size)
+
+    def _view(self, capacity: int) -> Array:
+        rows = np.frombuffer(self._pages, self._spec.dtype, capacity * math.prod(self._spec.shape))
+        return rows.reshape(capacity, *self._spec.shape)
+
+
+def _map(size: int) -> mmap.mmap:
+    """Returns anonymous memory of zeros, which takes space as it is written to."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, max(1, size))
+    return mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _batch_first(spec: StateSpec) -> tuple[int, ...] | None:

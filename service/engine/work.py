@@ -49,10 +49,14 @@ class WorkItem:
     idempotency_keys: Sequence[IdempotencyKey] | None  # by row, for the sink
     states_before: Sequence[dict[str, Array] | None] | None  # by row, for the sink: the states before the item
     done: asyncio.Future[Array] | Completion  # receives y: [rows, time, *outputs], or [rows, 1, *outputs]
+    client: str = ""  # whose work it is: clients take turns
+    is_counted: bool = False  # whether its time steps are counted for the client
     steps_done: int = 0  # time steps that have run
     enqueued_at: float = field(init=False)  # seconds of time.perf_counter
     trace: Any = field(init=False)  # parent span, if requests are traced
-    outputs: list[Array] | None = None  # outputs of the ticks so far, if all outputs are returned
+    outputs: Array | None = (
+        None  # [rows, time, *outputs], filled by its ticks, if it spans several and all are returned
+    )
     errors_by_row: dict[int, Problem] | None = None  # rows that failed; they keep their old state
     final_positions: Sequence[int] = ()  # by row: the session's position after the item
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import PositionConflict
 from cellserve.service.idempotency import IdempotencyKey, rollout_key
 from cellserve.service.model_repository.model import Model
@@ -86,15 +85,14 @@ class RolloutRunner:
         key = None if position is None else wanted.key(position)
 
         async def attempt(session: Session) -> RolloutResult:
-            engine = session.engine
             async with self._writer.locked(session, key) as change:
                 if change.applied is None:
-                    before = engine.arena.read(session.slot)
-                    generated, states = await _generate(engine, before, wanted, session.position, wanted.steps)
+                    before = session.engine.arena.read(session.slot)
+                    generated, states = await _generate(session, before, wanted, session.position, wanted.steps)
                     await self._writer.write_state(session, states, key, wanted.moves, before)
                     return RolloutResult(generated, session.position, False)
             applied = change.applied
-            generated, _ = await _generate(engine, applied.states_before, wanted, applied.key.position, wanted.steps)
+            generated, _ = await _generate(session, applied.states_before, wanted, applied.key.position, wanted.steps)
             return RolloutResult(generated, applied.position_after, True)
 
         return await self._writer.retrying(session, attempt)
@@ -151,16 +149,15 @@ class RolloutRunner:
         asked = None if position is None else wanted.key(position)
 
         async def attempt(session: Session) -> tuple[IdempotencyKey, States, list[GeneratedStep]]:
-            engine = session.engine
             async with self._writer.locked(session, asked, waits=True) as change:
                 if change.applied is None:
-                    key, before = wanted.key(session.position), engine.arena.read(session.slot)
+                    key, before = wanted.key(session.position), session.engine.arena.read(session.slot)
                     item = self._writer.enqueue_part(session, change, wanted.x, key, before)
             if change.applied is not None:
                 assert change.applied.states_before is not None
                 start = change.applied.key.position
                 steps = change.applied.position_after - start - len(wanted.x) + 1
-                generated, _ = await _generate(engine, change.applied.states_before, wanted, start, steps)
+                generated, _ = await _generate(session, change.applied.states_before, wanted, start, steps)
                 return change.applied.key, change.applied.states_before, generated
             y = (await item.awaited)[0, -1]
             return key, before, [_choose_next(session.model, wanted, y, key.position + len(wanted.x))]
@@ -188,13 +185,14 @@ class RolloutRunner:
 
 
 async def _generate(
-    engine: Engine, before: States | None, wanted: Rollout, start: int, steps: int
+    session: Session, before: States | None, wanted: Rollout, start: int, steps: int
 ) -> tuple[list[GeneratedStep], States]:
-    """Runs `steps` of a rollout on a copy of states; returns its outputs, and the states after them."""
+    """Runs `steps` of a session's rollout on a copy of states; returns its outputs, and the states after them."""
+    engine = session.engine
     with engine.scratch([before]) as slots:
         x, position, generated = wanted.x, start, list[GeneratedStep]()
         while len(generated) < steps:
-            y = (await engine.submit(slots, x[None], False).awaited)[0, -1]
+            y = (await engine.submit(slots, x[None], False, client=session.client).awaited)[0, -1]
             position += len(x)
             generated.append(_choose_next(engine.model, wanted, y, position))
             x = generated[-1].x[None]

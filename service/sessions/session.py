@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from cellserve.service.engine.engine import Engine
@@ -11,6 +12,9 @@ from cellserve.service.engine.state_arena import Slots
 from cellserve.service.errors import SessionGone, UnknownSession
 from cellserve.service.idempotency import AppliedChange
 from cellserve.service.model_repository.model import Model
+
+# The address of the client whose request is handled, as `api.client_identity` tells it.
+peer: ContextVar[str] = ContextVar("peer", default="")
 
 Durable = Literal["none", "snapshot", "store"]  # how sessions outlive the process
 
@@ -31,6 +35,10 @@ class Session:
     # be read again before it is used.
     revision: bytes | None = None
     deadline_indexed_at: float = -math.inf  # when its deadline in a shared store was last updated, in seconds
+    client: str = field(init=False)  # whose work its steps are: its owner, without keys who made or fetched it here
+
+    def __post_init__(self) -> None:
+        self.client = current_client(self.owner)
 
     @property
     def model(self) -> Model:
@@ -50,6 +58,11 @@ class SessionSummary(NamedTuple):
     model: str
     version: int
     position: int
+
+
+def current_client(owner: str) -> str:
+    """Returns the client whose request is handled: its key's owner, or where no keys are required, its address."""
+    return owner or peer.get()
 
 
 def key_of(owner: str, session_id: str) -> str:

@@ -432,7 +432,7 @@ class SessionWriter:
             if size > max(_LARGE_ANSWER, arena.row_bytes):
                 before = [arena.read(session.slot) for session in sessions]
         try:
-            item = engine.submit(slots, x, return_all_outputs, done, self, keys, before)
+            item = engine.submit(slots, x, return_all_outputs, done, self, keys, before, sessions[0].client)
         except BaseException:
             self._release(engine, slots)
             raise
@@ -521,7 +521,8 @@ class SessionWriter:
         y = applied.y
         if y is None:
             with session.engine.scratch([applied.states_before]) as slots:
-                y = (await session.engine.submit(slots, x[None], return_all_outputs).awaited)[0]
+                item = session.engine.submit(slots, x[None], return_all_outputs, client=session.client)
+                y = (await item.awaited)[0]
         return StepResult(y, applied.position_after, True)
 
     def _check_alive(self, session: Session) -> None:

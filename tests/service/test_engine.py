@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cellserve.service.engine.engine import Engine
-from cellserve.service.errors import InvalidInput, ModelFailed, NotFinite, QueueFull, SessionGone
+from cellserve.service.errors import BodyTooLarge, InvalidInput, ModelFailed, NotFinite, QueueFull, SessionGone
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.writer import SessionWriter
 from tests.budgets import examples
@@ -337,3 +337,41 @@ def test_changes_of_a_session_come_one_by_one_in_order_of_arrival(make: Make, ac
 
     asyncio.run(scenario())
     assert store.table.locks[engine].contended == 0
+
+
+def test_a_long_request_whose_client_leaves_ends_with_the_tick_and_moves_nothing(make: Make) -> None:
+    engine, store, writer = make(step_seconds=1e-2, quantum=4)
+    runtime: Any = engine.model.runtime
+
+    async def scenario() -> None:
+        session = store.create_now(engine, None)[0]
+        runtime.gate.clear()
+        leaving = asyncio.ensure_future(writer.submit(session, drawn(4000, 1), True))
+        await turns()
+        leaving.cancel()
+        await asyncio.sleep(0)
+        runtime.gate.set()
+        y, position, _ = await writer.submit(session, drawn(3, 2), True)
+        assert (y.tobytes(), position) == (truth(drawn(3, 2)).tobytes(), 3)
+
+    asyncio.run(scenario())
+    assert runtime.runs == [(1, 4), (1, 3)]
+    assert (engine.queued, engine.bound.by_client) == (0, {})
+
+
+@pytest.mark.parametrize("every_output", [False, True])
+def test_a_clients_work_is_counted_until_it_is_done(make: Make, every_output: bool) -> None:
+    engine, store, writer = make(max_queued_steps=400, max_queued_steps_per_client=200, quantum=4)
+
+    async def scenario() -> None:
+        one, other = (store.create_now(engine, None)[0] for _ in range(2))
+        for _ in range(3):
+            with pytest.raises(BodyTooLarge):
+                await writer.submit(one, drawn(201, 1), every_output)
+            results = await asyncio.gather(
+                writer.submit(one, drawn(150, 1), every_output), writer.submit(other, drawn(50, 2), every_output)
+            )
+            assert [len(y) for y, _, _ in results] == ([150, 50] if every_output else [1, 1])
+            assert (engine.queued, engine.bound.by_client) == (0, {})
+
+    asyncio.run(scenario())

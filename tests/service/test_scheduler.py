@@ -22,10 +22,11 @@ class Done:
         return self.is_cancelled
 
 
-def item(steps: int, rows: int = 1) -> WorkItem:
+def item(steps: int, rows: int = 1, client: str = "") -> WorkItem:
     slots: Any = np.arange(rows)
     done: Any = Done()
-    return WorkItem(np.zeros((rows, steps, 2), np.float32), rows, steps, slots, slots, True, None, None, None, done)
+    x = np.zeros((rows, steps, 2), np.float32)
+    return WorkItem(x, rows, steps, slots, slots, True, None, None, None, done, client)
 
 
 class Costing:
@@ -134,3 +135,49 @@ def test_all_items_run_within_the_bounds_and_the_oldest_always_takes_part(
             waiting.append(one)
     assert finished == len(sizes)
     assert queue.waiting == 0
+
+
+def clients(tick: Tick) -> list[str]:
+    return [one.client for one in tick.items]
+
+
+def test_while_not_all_fit_clients_take_turns() -> None:
+    queue = queue_of(max_batch=8, quantum=16)
+    for client in [*("greedy",) * 100, "late", "later"]:
+        queue.append(item(4, client=client))
+    first = clients(next_tick(queue))
+    assert sorted({*first}) == ["greedy", "late", "later"]
+    assert len(first) == 8
+    assert clients(next_tick(queue)) == ["greedy"] * 8
+    queue.append(item(4, client="late"))
+    assert "late" in clients(next_tick(queue))
+
+
+def test_turns_are_of_rows_not_of_items() -> None:
+    queue = queue_of(max_batch=8, quantum=16)
+    for _ in range(20):
+        queue.append(item(4, rows=8, client="wide"))
+    for _ in range(20):
+        queue.append(item(4, client="narrow"))
+    ticks = [clients(next_tick(queue)) for _ in range(4)]
+    assert ticks == [["wide"], ["narrow"] * 4, ["wide"], ["narrow"] * 4]
+
+
+def test_a_client_with_many_lengths_does_not_keep_anothers_item_waiting() -> None:
+    queue = queue_of(max_batch=8, quantum=16, row=1e-2)
+    for steps in range(3, 17):
+        for _ in range(20):
+            queue.append(item(steps, client="greedy"))
+    queue.append(item(1, client="late"))
+    assert "late" in clients(next_tick(queue)) + clients(next_tick(queue))
+
+
+def test_what_a_client_has_cancelled_takes_none_of_its_turns() -> None:
+    queue = queue_of(max_batch=8, quantum=16)
+    for _ in range(50):
+        queue.append(gone := item(4, client="gone"))
+        gone.done.is_cancelled = True  # type: ignore[union-attr]
+        queue.append(item(4, client="here"))
+    tick = next_tick(queue)
+    assert clients(tick) == ["here"] * 8
+    assert len(tick.cancelled) == 50

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cellserve.models.signature import StateSpec
+from cellserve.service.engine.memory import resident_bytes
 from cellserve.service.engine.state_arena import Arena
 
 SPECS = (
@@ -90,3 +91,38 @@ def test_rows_are_gathered_and_scattered_along_the_batch_axis(shape: tuple[int, 
     changed = arena.read_many(taken)["s"] - true
     assert (changed[slots].round() == 1).all()
     assert (np.delete(changed, slots, 0) == 0).all()
+
+
+def test_slots_that_are_free_give_their_memory_back_and_stay_zeros() -> None:
+    spec = StateSpec(name="h", next_name="h.next", shape=(1024,))
+    arena = Arena((spec,), 30_000)
+    kept = arena.allocate_many(3)
+    burst = arena.allocate_many(20_000)
+    assert kept is not None
+    assert burst is not None
+    arena.write_many(kept, {"h": np.full((3, 1024), 7.0)})
+    last = burst[-1:].copy()
+    before = resident_bytes()
+    arena.write_many(burst, {"h": np.full((1, 1024), 1.0)})
+    assert resident_bytes() - before > 70e6
+    arena.release(burst[:-1])
+    while arena.trim():
+        pass
+    assert resident_bytes() - before < 10e6
+    assert not arena.trim()
+    assert (arena.read_many(kept)["h"] == 7).all()
+    assert (arena.read_many(last)["h"] == 1).all()
+    again = arena.allocate_many(20_000)
+    assert again is not None
+    assert not set(again.tolist()) & {*kept.tolist(), *last.tolist()}
+    assert not arena.read_many(again)["h"].any()
+
+
+def test_a_state_that_is_looked_at_does_not_keep_the_arena_from_growing() -> None:
+    arena = Arena(SPECS, 1000)
+    slot = arena.allocate()
+    assert slot is not None
+    arena.write(slot, {"h": np.arange(3), "c": np.ones((2, 2))})
+    view = arena._arrays[0][:]
+    assert arena.allocate_many(500) is not None
+    assert arena.read(slot)["h"].tolist() == [0, 1, 2] == view[slot].tolist()

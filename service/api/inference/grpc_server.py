@@ -31,6 +31,7 @@ from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.inference.statistics import Timing
 from cellserve.service.errors import Problem, UnknownModel
 from cellserve.service.observability.request_context import HEADER, RequestContext, make_scope, new_id
+from cellserve.service.sessions.session import peer
 
 Method = Callable[[Any, Message, Message], Awaitable[Message]]
 
@@ -250,7 +251,9 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
 
     def owner(self, context: Message) -> str:
         """Returns the owner whose key is in a call's metadata; raises Unauthorized or TooManyWrongKeys."""
-        return self._service.owner(_headers(context), (grpc_peer(context.peer()), 0))
+        address = grpc_peer(context.peer())
+        peer.set(address)
+        return self._service.owner(_headers(context), (address, 0))
 
 
 def _headers(context: Message) -> list[tuple[bytes, bytes]]:

@@ -33,7 +33,7 @@ from cellserve.service.errors import (
 from cellserve.service.idempotency import creation_digest, step_key
 from cellserve.service.model_repository.model import Model
 from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
-from cellserve.service.sessions.session import Session
+from cellserve.service.sessions.session import Session, current_client
 from cellserve.service.validation.tensor_values import validate
 
 Array = NDArray[Any]
@@ -153,7 +153,7 @@ class Inference:
         inputs = _inputs(engine.model, tensors)
         answer: dict[str, Any] = {}
         if sequence is None:
-            y = await self._predict(engine, inputs)
+            y = await self._predict(current_client(owner), engine, inputs)
         else:
             engine.model.check_steppable()
             inputs.check_alone()
@@ -163,14 +163,14 @@ class Inference:
         outputs = dict(zip(_names(engine.model.outputs), unpack(y[:, 0] if inputs.single else y), strict=True))
         return InferenceResult(outputs, len(inputs.x), answer, engine.model)
 
-    async def _predict(self, engine: Engine, inputs: Inputs) -> Array:
+    async def _predict(self, client: str, engine: Engine, inputs: Inputs) -> Array:
         """Runs whole sequences from zeros; returns y `[batch, time, *outputs]`, zeros past a row's length."""
         x, lengths = inputs.x, inputs.lengths
         limit = self.service.settings.max_sequences
         if len(x) > limit:
             raise BodyTooLarge(f"the batch is {len(x)}, a request may have {limit}: split it", limit=limit)
         rows = list(x) if lengths is None else [x[row, :length] for row, length in enumerate(lengths)]
-        outputs, _ = await engine.sequences.run(rows, None, True, False, _names(engine.model.inputs)[0])
+        outputs, _ = await engine.sequences.run(rows, None, True, False, _names(engine.model.inputs)[0], client)
         if len(outputs) == 1 and lengths is None:
             return outputs[0][None]
         # A predict-only model may have another number of outputs than of time steps.
