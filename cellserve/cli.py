@@ -11,6 +11,7 @@ COMMANDS = {
     "serve": ("cellserve.service.cli.serve", "serve the models of a repository over HTTP", "cpu]' or 'cellserve[gpu"),
     "key": ("cellserve.service.cli.key", "create an API key", "cpu]' or 'cellserve[gpu"),
     "models": ("cellserve.service.cli.models", "list the models of a repository", "cpu]' or 'cellserve[gpu"),
+    "bench": ("cellserve.benchmark.command", "measure a server with a model of yours", "bench"),
     "train": ("cellserve.models.training_cli", "train the example networks", "export"),
     "export": ("cellserve.export.cli.export", "export a saved Keras network as a model to serve", "export"),
     "adopt": ("cellserve.export.cli.adopt", "adopt a stateful ONNX model made elsewhere", "adopt"),
