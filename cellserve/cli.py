@@ -48,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     module, _, extra = COMMANDS[name]
     try:
-        command = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        print(f"cellserve {name}: {error.name} is not installed: pip install 'cellserve[{extra}]'", file=sys.stderr)
-        return 1
-    try:
+        try:
+            command = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            print(f"cellserve {name}: {error.name} is not installed: pip install 'cellserve[{extra}]'", file=sys.stderr)
+            return 1
         return int(command.main(rest))
     except KeyboardInterrupt:
         return 130

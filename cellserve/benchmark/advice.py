@@ -6,42 +6,67 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from cellserve.benchmark.drive import Figures
 from cellserve.benchmark.measure import Measured, Spec
+from cellserve.benchmark.server_use import ServerUse
 
+_BOUND = 0.85  # share of a core from which on a server counts as bound by it
 _SHORT_RUN_MS = 0.5  # shorter runs gain nothing from threads
 _LONG_RUN_MS = 20  # longer ones let single steps wait
+_LARGEST_BATCH = 65536  # that `--max-batch` allows
 _BETTER = 1.1  # what a setting must gain to be worth it
 
 
-@dataclass(frozen=True, slots=True)
-class Advice:
+class Advice(NamedTuple):
     """One piece of advice.
 
     Attributes:
-        text: What to do and why.
+        why: What was seen.
+        what: What to do about it, or what came of trying it.
         flags: The flags of `cellserve serve` to try; none if there is nothing to try.
         spec: The load on which to try them.
     """
 
-    text: str
+    why: str
+    what: str
     flags: tuple[str, ...] = ()
     spec: Spec | None = None
 
+    def __str__(self) -> str:
+        return f"{self.why}: {self.what}"
 
-class Facts(NamedTuple):
+
+@dataclass(frozen=True, slots=True)
+class Facts:
     """What is known of the server besides the figures.
 
     Attributes:
         described: The answer to `GET /models/{name}`.
         max_batch: Its `--max-batch`, if known.
         cores: Cores of its machine, if it is this one.
+        flags: The flags it was started with, if known.
         shared_store: Whether it is known to have a shared store.
     """
 
     described: Mapping[str, Any]
     max_batch: int | None
     cores: int | None
+    flags: Sequence[str]
     shared_store: bool
+
+
+class _Seen(NamedTuple):
+    """A load, its figures, and what the server did meanwhile."""
+
+    spec: Spec
+    figures: Figures
+    use: ServerUse
+    generator_is_limit: bool
+
+    @property
+    def cores(self) -> float:
+        """Cores that the server used; 0 if it does not tell."""
+        return self.use.cores or 0
 
 
 def advise(loads: Sequence[Measured], facts: Facts, missing: str) -> list[Advice]:
@@ -52,12 +77,15 @@ def advise(loads: Sequence[Measured], facts: Facts, missing: str) -> list[Advice
         facts: What else is known.
         missing: Why the server's metrics could not be read, or nothing.
     """
-    used = [load for load in _best(loads) if load.use]
-    if not used:
-        why = missing or "the model did not run"
-        return [Advice(f"no advice on settings, because what the server did is not known: {why}")]
-    found = [*_rows(used, facts), *_max_batch(used, facts), *_threads(used, facts), *_cores(used, facts)]
-    return found or [Advice("nothing in these figures suggests another setting")]
+    seen = [
+        _Seen(load.spec, load.figures, load.use, load.generator_is_limit)
+        for load in _best(loads)
+        if load.use is not None
+    ]
+    if not seen:
+        return [Advice("no advice on settings", missing or "the model did not run")]
+    found = [*_rows(seen, facts), *_max_batch(seen, facts), *_threads(seen, facts), *_json(seen), *_cores(seen, facts)]
+    return found or [Advice("no advice on settings", "nothing in these figures speaks for others")]
 
 
 def _best(loads: Iterable[Measured]) -> list[Measured]:
@@ -70,97 +98,91 @@ def _best(loads: Iterable[Measured]) -> list[Measured]:
     return list(best.values())
 
 
-def _rows(loads: Sequence[Measured], facts: Facts) -> list[Advice]:
+def _rows(seen: Sequence[_Seen], facts: Facts) -> list[Advice]:
     """Whether the model could not be run in batches."""
-    waiting = [load for load in loads if load.spec.sessions >= 8 and load.use and load.use.rows < 1.5]
-    if not waiting or facts.described.get("exact", True):
+    alone = [one for one in seen if one.spec.sessions >= 8 and one.use.rows < 1.5]
+    if not alone or facts.described.get("exact", True):
         return []
-    told = f"{_at(waiting[0])} the model ran one row at a time: {facts.described.get('exactness', '')}"
-    return [Advice(f"{told}: as long as it is not proved exact in batches, --max-batch changes nothing")]
+    why = facts.described.get("exactness", "")
+    return [Advice(f"{alone[0].spec}: runs have one row, since the model is not proved exact ({why})",
+                   "no --max-batch changes that, but another export may")]  # fmt: skip
 
 
-def _max_batch(loads: Sequence[Measured], facts: Facts) -> list[Advice]:
+def _max_batch(seen: Sequence[_Seen], facts: Facts) -> list[Advice]:
     """Whether runs are as large as allowed and more waits, or so large that they take long."""
-    found = []
-    for load in loads:
-        use, limit = load.use, facts.max_batch
-        if use and limit and load.spec.sessions > limit and use.rows >= 0.9 * limit:
-            more = str(min(4 * limit, 65536))
-            found.append(Advice(f"{_at(load)} the mean batch of {use.rows:.0f} is at --max-batch {limit}, and more "
-                                f"waits: try --max-batch {more}", ("--max-batch", more), load.spec))  # fmt: skip
-            break
-    for load in loads:
-        use = load.use
-        if use and use.run_ms > _LONG_RUN_MS and use.rows > 8:
-            less = int(use.rows / 2)
-            found.append(Advice(f"{_at(load)} a run takes {use.run_ms:.0f} ms, and every step waits for the run under "
-                                f"way: --max-batch {less} would halve that, at some cost in steps/s"))  # fmt: skip
-            break
+    found, limit = [], facts.max_batch
+    full = [one for one in seen if limit and one.spec.sessions > limit and one.use.rows >= 0.9 * limit]
+    if limit and full:
+        one, more = full[0], str(min(4 * limit, _LARGEST_BATCH))
+        why = f"{one.spec}: the mean batch is {one.use.rows:.0f}, --max-batch is {limit}, and more waits"
+        found.append(Advice(why, f"try --max-batch {more}", ("--max-batch", more), one.spec))
+    long = [one for one in seen if one.use.run_ms > _LONG_RUN_MS and one.use.rows > 8]
+    if long:
+        one = long[0]
+        why = f"{one.spec}: a run takes {one.use.run_ms:.0f} ms, and every step waits for the run under way"
+        found.append(Advice(why, f"--max-batch {one.use.rows / 2:.0f} would halve that, at some cost in steps/s"))
     return found
 
 
-def _threads(loads: Sequence[Measured], facts: Facts) -> list[Advice]:
+def _threads(seen: Sequence[_Seen], facts: Facts) -> list[Advice]:
     """Whether the model is what takes the time, in runs that are worth dividing."""
-    for load in sorted(loads, key=lambda load: -load.use.running if load.use else 0):
-        use = load.use
-        if not use or use.running < 0.5 or (use.cores or 0) > 1.3 or facts.cores == 1:
-            continue
-        told = f"{_at(load)} the model ran {use.running:.0%} of the time, {use.run_ms:.2g} ms a run"
-        if use.run_ms < _SHORT_RUN_MS:
-            return [Advice(f"{told}: too short for --threads to help")]
-        count = "2" if facts.cores is None else str(min(4, facts.cores))
-        spare = ", if its machine has cores to spare" if facts.cores is None else ""
-        return [Advice(f"{told}: try --threads {count}{spare}", ("--threads", count), load.spec)]
-    return []
+    one = max(seen, key=lambda one: one.use.running)
+    on_cpu = facts.described.get("provider", "CPU").startswith("CPU")
+    if one.use.running < 0.5 or one.cores > 1.3 or facts.cores == 1 or not on_cpu or "--threads" in facts.flags:
+        return []
+    why = f"{one.spec}: the model ran {one.use.running:.0%} of the time, {one.use.run_ms:.2g} ms a run"
+    if one.use.run_ms < _SHORT_RUN_MS:
+        return [Advice(why, "too short for --threads to help")]
+    count = str(min(4, facts.cores or 2))
+    spare = "" if facts.cores else ", if its machine has cores to spare"
+    return [Advice(why, f"try --threads {count}{spare}", ("--threads", count), one.spec)]
 
 
-def _cores(loads: Sequence[Measured], facts: Facts) -> list[Advice]:
+def _json(seen: Sequence[_Seen]) -> list[Advice]:
+    """Whether the server is busy with HTTP and JSON more than with the model."""
+    busy = [one for one in seen if one.cores >= _BOUND and one.use.running < 0.5 * one.cores]
+    texts = [one for one in busy if one.spec.surface in ("http", "websocket", "predict")]
+    if not texts:
+        return []
+    one = min(texts, key=lambda one: one.use.running)
+    why = f"{one.spec}: {one.cores:.0%} of a core was used, by the model {one.use.running:.0%}; HTTP and JSON the rest"
+    if one.spec.surface == "predict":
+        return [Advice(why, "safetensors cost less (--surfaces predict-safetensors shows it)")]
+    frames = [other.figures.steps_per_s / one.figures.steps_per_s for other in seen if other.spec.surface == "frames"]
+    shown = f": here {frames[0]:.1f} times as many steps/s" if frames and frames[0] > 1 else ""
+    return [Advice(why, f"binary frames of WS /stream cost less{shown}")]
+
+
+def _cores(seen: Sequence[_Seen], facts: Facts) -> list[Advice]:
     """Whether the server is bound by one core, or was not busy at all."""
-    bound = [load for load in loads if load.use and load.use.cores is not None and load.use.cores >= 0.85]
-    if not bound:
-        idle = [load for load in loads if load.use and load.use.cores is not None and load.spec.rate is None]
-        if not idle:
-            return []
-        most = max(idle, key=lambda load: load.use.cores if load.use and load.use.cores else 0)
-        assert most.use
-        how = (
-            "the load generator was the limit: give --processes 2"
-            if most.generator_is_limit
-            else "give more --sessions"
+    one = max(seen, key=lambda one: one.cores)
+    if one.use.cores is None or (one.spec.rate is not None and one.cores < _BOUND):
+        return []
+    if one.cores < _BOUND:
+        why = f"{one.spec}: the server used {one.cores:.0%} of a core, so it was not the limit"
+        more = (
+            "--processes 2: the load generator was" if one.generator_is_limit else "more --sessions, on an idle machine"
         )
-        return [Advice(f"{_at(most)} the server used only {most.use.cores:.0%} of a core: to see its limit, {how}")]
-    load = min(bound, key=lambda load: load.use.running if load.use else 0)
-    assert load.use
-    found = []
-    frames = next((load for load in loads if load.spec.surface == "frames"), None)
-    if load.use.running < 0.5 and load.spec.surface not in ("frames", "predict-safetensors"):
-        told = f"{_at(load)} the server used {load.use.cores:.0%} of a core, the model only {load.use.running:.0%}"
-        ratio = frames.figures.steps_per_s / load.figures.steps_per_s if frames else 0
-        shown = f", here {ratio:.1f} times as many steps/s" if ratio > 1 else ""
-        instead = "safetensors" if load.spec.surface == "predict" else f"binary frames of WS /stream{shown}"
-        found.append(Advice(f"{told}; the rest is HTTP and JSON: {instead} cost less"))
-    if facts.cores == 1:
-        return found
-    how = "--workers 2" if facts.shared_store else "--workers 2 with --store redis://HOST:PORT"
-    text = f"{_at(load)} the server is bound by one core ({load.use.cores:.0%} used): {how} would use others"
-    flags = ("--workers", "2") if facts.shared_store else ()
-    return [*found, Advice(text, flags, load.spec)]
-
-
-def _at(load: Measured) -> str:
-    return f"{load.spec}:"
+        return [Advice(why, f"give {more}")]
+    if facts.cores == 1 or one.cores > 1.3:
+        return []
+    why = f"{one.spec}: the server is bound by one core ({one.cores:.0%} used)"
+    if facts.shared_store:
+        return [Advice(why, "try --workers 2", ("--workers", "2"), one.spec)]
+    return [Advice(why, "--workers with a shared --store, or replicas, would use others")]
 
 
 def judge(flags: Sequence[str], base: Sequence[Measured], tried: Sequence[Measured]) -> str:
     """Returns what a trial showed: each setting was measured several times, in turn with the settings as they are."""
     before, after = ([load.figures.steps_per_s for load in loads] for loads in (base, tried))
     ratio = sum(after) / sum(before) if sum(before) else 0
-    p99s = (min(load.figures.p99_ms for load in loads) for loads in (base, tried))
-    told = (f"{sum(before) / len(before):,.0f} to {sum(after) / len(after):,.0f} steps/s ({ratio:.2f} times), "
-            "p99 {:.3g} to {:.3g} ms".format(*p99s))  # fmt: skip
-    name = " ".join(flags)
+    p99 = [min(load.figures.p99_ms for load in loads) for loads in (base, tried)]
+    means = [sum(rates) / len(rates) for rates in (before, after)]
+    told = f"{means[0]:,.0f} to {means[1]:,.0f} steps/s, {ratio:.2f} times; p99 {p99[0]:.3g} to {p99[1]:.3g} ms"
     if ratio >= _BETTER and min(after) > max(before):
-        return f"tried {name}: {told}: better, use it"
-    if ratio <= 1 / _BETTER and max(after) < min(before):
-        return f"tried {name}: {told}: worse"
-    return f"tried {name}: {told}: no clear difference"
+        verdict = "better"
+    elif ratio <= 1 / _BETTER and max(after) < min(before):
+        verdict = "worse"
+    else:
+        verdict = "no clear difference"
+    return f"tried {' '.join(flags)}: {verdict} ({told})"

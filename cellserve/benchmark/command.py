@@ -78,11 +78,12 @@ class Run:
                 raise BenchFailed(f"{file}: there is no such folder")
         with ExitStack() as stack:
             phases = stack.enter_context(Phases(Console(stderr=True, highlight=False)))
-            own = None
-            if given.url is None:
+            own, url = None, given.url
+            if url is None:
                 phases.begin(f"starting cellserve serve {' '.join(given.serve)}".rstrip())
                 own = stack.enter_context(OwnServer(given.models, given.serve))
-            bench = self._bench(stack, given.url or own.url)  # type: ignore[union-attr]
+                url = own.url
+            bench = self._bench(stack, url)
             specs = self._specs(bench)
             phases.expect(len(specs))
             for spec in specs:
@@ -108,7 +109,7 @@ class Run:
         for line in ["", *curve.in_text(self._loads), ""]:
             console.print(line, markup=False, soft_wrap=True)
         for one in self._advice:
-            console.print(f"- {one.text}", markup=False)
+            console.print(f"- {one}", markup=False)
         if given.svg:
             title = f"{about['model']} version {about['version']}"
             given.svg.write_text(svg.in_svg(self._loads, title), encoding="utf-8")
@@ -118,7 +119,7 @@ class Run:
                 "seconds": given.seconds,
                 "warm_up": given.warm_up,
                 "loads": report.document(self._loads),
-                "advice": [{"text": one.text, "flags": list(one.flags)} for one in self._advice],
+                "advice": [{"why": one.why, "what": one.what, "flags": one.flags} for one in self._advice],
             }
             text = json.dumps(told, indent=2) + "\n"
             if given.json == "-":
@@ -184,13 +185,14 @@ class Run:
                     phases.begin(f"{'with' if on is changed else 'without'} {' '.join(one.flags)}: {one.spec}")
                     results.append(on.measure(one.spec))
                     phases.done()
-            told = advice.judge(one.flags, base, tried)
-            self._advice.append(advice.Advice(f"{one.text}; {told}", one.flags, one.spec))
+            self._advice.append(one._replace(what=advice.judge(one.flags, base, tried)))
 
     def _facts(self, bench: Bench, own: OwnServer | None) -> advice.Facts:
-        cores = os.cpu_count() if bench.target.host in ("127.0.0.1", "::1") else None
-        told = () if own is None else (*own.flags, os.environ.get("CELLSERVE_STORE", ""))
-        return advice.Facts(bench.model.described, bench.model.max_batch, cores, any("://" in one for one in told))
+        model, flags = bench.model, () if own is None else own.flags
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        here = bench.target.host in ("127.0.0.1", "::1")
+        shared = own is not None and any("://" in one for one in (*flags, os.environ.get("CELLSERVE_STORE", "")))
+        return advice.Facts(model.described, model.max_batch, cores if here else None, flags, shared)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -63,7 +63,7 @@ def tick(value: float) -> str:
     return f"{value:,.0f}" if value >= 1 else f"{value:g}"
 
 
-def in_text(loads: Sequence[Measured], width: int = 72, height: int = 16) -> list[str]:
+def in_text(loads: Sequence[Measured], width: int = 64, height: int = 16) -> list[str]:
     """Returns the curve as lines of plain characters: a letter for each surface, with the sessions or the rate."""
     drawn = series(loads)
     points = [point for one in drawn.values() for point in one]

@@ -29,9 +29,9 @@ class Figures:
     """The result of one load. Latencies are in milliseconds; nan if nothing was answered."""
 
     seconds: float
-    answers: int
+    answers: int  # without an error
     steps_per_s: float
-    requests_per_s: float
+    requests_per_s: float  # answered in the measured time
     p50_ms: float
     p95_ms: float
     p99_ms: float
@@ -60,7 +60,7 @@ class Figures:
             seconds=max(tally.seconds for tally in tallies),
             answers=answers,
             steps_per_s=sum(tally.steps / tally.seconds for tally in tallies),
-            requests_per_s=answers / max(tally.seconds for tally in tallies),
+            requests_per_s=sum(tally.requests / tally.seconds for tally in tallies),
             p50_ms=p50,
             p95_ms=p95,
             p99_ms=p99,

@@ -59,7 +59,6 @@ class Generator:
         self._tally = Tally()
         self._connections: list[Connection] = []
         self._led = 0
-        self._answers = 0  # in the measured time
         self._all_led: asyncio.Future[None] = self._loop.create_future()
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._begin = self._half = self._end = float("inf")  # of the measured time
@@ -123,7 +122,7 @@ class Generator:
     def count(self, since: float, now: float, steps: float) -> None:
         """Counts an answer."""
         if self._begin <= now < self._end:
-            self._answers += 1
+            self._tally.requests += 1
             first, second = self._tally.halves
             self._tally.halves = (first + steps, second) if now < self._half else (first, second + steps)
         if self._counts(since, now):
@@ -134,7 +133,7 @@ class Generator:
         if rows and not self._counts(since, now := monotonic()):
             return
         if rows:
-            self._answers += self._begin <= now < self._end
+            self._tally.requests += self._begin <= now < self._end
             self._tally.errors[kind] += rows
         if sample:
             self._tally.samples.setdefault(kind, sample)
@@ -182,7 +181,7 @@ class Generator:
         now = monotonic()
         if self._plan.rate is None:
             # With fewer answers than connections a closed loop has no meaningful rate.
-            if self._answers < len(self._connections) and now < self._end + _DRAIN_SECONDS:
+            if self._tally.requests < len(self._connections) and now < self._end + _DRAIN_SECONDS:
                 self._end = float("inf")
                 self._loop.call_later(0.01, self._stop_late, now + _DRAIN_SECONDS)
                 return
@@ -192,7 +191,7 @@ class Generator:
 
     def _stop_late(self, deadline: float) -> None:
         now = monotonic()
-        if self._answers < len(self._connections) and now < deadline:
+        if self._tally.requests < len(self._connections) and now < deadline:
             self._loop.call_later(0.01, self._stop_late, deadline)
         else:
             self._finish(now)

@@ -12,6 +12,7 @@ from cellserve.benchmark.server_use import Metrics, ServerUse
 from cellserve.benchmark.surfaces import Load
 from cellserve.benchmark.target import BenchFailed, Target
 
+KEPT_UP = 0.9  # a server that answers a smaller share of the requests in time does not keep up
 BUSY = 0.7  # above this share of its core, used or waited for, the generator may be the limit
 UNSTEADY = 0.1  # the halves of a measured time may differ by this share
 
@@ -40,6 +41,11 @@ class Measured:
     def generator_is_limit(self) -> bool:
         """Whether the load generator may have been the bottleneck."""
         return self.figures.busy + self.figures.waited > BUSY
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether an open loop sent more than the server could answer."""
+        return self.spec.rate is not None and self.figures.requests_per_s < KEPT_UP * self.spec.rate
 
     @property
     def unsteady(self) -> bool:

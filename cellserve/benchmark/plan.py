@@ -73,6 +73,7 @@ class Tally:
     Attributes:
         latencies: Seconds of each request without an error, from when it was sent, or in an open loop was due. One that
             was never answered counts with how long it has waited.
+        requests: Requests that were answered, with an error or without.
         steps: Time steps that were answered.
         halves: The same, in the first and in the second half of the time.
         errors: Requests that failed, by HTTP status or what else happened.
@@ -83,6 +84,7 @@ class Tally:
     """
 
     latencies: array[float] = field(default_factory=lambda: array("d"))
+    requests: int = 0
     steps: float = 0
     halves: tuple[float, float] = (0, 0)
     errors: Counter[str] = field(default_factory=Counter)

@@ -51,6 +51,10 @@ def notes(loads: Sequence[Measured]) -> Iterator[str]:
             f"~ the halves of the measured time differ by more than {UNSTEADY:.0%}: measure longer (--seconds), or on "
             "a machine with less else to do."
         )
+    for load in loads:
+        if load.overloaded:
+            rate = f"{load.figures.requests_per_s:,.0f} requests/s were answered"
+            yield f"{load.spec}: only {rate}: what waits grows, and latencies with it, for as long as this lasts."
     seen = set()
     for load in loads:
         for kind, sample in load.figures.samples.items():
@@ -67,6 +71,7 @@ def document(loads: Sequence[Measured]) -> list[dict[str, Any]]:
             **{name: _finite(value) for name, value in asdict(load.figures).items()},
             "generator_is_limit": load.generator_is_limit,
             "unsteady": load.unsteady,
+            "overloaded": load.overloaded,
             "server": None if load.use is None else asdict(load.use),
         }
         for load in loads

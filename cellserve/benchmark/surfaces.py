@@ -6,7 +6,6 @@ import json
 import secrets
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,8 +36,7 @@ class Load(NamedTuple):
     bodies: list[Body]
 
 
-@dataclass(frozen=True, slots=True)
-class Steps:
+class Steps(NamedTuple):
     """How many time steps a sequence has: a number between two, both included."""
 
     low: int

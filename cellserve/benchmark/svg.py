@@ -28,7 +28,8 @@ def in_svg(loads: Sequence[Measured], title: str) -> str:
         f'<rect class="page" width="{_WIDTH}" height="{_HEIGHT}"/>',
         f'<text class="title" x="{_LEFT}" y="26">{escape(title)}</text>',
     ]
-    parts += _axes(across, up)
+    parts += _axes(across, up, kind)
+    at = _LEFT
     for number, (name, own) in enumerate(drawn.items()):
         colour = f"s{number % len(_COLOURS)}"
         places = [(_x(across, point), _y(up, point), point.label) for point in own]
@@ -38,12 +39,11 @@ def in_svg(loads: Sequence[Measured], title: str) -> str:
         parts += [
             f'<text class="point" x="{x + 7:.1f}" y="{y - 7:.1f}">{escape(label)}</text>' for x, y, label in places
         ]
-        at = _LEFT + 150 * number
         parts.append(
             f'<circle cx="{at + 5}" cy="46" r="4"/><text class="key" x="{at + 15}" y="50">{escape(name)}</text>'
         )
         parts.append("</g>")
-    parts.append(f'<text class="small" x="{_WIDTH - _RIGHT}" y="26" text-anchor="end">at each point: {kind}</text>')
+        at += 36 + 8 * len(name)
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -61,7 +61,7 @@ def _style() -> str:
     )
 
 
-def _axes(across: Axis, up: Axis) -> list[str]:
+def _axes(across: Axis, up: Axis, kind: str) -> list[str]:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     parts = []
     for value in across.ticks:
@@ -76,7 +76,8 @@ def _axes(across: Axis, up: Axis) -> list[str]:
     return [
         *parts,
         f'<path class="axis" fill="none" d="M{_LEFT},{_TOP} V{bottom} H{right}"/>',
-        f'<text class="small" x="{middle[0]}" y="{_HEIGHT - 14}" text-anchor="middle">{X_TITLE} (logarithmic)</text>',
+        f'<text class="small" x="{middle[0]}" y="{_HEIGHT - 14}" text-anchor="middle">{X_TITLE} (logarithmic); '
+        f"at each point: {kind}</text>",
         f'<text class="small" transform="translate(18 {middle[1]}) rotate(-90)" text-anchor="middle">'
         f"{Y_TITLE} (logarithmic)</text>",
     ]
