@@ -204,7 +204,8 @@ def test_figures_without_an_answer_are_not_numbers() -> None:
 def test_inputs_are_drawn_within_the_signature() -> None:
     rng = np.random.default_rng(0)
     ids = Input.read({"name": "ids", "dtype": "int32", "shape": [], "bounds": [3, 6]}).draw(rng, 200)
-    assert (ids.dtype, ids.min(), ids.max()) == (np.int32, 3, 6)
+    assert ids.dtype == np.int32
+    assert (ids.min(), ids.max()) == (3, 6)
     x = Input.read({"name": "x", "dtype": "float32", "shape": [2, 3], "bounds": None}).draw(rng, 5)
     assert x.shape == (5, 2, 3)
     assert max(len(f"{abs(value)}") for value in x.ravel()) <= 6

@@ -18,7 +18,7 @@ import pytest
 
 from cellserve.benchmark.arguments import KEY_VARIABLE
 from tests.e2e.helpers import bearer
-from tests.helpers import free_port, until
+from tests.helpers import until
 from tests.server import Serve, Server, start_server
 
 SHORT = ("--seconds", "0.3", "--warm-up", "0.1")
@@ -111,8 +111,8 @@ def test_an_open_loop_sends_at_its_rate(server: Server) -> None:
 def test_models_of_every_signature_are_measured(kinds: Path, serve: Serve) -> None:
     server = serve("--models", str(kinds))
     everywhere = "http,websocket,frames,predict,predict-safetensors"
-    for model in ("letters", "symbols", "counting"):
-        checked(figures(model, "--url", server.url, "--sessions", "3", "--surfaces", everywhere))
+    for model, surfaces in (("symbols", everywhere), ("letters", "http,frames,predict-safetensors")):
+        checked(figures(model, "--url", server.url, "--sessions", "3", "--surfaces", surfaces))
     whole = checked(figures("both-ways", "--url", server.url, "--sessions", "3"))
     assert set(whole) == {("predict", 3)}  # it cannot be stepped
     assert sessions(server) == []
@@ -125,29 +125,30 @@ def test_several_generators_share_the_sessions(server: Server) -> None:
     assert sessions(server) == []
 
 
-@pytest.mark.parametrize("model", ["lstm", "letters"])
-def test_another_server_is_measured_by_the_inference_protocol(
-    model: str, repository: Path, kinds: Path, serve: Serve
-) -> None:
-    server = serve("--models", str(repository if model == "lstm" else kinds))
-    flags = (model, "--url", server.url, "--protocol", "v2", "--sessions", "1,4")
+def test_another_server_is_measured_by_the_inference_protocol(server: Server) -> None:
+    flags = ("lstm", "--url", server.url, "--protocol", "v2", "--sessions", "1,4")
     loads = checked(figures(*flags))
     assert set(loads) == {("sequences", 1), ("sequences", 4)}  # the model's configuration says that it has them
-    whole = checked(figures(*flags, "--surfaces", "stateless", "--steps", "5"))["stateless", 4]
-    assert whole["steps_per_s"] / whole["requests_per_s"] == pytest.approx(5)
-    shape = "x:2,3,5" if model == "lstm" else "ids:2,3"
-    shaped = checked(figures(*flags, "--surfaces", "stateless", "--shape", shape))["stateless", 4]
-    assert shaped["steps_per_s"] / shaped["requests_per_s"] == pytest.approx(6)
+    assert loads["sequences", 4]["server"]["rows"] > 1
+    for more, steps in ((("--steps", "7"), 7), (("--shape", "x:2,3,5"), 6)):
+        whole = checked(figures(*flags, "--surfaces", "stateless", *more))["stateless", 4]
+        assert whole["steps_per_s"] / whole["requests_per_s"] == pytest.approx(steps)
     assert sessions(server) == []
+
+
+def test_integers_are_sent_by_the_inference_protocol(kinds: Path, serve: Serve) -> None:
+    server = serve("--models", str(kinds))
+    flags = ("symbols", "--url", server.url, "--protocol", "v2", "--sessions", "3")
+    assert set(checked(figures(*flags, "--surfaces", "sequences,stateless"))) == {("sequences", 3), ("stateless", 3)}
 
 
 def test_keys_are_sent_and_wanted(keys: tuple[Path, str, str], repository: Path, serve: Serve) -> None:
     file, alice, _ = keys
     server = serve("--models", str(repository), "--api-keys-file", str(file), "--operators", "alice")
-    by_flag = checked(figures("lstm", "--url", server.url, "--sessions", "2", "--key", alice))
+    flags = ("lstm", "--url", server.url, "--sessions", "2")
+    by_flag = checked(figures(*flags, "--key", alice, "--surfaces", "http,websocket"))
     assert all(load["server"] for load in by_flag.values())  # an operator may read /metrics
-    by_variable = ("lstm", "--url", server.url, "--sessions", "2", "--protocol", "v2")
-    checked(figures(*by_variable, environment={KEY_VARIABLE: alice}))
+    checked(figures(*flags, "--protocol", "v2", environment={KEY_VARIABLE: alice}))
     refused = bench("lstm", "--url", server.url)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
     assert "401: the server requires a key that it knows: give one with --key" in refused.stderr
@@ -180,29 +181,48 @@ def test_a_load_that_cannot_begin_is_told_in_one_line_and_leaves_nothing(small: 
     assert sessions(small) == []
 
 
-@pytest.mark.parametrize("surface", ["http", "websocket", "frames", "predict"])
-def test_refusals_are_counted_by_status(surface: str, repository: Path, serve: Serve) -> None:
-    server = serve("--models", str(repository), "--max-queued-steps", "1", "--max-batch", "1")
-    flags = ("lstm", "--url", server.url, "--sessions", "6", "--surfaces", surface, "--steps", "5")
-    (load,) = figures(*flags)["loads"]
-    assert load["errors"].keys() == {"503"}
-    assert load["errors"]["503"] > 0
-    assert load["samples"]["503"].startswith("503: ")
-    assert sessions(server) == []
-
-
-@pytest.mark.parametrize(("number", "surface"), [(signal.SIGINT, "http"), (signal.SIGTERM, "frames")])
-def test_interrupted_it_deletes_its_sessions_and_ends(server: Server, number: int, surface: str) -> None:
+def begun(server: Server, count: int, *arguments: str) -> subprocess.Popen[str]:
+    """Starts the command with so many sessions and returns when all of them have been stepped."""
+    command = [sys.executable, "-m", "cellserve.cli", "bench", "lstm", "--url", server.url]
     process = subprocess.Popen(
-        [sys.executable, "-m", "cellserve.cli", "bench", "lstm", "--url", server.url, "--surfaces", surface]
-        + ["--sessions", "8", "--seconds", "60"],
+        [*command, "--sessions", str(count), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    until(lambda: sessions(server), lambda found: len(found) == 8 and all(one["position"] for one in found))
+    until(lambda: sessions(server), lambda found: len(found) == count and all(one["position"] for one in found))
+    return process
+
+
+@pytest.mark.parametrize("surface", ["http", "websocket", "frames"])
+def test_errors_are_counted_by_status(surface: str, server: Server) -> None:
+    process = begun(server, 3, "--surfaces", surface, "--seconds", "3", "--json", "-")
+    lost = sessions(server)[0]["session"]
+    with server.client() as client:
+        assert client.delete(f"/sessions/{lost}").status_code == 204
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    (load,) = json.loads(out)["loads"]
+    assert load["errors"].keys() == {"410"}
+    assert load["errors"]["410"] > 0
+    assert load["samples"]["410"].startswith("410: the session was deleted")
+    assert load["answers"] > 0
+    assert sessions(server) == []
+
+
+def test_sequences_that_are_refused_are_counted(repository: Path, serve: Serve) -> None:
+    server = serve("--models", str(repository), "--max-body-bytes", "1024")
+    flags = ("lstm", "--url", server.url, "--sessions", "2", "--surfaces", "predict", "--steps", "3000")
+    done = bench(*flags)
+    assert done.returncode == 0, done.stderr
+    assert "413: " in done.stdout and "predict, 2 sessions: the first error: 413: " in done.stdout
+
+
+@pytest.mark.parametrize(("number", "surface"), [(signal.SIGINT, "http"), (signal.SIGTERM, "frames")])
+def test_interrupted_it_deletes_its_sessions_and_ends(server: Server, number: int, surface: str) -> None:
+    process = begun(server, 8, "--surfaces", surface, "--seconds", "60")
     os.killpg(process.pid, number)  # as a terminal does: its generators get it too
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -212,15 +232,8 @@ def test_interrupted_it_deletes_its_sessions_and_ends(server: Server, number: in
 
 
 def test_a_server_that_dies_is_counted_as_connections_that_are_lost(repository: Path, serve: Serve) -> None:
-    server = serve("--models", str(repository), "--port", str(free_port()))
-    command = [sys.executable, "-m", "cellserve.cli", "bench", "lstm", "--url", server.url, "--surfaces", "http"]
-    process = subprocess.Popen(
-        [*command, "--sessions", "2", "--seconds", "4", "--json", "-"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until(lambda: sessions(server), lambda found: len(found) == 2 and all(one["position"] for one in found))
+    server = serve("--models", str(repository))
+    process = begun(server, 2, "--surfaces", "http", "--seconds", "4", "--json", "-")
     time.sleep(1)  # past the warm-up
     server.stop(signal.SIGKILL)
     out, err = process.communicate(timeout=120)
