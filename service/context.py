@@ -23,7 +23,7 @@ from cellserve.service.model_repository.repository import Repository
 from cellserve.service.observability.counters import Counts
 from cellserve.service.observability.prometheus import Metrics
 from cellserve.service.peer_address import Address
-from cellserve.service.runtime.onnx_model import RuntimeOptions
+from cellserve.service.runtime.onnx_model import RuntimeOptions, flush_denormals
 from cellserve.service.sessions.rollout import RolloutRunner
 from cellserve.service.sessions.session import Durable
 from cellserve.service.sessions.stores.memory import MemoryStore
@@ -89,6 +89,7 @@ class ServiceContext:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        flush_denormals()
         options = RuntimeOptions(
             settings.provider, settings.threads, settings.spinning, settings.memory_arena, settings.optimization
         )

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.budgets import examples
 from tests.e2e.helpers import create, frames, is_busy
-from tests.helpers import OUTPUTS, until
+from tests.helpers import FEATURES, OUTPUTS, until
 from tests.server import Serve, Server
 
 MODELS = ("lstm", "rnn", "decaying")
@@ -47,6 +47,16 @@ def test_a_prediction_continues_from_the_states_that_another_returned(server: Se
         second = client.post("/predict", json={**ask, "sequences": [x[8:]], "states": first["states"]}).json()
     assert first["outputs"][0] + second["outputs"][0] == whole["outputs"][0]
     assert second["states"] == whole["states"]
+
+
+@pytest.mark.parametrize("sequences", [1, 3000])  # in the event loop, and in the thread of long ticks
+def test_a_state_that_decays_below_the_normal_numbers_becomes_zero(server: Server, sequences: int) -> None:
+    ask = {"model": "decaying", "sequences": [[[0.0] * FEATURES]] * sequences, "return_states": True}
+    with server.client() as client:
+        shapes = client.post("/predict", json=ask).json()["states"][0]
+        start = {name: np.full(np.shape(state), 2e-38).tolist() for name, state in shapes.items()}
+        after = client.post("/predict", json={**ask, "states": [start] * sequences}).json()["states"]
+    assert {value for states in after for state in states.values() for value in np.ravel(state)} == {0.0}
 
 
 @pytest.mark.parametrize("model", MODELS)
