@@ -19,6 +19,12 @@ from tests.server import Serve, Server, start_server
 EXAMPLES = ROOT / "artifacts"  # made by `make setup`
 
 
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Lets `tempfile` write where pytest removes what is left."""
+    tempfile.tempdir = str(tmp_path_factory.getbasetemp())
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[Path], Path]], Path]:
     """Makes what is costly once for all workers of a run: `once(name, make)` gives what `make(folder)` gave."""

@@ -59,7 +59,7 @@ async def traffic(server: Server) -> AsyncIterator[None]:
 
     async def predict(seed: int) -> None:
         random_ = random.Random(seed)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with server.async_client() as client:
             while not stop.is_set():
                 model = random_.choice(MODELS)
                 sequences = [sequence(seed, random_.randint(1, 150)).tolist() for _ in range(random_.randint(1, 6))]
@@ -69,14 +69,15 @@ async def traffic(server: Server) -> AsyncIterator[None]:
     async def leave(seed: int) -> None:
         random_ = random.Random(seed)
         body = json.dumps({"model": "lstm", "sequences": [sequence(1, 3000).tolist()] * 3}).encode()
-        while not stop.is_set():
-            async with httpx.AsyncClient(base_url=server.url, timeout=random_.choice((0.001, 0.01, 0.05))) as client:
+        async with server.async_client() as client:
+            while not stop.is_set():
                 with contextlib.suppress(httpx.TimeoutException):
-                    await client.post("/predict", content=body, headers=JSON)
-            await asyncio.sleep(0.1)  # a pace, for the others to be served too
+                    seconds = random_.choice((0.001, 0.01, 0.05))
+                    await client.post("/predict", content=body, headers=JSON, timeout=seconds)
+                await asyncio.sleep(0.1)  # a pace, for the others to be served too
 
     async def poison(seed: int) -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with server.async_client() as client:
             session = (await client.post("/sessions", json={"model": "rnn"})).json()["session"]
             while not stop.is_set():
                 content = b'{"x": [1, 2, NaN, 4, 5]}'
@@ -102,21 +103,21 @@ def check(all_: dict[int, np.ndarray], run: Callable[[str, np.ndarray], np.ndarr
 def test_200_concurrent_sessions_are_exact_over_http(server: Server, repository: Path) -> None:
     results: dict[int, np.ndarray] = {}
 
-    async def session(client: httpx.AsyncClient, number: int) -> None:
+    async def session(number: int) -> None:
         x, ys = sequence(number), []
-        answer = await client.post("/sessions", json={"model": MODELS[number % 3]})
-        url, done = f"/sessions/{answer.json()['session']}/step", 0
-        for size in chunks(random.Random(number)):
-            answer = await client.post(url, json={"x": x[done : done + size].tolist(), "outputs": "all"})
-            done += size
-            assert answer.json()["position"] == done, answer.text
-            ys += answer.json()["y"]
+        async with server.async_client(timeout=120) as client:
+            answer = await client.post("/sessions", json={"model": MODELS[number % 3]})
+            url, done = f"/sessions/{answer.json()['session']}/step", 0
+            for size in chunks(random.Random(number)):
+                answer = await client.post(url, json={"x": x[done : done + size].tolist(), "outputs": "all"})
+                done += size
+                assert answer.json()["position"] == done, answer.text
+                ys += answer.json()["y"]
         results[number] = np.array(ys, np.float32)
 
     async def everyone() -> None:
-        limits = httpx.Limits(max_connections=64)
-        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client, traffic(server):
-            await asyncio.gather(*(session(client, number) for number in range(SESSIONS)))
+        async with traffic(server):
+            await asyncio.gather(*(session(number) for number in range(SESSIONS)))
 
     asyncio.run(everyone())
     check(results, truth(repository))
@@ -205,7 +206,7 @@ def test_a_full_queue_answers_503_at_once_and_the_rest_is_answered(repository: P
     server = serve("--models", str(repository), "--max-queued-steps", "20000")
 
     async def everyone() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        async with server.async_client(timeout=120) as client:
             body = json.dumps({"model": "decaying", "sequences": [sequence(0, 9000).tolist()] * 2}).encode()
             send = [client.post("/predict", content=body, headers=JSON) for _ in range(12)]
             return list(await asyncio.gather(*send))

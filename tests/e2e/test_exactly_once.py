@@ -245,7 +245,7 @@ def test_steps_sent_twice_late_and_out_of_order_by_many_clients_are_applied_once
 
     async def everyone() -> dict[int, list[float]]:
         answers: dict[int, list[float]] = {}
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+        async with server.async_client() as http:
             await asyncio.gather(*(sender(seed, http, answers) for seed in range(8)))
         return answers
 
@@ -260,7 +260,7 @@ def test_a_step_sent_while_another_is_in_flight_is_told_to_wait(server: Server, 
     session, x = create(client, "decaying"), frames(1)[0]
 
     async def race() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+        async with server.async_client() as http:
             long = {"x": [x] * 20000, "outputs": "last", "position": 0}
             first = asyncio.ensure_future(http.post(f"/sessions/{session}/step", json=long))
             answers = []

@@ -474,7 +474,7 @@ def test_racing_requests_of_one_sequence_are_all_answered_and_leave_nothing_behi
         return answer.status_code
 
     async def ask() -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+        async with server.async_client(timeout=30) as client:
             statuses = await asyncio.gather(*(one(client) for _ in range(200)))
             assert {200, 409} <= set(statuses)
             async with triton("http", server) as last:

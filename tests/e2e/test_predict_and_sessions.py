@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -102,7 +101,7 @@ def test_steps_sent_at_once_to_one_session_are_all_applied_one_after_the_other(s
     x = frames(30)
 
     async def all_at_once() -> list[dict[str, Any]]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with server.async_client() as client:
             session = (await client.post("/sessions", json={"model": "rnn"})).json()["session"]
             send = [client.post(f"/sessions/{session}/step", json={"x": x[0]}) for _ in x]
             return [answer.json() for answer in await asyncio.gather(*send)]

@@ -68,7 +68,7 @@ def example(kind: str, units: int, features: int) -> tuple[StatefulNetwork, Runt
 
 
 @pytest.mark.parametrize("kind", CELLS)
-@settings(max_examples=examples(8, 50))
+@settings(max_examples=examples(4, 50))
 @given(data=st.data())
 def test_any_batch_lengths_chunks_and_padding_give_the_bits_of_single_steps_and_keras_numbers(
     kind: str, data: st.DataObject

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from tests.export.fuzz import ENOUGH, examine
 from tests.export.random_networks import is_causal, networks
 
-NETWORKS = 24
+NETWORKS = 12
 
 
 def test_random_networks_are_exported_as_keras_has_them_or_refused_for_a_true_reason() -> None:
