@@ -104,6 +104,7 @@ class Exactness(_Frozen):
 
     proved: bool
     why: str
+    shapes: str = "any shape"  # the shapes of runs for which it was proved: see service/runtime/shape_policy.py
 
 
 class ModelDocument(_Frozen):

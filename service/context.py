@@ -91,7 +91,12 @@ class ServiceContext:
         self.settings = settings
         flush_denormals()
         options = RuntimeOptions(
-            settings.provider, settings.threads, settings.spinning, settings.memory_arena, settings.optimization
+            settings.provider,
+            settings.threads,
+            settings.spinning,
+            settings.memory_arena,
+            settings.optimization,
+            settings.when_inexact,
         )
         self._executor = ThreadPoolExecutor(1, "tick", _lower_priority)
         table = SessionTable(settings.session_idle_seconds)

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from cellserve.service.runtime.onnx_model import Optimization, Provider
+from cellserve.service.runtime.onnx_model import Optimization, Provider, WhenInexact
 
 LogFormat = Literal["text", "json"]
 WhenFull = Literal["refuse", "evict"]
@@ -43,6 +43,10 @@ class Settings(BaseSettings):
     memory_arena: bool = Field(True, description="whether ONNX Runtime keeps freed memory for the next run")
     optimization: Optimization = Field(
         "all", description="ONNX Runtime graph optimization: all, extended, basic or off"
+    )
+    when_inexact: WhenInexact = Field(
+        "one-row",
+        description="models whose bits depend on the batch: one-row is exact and slow, batch fast and not exact",
     )
     max_batch: int = Field(256, ge=1, le=65536, description="maximum rows per run")
     quantum: int = Field(32, ge=1, le=65536, description="maximum time steps of one row per run")

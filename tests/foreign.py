@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.helper import make_node as node
 
-from cellserve.models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
+from cellserve.models.signature import METADATA_KEY, Exactness, ModelDocument, Signature, StateSpec, TensorSpec
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 Info = tuple[str, int, list[Any]]
@@ -79,6 +79,27 @@ def symbols(batch: Any = "batch", overflowing: bool = False) -> Any:
         V=weights(5, 2, 4),
         W=weights(6, 4, 4),
     )
+
+
+def elementwise(operator: str, width: int) -> tuple[Any, Signature]:
+    """No time axis: `y = operator(x + s)` over numbers of one sign, `s.next = tanh(y)`; and its signature."""
+    shape = ["batch", width]
+    made = model(
+        [
+            node("Add", ["x", "s"], ["sum"]),
+            node("Abs", ["sum"], ["size"]),
+            node("Neg", ["size"], ["minus"]),
+            node(operator, ["minus" if operator in ("Elu", "Selu") else "size"], ["y"]),
+            node("Tanh", ["y"], ["s.next"]),
+        ],
+        [("x", FLOAT, shape), ("s", FLOAT, shape)],
+        [("y", FLOAT, shape), ("s.next", FLOAT, shape)],
+        opset=18,
+    )
+    spec = TensorSpec(name="x", shape=(width,))
+    state = StateSpec(name="s", next_name="s.next", shape=(width,))
+    outputs = (spec.model_copy(update={"name": "y"}),)
+    return made, Signature(inputs=(spec,), outputs=outputs, states=(state,), lengths=None, time_axis=False)
 
 
 def deep(batch: Any = "batch", mixed: bool = False) -> Any:

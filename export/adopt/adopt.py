@@ -27,8 +27,16 @@ from cellserve.export.publish import compatibility, repository_writer
 from cellserve.export.report.page import REPORT_NAME
 from cellserve.export.report.progress import Stages
 from cellserve.models.signature import MODEL_NAME, Exactness, ModelDocument, Rollout, Signature, rollout_misfit
-from cellserve.service.runtime.batch_invariance import FULL_PLAN, QUICK_PLAN, CheckPlan, NotBatchInvariant, compare_runs
+from cellserve.service.runtime.batch_invariance import (
+    FULL_PLAN,
+    QUICK_PLAN,
+    CheckPlan,
+    NotBatchInvariant,
+    compare_runs,
+    find_shapes,
+)
 from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.shape_policy import POLICIES
 
 LIBRARIES = ("onnx", "onnxruntime")
 TOLERANCE = 1e-5  # parity limit: |ours - theirs| <= TOLERANCE * max(1, |theirs|)
@@ -156,6 +164,10 @@ def _proved(model: ServableGraph) -> tuple[Signature, Exactness]:
             return signature, Exactness(proved=True, why=why)
         except NotBatchInvariant as differs:
             differed = differs
+        if signature is told and differed.difference <= _ROUNDING:
+            padded = find_shapes([model.open(told)], effort, POLICIES[1:])
+            if padded.proved:
+                return told, padded.model_copy(update={"why": f"{padded.why}; in {padded.shapes}, since {differed}"})
     assert differed is not None
     if differed.difference <= _ROUNDING:
         return told, Exactness(proved=False, why=f"{differed}: it is run one row and one time step at a time")

@@ -28,8 +28,9 @@ from cellserve.export.verify.parity import Parity
 from cellserve.export.verify.reference import STEPS, Reference
 from cellserve.export.verify.sequence_reference import SequenceReference
 from cellserve.models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
-from cellserve.service.runtime.batch_invariance import FULL_PLAN, check_batch_invariance
+from cellserve.service.runtime.batch_invariance import FULL_PLAN, find_shapes
 from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions, RuntimeUnavailable
+from cellserve.service.runtime.shape_policy import ANY_SHAPE, CHEAP_POLICIES, POLICIES
 
 THREADS = (1, 2)  # exactness is proved across these thread counts
 Graphs = tuple[onnx.ModelProto, onnx.ModelProto | None]  # over whole sequences; for single steps, if there is one
@@ -133,8 +134,10 @@ def prove_candidate(
     progress(f"proving bit identity: {name}")
     kept = step if step and _step_is_faster(model, step, document) else None
     exactness = _prove(model, kept, document)
-    if kept and not exactness.proved:
-        kept, exactness = None, _prove(model, None, document)
+    if kept and exactness.shapes != ANY_SHAPE.name:
+        alone = _prove(model, None, document)
+        if alone.shapes == ANY_SHAPE.name or not exactness.proved:
+            kept, exactness = None, alone
     return Candidate(name, model, kept, step, parity, exactness)
 
 
@@ -158,13 +161,18 @@ def measure(
         The candidates with their times; the times of the alternatives, by "batch x time" and maker.
     """
     forms = [open_model(candidate.model, candidate.step, document) for candidate in candidates]
+    for form, candidate in zip(forms, candidates, strict=True):
+        form.shapes = next((policy for policy in POLICIES if policy.name == candidate.exactness.shapes), ANY_SHAPE)
     ours, others = benchmark.measure(forms, beside)
     timed = [replace(candidate, microseconds=each) for candidate, each in zip(candidates, ours, strict=True)]
     return timed, others
 
 
 def _prove(model: onnx.ModelProto, step: onnx.ModelProto | None, document: ModelDocument) -> Exactness:
-    return check_batch_invariance([open_model(model, step, document, threads) for threads in THREADS], FULL_PLAN)
+    several = [open_model(model, step, document, threads) for threads in THREADS]
+    exactness = find_shapes(several, FULL_PLAN, CHEAP_POLICIES)
+    # Threads cut a tensor in pieces, each with an end of its own: what holds for one thread may not hold for several.
+    return exactness if exactness.proved else find_shapes([open_model(model, step, document)], FULL_PLAN)
 
 
 def _step_is_faster(model: onnx.ModelProto, step: onnx.ModelProto, document: ModelDocument) -> bool:

@@ -116,7 +116,10 @@ def operator_list(operators: Mapping[str, int]) -> str:
 def exactness_words(exactness: Exactness) -> str:
     """Returns whether bits were proved to stay the same, and why."""
     if exactness.proved:
-        told = '<span class="good">Proved.</span> A row has the same bits whatever it is batched with: '
+        told = (
+            f'<span class="good">Proved</span> for runs in {escape(exactness.shapes)}. A row has the same bits '
+            f"whatever it is batched with: "
+        )
     else:
         told = '<span class="bad">Not proved.</span> The service runs the model one row and one time step at a time: '
     return f"<p>{told}{escape(exactness.why)}.</p>"

@@ -88,7 +88,7 @@ def _table(models: Iterable[Model]) -> Table:
             _specs(signature.states) if signature.predict_only is None else "whole sequences only",
             escape(document.form),
             document.precision,
-            "yes" if model.exactness.proved else "no",
+            f"yes, {model.exactness.shapes}" if model.exactness.proved else "no",
             ", ".join(f"{metric} {value:.4g}" for metric, value in document.metrics.items()),
         )
     return table

@@ -62,8 +62,8 @@ class Engine:
     """Runs the work items of one model, tick after tick.
 
     Args:
-        model: The model. If it is not batch invariant, each tick is one row and one time step, the one shape that
-            always gives the same bits.
+        model: The model. If no shapes of runs make it batch invariant, each tick is one row and one time step, the one
+            shape that always gives the same bits.
         settings: Batch size, quantum, bounds.
         executor: One thread for runs that would block the event loop for too long.
         tracing: Records the spans of requests, if they are traced.
@@ -75,8 +75,7 @@ class Engine:
         self.model = model
         # Sequences in flight need slots too, beside those of sessions.
         self.arena = Arena(model.runtime.signature.states, settings.held_sessions + settings.max_queued_steps)
-        invariant = model.exactness.proved
-        self.max_batch = settings.max_batch if invariant else 1
+        self.max_batch = settings.max_batch if model.runs_batches else 1
         self.counts = TickCounts()
         self.bound = QueueBound(model.name, settings.max_queued_steps, settings.max_queued_steps_per_client)
         # The runner refers to the engine weakly: without a cycle, an unloaded engine is freed as soon as it is unused.
@@ -85,7 +84,7 @@ class Engine:
             if model.runtime.signature.predict_only is None
             else WholeSequences(model, self.max_batch, settings.max_whole_steps, self.counts, self.bound)
         )
-        self._quantum = settings.quantum if invariant else 1
+        self._quantum = settings.quantum if model.runs_batches else 1
         self._inline_seconds = settings.inline_microseconds / 1e6
         self._executor = executor
         self._cost = CostModel(self.sequences, self.max_batch)

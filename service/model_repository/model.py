@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from cellserve.models.signature import Exactness, ModelDocument
 from cellserve.service.errors import CannotBeStepped
-from cellserve.service.runtime.batch_invariance import QUICK_PLAN, check_batch_invariance
+from cellserve.service.runtime.batch_invariance import QUICK_PLAN, find_shapes
 from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.shape_policy import ANY_SHAPE, policies_from
 from cellserve.service.runtime.tensor_layout import TensorLayout
 from cellserve.service.validation.json_input import TensorDecoder
 
@@ -49,7 +50,10 @@ class Model:
         # Kernels differ between processors: batch invariance, checked at the export, is checked again where it runs.
         self.exactness: Exactness = self.document.exactness
         if self.exactness.proved:
-            self.exactness = check_batch_invariance([runtime], QUICK_PLAN.up_to(max_batch))
+            policies = policies_from(self.exactness.shapes)
+            self.exactness = find_shapes([runtime], QUICK_PLAN.up_to(max_batch), policies)
+        self.bits_may_differ = not self.exactness.proved and runtime.options.when_inexact == "batch"
+        self.runs_batches = self.exactness.proved or self.bits_may_differ
 
     @property
     def key(self) -> VersionKey:
@@ -79,5 +83,7 @@ class Model:
             "digest": self.digest,
             "exact": self.exactness.proved,
             "exactness": self.exactness.why,
+            "shapes": ANY_SHAPE.name if self.bits_may_differ else self.exactness.shapes,
+            "bits_may_differ": self.bits_may_differ,
             "provider": self.runtime.provider,
         }

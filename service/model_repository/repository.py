@@ -198,7 +198,9 @@ def load(
         model = Model(name, int(path.name), digest, runtime, max_batch)
     except Exception as error:
         raise BrokenModel(run_failure(error)) from None
-    log.info("%s version %s on %s, exact: %s", name, path.name, runtime.provider, model.exactness.proved)
+    exactness = model.exactness
+    exact = f"exact in {exactness.shapes}" if exactness.proved else f"not exact ({exactness.why})"
+    log.info("%s version %s on %s, %s", name, path.name, runtime.provider, exact)
     return model
 
 

@@ -157,6 +157,8 @@ class _ProcessCollector(Collector):
             (GaugeMetricFamily, "queued_steps", "Time steps that wait to be run.", lambda one: one.queued),
             (GaugeMetricFamily, "slots", "Slots of the arena in use: sessions held here, and sequences under way.",
              lambda one: one.arena.in_use),
+            (GaugeMetricFamily, "bits_may_differ", "Whether results may depend on the batch (--when-inexact batch).",
+             lambda one: int(one.model.bits_may_differ)),
         )  # fmt: skip
         for kind, name, documentation, read in numbers:
             family: Any = kind(f"cellserve_{name}", documentation, labels=labels)  # type: ignore[call-arg]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cellserve.models.signature import Exactness, Signature, StateSpec, TensorSpec
 from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.shape_policy import ANY_SHAPE, ONE_BY_ONE, POLICIES, ShapePolicy
 from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
 
 Array = NDArray[Any]
@@ -38,7 +39,7 @@ class CheckPlan:
 
 
 FULL_PLAN = CheckPlan(batches=(*range(1, 65), 128, 256), time=12, compositions=7, long=200)
-_ONE_BY_ONE = "the same steps one by one in a batch of another size"
+_STEP_BY_STEP = "the same steps one by one in a batch of another size"
 _FEW = 5
 QUICK_PLAN = CheckPlan(batches=(1, 2, 3, 5, 8, 16, 33, 64), time=5, compositions=3, long=0)
 
@@ -68,6 +69,40 @@ def check_batch_invariance(runtimes: Sequence[Runtime], plan: CheckPlan, seed: i
         return Exactness(proved=True, why=compare_runs(runtimes, plan, seed))
     except NotBatchInvariant as differs:
         return Exactness(proved=False, why=str(differs))
+
+
+def find_shapes(
+    runtimes: Sequence[Runtime], plan: CheckPlan, policies: Sequence[ShapePolicy] = POLICIES, seed: int = 0
+) -> Exactness:
+    """Finds the shapes of runs for which a model is batch invariant, and lets the runtimes use them from now on.
+
+    Args:
+        runtimes: As for `check_batch_invariance`.
+        plan: How much to try.
+        policies: The first of them that holds is taken.
+        seed: As for `check_batch_invariance`.
+    """
+    first: Exactness | None = None
+    for policy in policies:
+        if not _fits(policy, runtimes[0].signature):
+            continue
+        for runtime in runtimes:
+            runtime.shapes = policy
+        found = check_batch_invariance(runtimes, plan, seed)
+        if found.proved:
+            why = found.why if first is None else f"{found.why}; in {policy.name}, since otherwise {first.why}"
+            return Exactness(proved=True, why=why, shapes=policy.name)
+        first = first or found
+    for runtime in runtimes:
+        runtime.shapes = ANY_SHAPE
+    return Exactness(proved=False, why=first.why if first else "no shapes are left to try", shapes=ONE_BY_ONE)
+
+
+def _fits(policy: ShapePolicy, signature: Signature) -> bool:
+    """Whether a policy can be tried: rows of a fixed batch are not padded, nor the steps of whole sequences."""
+    if policy is ANY_SHAPE:
+        return True
+    return signature.batch is None and not (policy.step_sizes and signature.predict_only)
 
 
 def compare_runs(runtimes: Sequence[Runtime], plan: CheckPlan, seed: int = 0) -> str:
@@ -225,7 +260,7 @@ def _chunkings(
         yield
 
 
-def _same(one: Array, other: Array, what: str, than: str = _ONE_BY_ONE) -> None:
+def _same(one: Array, other: Array, what: str, than: str = _STEP_BY_STEP) -> None:
     if one.tobytes() == other.tobytes():
         return
     difference = 0.0

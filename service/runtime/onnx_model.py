@@ -23,11 +23,13 @@ from pydantic import ValidationError
 
 from cellserve.models.signature import METADATA_KEY, ModelDocument, Signature
 from cellserve.service.runtime.graph_adapter import GraphAdapter
+from cellserve.service.runtime.shape_policy import ANY_SHAPE, Padding
 from cellserve.service.runtime.tensor_layout import TensorLayout
 
 Array = NDArray[Any]
 Provider = Literal["auto", "cpu", "cuda"]
 Optimization = Literal["all", "extended", "basic", "off"]
+WhenInexact = Literal["one-row", "batch"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 _MEASURED_RUNS = 4
@@ -56,6 +58,7 @@ class RuntimeOptions:
     spinning: bool = False  # spinning threads would occupy the event loop's core while they wait
     memory_arena: bool = True
     optimization: Optimization = "all"
+    when_inexact: WhenInexact = "one-row"  # how to run a model that no shape policy makes batch invariant
 
 
 def providers(requested: Provider) -> list[str]:
@@ -167,6 +170,7 @@ class Runtime:
         adapter = GraphAdapter(signature, self.call)
         self._adapter = None if adapter.is_passthrough else adapter
         self._bindings = threading.local()  # one per thread, for concurrent runs
+        self.shapes = ANY_SHAPE  # how runs are padded
 
     def close(self) -> None:
         """Frees ONNX Runtime's memory; the model cannot be run any more."""
@@ -198,6 +202,12 @@ class Runtime:
 
     def call(self, inputs: Sequence[Array], lengths: NDArray[np.int32], states: Sequence[Array]) -> list[Array]:
         """Runs the graph once, with one array per input; returns its outputs and next states."""
+        if self.shapes is not ANY_SHAPE:
+            padded = Padding(self.shapes, self.signature, inputs[0].shape)
+            return padded.remove(self._call_as_is(*padded.add(inputs, lengths, states)))
+        return self._call_as_is(inputs, lengths, states)
+
+    def _call_as_is(self, inputs: Sequence[Array], lengths: NDArray[np.int32], states: Sequence[Array]) -> list[Array]:
         single = self._step is not None and inputs[0].shape[1] == 1
         session, binding = self._bound(single)
         binding.clear_binding_outputs()  # a binding keeps the shapes of its last run

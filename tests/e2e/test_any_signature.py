@@ -295,6 +295,19 @@ def test_a_model_that_mixes_rows_is_run_one_row_at_a_time(server: Server) -> Non
             assert alone == together[row]
 
 
+def test_a_model_that_mixes_rows_is_batched_only_if_that_is_asked_for_and_says_so(kinds: Path, serve: Serve) -> None:
+    server = serve("--models", str(kinds), "--when-inexact", "batch")
+    x = np.random.default_rng(8).normal(size=(6, 5, 3)).astype(np.float32).tolist()
+    with server.client() as client:
+        told = client.get("/models/mixed").json()
+        assert (told["exact"], told["bits_may_differ"], told["shapes"]) == (False, True, "any shape")
+        assert not client.get("/models/frames").json()["bits_may_differ"]
+        assert 'cellserve_bits_may_differ{model="mixed",version="1"} 1' in client.get("/metrics").text
+        together = client.post("/predict", json={"model": "mixed", "sequences": x}).json()["outputs"]
+        alone = client.post("/predict", json={"model": "mixed", "sequences": x[:1]}).json()["outputs"]
+        assert alone[0] != together[0]  # the mean over all rows
+
+
 def test_a_model_that_cannot_be_stepped_predicts_and_says_why_there_are_no_sessions(
     server: Server, stream: ClientConnection
 ) -> None:

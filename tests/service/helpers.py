@@ -70,6 +70,7 @@ class Model:
         self.name, self.version, self.digest = "halving", 1, "0" * 64
         self.runtime = Halving()
         self.exactness = Exactness(proved=exact, why="")
+        self.runs_batches, self.bits_may_differ = exact, False
         signature = self.runtime.signature
         self.inputs, self.outputs = TensorLayout(signature.inputs), TensorLayout(signature.outputs)
 
