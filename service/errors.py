@@ -237,6 +237,42 @@ class BodyTooLarge(Problem):
     title = "The request is too large"
 
 
+class MalformedRequest(Problem):
+    """The request is not HTTP, or could be understood in two ways (RFC 9112)."""
+
+    status = 400
+    title = "The request is malformed"
+
+
+class RequestTimeout(Problem):
+    """The client did not go on with its request in time."""
+
+    status = 408
+    title = "The request took too long to arrive"
+
+
+class TargetTooLong(Problem):
+    """The request's target is too long."""
+
+    status = 414
+    title = "The request's target is too long"
+
+
+class HeadTooLarge(Problem):
+    """The request's headers, or its trailers, are too many or too large."""
+
+    status = 431
+    title = "The request's headers are too large"
+
+
+class TooManyConnections(Problem):
+    """All connections, or those of one client, are taken."""
+
+    status = 503
+    title = "There are too many connections"
+    retry_after = 1
+
+
 class UnsupportedMediaType(Problem):
     """The path does not take the body's content type."""
 

@@ -66,6 +66,13 @@ class Settings(BaseSettings):
     tombstone_seconds: float = Field(86400, ge=0, description="seconds for which an ended session answers 410")
     max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="maximum size of a request body, in bytes")
     stream_window: int = Field(256, ge=1, le=65536, description="maximum frames in flight per WebSocket")
+    max_connections: int = Field(10_000, ge=1, description="maximum connections, fewer if open files are limited")
+    max_connections_per_client: int = Field(1000, ge=1, description="maximum connections from one address")
+    head_seconds: float = Field(10, gt=0, description="seconds for a request's head to arrive")
+    body_seconds: float = Field(30, gt=0, description="seconds for each further 64 KB of a body to arrive")
+    answer_seconds: float = Field(30, gt=0, description="seconds for each further 64 KB of an answer to be read")
+    idle_seconds: float = Field(75, gt=0, description="seconds for which a connection without a request is kept")
+    pong_seconds: float = Field(20, gt=0, description="seconds between pings on a WebSocket, and to answer one")
     max_sequences: int = Field(4096, ge=1, description="maximum sequences per request")
     workers: int = Field(1, ge=1, le=256, description="server processes; more than one need a shared store")
     store: str = Field(

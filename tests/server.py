@@ -51,10 +51,11 @@ class Server:
 Serve = Callable[..., Server]  # the fixture `serve`: `start_server`, whose server ends with the test
 
 
-def start_server(*flags: str, environment: dict[str, str] | None = None) -> Server:
-    """Starts a server on a free port and waits until it listens."""
+def start_server(*flags: str, environment: dict[str, str] | None = None, files: int | None = None) -> Server:
+    """Starts a server on a free port and waits until it listens; it may open `files` files."""
+    limited = [] if files is None else ["prlimit", f"--nofile={files}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", *flags],
+        [*limited, sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

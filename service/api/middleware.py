@@ -11,6 +11,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cellserve.service.api.client_identity import peer_of
+from cellserve.service.api.connection_limits import ConnectionTable
 from cellserve.service.api.fast_path import FastPath
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import Unauthorized
@@ -28,11 +29,13 @@ class ObservabilityMiddleware:
     Args:
         app: The application.
         service: Its counters, tracing and settings are used.
-        fast_path: Serves what needs no ASGI application; the server's protocols find it here.
+        fast_path: Serves what needs no ASGI application; None on the operations port. The server's protocols find it
+            here, and the table of the listener's `connections`.
     """
 
     def __init__(self, app: ASGIApp, service: ServiceContext, fast_path: FastPath | None = None) -> None:
         self.app, self.service, self.fast_path = app, service, fast_path
+        self.connections = ConnectionTable(service.settings, service.counts, is_operations=fast_path is None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one connection."""

@@ -9,6 +9,7 @@ from typing import Any
 import uvicorn
 from uvicorn.server import ServerState
 
+from cellserve.service.api.bounded_http import BoundedHttp
 from cellserve.service.api.ports import bind_port
 
 _CLOSING_SECONDS = 1
@@ -36,7 +37,7 @@ class OperationsListener:
     async def open(self, app: Any) -> None:
         """Starts to listen for requests to an ASGI application."""
         config = uvicorn.Config(
-            app, access_log=False, lifespan="off", interface="asgi3", ws="none", log_config=None,
+            app, access_log=False, lifespan="off", interface="asgi3", http=BoundedHttp, ws="none", log_config=None,
             server_header=False, proxy_headers=False,
         )  # fmt: skip
         config.load()

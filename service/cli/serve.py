@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValidationError as error:
         return _fail(explain_invalid(error, given), 2)
     # Here and not above, so that --help and a mistyped flag answer at once.
+    from cellserve.service.api.connection_limits import raise_file_limit
     from cellserve.service.api.ports import PortTaken, check_port
     from cellserve.service.app import create_app
     from cellserve.service.auth import BadKeysFile
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.configure(settings.log_format)
     for message in unknown_variables(os.environ):
         getLogger("cellserve").warning(message)
+    raise_file_limit()
     try:
         check_port("port", settings.host, settings.port)  # uvicorn only binds it after all models are loaded
         app = create_app(settings)
@@ -83,13 +85,15 @@ def _run_one(app: ObservabilityMiddleware, settings: Settings) -> int:
     """Serves the application in this process."""
     import uvicorn
 
+    from cellserve.service.cli.orderly_server import OrderlyServer
+
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(app.service.exit_status)
 
     # uvicorn raises the signal again after a graceful stop, which would end the process as if it had failed.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    server = uvicorn.Server(uvicorn.Config(app, **_uvicorn_options(settings)))
+    server = OrderlyServer(uvicorn.Config(app, **_uvicorn_options(settings)))
     server.run()
     return 0 if server.started else 1
 
@@ -113,21 +117,21 @@ def _run_workers(settings: Settings, given: dict[str, str]) -> int:
 
 
 def _uvicorn_options(settings: Settings) -> dict[str, Any]:
-    from cellserve.service.api.uvicorn_protocols import FastPathHttp, FastPathWebSocket
+    from cellserve.service.api.bounded_websocket import BoundedWebSocket
+    from cellserve.service.api.fast_path_http import FastPathHttp
 
     options: dict[str, Any] = {
         "host": settings.host,
         "port": settings.port,
         "access_log": False,
         "timeout_graceful_shutdown": settings.shutdown_seconds,
-        # Longer than clients and nginx (60 seconds) keep an idle connection: a request that is sent just as the server
-        # closes its connection gets no answer.
-        "timeout_keep_alive": 75,
         "server_header": False,
-        "proxy_headers": False,  # nothing here uses the client's address
+        "proxy_headers": False,  # our protocols read them
         "interface": "asgi3",
         "http": FastPathHttp,
-        "ws": FastPathWebSocket,
+        "ws": BoundedWebSocket,
+        "ws_ping_interval": settings.pong_seconds,
+        "ws_ping_timeout": settings.pong_seconds,
         "ws_max_size": settings.max_body_bytes,
         "ws_per_message_deflate": False,
     }

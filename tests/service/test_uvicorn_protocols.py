@@ -1,4 +1,4 @@
-"""What the fast path needs of uvicorn beyond what it promises: an upgrade that changes it is named here."""
+"""What our protocols need of uvicorn and websockets beyond what they promise: an upgrade that changes it is named."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
+from websockets.protocol import Protocol
+from websockets.server import ServerProtocol
 
-WHERE = f"uvicorn {uvicorn.__version__} has changed what service/api/uvicorn_protocols.py needs of it: "
+WHERE = (
+    f"uvicorn {uvicorn.__version__} has changed what bounded_http.py, fast_path_http.py and bounded_websocket.py need: "
+)
 
-METHODS = {
+METHODS: dict[type, dict[str, list[str]]] = {
     httptools_impl.HttpToolsProtocol: {
         "_start_asgi_task": ["cycle", "app"],
         "connection_lost": ["exc"],
@@ -22,12 +26,29 @@ METHODS = {
         "on_body": ["body"],
         "on_message_complete": [],
         "on_response_complete": [],
+        "data_received": ["data"],
+        "handle_websocket_upgrade": [],
+        "_should_upgrade": [],
         "shutdown": [],
     },
-    WebSocketsSansIOProtocol: {"handle_connect": ["event"], "send_receive_event_to_app": []},
+    WebSocketsSansIOProtocol: {
+        "data_received": ["data"],
+        "handle_connect": ["event"],
+        "handle_cont": ["event"],
+        "handle_parser_exception": [],
+        "handle_ping": [],
+        "pause_writing": [],
+        "receive": [],
+        "resume_writing": [],
+        "send_receive_event_to_app": [],
+    },
+    FlowControl: {"pause_writing": [], "resume_reading": [], "resume_writing": []},
 }
 HTTP = ("cycle", "expect_100_continue", "flow", "headers", "parser", "pipeline", "server_state", "transport", "url")
-WEBSOCKET = ("close_sent", "conn", "curr_msg_data_type", "frames", "handshake_initiated", "queue", "writable")
+WEBSOCKET = (
+    "close_sent", "conn", "curr_msg_data_type", "frames", "handshake_complete", "handshake_initiated", "queue",
+    "read_paused", "writable",
+)  # fmt: skip
 
 
 def test_the_methods_that_the_fast_path_overrides_are_there() -> None:
@@ -45,8 +66,10 @@ def test_the_attributes_that_the_fast_path_reads_are_there() -> None:
         WebSocketsSansIOProtocol: WEBSOCKET,
         # A request on the fast path stands in for one of these.
         httptools_impl.RequestResponseCycle: ("disconnected", "keep_alive", "message_event", "response_complete"),
-        ServerState: ("default_headers",),
-        FlowControl: ("write_paused",),
+        ServerState: ("default_headers", "total_requests"),
+        FlowControl: ("_transport", "read_paused", "write_paused"),
+        Protocol: ("current_size", "parser", "reader", "writes"),
+        ServerProtocol: ("handshake_exc",),
     }
     for kind, names in sources.items():
         source = inspect.getsource(kind)

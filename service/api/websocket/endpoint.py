@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from cellserve.service.api.asgi import as_problem, send_problem
+from cellserve.service.api.bounded_websocket import FRAMES_EXTENSION, BoundedWebSocket
 from cellserve.service.api.session_requests import (
     CreateRequest,
     ForkRequest,
@@ -28,7 +29,6 @@ from cellserve.service.api.session_requests import (
     step_session,
 )
 from cellserve.service.api.step_codec import session_json, step_json
-from cellserve.service.api.uvicorn_protocols import FRAMES_EXTENSION, FastPathWebSocket
 from cellserve.service.api.websocket import binary_frames, json_frames
 from cellserve.service.api.websocket.binary_frames import STEP, Frame, Group
 from cellserve.service.api.websocket.json_frames import Attach, Auth, Close, Fork, Open, Reset, Step
@@ -134,7 +134,7 @@ class _Socket:
         self.service = service
         self.owner = owner
         self.scope, self.send = scope, send
-        self.fast: FastPathWebSocket | None = scope["extensions"].get(FRAMES_EXTENSION)
+        self.fast: BoundedWebSocket | None = scope["extensions"].get(FRAMES_EXTENSION)
         self.send_queue = SendQueue(send, self.fast, service.settings.stream_window)
         self.key: HeldKey | None = None  # None where no keys are used
         self.counts = get_context(scope).surface

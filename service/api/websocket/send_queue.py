@@ -7,7 +7,7 @@ from collections import deque
 
 from starlette.types import Send
 
-from cellserve.service.api.uvicorn_protocols import FastPathWebSocket
+from cellserve.service.api.bounded_websocket import BoundedWebSocket
 
 
 class SendQueue:
@@ -19,7 +19,7 @@ class SendQueue:
         window: The largest number of unanswered frames.
     """
 
-    def __init__(self, send: Send, fast: FastPathWebSocket | None, window: int) -> None:
+    def __init__(self, send: Send, fast: BoundedWebSocket | None, window: int) -> None:
         self._send, self._fast, self._window = send, fast, window
         self.in_flight = 0  # frames that are not fully answered
         self._messages: deque[tuple[bytes, bool, bool]] = deque()  # message, is text, is the last one for its frame

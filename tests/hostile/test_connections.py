@@ -1,0 +1,342 @@
+"""Connections that flood the server or hold on to it cost nobody else anything, and are ended."""
+
+from __future__ import annotations
+
+import re
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.hostile.conftest import Beside
+from tests.server import Serve, Server
+
+MB = 2**20
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
+HANDSHAKE = (
+    b"GET /stream HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AQIDBAUGBwgJCgsMDQ4PEA==\r\n"
+)
+
+
+def connected(server: Server, source: str = "127.0.0.2") -> socket.socket:
+    """A connection from an address of its own."""
+    address = urlsplit(server.url)
+    return socket.create_connection(("127.0.0.1", address.port or 0), timeout=10, source_address=(source, 0))
+
+
+def flood(connection: socket.socket, data: bytes, size: int, seconds: float = 10) -> int:
+    """Sends data over and over, until so much is sent or the server takes no more; returns what was sent."""
+    deadline, sent = time.monotonic() + seconds, 0
+    connection.settimeout(0.5)
+    try:
+        while sent < size and time.monotonic() < deadline:
+            sent += connection.send(data)
+    except OSError:
+        pass
+    return sent
+
+
+def rest(connection: socket.socket, seconds: float = 5) -> bytes:
+    """What the server sends until it closes the connection; raises TimeoutError if it does not."""
+    answer, deadline = b"", time.monotonic() + seconds
+    while True:
+        connection.settimeout(max(deadline - time.monotonic(), 0.01))
+        try:
+            part = connection.recv(MB)
+        except ConnectionError:
+            return answer
+        if not part:
+            return answer
+        answer += part
+
+
+def statuses(answer: bytes) -> list[int]:
+    """The statuses of the answers."""
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answer)]
+
+
+def masked(opcode: int, payload: bytes = b"", fin: bool = True) -> bytes:
+    """A client's frame."""
+    length = bytes([0x80 | len(payload)]) if len(payload) < 126 else b"\xfe" + struct.pack("!H", len(payload))
+    return bytes([(0x80 if fin else 0) | opcode]) + length + bytes(4) + payload
+
+
+@pytest.mark.parametrize(
+    ("begin", "endless", "status"),
+    [
+        (HEAD + b"X: ", b"x" * MB, 431),
+        (b"GET /", b"x" * MB, 414),
+        (HEAD, b"a: b\r\n" * 100_000, 431),
+        (CHUNKED + b"0\r\nX: ", b"x" * MB, 431),
+        (CHUNKED + b"2;", b"x" * MB, 431),
+    ],
+    ids=["a header", "a target", "headers", "a trailer", "a chunk's extension"],
+)
+def test_heads_without_end_are_refused(
+    server: Server, beside: Beside, begin: bytes, endless: bytes, status: int
+) -> None:
+    with beside(server, f"{endless[:4]!r} without end, after {begin[-10:]!r}") as seen, ExitStack() as opened:
+        for _ in range(10):
+            connection = opened.enter_context(connected(server))
+            connection.sendall(begin)
+            assert flood(connection, endless, 300 * MB) < 100 * MB
+            assert statuses(rest(connection)) in ([status], [])  # a client that still sends may lose the answer
+    assert seen.grown_bytes < 50 * MB
+
+
+def test_heads_up_to_the_limits_are_taken(server: Server) -> None:
+    longest = b"GET /healthz?" + b"x" * 8000 + b" HTTP/1.1\r\nHost: x\r\n"
+    for head in (
+        longest,
+        longest + b"a: b\r\n" * 99,
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\na: " + b"x" * 65_000 + b"\r\n",
+    ):
+        with connected(server) as connection:
+            connection.sendall(head + b"Connection: close\r\n\r\n") if b"a: b" not in head else connection.sendall(
+                head + b"\r\n" + GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+            )
+            assert set(statuses(rest(connection))) == {200}
+
+
+def test_pipelined_requests_wait_unparsed(server: Server, beside: Beside) -> None:
+    flood_of_requests = GET * (MB // len(GET))
+    with beside(server, "16 MB of pipelined requests on each of 20 connections") as seen, ExitStack() as opened:
+        connections = [opened.enter_context(connected(server)) for _ in range(20)]
+        for connection in connections:
+            flood(connection, flood_of_requests, 16 * MB, seconds=1)
+    assert seen.grown_bytes < 50 * MB
+
+
+def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
+    with connected(server) as connection:
+        connection.sendall(GET * 50 + HEAD + b"Content-Length: 2\r\n\r\n{}" + GET * 50 + b"nonsense\r\n\r\n")
+        assert statuses(rest(connection)) == [200] * 50 + [422] + [200] * 50 + [400]
+
+
+@pytest.mark.parametrize(
+    ("begin", "endless"),
+    [
+        (b"", masked(9)),
+        (masked(1, fin=False), masked(0, fin=False)),
+        (masked(1, fin=False), masked(0, b"x", fin=False)),
+        (b"", masked(1, b"{}")),
+        (b"", masked(2, b"x" * 100)),
+    ],
+    ids=["pings", "empty fragments", "fragments of a byte", "bad frames", "bad binary frames"],
+)
+def test_floods_of_frames_take_turns(server: Server, beside: Beside, begin: bytes, endless: bytes) -> None:
+    with beside(server, f"frames {endless[:8]!r} without end") as seen, ExitStack() as opened:
+        connections = []
+        for _ in range(20):
+            connections.append(connection := opened.enter_context(connected(server)))
+            connection.sendall(HANDSHAKE + b"\r\n")
+            answer = connection.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 101"), answer
+            connection.sendall(begin)
+        for connection in connections:
+            flood(connection, endless * 50_000, 2 * MB, seconds=0.3)
+        time.sleep(1)
+    assert seen.grown_bytes < 100 * MB
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"",
+        b"Content-Length: 5\r\n",
+        b"X: " + b"x" * 9000 + b"\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"X: \xff\x01\r\n",
+    ],
+)
+def test_wrong_handshakes_are_answered_and_closed(server: Server, lines: bytes) -> None:
+    handshake = HANDSHAKE if lines else HANDSHAKE.replace(b"Sec-WebSocket-Key", b"X-Key")
+    with connected(server) as connection:
+        connection.sendall(handshake + lines + b"Connection: close\r\n\r\n")
+        assert statuses(rest(connection))[0] in (400, 426)
+
+
+STRICT = {
+    "no Host": (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
+    "two Hosts": (b"GET /healthz HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", 400),
+    "HTTP/0.9": (b"GET /healthz\r\n\r\n", 400),
+    "HTTP/2.0": (b"GET /healthz HTTP/2.0\r\nHost: x\r\n\r\n", 400),
+    "identity": (HEAD + b"Transfer-Encoding: identity\r\n\r\n", 400),
+    "identity, chunked": (HEAD + b"Transfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n", 400),
+    "chunked twice": (HEAD + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n0\r\n\r\n", 400),
+    "chunked and a length": (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n", 400),
+    "chunked in HTTP/1.0": (HEAD.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "CONNECT": (b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+}
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_what_could_be_read_in_two_ways_is_refused(server: Server, name: str) -> None:
+    request, status = STRICT[name]
+    with connected(server) as connection:
+        connection.sendall(request)
+        assert statuses(rest(connection)) == [status]
+
+
+def test_other_upgrades_are_ignored(server: Server) -> None:
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    with connected(server) as connection:
+        connection.sendall(HEAD + upgrade + b"Content-Length: 2\r\n\r\n{}" + GET + b"bad\r\n\r\n")
+        assert statuses(rest(connection)) == [422, 200, 400]
+
+
+def test_a_trailer_is_no_header_of_its_request_nor_of_the_next(server: Server) -> None:
+    with connected(server) as connection:
+        connection.sendall(CHUNKED + b"0\r\nX-Request-Id: trailer\r\n\r\n" + GET + b"bad\r\n\r\n")
+        answer = rest(connection)
+        assert statuses(answer) == [422, 200, 400] and b"trailer" not in answer
+
+
+@pytest.fixture
+def impatient(serve: Serve, examples: Path) -> Server:
+    """A server that waits for a second at most."""
+    limits = [f"--{name}-seconds=1" for name in ("head", "body", "answer", "idle", "pong")]
+    return serve("--models", str(examples), *limits)
+
+
+HOSTAGES = {
+    "nothing": (b"", []),
+    "a head without end": (b"GET /healthz HTTP/1.1\r\nHo", [408]),
+    "a head after a request": (GET + b"GET /heal", [200, 408]),
+    "a body without end": (HEAD + b"Content-Length: 100\r\n\r\n{", [408]),
+    "a body that never begins": (HEAD + b"Content-Length: 100\r\n\r\n", [408]),
+    "chunks without end": (CHUNKED, [408]),
+    "a body of the fast path": (b"POST /sessions/x/step" + HEAD[13:] + b"Content-Length: 100\r\n\r\n{", [408]),
+    "a body that is answered before its end": (
+        HEAD.replace(b"json", b"xml") + b"Content-Length: 100\r\n\r\n{",
+        [415, 408],
+    ),
+    "no further request": (GET, [200]),
+    "no further request, but line breaks": (GET + b"\r\n\r\n", [200]),
+    "a socket without pongs": (HANDSHAKE + b"\r\n", [101]),
+    "a message without end": (HANDSHAKE + b"\r\n" + masked(1, b"{", fin=False), [101]),
+}
+
+
+def test_no_connection_waits_for_ever(impatient: Server, beside: Beside) -> None:
+    with beside(impatient, "connections that wait"), ExitStack() as opened:
+        held = {name: opened.enter_context(connected(impatient)) for name in HOSTAGES}
+        for name, (data, _) in HOSTAGES.items():
+            held[name].sendall(data)
+        for name, (_, expected) in HOSTAGES.items():
+            assert statuses(rest(held[name], seconds=10)) == expected, name
+
+
+def test_heads_and_bodies_a_byte_at_a_time_are_closed(impatient: Server) -> None:
+    for data in (b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: ", HEAD + b"Content-Length: 1000\r\n\r\n"):
+        with connected(impatient) as connection:
+            connection.sendall(data)
+            for _ in range(100):
+                time.sleep(0.1)
+                try:
+                    connection.sendall(b"x")
+                except ConnectionError:
+                    break
+            else:
+                pytest.fail("never closed")
+
+
+def large_answer(server: Server, source: str = "127.0.0.2") -> socket.socket:
+    """A connection whose client reads nothing of a large answer."""
+    body = b'{"model":"characters","outputs":"all","sequences":[[' + b"1," * 4_000 + b"1]]}"
+    connection = connected(server, source)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    return connection
+
+
+def test_an_answer_that_is_not_read_is_dropped(impatient: Server, beside: Beside) -> None:
+    with beside(impatient, "5 readers of large answers that stop") as seen, ExitStack() as opened:
+        connections = [opened.enter_context(large_answer(impatient)) for _ in range(5)]
+        for connection in connections:
+            reset = select.poll()
+            reset.register(connection, 0)
+            assert reset.poll(60_000)
+    assert seen.grown_bytes < 50 * MB
+
+
+def test_a_stop_waits_for_no_hostage(serve: Serve, examples: Path) -> None:
+    server = serve("--models", str(examples))
+    with ExitStack() as opened:
+        for data, _ in HOSTAGES.values():
+            opened.enter_context(connected(server)).sendall(data)
+        opened.enter_context(large_answer(server))
+        time.sleep(1)
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 10  # and not --shutdown-seconds
+
+
+def test_a_second_signal_still_writes_the_snapshot(serve: Serve, examples: Path, tmp_path: Path) -> None:
+    file = str(tmp_path / "snapshot")
+    server = serve("--models", str(examples), "--snapshot", file)
+    with server.client() as client, connected(server) as hostage:
+        session = client.post("/sessions", json={"model": "sunspots"}).json()["session"]
+        hostage.sendall(HOSTAGES["a body without end"][0])
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert server.stop(signal.SIGINT) == 0
+    again = serve("--models", str(examples), "--snapshot", file)
+    with again.client() as client:
+        assert client.get(f"/sessions/{session}").status_code == 200
+
+
+@pytest.fixture
+def small(serve: Serve, examples: Path) -> Iterator[Server]:
+    """A server of few connections."""
+    yield serve("--models", str(examples), "--max-connections", "20", "--max-connections-per-client", "10")
+
+
+def asked(server: Server, source: str, path: bytes = b"/models") -> list[int]:
+    """The statuses of the answers to one request, on a connection of its own."""
+    with connected(server, source) as connection:
+        connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return statuses(rest(connection))
+
+
+def test_one_client_does_not_take_all_connections(small: Server, beside: Beside) -> None:
+    with beside(small, "connections without end"), ExitStack() as opened:
+        held = [opened.enter_context(connected(small)) for _ in range(200)]
+        time.sleep(0.2)
+        assert asked(small, "127.0.0.3") == [200]
+        assert len(held) == 200
+
+
+def test_health_is_answered_where_all_connections_are_taken(small: Server) -> None:
+    with ExitStack() as opened:
+        for source in ("127.0.0.3", "127.0.0.4"):
+            for _ in range(10):
+                opened.enter_context(connected(small, source))
+        time.sleep(0.2)
+        assert asked(small, "127.0.0.5") == [503]
+        assert asked(small, "127.0.0.5", b"/healthz") == asked(small, "127.0.0.5", b"/readyz") == [200]
+    time.sleep(0.2)
+    assert asked(small, "127.0.0.5") == [200]
+
+
+def test_the_limit_of_open_files_is_never_reached(examples: Path, serve: Serve) -> None:
+    server = serve("--models", str(examples), "--max-connections-per-client", "10000", files=600)
+    with ExitStack() as opened:
+        for _ in range(550):
+            opened.enter_context(connected(server))
+        time.sleep(0.5)
+        assert asked(server, "127.0.0.5") == [503]
+        assert asked(server, "127.0.0.5", b"/healthz") == [200]
+    time.sleep(0.5)
+    assert asked(server, "127.0.0.5") == [200]
