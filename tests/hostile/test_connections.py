@@ -251,18 +251,18 @@ def test_heads_and_bodies_a_byte_at_a_time_are_closed(impatient: Server) -> None
                 pytest.fail("never closed")
 
 
-def large_answer(server: Server, source: str = "127.0.0.2") -> socket.socket:
-    """A connection whose client reads nothing of a large answer."""
+def unread_answers(server: Server, source: str = "127.0.0.2") -> socket.socket:
+    """A connection whose client reads nothing of its large answers, which the kernel does not buffer all."""
     body = b'{"model":"characters","outputs":"all","sequences":[[' + b"1," * 4_000 + b"1]]}"
     connection = connected(server, source)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    connection.sendall((HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body) * 8)
     return connection
 
 
 def test_an_answer_that_is_not_read_is_dropped(impatient: Server, beside: Beside) -> None:
     with beside(impatient, "5 readers of large answers that stop") as seen, ExitStack() as opened:
-        connections = [opened.enter_context(large_answer(impatient)) for _ in range(5)]
+        connections = [opened.enter_context(unread_answers(impatient)) for _ in range(5)]
         for connection in connections:
             reset = select.poll()
             reset.register(connection, 0)
@@ -275,7 +275,7 @@ def test_a_stop_waits_for_no_hostage(serve: Serve, examples: Path) -> None:
     with ExitStack() as opened:
         for data, _ in HOSTAGES.values():
             opened.enter_context(connected(server)).sendall(data)
-        opened.enter_context(large_answer(server))
+        opened.enter_context(unread_answers(server))
         time.sleep(1)
         began = time.monotonic()
         assert server.stop() == 0
