@@ -30,7 +30,6 @@ from cellserve.service.api.rollout import RolloutEndpoint
 from cellserve.service.api.websocket.endpoint import StreamEndpoint, reject_plain_http
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
-from cellserve.service.observability import logging
 from cellserve.service.observability.request_context import problem_body
 from cellserve.service.settings import Settings
 
@@ -111,13 +110,6 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
     rules = BrowserRules(settings)
     fast_path = FastPath(service, one_per_iteration, rules)
     return ObservabilityMiddleware(BrowserRulesMiddleware(hot_paths, rules), service, fast_path)
-
-
-def from_environment() -> ObservabilityMiddleware:
-    """Builds the application in a worker process, from the environment's settings."""
-    settings = Settings()
-    logging.configure(settings.log_format)
-    return create_app(settings)
 
 
 async def _docs(request: Request) -> Response:

@@ -35,6 +35,7 @@ from cellserve.service.settings import Settings
 
 if TYPE_CHECKING:
     from cellserve.service.observability.tracing import Tracing
+    from cellserve.service.sessions.stores.redis_client import RedisClient
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -57,12 +58,30 @@ def _store(settings: Settings, table: SessionTable, versions: ModelManager) -> S
         durable: Durable = "none" if settings.snapshot is None else "snapshot"
         return MemoryStore(table, settings.max_sessions, settings.tombstone_seconds, settings.when_full, durable)
     # Here and not above: the package is an extra.
-    from cellserve.service.sessions.stores.redis_client import RedisClient
     from cellserve.service.sessions.stores.shared import SharedStore
 
+    return SharedStore(_redis(settings), table, settings.arena_sessions, *bounds, versions.engine_for_digest)
+
+
+def _redis(settings: Settings) -> RedisClient:
+    from cellserve.service.sessions.stores.redis_client import RedisClient
+
     times = settings.session_idle_seconds, settings.tombstone_seconds, settings.store_timeout_seconds
-    client = RedisClient(settings.store, *times, settings.store_replicas)
-    return SharedStore(client, table, settings.arena_sessions, *bounds, versions.engine_for_digest)
+    return RedisClient(settings.store, *times, settings.store_replicas)
+
+
+async def check_store(settings: Settings) -> None:
+    """Tries the shared store before anything is loaded; one that cannot be reached now is tried again when needed.
+
+    Raises:
+        StoreUnusable: It will not do, unless its settings or ours are changed.
+    """
+    if settings.store != "memory":
+        client = _redis(settings)
+        try:
+            await client.check()
+        finally:
+            await client.close()
 
 
 def _tracing(settings: Settings) -> Tracing | None:

@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=1, le=256, description="server processes; more than one need a shared store")
     store: str = Field(
         "memory",
-        description="memory, or redis://HOST:PORT/DB (rediss, unix, redis+cluster)",
+        description="memory, or redis://HOST:PORT/DB (rediss, unix, redis+sentinel, redis+cluster)",
     )
     store_timeout_seconds: float = Field(2, gt=0, description="seconds to wait for an answer of the store")
     store_replicas: int = Field(0, ge=0, description="store replicas that must confirm each write (WAIT)")

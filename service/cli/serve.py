@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from logging import getLogger
-from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from cellserve.service.cli import workers
 from cellserve.service.observability import logging
 from cellserve.service.settings import ENV_PREFIX, TUNING, Settings, explain_invalid, flag, unknown_variables
 
 if TYPE_CHECKING:
     from cellserve.service.api.middleware import ObservabilityMiddleware
-
-# uvicorn restarts a worker that does not answer its health check for so long. Its default is 5 seconds; on a busy
-# machine, or with a small share of one, a worker's imports alone may take that long.
-_WORKER_SECONDS = 30
-_MEMORY = "/dev/shm"  # a memory file system: metrics that workers share need no disk
 
 EXAMPLE = """\
 example:
@@ -62,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cellserve.service.api.ports import PortTaken, check_port
     from cellserve.service.app import create_app
     from cellserve.service.auth import BadKeysFile
+    from cellserve.service.context import check_store
     from cellserve.service.model_repository.errors import BrokenModel
     from cellserve.service.runtime.onnx_model import RuntimeUnavailable
     from cellserve.service.sessions.stores.protocol import StoreUnusable
@@ -73,12 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise_file_limit()
     try:
         check_port("port", settings.host, settings.port)  # uvicorn only binds it after all models are loaded
+        asyncio.run(check_store(settings))
         app = create_app(settings)
     except ModuleNotFoundError as error:
         return _fail(_missing_extra(error))
     except (BadKeysFile, BadSnapshot, BrokenModel, PortTaken, RuntimeUnavailable, StoreUnusable) as error:
         return _fail(str(error))
-    return _run_one(app, settings) if settings.workers == 1 else _run_workers(settings, given)
+    if settings.workers == 1:
+        return _run_one(app, settings)
+    try:
+        return workers.run(settings, given, _uvicorn_options(settings))
+    except OSError as error:
+        return _fail(f"--workers need a folder to share their metrics: {error}")
 
 
 def _run_one(app: ObservabilityMiddleware, settings: Settings) -> int:
@@ -96,24 +99,6 @@ def _run_one(app: ObservabilityMiddleware, settings: Settings) -> int:
     server = OrderlyServer(uvicorn.Config(app, **_uvicorn_options(settings)))
     server.run()
     return 0 if server.started else 1
-
-
-def _run_workers(settings: Settings, given: dict[str, str]) -> int:
-    """Serves in several processes; each builds its own application."""
-    import uvicorn
-
-    from cellserve.service.observability.prometheus import DIRECTORY
-
-    os.environ |= {f"{ENV_PREFIX}{name.upper()}": value for name, value in given.items()}
-    try:
-        folder = TemporaryDirectory(prefix="cellserve-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None)
-    except OSError as error:
-        return _fail(f"--workers need a folder to share their metrics: {error}")
-    with folder:
-        os.environ[DIRECTORY] = folder.name
-        options = _uvicorn_options(settings) | {"timeout_worker_healthcheck": _WORKER_SECONDS}
-        uvicorn.run("cellserve.service.app:from_environment", factory=True, workers=settings.workers, **options)
-    return 0
 
 
 def _uvicorn_options(settings: Settings) -> dict[str, Any]:

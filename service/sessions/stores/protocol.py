@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from cellserve.service.sessions.stores.records import (
     ConditionalWrite,
     SessionRecord,
     TombstoneRecord,
+    UnreadableRecord,
     WriteOutcome,
 )
 from cellserve.service.sessions.table import SessionTable
@@ -172,7 +173,10 @@ class SessionStore(Protocol):
 
 
 class StoreClient(Protocol):
-    """A store that several processes share; keys are those of `key_of`. All methods raise StoreUnavailable."""
+    """A store that several processes share; keys are those of `key_of`. All methods raise StoreUnavailable.
+
+    What it has is input: a record that is not a session's is an UnreadableRecord, and can be ended or replaced.
+    """
 
     durable: Durable
 
@@ -187,19 +191,25 @@ class StoreClient(Protocol):
         """Closes the store."""
 
     async def load(self, key: str) -> SessionRecord | TombstoneRecord | None:
-        """Reads a session, or its tombstone, and extends its life; returns None if the key is unknown."""
+        """Reads a session, or its tombstone, and extends its life; returns None if the key is unknown.
 
-    async def create(self, key: str, session: SessionRecord) -> WriteOutcome:
-        """Creates a session: WRITTEN, EXISTS, or GONE if it has ended."""
+        Raises:
+            UnreadableRecord: There is something else under the key.
+        """
 
-    async def replace(self, key: str, session: SessionRecord) -> None:
-        """Creates a session, replacing any existing or ended one."""
+    async def create(self, key: str, session: SessionRecord, max_sessions: int) -> WriteOutcome:
+        """Creates a session: WRITTEN, EXISTS, GONE if it has ended, or FULL."""
 
-    async def write(self, writes: Sequence[ConditionalWrite], touched: Iterable[str] = ()) -> list[WriteOutcome]:
+    async def replace(self, key: str, session: SessionRecord, max_sessions: int) -> WriteOutcome:
+        """Creates a session, replacing any existing or ended one: WRITTEN, or FULL if there was none."""
+
+    async def write(
+        self, writes: Sequence[ConditionalWrite], touched: Sequence[str] = ()
+    ) -> Sequence[WriteOutcome | Problem]:
         """Writes sessions together, and refreshes the deadlines of the touched ones in the index.
 
         Returns:
-            The outcome of each write: WRITTEN, CONFLICT or GONE.
+            The outcome of each write: WRITTEN, CONFLICT or GONE, or the problem if the store refuses it.
         """
 
     async def end(self, key: str, reason: str, position: int | None = None) -> WriteOutcome:
@@ -211,5 +221,8 @@ class StoreClient(Protocol):
     async def longest_idle(self) -> str | None:
         """Returns the key of the session with the earliest deadline."""
 
-    async def page(self, prefix: str, cursor: int, limit: int) -> tuple[list[tuple[str, str, int, int]], int]:
-        """Returns about `limit` sessions by key prefix, as key, model, version and position, and the next cursor."""
+    async def page(self, owner: str, after: int, limit: int) -> tuple[list[SessionSummary | UnreadableRecord], int]:
+        """Returns a page of an owner's sessions, without reading others', and where the next one starts; 0: nowhere.
+
+        A session that lives throughout is on exactly one page. The first page starts at 0.
+        """

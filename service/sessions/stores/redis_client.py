@@ -1,94 +1,45 @@
 """The Redis client: sessions in Redis or Valkey, so that any replica can serve any of them.
 
-A session is a hash. A write is one call of a script that compares the stored position and revision with those that the
-writer has seen, and sets all fields or none. A second key outlives the session and becomes its tombstone; both keys
-share a hash tag. The index, a sorted set by deadline, lists all sessions.
+A write is one call of a script that compares the stored position and revision with those that the writer has seen, and
+sets all fields or none. `redis_scripts` describes the keys.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import logging
-import math
-import time
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import hiredis
-from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import (
-    ConnectionError,
-    NoScriptError,
-    RedisClusterException,
-    RedisError,
-    ResponseError,
-    TimeoutError,
-)
+from redis.exceptions import ResponseError
 
-from cellserve.service.errors import StoreUnavailable
-from cellserve.service.sessions.session import Durable
+from cellserve.service.errors import Problem, StoreUnavailable
+from cellserve.service.sessions.session import Durable, SessionSummary
+from cellserve.service.sessions.stores import redis_scripts as scripts
 from cellserve.service.sessions.stores.protocol import StoreUnusable
-from cellserve.service.sessions.stores.records import ConditionalWrite, SessionRecord, TombstoneRecord, WriteOutcome
+from cellserve.service.sessions.stores.records import (
+    ConditionalWrite,
+    SessionRecord,
+    TombstoneRecord,
+    UnreadableRecord,
+    VersionStamp,
+    WriteOutcome,
+)
+from cellserve.service.sessions.stores.redis_connection import Command, RedisConnection, checked, is_wrong_type
+from cellserve.service.sessions.stores.redis_faults import FAULTS, TooFewReplicas, fault_of
 
-_CLUSTER = "redis+cluster://"
-_INDEX = "cellserve:sessions"
-_INDEX_SLACK = 1.1
-
-Command = tuple[Any, ...]  # name and arguments: bytes, strings and numbers
-
-# KEYS: the session, its tombstone. ARGV: the expected stamp, the new stamp, milliseconds until the session expires and
-# until the tombstone does, the tombstone, the states, and the stored answer if it changes.
-_WRITE = b"""
-local now = redis.call('HGET', KEYS[1], 'mark')
-if not now then return 'gone' end
-if now ~= ARGV[1] then return 'other' end
-if ARGV[7] then
-  redis.call('HSET', KEYS[1], 'mark', ARGV[2], 'states', ARGV[6], 'last', ARGV[7])
-else
-  redis.call('HSET', KEYS[1], 'mark', ARGV[2], 'states', ARGV[6])
-end
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-redis.call('SET', KEYS[2], ARGV[5], 'PX', ARGV[4])
-return 'written'
-"""
-# KEYS: as above. ARGV: the two times, the tombstone, then fields and values.
-_CREATE = b"""
-if redis.call('EXISTS', KEYS[1]) == 1 then return 'there' end
-if redis.call('EXISTS', KEYS[2]) == 1 then return 'gone' end
-local fields = {}
-for place = 4, #ARGV do fields[place - 3] = ARGV[place] end
-redis.call('HSET', KEYS[1], unpack(fields))
-redis.call('PEXPIRE', KEYS[1], ARGV[1])
-redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
-return 'written'
-"""
-# The same, replacing a session or tombstone.
-_REPLACE = b"redis.call('DEL', KEYS[1], KEYS[2])\n" + _CREATE
-# KEYS: as above. ARGV: the reason, milliseconds until the tombstone expires, the expected position or nothing.
-_END = b"""
-local mark = redis.call('HGET', KEYS[1], 'mark')
-if not mark then return 'gone' end
-local position = string.match(mark, '^%d+')
-if ARGV[3] ~= '' and ARGV[3] ~= position then return 'other' end
-redis.call('DEL', KEYS[1])
-redis.call('SET', KEYS[2], ARGV[1] .. ' ' .. position, 'PX', ARGV[2])
-return 'written'
-"""
-
-_OUTCOMES = {outcome.encode(): outcome for outcome in WriteOutcome}
+_INDEX_SLACK = 1.1  # the deadline of a session in constant use is refreshed only now and then
+_OUTCOMES: dict[bytes, WriteOutcome] = {outcome.encode(): outcome for outcome in WriteOutcome}
+_PROBE = "cellserve:probe"  # an index of its own, and an owner that there cannot be
 
 log = logging.getLogger("cellserve")
 
 
 class RedisClient:
-    """Sessions in Redis or Valkey.
+    """Sessions in Redis or Valkey; a `StoreClient`. Every call raises StoreUnavailable if it fails.
 
     Args:
-        url: A redis-py URL: `redis://`, `rediss://` or `unix://`; or `redis+cluster://` for a cluster.
+        url: What `redis_url.connect` takes.
         idle_seconds: A session not written or read for so long expires.
         tombstone_seconds: How long ended sessions are answered 410 instead of 404.
         timeout_seconds: Timeout of a call.
@@ -103,83 +54,111 @@ class RedisClient:
     def __init__(
         self, url: str, idle_seconds: float, tombstone_seconds: float, timeout_seconds: float, replicas: int
     ) -> None:
-        # The client must not retry: whether a write without an answer was applied has to be looked up.
-        how: dict[str, Any] = {"socket_timeout": timeout_seconds, "socket_connect_timeout": timeout_seconds}
-        how["retry"] = Retry(NoBackoff(), 0)
-        self._cluster = url.startswith(_CLUSTER)
-        if self._cluster and replicas:
-            raise StoreUnusable(f"--store-replicas does not work with a cluster: use {_CLUSTER} without it")
-        try:
-            if self._cluster:
-                self._redis: Any = RedisCluster.from_url(url.replace(_CLUSTER, "redis://", 1), **how)
-            else:
-                self._redis = Redis.from_url(url, **how)
-        except ValueError as error:
-            raise StoreUnusable(f"--store: {error}: send memory or redis://HOST:PORT/DB") from None
+        self._connection = RedisConnection(url, timeout_seconds)
+        if self._connection.is_cluster and replicas:
+            raise StoreUnusable("--store-replicas does not work with a cluster: leave it out")
         self._idle_ms = max(1, int(1000 * idle_seconds))
         self._gone_ms = max(1, int(1000 * tombstone_seconds))
-        self._timeout = timeout_seconds
+        self._index_seconds = _INDEX_SLACK * self._idle_ms / 1000
         self._replicas = replicas
-        self._away = False
-        self.errors = {"away": 0}  # calls that failed so far
-        self._offset = 0.0  # seconds that Redis's clock is ahead of ours
-        self._scripts: dict[bytes, str] = {
-            script: hashlib.sha1(script).hexdigest() for script in (_WRITE, _CREATE, _REPLACE, _END)
-        }
+        self._expired = 0  # sessions that calls of this client found expired, since the last `count`
+
+    @property
+    def errors(self) -> Mapping[str, int]:
+        """Calls that failed so far, by reason."""
+        return self._connection.errors
 
     async def start(self) -> None:
-        """Loads the scripts, and warns if Redis may lose acknowledged writes; raises StoreUnavailable."""
-        async with self._translating_errors():
-            for script in self._scripts:
-                await self._redis.script_load(script)
-            now = await self._redis.time()
-            seconds, micros = next(iter(now.values())) if isinstance(now, dict) else now
-            self._offset = seconds + micros / 1e6 - time.time()
+        """Connects, and warns if Redis may lose acknowledged writes."""
+        await self._call_index(scripts.COUNT)
         try:
-            config = await self._redis.config_get("maxmemory-policy", "appendonly")
-        except RedisError:
+            config = await self._connection.redis.config_get("maxmemory-policy", "appendonly")
+        except FAULTS:
             return  # a hosted Redis may not answer this
         if config.get("maxmemory-policy", "noeviction") != "noeviction":
             log.warning("the store evicts sessions when its memory is full: set maxmemory-policy noeviction")
         if config.get("appendonly") == "no":
             log.warning("the store has no append-only file, so a restart loses sessions: set appendonly yes")
 
+    async def check(self) -> None:
+        """Tries everything once that a session needs; one that cannot be reached now counts as usable.
+
+        Raises:
+            StoreUnusable: It will not do, unless its settings or ours are changed.
+        """
+        key = f"{_PROBE}/{secrets.token_hex(8)}"
+        session = SessionRecord("probe", 1, "", b"", VersionStamp(0, bytes(16)), b"")
+        commands = [
+            self._of_index(scripts.ADMIT, key, self._index_seconds, 1_000_000_000, index=_PROBE),
+            self._creation(scripts.CREATE, key, session),
+            self._touch([key], "", _PROBE),
+            self._writing(ConditionalWrite(key, session.stamp, session.stamp, b"", None)),
+            *self._loading(key, _PROBE),
+            self._of_index(scripts.PAGE, _PROBE, 0, 1, index=_PROBE),
+            self._of_index(scripts.COUNT, index=_PROBE),
+            self._of_index(scripts.LONGEST_IDLE, index=_PROBE),
+            self._ending(key, "deleted", None),
+            self._of_index(scripts.DROP, key, index=_PROBE),
+            ("DEL", scripts.names(key)[1]),
+            *self._waiting(),
+        ]
+        try:
+            await self._connection.load_scripts()
+            await self._connection.attempt(commands, lambda replies: [checked(reply) for reply in replies])
+        except FAULTS as error:
+            fault = fault_of(error)
+            if fault.lasts:
+                raise StoreUnusable(f"--store: {fault.told}") from None
+
     async def close(self) -> None:
         """Closes the connections."""
-        await self._redis.aclose()
+        await self._connection.close()
+
+    # Sessions
 
     async def load(self, key: str) -> SessionRecord | TombstoneRecord | None:
-        """Reads a session, or its tombstone, and extends its life; returns None if the key is unknown."""
-        async with self._translating_errors():
-            pipeline = self._redis.pipeline(transaction=False)
-            session, tombstone = _names(key)
-            pipeline.hmget(session, SessionRecord.FIELDS)
-            pipeline.get(tombstone)
-            pipeline.pexpire(session, self._idle_ms)
-            pipeline.pexpire(tombstone, self._idle_ms + self._gone_ms)
-            pipeline.zadd(_INDEX, {key: self._deadline()}, xx=True)
-            values, ended, *_ = await pipeline.execute()
-        if values[0] is not None:
+        """Reads a session, or its tombstone, and extends its life; returns None if the key is unknown.
+
+        Raises:
+            UnreadableRecord: There is something else under its name.
+        """
+
+        def read(replies: list[Any]) -> tuple[list[bytes | None] | ResponseError, bytes | ResponseError | None]:
+            values, ended, *_ = (one if is_wrong_type(one) else checked(one) for one in replies[:4])
+            if not isinstance(values, ResponseError) and len(values) != len(SessionRecord.FIELDS):
+                raise ValueError("not the values of the fields")
+            return values, ended
+
+        values, ended = await self._connection.call(self._loading(key), read)
+        if isinstance(values, ResponseError) or any(value is not None for value in values):
+            if isinstance(values, ResponseError):
+                raise UnreadableRecord("it is no hash")
             return SessionRecord.read(values)
+        if isinstance(ended, ResponseError):
+            raise UnreadableRecord("it has neither a session nor how one ended")
         return None if ended is None else TombstoneRecord.read(ended)
 
-    async def create(self, key: str, session: SessionRecord) -> WriteOutcome:
-        """Creates a session: WRITTEN, EXISTS, or GONE if it has ended."""
-        return await self._create(_CREATE, key, session)
+    async def create(self, key: str, session: SessionRecord, max_sessions: int) -> WriteOutcome:
+        """Creates a session: WRITTEN, EXISTS, GONE if it has ended, or FULL."""
+        return await self._create(scripts.CREATE, key, session, max_sessions)
 
-    async def replace(self, key: str, session: SessionRecord) -> None:
-        """Creates a session, replacing any existing or ended one."""
-        await self._create(_REPLACE, key, session)
+    async def replace(self, key: str, session: SessionRecord, max_sessions: int) -> WriteOutcome:
+        """Creates a session, replacing any existing or ended one: WRITTEN, or FULL if there was none."""
+        return await self._create(scripts.REPLACE, key, session, max_sessions)
 
-    async def _create(self, script: bytes, key: str, session: SessionRecord) -> WriteOutcome:
-        times = self._idle_ms, self._idle_ms + self._gone_ms
-        call = self._call(script, key, *times, b"expired %d" % session.stamp.position, *session.fields())
-        (outcome,) = await self._run(script, [call])
-        if outcome is WriteOutcome.WRITTEN:
-            await self.touch([key])
-        return outcome
+    async def _create(self, script: bytes, key: str, session: SessionRecord, max_sessions: int) -> WriteOutcome:
+        # In the index first, so that there are never more sessions than allowed. If the second call is lost, the place
+        # stays taken until it expires.
+        if not await self._call_index(scripts.ADMIT, key, self._index_seconds, max_sessions):
+            return WriteOutcome.FULL
+        (outcome,) = await self._run([self._creation(script, key, session)])
+        if outcome is not WriteOutcome.WRITTEN and outcome is not WriteOutcome.EXISTS:
+            await self._drop(key)
+        return _raised(outcome)
 
-    async def write(self, writes: Sequence[ConditionalWrite], touched: Iterable[str] = ()) -> list[WriteOutcome]:
+    async def write(
+        self, writes: Sequence[ConditionalWrite], touched: Sequence[str] = ()
+    ) -> list[WriteOutcome | Problem]:
         """Writes sessions in one round trip, and refreshes deadlines in the index.
 
         Args:
@@ -187,141 +166,140 @@ class RedisClient:
             touched: Keys whose deadlines are refreshed.
 
         Returns:
-            The outcome of each write: WRITTEN, CONFLICT or GONE.
+            The outcome of each write: WRITTEN, CONFLICT or GONE, or the problem if Redis refuses it.
         """
-        idle, gone = self._idle_ms, self._idle_ms + self._gone_ms
-        calls = []
-        for one in writes:
-            stamp = one.stamp
-            last = () if one.last is None else (bytes(one.last),)
-            tombstone = b"expired %d" % stamp.position
-            arguments = bytes(one.expected), bytes(stamp), idle, gone, tombstone, one.states, *last
-            calls.append(self._call(_WRITE, one.key, *arguments))
-        return await self._run(_WRITE, calls, touched)
+        return await self._run([self._writing(one) for one in writes], touched)
 
     async def end(self, key: str, reason: str, position: int | None = None) -> WriteOutcome:
         """Ends a session: WRITTEN, CONFLICT if it is not at the position, or GONE."""
-        call = self._call(_END, key, reason, self._gone_ms, "" if position is None else position)
-        (outcome,) = await self._run(_END, [call])
-        if outcome is WriteOutcome.WRITTEN:
-            async with self._translating_errors():
-                await self._redis.zrem(_INDEX, key)
-        return outcome
+        (outcome,) = await self._run([self._ending(key, reason, position)])
+        if _raised(outcome) is not WriteOutcome.CONFLICT:
+            await self._drop(key)
+        return _raised(outcome)
 
-    async def touch(self, keys: Iterable[str]) -> None:
-        """Refreshes deadlines in the index."""
-        async with self._translating_errors():
-            await self._redis.execute_command(*self._deadlines(keys))
+    # The index of all sessions
 
     async def count(self) -> tuple[int, int]:
         """Returns the number of live sessions, and of those that have expired since the last call of any client."""
-        async with self._translating_errors():
-            pipeline = self._redis.pipeline(transaction=False)
-            pipeline.zremrangebyscore(_INDEX, "-inf", self._now())
-            pipeline.zcard(_INDEX)
-            expired, live = await pipeline.execute()
-            return int(live), int(expired)
+        live = await self._call_index(scripts.COUNT)
+        expired, self._expired = self._expired, 0
+        return live, expired
 
     async def longest_idle(self) -> str | None:
         """Returns the key of the session with the earliest deadline."""
-        async with self._translating_errors():
-            found = await self._redis.zrange(_INDEX, 0, 0)
-        return found[0].decode() if found else None
+        found = await self._connection.call([self._of_index(scripts.LONGEST_IDLE)], lambda replies: _keys(replies[0]))
+        return found[0] if found else None
 
-    async def page(self, prefix: str, cursor: int, limit: int) -> tuple[list[tuple[str, str, int, int]], int]:
-        """Returns about `limit` sessions by key prefix, as key, model, version and position, and the next cursor."""
-        found: list[tuple[str, str, int, int]] = []
+    async def page(self, owner: str, after: int, limit: int) -> tuple[list[SessionSummary | UnreadableRecord], int]:
+        """Returns sessions of an owner in the order of their creation, and the number that the next page starts after.
+
+        The number is 0 on the last page. Only there, or if sessions have ended meanwhile, are there fewer than `limit`.
+        """
+        found: list[SessionSummary | UnreadableRecord] = []
         while True:
-            async with self._translating_errors():
-                match = f"{prefix}*" if prefix else None
-                cursor, members = await self._redis.zscan(_INDEX, cursor, match=match, count=limit)
-                keys = [member.decode() for member, _ in members]
-                pipeline = self._redis.pipeline(transaction=False)
-                for key in keys:
-                    pipeline.hmget(_names(key)[0], "model", "version", "mark")
-                fields = await pipeline.execute()
-            found += [
-                (key, values[0].decode(), int(values[1]), int(values[2].partition(b" ")[0]))
-                for key, values in zip(keys, fields, strict=True)
-                if values[0] is not None
-            ]
-            if not cursor or len(found) >= limit:
-                return found, cursor
+            listing = self._of_index(scripts.PAGE, owner, after, limit - len(found))
+            keys, after = await self._connection.call([listing], _listed)
+            found += await self._summaries(keys)
+            if not after or len(found) >= limit:
+                return found, after
 
-    def _now(self) -> float:
-        return time.time() + self._offset
+    async def _summaries(self, keys: list[str]) -> list[SessionSummary | UnreadableRecord]:
+        commands = [("HMGET", scripts.names(key)[0], *SessionRecord.SUMMARY) for key in keys]
+        if not commands:
+            return []
+        summaries: list[SessionSummary | UnreadableRecord] = []
+        rows = await self._connection.call(
+            commands, lambda replies: [() if is_wrong_type(one) else tuple(checked(one)) for one in replies]
+        )
+        for key, values in zip(keys, rows, strict=True):
+            try:
+                if not values:
+                    raise UnreadableRecord("it is no hash")
+                if any(value is not None for value in values):  # otherwise it has ended meanwhile
+                    summaries.append(SessionSummary(key.rpartition("/")[2], *SessionRecord.read_summary(list(values))))
+            except UnreadableRecord as error:
+                summaries.append(error)
+        return summaries
 
-    def _deadline(self) -> float:
-        # A little late, since the deadline of a session in constant use is refreshed only now and then.
-        return self._now() + _INDEX_SLACK * self._idle_ms / 1000
+    async def _call_index(self, script: bytes, *arguments: str | float) -> int:
+        """Calls a script whose reply is a number, and how many sessions have expired; returns the first."""
+        number, expired = await self._connection.call([self._of_index(script, *arguments)], _two_numbers)
+        self._expired += expired
+        return number
 
-    def _deadlines(self, keys: Iterable[str]) -> Command:
-        deadline = self._deadline()
-        return "ZADD", _INDEX, *(part for key in keys for part in (deadline, key))
+    async def _drop(self, key: str) -> None:
+        await self._connection.call([self._of_index(scripts.DROP, key)], lambda replies: checked(replies[0]))
+
+    # Commands
 
     def _call(self, script: bytes, key: str, *arguments: bytes | str | int) -> Command:
-        return "EVALSHA", self._scripts[script], 2, *_names(key), *arguments
+        return "EVALSHA", scripts.SHA1[script], 2, *scripts.names(key), *arguments
 
-    async def _run(self, script: bytes, calls: Sequence[Command], touched: Iterable[str] = ()) -> list[WriteOutcome]:
-        """Calls a script for several sessions in one round trip."""
-        commands = [*calls, self._deadlines(touched)] if touched else calls
-        async with self._translating_errors():
-            replies = (await self._pipelined(commands))[: len(calls)]
-            missed = [place for place, one in enumerate(replies) if isinstance(one, NoScriptError)]
-            if missed:  # Redis was restarted, or its scripts flushed: none of these calls was applied
-                await self._redis.script_load(script)
-                for place, one in zip(missed, await self._pipelined([calls[p] for p in missed]), strict=False):
-                    replies[place] = one
-            for one in replies:
-                if isinstance(one, Exception):
-                    raise one
-            return [_OUTCOMES[one] for one in replies]
+    def _of_index(self, script: bytes, *arguments: str | float, index: str = scripts.INDEX) -> Command:
+        return "EVALSHA", scripts.SHA1[script], 1, index, *arguments
 
-    async def _pipelined(self, commands: Sequence[Command]) -> list[Any]:
-        """Sends commands together and returns the reply of each: a value, or the error."""
-        if self._cluster:
-            pipeline = self._redis.pipeline()
-            for command in commands:
-                pipeline.execute_command(*command)
-            return list(await pipeline.execute(raise_on_error=False))
-        if self._replicas:
-            commands = [*commands, ("WAIT", self._replicas, int(1000 * self._timeout))]
-        # As redis-py's pipeline, in a third of its time (4 µs per write instead of 13): packed by hiredis, one timeout.
-        packed = b"".join([hiredis.pack_command(command) for command in commands])
-        pool, replies = self._redis.connection_pool, []
-        connection = await pool.get_connection()
-        try:
-            async with asyncio.timeout(2 * self._timeout if self._replicas else self._timeout):
-                await connection.send_packed_command(packed, check_health=False)
-                for _ in commands:
-                    try:
-                        replies.append(await connection.read_response(disable_decoding=True, timeout=math.inf))
-                    except ResponseError as error:
-                        replies.append(error)
-        finally:
-            await pool.release(connection)
-        if self._replicas and not isinstance(replies[-1], Exception) and replies[-1] < self._replicas:
-            raise TimeoutError(f"fewer than {self._replicas} replicas of the store have the write")
-        return replies
+    def _touch(self, keys: Iterable[str], which: str, index: str = scripts.INDEX) -> Command:
+        return self._of_index(scripts.TOUCH, self._index_seconds, which, *keys, index=index)
 
-    @asynccontextmanager
-    async def _translating_errors(self) -> AsyncIterator[None]:
-        """Turns errors of Redis into StoreUnavailable."""
-        try:
-            yield
-            if self._away:
-                self._away = False
-                log.info("the store answers again")
-        except (ConnectionError, TimeoutError, ResponseError, RedisClusterException, OSError) as error:
-            self.errors["away"] += 1
-            if not self._away:  # logged once, not for each request
-                self._away = True
-                log.error("the store does not answer: %s", error or type(error).__name__)
-            raise StoreUnavailable(
-                "the session store does not answer: send the request again in a second (with its position, so that it "
-                "is applied only once)"
-            ) from None
+    def _loading(self, key: str, index: str = scripts.INDEX) -> list[Command]:
+        session, tombstone = scripts.names(key)
+        return [
+            ("HMGET", session, *SessionRecord.FIELDS),
+            ("GET", tombstone),
+            ("PEXPIRE", session, self._idle_ms),
+            ("PEXPIRE", tombstone, self._idle_ms + self._gone_ms),
+            self._touch([key], "XX", index),
+        ]
+
+    def _creation(self, script: bytes, key: str, session: SessionRecord) -> Command:
+        times = self._idle_ms, self._idle_ms + self._gone_ms
+        return self._call(script, key, *times, b"expired %d" % session.stamp.position, *session.fields())
+
+    def _writing(self, one: ConditionalWrite) -> Command:
+        stamp = one.stamp
+        last = () if one.last is None else (bytes(one.last),)
+        times = self._idle_ms, self._idle_ms + self._gone_ms
+        tombstone = b"expired %d" % stamp.position
+        return self._call(
+            scripts.WRITE, one.key, bytes(one.expected), bytes(stamp), *times, tombstone, one.states, *last
+        )
+
+    def _ending(self, key: str, reason: str, position: int | None) -> Command:
+        return self._call(scripts.END, key, reason, self._gone_ms, "" if position is None else position)
+
+    def _waiting(self) -> list[Command]:
+        return [("WAIT", self._replicas, int(1000 * self._connection.timeout))] if self._replicas else []
+
+    async def _run(self, calls: Sequence[Command], touched: Sequence[str] = ()) -> list[WriteOutcome | Problem]:
+        """Calls scripts for several sessions in one round trip."""
+        # If the deadlines alone are refused, the sessions are written all the same.
+        touching = [self._touch(touched, "")] if touched else []
+
+        def read(replies: list[Any]) -> list[WriteOutcome | Problem]:
+            if self._replicas and checked(replies[-1]) < self._replicas:
+                raise TooFewReplicas()
+            return [StoreUnavailable() if isinstance(one, ResponseError) else _OUTCOMES[one]
+                    for one in replies[: len(calls)]]  # fmt: skip
+
+        return await self._connection.call([*calls, *touching, *self._waiting()], read)
 
 
-def _names(key: str) -> tuple[str, str]:
-    return f"cellserve:{{{key}}}:session", f"cellserve:{{{key}}}:fate"
+def _raised(outcome: WriteOutcome | Problem) -> WriteOutcome:
+    """Returns an outcome; raises it if it is a problem."""
+    if isinstance(outcome, Problem):
+        raise outcome
+    return outcome
+
+
+def _two_numbers(replies: list[Any]) -> tuple[int, int]:
+    first, second = checked(replies[0])
+    return int(first), int(second)
+
+
+def _keys(reply: Any) -> list[str]:
+    return [member.decode() for member in checked(reply)]
+
+
+def _listed(replies: list[Any]) -> tuple[list[str], int]:
+    keys, after = checked(replies[0])
+    return _keys(keys), int(after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from cellserve.service.errors import (
     Problem,
     ServerFull,
     SessionExists,
+    SessionUnreadable,
     SessionWentBack,
     StaleSession,
     StoreUnavailable,
@@ -41,6 +43,7 @@ from cellserve.service.sessions.stores.records import (
     SessionRecord,
     StoredAnswer,
     TombstoneRecord,
+    UnreadableRecord,
     VersionStamp,
     WriteOutcome,
     new_revisions,
@@ -52,6 +55,8 @@ Array = NDArray[Any]
 LoadEngine = Callable[[VersionKey, str], Awaitable[Engine | None]]
 
 _DEADLINE_SLACK = 0.1  # the deadline in the store's index is refreshed only after this fraction of the idle time
+
+log = logging.getLogger("cellserve")
 
 
 @dataclass(slots=True)
@@ -102,6 +107,7 @@ class SharedStore:
         self.created = 0
         self.ended = dict.fromkeys(("deleted", "expired", "evicted"), 0)
         self.unreadable = 0
+        self._logged: set[str] = set()  # what has been said of unreadable records; there are few such messages
 
     @property
     def errors(self) -> Mapping[str, int]:
@@ -135,8 +141,23 @@ class SharedStore:
         key = key_of(owner, session_id)
         session = self.table.live.get(key)
         if session is None:
-            session = await self._cache_record(owner, session_id, await self._client.load(key))
+            session = await self._cache_record(owner, session_id, await self._load(key))
         return session
+
+    async def _load(self, key: str) -> SessionRecord | TombstoneRecord | None:
+        """Reads a session or its tombstone; raises SessionUnreadable, StoreUnavailable."""
+        try:
+            return await self._client.load(key)
+        except UnreadableRecord as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: UnreadableRecord) -> SessionUnreadable:
+        """Counts a record that is not a session's, logs it unless one like it was logged, and returns the problem."""
+        self.unreadable += 1
+        if str(error) not in self._logged:
+            self._logged.add(str(error))
+            log.error("the store has something under a session's name that is not a session: %s", error)
+        return SessionUnreadable()
 
     def not_found_error(self, owner: str, session_id: str) -> Problem:
         """Returns the error for a session without a slot: the store may still have it."""
@@ -149,11 +170,17 @@ class SharedStore:
             SessionGone, UnknownSession, StaleSession: The session is not in the store any more.
             StoreUnavailable: The store does not answer.
         """
-        stored = await self._client.load(key_of(session.owner, session.id))
-        if not isinstance(stored, SessionRecord) or stored.digest != session.model.digest:
+        try:
+            stored = await self._load(key_of(session.owner, session.id))
+            if not isinstance(stored, SessionRecord) or stored.digest != session.model.digest:
+                raise self._tombstone_error(stored)
+            content = self._content(session.engine, stored)
+        except StoreUnavailable:
+            raise
+        except Problem:
             self._evict_from_cache(session)
-            raise self._tombstone_error(stored)
-        self._fill(session, stored)
+            raise
+        self._fill(session, stored, *content)
 
     def is_current(self, session: Session, key: IdempotencyKey | None) -> bool:
         """Returns whether a change may start from the slot; if the slot is stale after all, the commit detects it."""
@@ -184,14 +211,13 @@ class SharedStore:
         """Creates a session in the store, and caches it."""
         name = session_id if session_id is not None else new_id()
         key = key_of(owner, name)
-        found = None if session_id is None else await self._client.load(key)
+        found = None if session_id is None else await self._load(key)
         outcome = WriteOutcome.EXISTS
         if found is None:
-            await self._enforce_capacity()
             new = _new_record(engine, states, creation_digest, position)
-            outcome = await self._client.create(key, new)
+            outcome = await self._making_room(lambda: self._client.create(key, new, self.max_sessions))
             self.created += outcome is WriteOutcome.WRITTEN
-            found = new if outcome is WriteOutcome.WRITTEN else await self._client.load(key)
+            found = new if outcome is WriteOutcome.WRITTEN else await self._load(key)
         session = await self._cache_record(owner, name, found)
         if session.creation_digest != creation_digest:
             raise SessionExists(
@@ -203,10 +229,8 @@ class SharedStore:
     async def recreate(self, engine: Engine, owner: str, session_id: str, creation_digest: bytes) -> Session:
         """Creates a session from zeros in the store, replacing any existing or ended one of that id."""
         key = key_of(owner, session_id)
-        if not isinstance(await self._client.load(key), SessionRecord):
-            await self._enforce_capacity()
         new = _new_record(engine, None, creation_digest)
-        await self._client.replace(key, new)
+        await self._making_room(lambda: self._client.replace(key, new, self.max_sessions))
         before = self.table.live.get(key)
         if before is not None:
             # Work in flight in the old session is refused when it is committed.
@@ -221,7 +245,7 @@ class SharedStore:
         """Creates a session with the state and position that another has in the store."""
         async with self._locked(session):
             await self._reload(session)
-            known = None if new_id is None else await self._client.load(key_of(session.owner, new_id))
+            known = None if new_id is None else await self._load(key_of(session.owner, new_id))
             if position is not None and known is None:
                 resolve(session.position, None, IdempotencyKey(position, b""))
             states = session.engine.arena.read(session.slot)
@@ -234,7 +258,7 @@ class SharedStore:
         self.ended["deleted"] += outcome is WriteOutcome.WRITTEN
         session = self.table.live.get(key)
         if outcome is WriteOutcome.CONFLICT:
-            found = await self._client.load(key)
+            found = await self._load(key)
             if isinstance(found, SessionRecord) and position is not None:
                 resolve(found.stamp.position, None, IdempotencyKey(position, b""))
             raise self._tombstone_error(found)
@@ -243,17 +267,17 @@ class SharedStore:
                 async with self._locked(session):
                     self._evict_from_cache(session)
         if outcome is WriteOutcome.GONE:
-            fate = await self._client.load(key)
+            fate = await self._load(key)
             if not isinstance(fate, TombstoneRecord) or fate.reason != "deleted":
                 raise self._tombstone_error(fate)
 
     async def page(self, owner: str, after: Page, limit: int) -> tuple[list[SessionSummary], Page | None]:
-        """Returns about `limit` of an owner's sessions; one that lives throughout is on at least one page."""
-        prefix = key_of(owner, "") if owner else ""
-        found, cursor = await self._client.page(prefix, after[1], limit)
-        listed = [
-            SessionSummary(key[len(prefix) :], model, version, position) for key, model, version, position in found
-        ]
+        """Returns a page of an owner's sessions; one that lives throughout, and can be read, is on exactly one page."""
+        found, cursor = await self._client.page(owner, after[1], limit)
+        for one in found:
+            if isinstance(one, UnreadableRecord):
+                self._unreadable(one)
+        listed = [one for one in found if isinstance(one, SessionSummary)]
         return listed, (0, cursor) if cursor else None
 
     async def read_state(self, session: Session) -> tuple[States, int]:
@@ -276,11 +300,17 @@ class SharedStore:
                 else (StoredAnswer.BEFORE, _packed(session.engine.arena, before))
             )
             last = StoredAnswer(key.digest, key.position, position, *content)
-        write = self._conditional_write(
-            session, VersionStamp(position, *new_revisions(1)), _packed(session.engine.arena, states), last
+        write = ConditionalWrite(
+            key_of(session.owner, session.id),
+            VersionStamp(session.position, session.revision or b""),
+            VersionStamp(position, *new_revisions(1)),
+            _packed(session.engine.arena, states),
+            last,
         )
         session.revision = None
         (outcome,) = await self._client.write([write])
+        if isinstance(outcome, Problem):
+            raise outcome
         if outcome is not WriteOutcome.WRITTEN:
             raise StaleSession()
         session.engine.arena.write(session.slot, states)
@@ -306,18 +336,22 @@ class SharedStore:
                 if session.alive:
                     self.table.touch(session)
 
-    async def _enforce_capacity(self) -> None:
-        """Ensures that one more session fits: evicts one if configured, or raises ServerFull."""
-        if await self.count() < self.max_sessions:
-            return
-        longest = await self._client.longest_idle() if self.when_full == "evict" else None
-        if longest is None:
-            raise capacity_error(self.max_sessions, self.table.idle_seconds)
-        if await self._client.end(longest, "evicted") is WriteOutcome.WRITTEN:
-            self.ended["evicted"] += 1
-        session = self.table.live.get(longest)
-        if session is not None and not session.engine.arena.locked[session.slot]:
-            self._evict_from_cache(session)
+    async def _making_room(self, create: Callable[[], Awaitable[WriteOutcome]]) -> WriteOutcome:
+        """Returns the outcome of a creation; while the store is full, evicts others if configured.
+
+        Raises:
+            ServerFull: The limit on sessions is reached.
+        """
+        while (outcome := await create()) is WriteOutcome.FULL:
+            longest = await self._client.longest_idle() if self.when_full == "evict" else None
+            if longest is None:
+                raise capacity_error(self.max_sessions, self.table.idle_seconds)
+            if await self._client.end(longest, "evicted") is WriteOutcome.WRITTEN:
+                self.ended["evicted"] += 1
+            session = self.table.live.get(longest)
+            if session is not None and not session.engine.arena.locked[session.slot]:
+                self._evict_from_cache(session)
+        return outcome
 
     async def _cache_record(
         self, owner: str, session_id: str, stored: SessionRecord | TombstoneRecord | None
@@ -335,9 +369,10 @@ class SharedStore:
         known = self.table.live.get(key_of(owner, session_id))
         if known is not None:
             return known
+        content = self._content(engine, stored)
         slot = self._slot(engine)
         session = self.table.add(Session(owner, session_id, engine, slot, np.array((slot,)), stored.creation_digest))
-        self._fill(session, stored)
+        self._fill(session, stored, *content)
         return session
 
     def _slot(self, engine: Engine) -> int:
@@ -353,20 +388,26 @@ class SharedStore:
         assert slot is not None
         return slot
 
-    def _fill(self, session: Session, stored: SessionRecord) -> None:
-        arena = session.engine.arena
-        arena.write(session.slot, _unpacked(arena, stored.states))
-        arena.position[session.slot], arena.last_used[session.slot] = stored.stamp.position, self.table.clock()
-        session.applied, last = None, stored.last
-        if last is not None:
-            y = before = None
+    def _content(self, engine: Engine, stored: SessionRecord) -> tuple[States, AppliedChange | None]:
+        """Decodes a record's states and last change; raises SessionUnreadable if they do not fit the model."""
+        last, outputs, y, before = stored.last, engine.model.outputs, None, None
+        try:
+            states = _unpacked(engine.arena, stored.states)
+            if last is None:
+                return states, None
             if last.kind == StoredAnswer.ANSWER:
-                outputs = session.model.outputs
                 y = np.frombuffer(last.content, outputs.dtype).reshape(-1, *outputs.shape)
             elif last.kind == StoredAnswer.BEFORE:
-                before = _unpacked(arena, last.content)
-            session.applied = AppliedChange(IdempotencyKey(last.position, last.digest), last.position_after, y, before)
-        session.revision = stored.stamp.revision
+                before = _unpacked(engine.arena, last.content)
+        except ValueError:
+            raise self._unreadable(UnreadableRecord("its states or last answer do not fit its model")) from None
+        return states, AppliedChange(IdempotencyKey(last.position, last.digest), last.position_after, y, before)
+
+    def _fill(self, session: Session, stored: SessionRecord, states: States, applied: AppliedChange | None) -> None:
+        arena = session.engine.arena
+        arena.write(session.slot, states)
+        arena.position[session.slot], arena.last_used[session.slot] = stored.stamp.position, self.table.clock()
+        session.applied, session.revision = applied, stored.stamp.revision
 
     def _evict_from_cache(self, session: Session) -> None:
         """Frees a session's slot; the store still has the session or its tombstone."""
@@ -396,22 +437,19 @@ class SharedStore:
             for row in range(item.rows)
             if not item.errors_by_row or row not in item.errors_by_row
         ]
-        arena, of_slot = engine.arena, self.table.by_slot[engine]
         slots = np.array([item.target_slots[row] for item, row, _ in places], np.intp)
+        of_slot = self.table.by_slot[engine]
         sessions = [of_slot[slot] for slot in slots.tolist()]
+        expected = [VersionStamp(session.position, session.revision or b"") for session in sessions]
+        for session in sessions:
+            session.revision = None  # the slot holds an uncommitted state: if the write fails, it must be read again
+        arena = engine.arena
         positions = (arena.position[slots] + [item.x.shape[1] for item, _, _ in places]).tolist()
         stamps = list(map(VersionStamp, positions, new_revisions(len(places))))
         lasts = [_stored_answer(arena, *place, stamp) for place, stamp in zip(places, stamps, strict=True)]
-        writes = list(map(self._conditional_write, sessions, stamps, arena.pack(slots), lasts))
-        for session in sessions:
-            session.revision = None  # the slot holds an uncommitted state
+        keys = [key_of(session.owner, session.id) for session in sessions]
+        writes = list(map(ConditionalWrite, keys, expected, stamps, arena.pack(slots), lasts))
         return Tick(sessions, [(item, row) for item, row, _ in places], writes)
-
-    def _conditional_write(
-        self, session: Session, stamp: VersionStamp, states: bytes, last: StoredAnswer | None
-    ) -> ConditionalWrite:
-        seen = VersionStamp(session.position, session.revision or b"")
-        return ConditionalWrite(key_of(session.owner, session.id), seen, stamp, states, last)
 
     def _overdue(self, sessions: list[Session]) -> list[Session]:
         """Returns the sessions whose deadline in the index is to be refreshed, and records the refresh."""
@@ -452,11 +490,17 @@ def _packed(arena: Arena, states: States | None) -> bytes:
 
 
 def _unpacked(arena: Arena, content: bytes) -> States:
+    """Decodes what `_packed` encodes; raises ValueError if it is none, or if a number is not finite."""
     states, start = {}, 0
     for spec in arena.specs:
         size = int(np.prod(spec.shape))
-        states[spec.name] = np.frombuffer(content, spec.dtype, size, start).reshape(spec.shape)
-        start += states[spec.name].nbytes
+        state = np.frombuffer(content, spec.dtype, size, start).reshape(spec.shape)
+        if state.dtype.kind == "f" and not np.isfinite(state).all():
+            raise ValueError
+        states[spec.name] = state
+        start += state.nbytes
+    if start != len(content):
+        raise ValueError
     return states
 
 

@@ -1,0 +1,276 @@
+"""The Redis client against a real Redis: what it refuses at the start, whose clock rules, replies that do not fit."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from cellserve.service.context import check_store
+from cellserve.service.errors import StoreUnavailable
+from cellserve.service.sessions.session import SessionSummary
+from cellserve.service.sessions.stores.protocol import StoreUnusable
+from cellserve.service.sessions.stores.records import (
+    ConditionalWrite,
+    SessionRecord,
+    StoredAnswer,
+    UnreadableRecord,
+    VersionStamp,
+    WriteOutcome,
+)
+from cellserve.service.sessions.stores.redis_client import RedisClient
+from cellserve.service.settings import Settings
+from tests.helpers import ROOT
+from tests.redis_server import RedisServer
+
+DIGEST = "0" * 64
+STAMP = VersionStamp(3, bytes(range(16)))
+_DOCS = (ROOT / "docs/deployment.md").read_text()
+COMMANDS = " ".join(re.findall(r"[+]\S+", _DOCS.partition("~cellserve:* ")[2].partition("```")[0]))
+
+
+@pytest.fixture
+def clean(redis: RedisServer) -> Iterator[RedisServer]:
+    redis.flush()
+    yield redis
+    for command in ("CONFIG SET maxmemory 0", "REPLICAOF NO ONE", "ACL DELUSER limited"):
+        redis.ask(command)
+
+
+def record(stamp: VersionStamp = STAMP) -> SessionRecord:
+    return SessionRecord("lstm", 1, DIGEST, b"", stamp, b"states")
+
+
+def with_client(url: str, work: Callable[[RedisClient], Awaitable[Any]], **settings: Any) -> Any:
+    async def run() -> Any:
+        client = RedisClient(url, settings.get("idle_seconds", 60), 60, 2, 0)
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+def check(url: str) -> None:
+    asyncio.run(check_store(Settings(store=url)))
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("redis://127.0.0.1/abc", "number of a database"),
+        ("redis://127.0.0.1/1/2", "number of a database"),
+        ("redis://127.0.0.1/0?retries=3", "not valid"),
+        ("redis+cluster://127.0.0.1/3", "cluster has no databases"),
+        ("redis+sentinel://127.0.0.1", "the name that the Sentinels know"),
+        ("redis+sentinel://127.0.0.1/main/abc", "number of a database"),
+        ("postgres://127.0.0.1", "redis+cluster"),
+        ("redis://:SECRET/x@127.0.0.1/0", "%2F"),
+        ("redis://:SECRET#x@127.0.0.1/0", "%23"),
+        ("redis://:SECRET?x@127.0.0.1/0", "percent-encode"),
+        ("redis://user:top:SECRET", "percent-encode"),
+    ],
+)
+def test_a_wrong_url_is_refused_in_one_line_without_its_password(url: str, told: str) -> None:
+    with pytest.raises(StoreUnusable) as refused:
+        check(url)
+    message = str(refused.value)
+    assert told in message
+    assert "SECRET" not in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("prepare", "where", "told"),
+    [
+        ("", "redis://127.0.0.1:{port}/99", "no database of the number"),
+        ("", "redis://someone:wrong@127.0.0.1:{port}/0", "user or the password"),
+        ("", "redis+cluster://127.0.0.1:{port}", "redis+cluster://"),
+        (f"ACL SETUSER limited on >p ~other:* {COMMANDS}", "redis://limited:p@127.0.0.1:{port}/0", "lacks a command"),
+        (f"ACL SETUSER limited on >p ~cellserve:* {COMMANDS} -incr", "redis://limited:p@127.0.0.1:{port}/0", "lacks"),
+        ("ACL SETUSER limited on >p ~cellserve:*", "redis://limited:p@127.0.0.1:{port}/0", "lacks a command"),
+        ("REPLICAOF 127.0.0.1 1", "redis://127.0.0.1:{port}/0", "name its primary"),
+    ],
+)
+def test_a_store_that_will_not_do_is_told_as_what_it_is_at_the_start(
+    clean: RedisServer, prepare: str, where: str, told: str
+) -> None:
+    if prepare:
+        assert clean.ask(prepare).startswith("+OK")
+    with pytest.raises(StoreUnusable, match=told.replace("+", r"\+")):
+        check(where.format(port=clean.port))
+
+
+def test_the_documented_commands_and_keys_suffice_and_the_check_leaves_nothing_of_a_session(clean: RedisServer) -> None:
+    assert clean.ask(f"ACL SETUSER limited on >p ~cellserve:* {COMMANDS}").startswith("+OK")
+    check(f"redis://limited:p@127.0.0.1:{clean.port}/0")
+    assert clean.ask("KEYS *").split()[2::2] in ([], ["cellserve:{cellserve:probe}:next"])
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://127.0.0.1:1/0", "redis://nobody.invalid/0", "redis+sentinel://127.0.0.1:1/main"]
+)
+def test_a_store_that_is_away_does_not_end_the_start(url: str) -> None:
+    check(url)
+
+
+def test_a_full_store_does_not_end_the_start_and_its_fault_is_counted(clean: RedisServer) -> None:
+    clean.ask("CONFIG SET maxmemory 1")
+    check(clean.url)
+
+    async def write(client: RedisClient) -> None:
+        with pytest.raises(StoreUnavailable) as refused:
+            await client.create("full", record(), 10)
+        assert str(clean.port) not in refused.value.detail
+        assert client.errors["out-of-memory"] >= 1
+
+    with_client(clean.url, write)
+
+
+def test_the_clock_of_one_replica_ends_no_session_and_lets_no_further_one_in(
+    clean: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fill(client: RedisClient) -> None:
+        for number in range(10):
+            assert await client.create(f"s{number}", record(), 10) is WriteOutcome.WRITTEN
+
+    async def count(client: RedisClient) -> tuple[Any, ...]:
+        return (
+            await client.count(),
+            await client.create("one more", record(), 10),
+            len((await client.page("", 0, 100))[0]),
+        )
+
+    with_client(clean.url, fill)
+    now = time.time
+    for jump in (7200.0, -7200.0):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now() + jump)
+        assert with_client(clean.url, count) == ((10, 0), WriteOutcome.FULL, 10)
+
+
+def test_expired_sessions_make_room_and_are_counted_once(clean: RedisServer) -> None:
+    async def work(client: RedisClient) -> None:
+        for name in ("a", "b"):
+            assert await client.create(name, record(), 2) is WriteOutcome.WRITTEN
+        assert await client.create("a", record(), 2) is WriteOutcome.EXISTS
+        assert await client.replace("a", record(), 2) is WriteOutcome.WRITTEN
+        assert await client.create("c", record(), 2) is WriteOutcome.FULL
+        await asyncio.sleep(0.3)
+        assert await client.create("c", record(), 2) is WriteOutcome.WRITTEN
+        assert await client.count() == (1, 2)
+        assert await client.count() == (1, 0)
+
+    with_client(clean.url, work, idle_seconds=0.2)
+
+
+def test_a_page_costs_what_its_owner_has_and_a_session_is_on_one_page(clean: RedisServer) -> None:
+    async def work(client: RedisClient) -> None:
+        for number in range(7):
+            for owner in ("alice", "bob"):
+                await client.create(f"{owner}/{number}", record(), 1000)
+        theirs = client._touch((f"carol/{number}" for number in range(5000)), "")
+        await client._connection.call([theirs], lambda replies: None)
+        before = calls()
+        found, after, pages = [], 0, 0
+        while not pages or after:
+            page, after = await client.page("bob", after, 3)
+            found += [one.id for one in page if isinstance(one, SessionSummary)]
+            pages += 1
+        assert found == [str(number) for number in range(7)]
+        assert pages <= 4
+        assert calls() - before < 30
+        assert await client.page("nobody", 0, 3) == ([], 0)
+
+    def calls() -> int:
+        """Commands that Redis has processed, those that scripts call left out."""
+        (line,) = (line for line in clean.ask("INFO stats").splitlines() if "total_commands_processed" in line)
+        return int(line.partition(":")[2])
+
+    with_client(clean.url, work)
+
+
+ANSWER = bytes(StoredAnswer(bytes(32), 2, 3))
+BROKEN = {
+    "no position": {"mark": b"three " + STAMP.revision},
+    "a negative position": {"mark": b"-3 " + STAMP.revision},
+    "a huge position": {"mark": b"9999999999999999999 " + STAMP.revision},
+    "a short revision": {"mark": b"3 abc"},
+    "no version": {"version": b"one"},
+    "a model that no name is": {"model": b"../../etc"},
+    "a model that is no text": {"model": b"\xff\xfe"},
+    "a digest that is none": {"digest": b"x" * 64},
+    "a cut answer": {"last": ANSWER[:-1]},
+    "an answer of no kind": {"last": ANSWER[:-1] + b"\x09"},
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_record_that_is_not_a_sessions_is_told_apart_and_can_be_ended(clean: RedisServer, what: str) -> None:
+    async def work(client: RedisClient) -> None:
+        await client.create("broken", record(), 10)
+        await client._connection.redis.hset("cellserve:{broken}:session", mapping=BROKEN[what])
+        with pytest.raises(UnreadableRecord):
+            await client.load("broken")
+        assert await client.end("broken", "deleted") is WriteOutcome.WRITTEN
+        assert await client.load("broken") is not None  # a tombstone
+
+    with_client(clean.url, work)
+
+
+class Impostor:
+    """Answers every command but those of the handshake with the same bytes; counts its connections."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._answer, self.connections = answer, 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0?protocol=2"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            while asked := connection.recv(1 << 16):
+                commands = re.findall(rb"\*\d+\r\n\$\d+\r\n(\w+)", asked)
+                connection.sendall(b"".join(b"+OK\r\n" if one == b"CLIENT" else self._answer for one in commands))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b":7\r\n", b"$3\r\nyes\r\n", b"*1\r\n$7\r\nwritten\r\n", b"$-1\r\n", b"HTTP/1.1 400 Bad\r\n\r\n", b"*0\r\n"],
+)
+def test_a_reply_that_does_not_fit_is_the_stores_fault_and_drops_the_connection(answer: bytes) -> None:
+    impostor = Impostor(answer)
+
+    async def work(client: RedisClient) -> None:
+        write = ConditionalWrite("one", STAMP, STAMP, b"", None)
+        for number in (1, 2):
+            with pytest.raises(StoreUnavailable):
+                await client.write([write])
+            assert client.errors["bad-reply"] == number
+        assert impostor.connections == 2
+        for call in (client.load("one"), client.count(), client.page("", 0, 10), client.create("one", record(), 10)):
+            with pytest.raises(StoreUnavailable):
+                await call
+
+    try:
+        with_client(impostor.url, work)
+    finally:
+        impostor.close()
