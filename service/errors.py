@@ -1,4 +1,8 @@
-"""Everything that can be answered instead of a result: typed exceptions, RFC 9457 problem documents on the wire."""
+"""Everything that can be answered instead of a result: typed exceptions, RFC 9457 problem documents on the wire.
+
+Here stand the statuses, titles and headers. The detail of each is written where it is raised: that of a step with the
+wrong position in `idempotency.py`.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from cellserve.export.adopt.graph_analysis import recurrent_inputs
 from cellserve.export.adopt.graph_editor import ForeignGraph
 from cellserve.export.adopt.report import Adoption, render, show
 from cellserve.export.adopt.role_finder import find_roles
-from cellserve.export.adopt.runtime_words import reason
+from cellserve.export.adopt.runtime_messages import reason
 from cellserve.export.adopt.serving_graph import ServableGraph
 from cellserve.export.adopt.state_matching import find_pairs
 from cellserve.export.adopt.tensor_roles import Context, Flags, InputFlag, OutputFlag, Roles, StateFlag

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cellserve.export.adopt.runtime_words import reason
+from cellserve.export.adopt.runtime_messages import reason
 from cellserve.export.errors import ExportError
 
 _WORKER = Path(__file__).with_name("trial_worker.py")

@@ -26,7 +26,7 @@ from cellserve.service.model_repository.model import Model
 from cellserve.service.observability.counters import SurfaceCounts
 from cellserve.service.observability.request_context import HEADER, RequestContext, make_scope, new_id, problem_body
 from cellserve.service.peer_address import Address
-from cellserve.service.sessions.pending import PendingStep, StepResult
+from cellserve.service.sessions.pending_steps import PendingStep, StepResult
 from cellserve.service.sessions.session import Session
 
 Headers = Iterable[tuple[bytes, bytes]]

@@ -13,7 +13,7 @@ from cellserve.service.api.step_codec import Position, wants_all_outputs
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import InvalidInput
 from cellserve.service.idempotency import creation_digest, step_key
-from cellserve.service.sessions.pending import StepResult
+from cellserve.service.sessions.pending_steps import StepResult
 from cellserve.service.sessions.session import Session
 from cellserve.service.sessions.writer import SessionWriter
 

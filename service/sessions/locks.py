@@ -27,7 +27,7 @@ class Lease:
     handed_over: bool = False
 
     def hand_over(self) -> None:
-        """Leaves the release to whoever completes the work that was just enqueued."""
+        """Leaves the release to the session writer, which releases when the work just enqueued ends."""
         self.handed_over = True
 
 

@@ -1,4 +1,4 @@
-"""The table of the sessions that have a slot in this process, and of their locks."""
+"""The table of the sessions that have a slot in this process, of their locks, and which of them have expired."""
 
 from __future__ import annotations
 

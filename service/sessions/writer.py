@@ -24,7 +24,7 @@ from cellserve.service.engine.work import Finished, WorkItem
 from cellserve.service.errors import Problem, StaleSession, StepInFlight
 from cellserve.service.idempotency import AppliedChange, IdempotencyKey, resolve
 from cellserve.service.sessions.locks import Lease
-from cellserve.service.sessions.pending import BatchStepResult, PendingBatch, PendingStep, StepResult
+from cellserve.service.sessions.pending_steps import BatchStepResult, PendingBatch, PendingStep, StepResult
 from cellserve.service.sessions.session import Session
 from cellserve.service.sessions.stores.protocol import SessionStore, States
 

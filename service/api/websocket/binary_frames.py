@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cellserve.service.engine.state_arena import Slots
 from cellserve.service.errors import InvalidInput
 from cellserve.service.model_repository.model import Model
-from cellserve.service.sessions.pending import BatchStepResult
+from cellserve.service.sessions.pending_steps import BatchStepResult
 from cellserve.service.sessions.session import Session
 from cellserve.service.validation.tensor_values import validate_together
 

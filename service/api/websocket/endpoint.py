@@ -45,7 +45,7 @@ from cellserve.service.errors import (
 )
 from cellserve.service.idempotency import state_key, step_key
 from cellserve.service.observability.request_context import get_context, problem_body
-from cellserve.service.sessions.pending import BatchStepResult, PendingBatch, PendingStep, StepResult
+from cellserve.service.sessions.pending_steps import BatchStepResult, PendingBatch, PendingStep, StepResult
 from cellserve.service.sessions.session import Session
 from cellserve.service.validation.json_input import decode
 

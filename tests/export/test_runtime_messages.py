@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cellserve.export.adopt.runtime_words import reason
+from cellserve.export.adopt.runtime_messages import reason
 
 FAIL = "[ONNXRuntimeError] : 1 : FAIL : "
 RUNNING = FAIL + "Non-zero status code returned while running {} node. Name:'{}' Status Message: "
