@@ -42,9 +42,6 @@ class ObservabilityMiddleware:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        root_path = self.service.settings.root_path
-        if root_path and scope["path"].startswith(f"{root_path}/"):  # not every proxy strips it
-            scope["path"] = scope["path"].removeprefix(root_path)
         counts = self.service.counts
         peer.set(peer_of(scope))
         context = scope[KEY] = RequestContext(self._id(scope), counts.surface(scope["path"]))

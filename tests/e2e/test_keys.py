@@ -22,16 +22,17 @@ STEP = {"x": [0.125] * FEATURES}
 def test_a_key_opens_only_its_owners_sessions(repository: Path, serve: Serve, keys: tuple[Path, str, str]) -> None:
     file, alice, bob = keys
     assert alice not in file.read_text()
-    server = serve("--models", str(repository), "--api-keys-file", str(file))
+    server = serve("--models", str(repository), "--api-keys-file", str(file), "--trusted-proxies", "127.0.0.1")
     with server.client() as client:
-        for method, path in (
+        for number, (method, path) in enumerate((
             ("POST", "/sessions"), ("GET", "/sessions"), ("PUT", "/sessions/x"), ("GET", "/sessions/x"),
             ("POST", "/sessions/x/step"), ("POST", "/sessions/x/reset"), ("POST", "/sessions/x/fork"),
             ("POST", "/sessions/x/rollout"),
             ("GET", "/sessions/x/state"), ("PUT", "/sessions/x/state"), ("DELETE", "/sessions/x"),
             ("POST", "/predict"), ("GET", "/models"), ("GET", "/models/lstm"),
-        ):  # fmt: skip
-            for headers in ({}, bearer("wrong"), {"authorization": f"Basic {alice}"}):
+        )):  # fmt: skip
+            elsewhere = {"x-forwarded-for": f"10.0.0.{number}"}  # each address may send few wrong keys
+            for headers in ({}, bearer("wrong") | elsewhere, {"authorization": f"Basic {alice}"}):
                 answer = client.request(method, path, headers=headers)
                 assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
         assert [client.get(path).status_code for path in ("/healthz", "/readyz", "/openapi.json")] == [200] * 3

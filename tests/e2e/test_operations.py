@@ -203,19 +203,20 @@ def workers_of(server: Server) -> set[int]:
 def test_metrics_need_an_operators_key_or_the_operations_port(repository: Path, serve: Serve, tmp_path: Path) -> None:
     file, port = tmp_path / "keys.txt", free_port()
     alice, ops = new_key("alice", file), new_key("ops", file)
-    flags = "--api-keys-file", str(file), "--operators", "root,ops", "--operations-port", str(port)
-    server = serve("--models", str(repository), *flags)
-    with server.client() as client:
+    flags = "--api-keys-file", str(file), "--operators", "root,ops"
+    with serve("--models", str(repository), *flags).client() as client:
         assert client.get("/metrics").status_code == 401
         refused = client.get("/metrics", headers=bearer(alice))
         assert (refused.status_code, refused.json()["type"]) == (403, "urn:cellserve:problem:not-an-operator")
-        Scrape(client, headers=bearer(ops))
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-        scrape = Scrape(client)
+        scrape = Scrape(client, headers=bearer(ops))
         assert scrape("cellserve_problems_total", surface="operations", problem="not-an-operator") == 1
+    both = (*flags, "--operations-port", str(port))
+    server = serve("--models", str(repository), *both)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        Scrape(client)
         assert [client.get(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
         assert [client.get(path).status_code for path in ("/models", "/sessions", "/docs")] == [404, 404, 404]
-        second = [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", "--models", str(repository), *flags]
+        second = [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", "--models", str(repository), *both]
         failed = subprocess.run(second, capture_output=True, text=True)
         last = failed.stderr.splitlines()[-1]
         assert (failed.returncode, last) == (1, f"cellserve serve: --operations-port {port}: Address already in use")

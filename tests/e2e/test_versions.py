@@ -19,7 +19,7 @@ from websockets.sync.client import connect
 from cellserve.models.signature import MANIFEST_NAME, MODEL_NAME, STEP_NAME
 from cellserve.service.runtime.onnx_model import Runtime
 from tests.e2e.helpers import answered, ask, bearer, binary, create, frames, new_key
-from tests.helpers import FEATURES, free_port, until
+from tests.helpers import FEATURES, until
 from tests.redis_server import RedisServer
 from tests.server import Serve
 from tests.versions import add_version, copy_of
@@ -203,8 +203,7 @@ def test_a_broken_version_is_reported_in_models_and_once_in_the_log_and_removing
 def test_only_operators_may_reload(models: Path, serve: Serve, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     alice, bob = new_key("alice", keys), new_key("bob", keys)
-    port = free_port()
-    flags = "--reload-seconds", "0", "--api-keys-file", str(keys), "--operators", "bob", "--operations-port", str(port)
+    flags = "--reload-seconds", "0", "--api-keys-file", str(keys), "--operators", "bob"
     server = serve("--models", str(models), *flags)
     add_version(models, "lstm", 2)
     with server.client() as client:
@@ -220,7 +219,7 @@ def test_only_operators_may_reload(models: Path, serve: Serve, tmp_path: Path) -
         again = create_mine()  # a repetition, though the name means another version by now
         assert (again.status_code, again.json()["version"]) == (200, 1)
         add_version(models, "rnn", 2)
-        assert httpx.post(f"http://127.0.0.1:{port}/models/reload").json()["loaded"] == ["rnn:2"]
+        assert client.post("/models/reload", headers=bearer(bob)).json()["loaded"] == ["rnn:2"]
         models.rename(tmp_path / "away")
         away = client.post("/models/reload", headers=bearer(bob))
         assert (away.status_code, "repository-unusable" in away.json()["type"]) == (503, True)
