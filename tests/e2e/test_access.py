@@ -174,13 +174,16 @@ def test_reflection_wants_a_key(guarded: Guarded, key: str) -> None:
         with pytest.raises(grpc.RpcError) as refused:
             services(channel)
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
-        authorized = grpc.intercept_channel(channel, _WithKey(key))
+        with pytest.raises(grpc.RpcError) as ambiguous:
+            services(grpc.intercept_channel(channel, _WithKeys(key, key)))
+        assert ambiguous.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        authorized = grpc.intercept_channel(channel, _WithKeys(key))
         assert "inference.GRPCInferenceService" in services(authorized)
 
 
-class _WithKey(grpc.StreamStreamClientInterceptor):  # type: ignore[misc]
-    def __init__(self, key: str) -> None:
-        self._metadata = [("authorization", f"Bearer {key}")]
+class _WithKeys(grpc.StreamStreamClientInterceptor):  # type: ignore[misc]
+    def __init__(self, *keys: str) -> None:
+        self._metadata = [("authorization", f"Bearer {key}") for key in keys]
 
     def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
         return continuation(details._replace(metadata=self._metadata), requests)

@@ -34,16 +34,21 @@ class RequestStream:
                 yield answer
                 self._window.release()
         finally:
-            for task in (self._reading, *self._in_flight):
-                task.cancel()
+            self._drop_requests()
 
     def end(self) -> None:
         """Stops reading requests; those in flight are still answered."""
         if self._reading is not None:
             self._reading.cancel()
 
+    def _drop_requests(self) -> None:
+        self.end()
+        for task in self._in_flight:
+            task.cancel()
+
     def refuse(self, problem: Problem) -> None:
         """Ends the stream at once, with a problem; requests in flight are dropped."""
+        self._drop_requests()
         while not self._answers.empty():
             self._answers.get_nowait()
         self._answers.put_nowait(problem)
