@@ -226,10 +226,8 @@ class ModelManager:
         self.repository.trial.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _rescan(self, again: bool, tried_first: bool) -> tuple[Engines, dict[str, Engine]]:
+    def _rescan(self, again: bool, started: bool) -> tuple[Engines, dict[str, Engine]]:
         """Rescans the folder; returns the engines that were created, and the newest engine of each name.
-
-        At the start versions are opened at once: trying each in a process of its own would make every start longer.
 
         That is the newest version that can be served. If none can, the current one stays: a broken version never
         replaces a working one.
@@ -242,7 +240,7 @@ class ModelManager:
             for version in versions:
                 engine = self.loaded.get(version.key)
                 if engine is None or (version.refused and engine is not serving):
-                    opened = {} if version.refused else self._open(version.key, tried_first)
+                    opened = {} if version.refused else self._open(version.key, started)
                     fresh |= opened
                     engine = opened.get(version.key)
                 if engine is not None:
@@ -253,15 +251,15 @@ class ModelManager:
                     newest[name] = serving
         return fresh, newest
 
-    def _open(self, key: VersionKey, tried_first: bool) -> Engines:
+    def _open(self, key: VersionKey, started: bool) -> Engines:
         """Opens a version; returns its engine under its key, or nothing if it is refused or the server stops.
 
         Args:
             key: The version.
-            tried_first: Whether a process of its own opens it first.
+            started: Whether others are served already.
         """
         try:
-            return {key: self._make_engine(self.repository.open(key, tried_first))}
+            return {key: self._make_engine(self.repository.open(key, started))}
         except (BrokenModel, Stopping):
             return {}
         except RuntimeUnavailable as error:

@@ -97,13 +97,15 @@ class Repository:
             names.setdefault(key.name, []).append(self.versions[key])
         return names
 
-    def open(self, key: VersionKey, tried_first: bool = False) -> Model:
+    def open(self, key: VersionKey, started: bool = False) -> Model:
         """Opens a version that is in the folder.
+
+        A process of its own opens it first, unless a file with its digest was open here before: what crashes ONNX
+        Runtime is refused, and does not end the server.
 
         Args:
             key: The version.
-            tried_first: Whether a process of its own opens it first, unless a file with its digest was open here
-                before: what crashes ONNX Runtime is refused then, and does not end the server.
+            started: Whether others are served already.
 
         Raises:
             BrokenModel: It cannot be served; it stays `refused` until its files change.
@@ -114,8 +116,10 @@ class Repository:
             raise BrokenModel(version.refused if version else "it is not in the folder any more")
         try:
             self._check_links(version.path)
-            if tried_first and version.digest not in self._opened:
+            if version.digest not in self._opened and started:
                 self.trial.open(key.name, version.path, self._options, self._max_batch, self._max_bytes)
+            elif version.digest not in self._opened:
+                self.trial.open_at_start(version.path, self._options, self._max_bytes)
             model = load(key.name, version.path, self._options, self._max_batch, self._max_bytes)
         except BrokenModel as broken:
             self.refuse(key, str(broken))
@@ -144,7 +148,7 @@ class Repository:
         try:
             self._check_links(version.path)
             digest = _read_manifest(version.path)[MODEL_NAME]
-            if opened is not None and (opened != digest or _read_files(version.path, self._max_bytes)[0] != opened):
+            if opened is not None and (opened != digest or read_files(version.path, self._max_bytes)[0] != opened):
                 raise BrokenModel("the files differ from the open ones")
         except BrokenModel as broken:
             if opened is None:
@@ -180,7 +184,7 @@ def load(
     Raises:
         BrokenModel: A file is missing, is not the one that was exported, or cannot be served.
     """
-    digest, files = _read_files(path, max_bytes)
+    digest, files = read_files(path, max_bytes)
     try:
         for file, content in files.items():
             try:
@@ -215,7 +219,7 @@ def run_failure(error: Exception) -> str:
     return f"it cannot be run: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
-def _read_files(path: Path, max_bytes: int) -> tuple[str, dict[str, bytes]]:
+def read_files(path: Path, max_bytes: int) -> tuple[str, dict[str, bytes]]:
     """Reads the files of one version and verifies their digests; returns the model's digest and the files."""
     digests, files = _read_manifest(path), {}
     for file in digests.keys() & {MODEL_NAME, STEP_NAME}:

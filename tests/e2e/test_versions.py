@@ -22,7 +22,7 @@ from tests.e2e.helpers import answered, ask, bearer, binary, create, frames, new
 from tests.helpers import FEATURES, until
 from tests.redis_server import RedisServer
 from tests.server import Serve
-from tests.versions import add_version, copy_of
+from tests.versions import add_version, copy_of, crashing
 
 WATCHING = "--reload-seconds", "0.1"
 
@@ -351,3 +351,19 @@ def test_a_sequence_of_the_inference_protocol_keeps_its_version(models: Path, se
             ("lstm", "1", "READY"),
             ("lstm", "2", "READY"),
         }
+
+
+def test_a_version_that_crashes_onnx_runtime_ends_no_server_neither_one_that_runs_nor_one_that_starts(
+    models: Path, serve: Serve
+) -> None:
+    server = serve("--models", str(models), *WATCHING)
+    with server.client() as client:
+        add_version(models, "lstm", 2, crashing(models / "lstm/1" / MODEL_NAME))
+        until_states(client, "lstm", {2: "refused", 1: "serving"})
+    assert server.stop() == 0
+    server = serve("--models", str(models))
+    with server.client() as client:
+        until_states(client, "lstm", {2: "refused", 1: "serving"})
+        assert client.post("/sessions", json={"model": "lstm"}).status_code == 201
+    assert server.stop() == 0
+    assert "ONNX Runtime crashed (SIGFPE)" in "".join(server.log)

@@ -115,6 +115,9 @@ class NoTrial(Trial):
     def open(self, *_: object) -> None:
         """Opens nothing."""
 
+    def open_at_start(self, *_: object) -> None:
+        """Opens nothing."""
+
 
 class Served:
     """A repository whose versions are served, without a server.

@@ -500,7 +500,7 @@ def test_a_version_that_is_tried_does_not_keep_a_server_from_stopping(models: Pa
     add_version(models, "rnn", 2)
     with pytest.raises(Stopping):
         served.versions.repository.scan()
-        served.versions.repository.open(KEY, tried_first=True)
+        served.versions.repository.open(KEY, started=True)
     assert not served.versions.repository.versions[KEY].refused
 
 
