@@ -93,6 +93,14 @@ def _tracing(settings: Settings) -> Tracing | None:
     return Tracing()
 
 
+def _authorization(headers: Headers) -> bytes | None:
+    """Returns the `Authorization` header, if there is one; raises Unauthorized if there are several."""
+    found = [value for name, value in headers if name == b"authorization"]
+    if len(found) > 1:
+        raise Unauthorized("the request has several Authorization headers: send one")
+    return found[0] if found else None
+
+
 class ServiceContext:
     """The service of one process.
 
@@ -169,13 +177,13 @@ class ServiceContext:
         """
         if self.keys is None:
             return ""
-        return self.keys.owner(dict(headers).get(b"authorization"), client[0] if client else "")
+        return self.keys.owner(_authorization(headers), client[0] if client else "")
 
     def known_owner(self, headers: Headers, client: Address) -> str:
         """Returns what `owner` returns if the key is in use, and counts no wrong keys; raises Unauthorized."""
         if self.keys is None:
             return ""
-        return self.keys.known(dict(headers).get(b"authorization"), client[0] if client else "")
+        return self.keys.known(_authorization(headers), client[0] if client else "")
 
     def holding_key(
         self, headers: Headers, owner: str, end: Callable[[Unauthorized], object]
@@ -183,7 +191,7 @@ class ServiceContext:
         """Calls `end` when the owner's key in a request's headers is revoked, within the context."""
         if self.keys is None:
             return nullcontext()
-        return self.keys.held(dict(headers).get(b"authorization"), owner, end)
+        return self.keys.held(_authorization(headers), owner, end)
 
     @asynccontextmanager
     async def while_key_valid(self, headers: Headers, owner: str) -> AsyncIterator[HeldKey | None]:

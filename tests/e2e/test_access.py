@@ -166,6 +166,19 @@ def test_wrong_keys_are_throttled_by_address_over_every_surface(guarded: Guarded
         assert json.loads(stream.recv(timeout=10))["problem"]["status"] == 429
 
 
+def test_two_keys_are_none(guarded: Guarded, key: str) -> None:
+    twice = [("authorization", f"Bearer {key}")] * 2
+    with guarded.server.client() as client:
+        for _ in range(2):  # on the fast path too
+            body = {"model": "sunspots", "sequences": [[[0.0]]]}
+            assert client.post("/predict", json=body, headers=twice[:1]).status_code == 200
+            assert client.post("/predict", json=body, headers=twice).status_code == 401
+    url = guarded.server.url.replace("http", "ws") + "/stream"
+    with pytest.raises(InvalidStatus) as refused, connect(url, additional_headers=twice):
+        pass
+    assert refused.value.response.status_code == 401
+
+
 def test_reflection_wants_a_key(guarded: Guarded, key: str) -> None:
     def services(channel: grpc.Channel) -> Any:
         return ProtoReflectionDescriptorDatabase(channel).get_services()

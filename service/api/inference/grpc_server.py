@@ -29,7 +29,7 @@ from cellserve.service.api.inference.grpc_messages import Message, plain, read_t
 from cellserve.service.api.inference.grpc_stream import RequestStream
 from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.inference.statistics import Timing
-from cellserve.service.errors import Problem, Unauthorized, UnknownModel
+from cellserve.service.errors import Problem, UnknownModel
 from cellserve.service.observability.request_context import HEADER, RequestContext, make_scope, new_id
 from cellserve.service.sessions.session import peer
 
@@ -251,11 +251,9 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
 
     def owner(self, context: Message) -> str:
         """Returns the owner whose key is in a call's metadata; raises Unauthorized or TooManyWrongKeys."""
-        address, headers = grpc_peer(context.peer()), _headers(context)
+        address = grpc_peer(context.peer())
         peer.set(address)
-        if sum(name == b"authorization" for name, _ in headers) > 1:
-            raise Unauthorized("the call has several keys: send one")
-        return self._service.owner(headers, (address, 0))
+        return self._service.owner(_headers(context), (address, 0))
 
 
 def _headers(context: Message) -> list[tuple[bytes, bytes]]:
