@@ -107,7 +107,7 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
     _answer_problems(app)
     openapi.install(app, service)
     hot_paths = HotPaths(app, predict, step, HttpInference(inference), settings.root_path)
-    rules = BrowserRules(settings)
+    rules = BrowserRules(settings.allowed_hosts, settings.allowed_origins)
     fast_path = FastPath(service, one_per_iteration, rules)
     return ObservabilityMiddleware(BrowserRulesMiddleware(hot_paths, rules), service, fast_path)
 
@@ -129,7 +129,7 @@ def _operations(service: ServiceContext) -> ObservabilityMiddleware:
     app.include_router(operations.operations_port_router())
     app.state.service = service
     _answer_problems(app)
-    return ObservabilityMiddleware(BrowserRulesMiddleware(app, BrowserRules(service.settings)), service)
+    return ObservabilityMiddleware(BrowserRulesMiddleware(app, BrowserRules(service.settings.allowed_hosts)), service)
 
 
 class HotPaths:

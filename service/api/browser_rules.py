@@ -16,7 +16,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cellserve.service.api.asgi import send_problem
 from cellserve.service.errors import Forbidden, Misdirected, Problem
 from cellserve.service.observability.request_context import HEADER
-from cellserve.service.settings import Settings
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT")
@@ -28,12 +27,13 @@ class BrowserRules:
     """The origins and host names that are allowed.
 
     Args:
-        settings: The settings `allowed_origins` and `allowed_hosts`.
+        hosts: Names in `Host`, comma-separated; none means any.
+        origins: Origins other than the server's own, comma-separated.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.origins = frozenset(_listed(settings.allowed_origins))
-        self.hosts = frozenset(_listed(settings.allowed_hosts))
+    def __init__(self, hosts: str, origins: str = "") -> None:
+        self.hosts = frozenset(_listed(hosts))
+        self.origins = frozenset(_listed(origins))
 
     def check(self, scope: Scope) -> None:
         """Checks a request or a socket's handshake.
