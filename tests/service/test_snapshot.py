@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from cellserve.service.idempotency import AppliedChange, IdempotencyKey
+from cellserve.service.sessions.stores.moment import Moment
 from cellserve.service.sessions.stores.snapshot import _MAGIC, BadSnapshot, Snapshots
 from tests.service.helpers import machinery
 
@@ -64,6 +66,43 @@ while not attempts or attempts[-1][0]:
     attempts.append([status if attempt else 1, *restored()])
 print(json.dumps(attempts))
 """
+
+
+@pytest.mark.parametrize("jump", [7200.0, -7200.0])
+def test_a_wall_clock_that_jumps_ends_no_session_and_keeps_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    file, now = tmp_path / "sessions", time.time
+
+    def restored(*, again: bool = False) -> list[str]:
+        engine, store, _ = machinery()
+        snapshots = Snapshots(file, store, lambda: [engine], lambda key, digest: engine if again else None)
+        snapshots.restore()
+        if not again:  # its model is away meanwhile: it is only kept
+            asyncio.run(snapshots.write())
+        store.sweep()
+        snapshots.close()
+        return sorted(store.table.live)
+
+    engine, store, _ = machinery()
+    for name, idle in (("fresh", 0), ("old", 50), ("idle", 150)):
+        session, _ = store.create_now(engine, session_id=name)
+        engine.arena.last_used[session.slot] -= idle
+    snapshots = Snapshots(file, store, lambda: [engine], lambda key, digest: engine)
+    asyncio.run(snapshots.write())
+    snapshots.close()
+    monkeypatch.setattr(time, "time", lambda: now() + jump)
+    assert restored() == []
+    assert restored(again=True) == ["fresh", "old"]
+
+
+def test_a_moment_of_another_run_of_the_machine_is_as_long_ago_as_the_wall_clock_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = Moment.now()
+    assert 0 <= before.elapsed() < 60
+    assert 50 < Moment(before.wall - 60, "another", before.uptime).elapsed() < 120
+    assert Moment(before.wall + 60, "another", 0.0).elapsed() == 0
 
 
 def test_a_write_that_is_ended_at_any_call_leaves_the_old_snapshot_or_the_new_one(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from cellserve.service.model_repository.model import VersionKey
 from cellserve.service.private_files import append_private, create_private
 from cellserve.service.sessions.session import Session, key_of
 from cellserve.service.sessions.stores.memory import MemoryStore, Tombstone
+from cellserve.service.sessions.stores.moment import Moment
 from cellserve.service.sessions.stores.snapshot_input import Applied, Index, SessionRow, check_rows, read_document
 from cellserve.service.sessions.table import SessionTable
 
@@ -59,6 +61,9 @@ class _Part:
         return {f"{place}/{name}": np.concatenate(rows) for name, rows in self.arrays.items()}
 
 
+_Content = tuple[_Part, dict[str, Array]]
+
+
 class Snapshots:
     """Writes a table's sessions to a file, and reads them back.
 
@@ -81,7 +86,8 @@ class Snapshots:
     ) -> None:
         self._path, self._store, self._engines, self._find_engine = path, store, engines, find_engine
         self._table = store.table
-        self._unrestored: list[tuple[_Part, dict[str, Array]]] = []  # parts whose model version is not here
+        # Parts whose model version is not here, and seconds to add to their times to get the table's clock.
+        self._unrestored: list[tuple[_Part, dict[str, Array], float]] = []
         self._lock = _locked(path)
         self._saving = threading.Lock()
 
@@ -95,13 +101,15 @@ class Snapshots:
             return 0
         index, document = _read(self._path)
         table, now = self._table, self._table.clock() - time.time()
+        if index.written is not None:
+            now = table.clock() - index.written.elapsed() - index.written.wall
         count = 0
         for place, part in enumerate(index.models):
             arrays = {name: document[f"{place}/{name}"] for name in part.arrays}
             engine = self._find_engine(VersionKey(part.model, part.version), part.digest)
             if engine is None:
                 header = {"model": part.model, "version": part.version, "digest": part.digest}
-                self._unrestored.append((_Part(header, part.sessions), arrays))
+                self._unrestored.append((_Part(header, part.sessions), arrays, now))
                 waiting = f"{part.model!r}, version {part.version}"
                 self._store.awaiting_model |= {key_of(owner, name): waiting for owner, name, *_ in part.sessions}
                 log.error(
@@ -121,11 +129,11 @@ class Snapshots:
             find_engine: Returns the engine of a model version by name and digest, loading it if necessary.
         """
         for unrestored in list(self._unrestored):
-            part, arrays = unrestored
+            part, arrays, now = unrestored
             key = VersionKey(part.header["model"], part.header["version"])
             engine = await find_engine(key, part.header["digest"])
             if engine is not None:
-                _restore_sessions(self._table, engine, part.sessions, arrays, self._table.clock() - time.time())
+                _restore_sessions(self._table, engine, part.sessions, arrays, now)
                 self._unrestored.remove(unrestored)
                 for owner, name, *_ in part.sessions:
                     del self._store.awaiting_model[key_of(owner, name)]
@@ -133,16 +141,23 @@ class Snapshots:
 
     async def write(self) -> None:
         """Writes all sessions: copied in parts by the event loop, saved by a thread. Raises OSError."""
-        parts = [part async for part in self._parts()]
-        gone = self._gone()
-        await asyncio.get_running_loop().run_in_executor(None, self._save, parts, gone)
+        written = Moment.now()
+        to_wall = written.wall - self._table.clock()
+        parts = [part async for part in self._parts(to_wall)]
+        gone = [[key, one.reason, one.position, one.until + to_wall] for key, one in self._store.tombstones.items()]
+        unrestored = [
+            (part, {name: array + (now + to_wall) if name == "used" else array for name, array in arrays.items()})
+            for part, arrays, now in self._unrestored
+        ]
+        index = {"gone": gone, "written": msgspec.to_builtins(written)}
+        await asyncio.get_running_loop().run_in_executor(None, self._save, parts, unrestored, index)
 
     def close(self) -> None:
         """Releases the lock on the file."""
         self._lock.close()
 
-    async def _parts(self) -> Any:
-        table, to_wall = self._table, time.time() - self._table.clock()
+    async def _parts(self, to_wall: float) -> Any:
+        table = self._table
         for engine in self._engines():
             arena, model = engine.arena, engine.model
             part = _Part({"model": model.name, "version": model.version, "digest": model.digest})
@@ -170,18 +185,14 @@ class Snapshots:
             if part.sessions:
                 yield part
 
-    def _gone(self) -> list[list[Any]]:
-        to_wall = time.time() - self._table.clock()
-        return [[key, one.reason, one.position, one.until + to_wall] for key, one in self._store.tombstones.items()]
-
-    def _save(self, parts: list[_Part], gone: list[list[Any]]) -> None:
+    def _save(self, parts: list[_Part], unrestored: list[_Content], index: dict[str, Any]) -> None:
         with self._saving:  # a write that was cancelled continues in its thread
-            self._save_alone(parts, gone)
+            self._save_alone(parts, unrestored, index)
 
-    def _save_alone(self, parts: list[_Part], gone: list[list[Any]]) -> None:
+    def _save_alone(self, parts: list[_Part], unrestored: list[_Content], index: dict[str, Any]) -> None:
         tensors: dict[str, Array] = {}
         models: list[dict[str, Any]] = []
-        for part, arrays in [(part, None) for part in parts] + list(self._unrestored):
+        for part, arrays in [*((part, None) for part in parts), *unrestored]:
             place = len(models)
             if arrays is None:
                 tensors |= part.tensors(place)
@@ -190,7 +201,7 @@ class Snapshots:
                 tensors |= {f"{place}/{name}": array for name, array in arrays.items()}
                 names = list(arrays)
             models.append({**part.header, "sessions": part.sessions, "arrays": names})
-        tensors["told"] = np.frombuffer(orjson.dumps({"models": models, "gone": gone}), np.uint8)
+        tensors["told"] = np.frombuffer(orjson.dumps({"models": models, **index}), np.uint8)
         content = _MAGIC + save(tensors)
         new = self._path.with_name(self._path.name + ".new")
         with create_private(new) as file:
@@ -216,7 +227,7 @@ def _restore_sessions(
         engine: The engine of the model.
         rows: Owner, id, creation digest and applied change of each session.
         arrays: The tensors of the model's sessions, by name.
-        now: Seconds to add to a wall clock time to get the table's clock.
+        now: Seconds to add to the times in them to get the table's clock.
     """
     arena = engine.arena
     try:
@@ -227,7 +238,8 @@ def _restore_sessions(
     if slots is None:
         raise BadSnapshot(f"the snapshot has {len(rows)} sessions of model {engine.model.name}: raise --max-sessions")
     arena.write_many(slots, {name: arrays[f"state.{name}"] for name in arena.names})
-    arena.position[slots], arena.last_used[slots] = arrays["position"], arrays["used"] + now
+    arena.position[slots] = arrays["position"]
+    arena.last_used[slots] = np.minimum(arrays["used"] + now, table.clock())
     outputs, answers = engine.model.outputs, arrays["answers"].tobytes()
     answers_read, befores_read = 0, 0  # bytes of answers, rows of states before a change
     for row, (owner, session_id, creation_digest, applied) in enumerate(rows):

@@ -15,6 +15,7 @@ from safetensors.numpy import load
 from cellserve.models.signature import StateSpec
 from cellserve.service.engine.engine import Engine
 from cellserve.service.runtime.tensor_layout import unpack
+from cellserve.service.sessions.stores.moment import Moment
 from cellserve.service.validation.safetensors_header import read_header
 from cellserve.service.validation.tensor_values import validate
 
@@ -45,6 +46,7 @@ class Index(msgspec.Struct):
 
     models: list[ModelPart]
     gone: list[Gone]
+    written: Moment | None = None  # older files do not say when
 
 
 def read_document(content: bytes) -> tuple[Index, dict[str, Array]]:
