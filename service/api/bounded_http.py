@@ -25,7 +25,14 @@ from cellserve.service.api.connection_limits import (
     reset,
 )
 from cellserve.service.api.fast_path import Exchange
-from cellserve.service.api.http_head import Headers, asks_for_websocket, check_head, target_too_long, without_upgrade
+from cellserve.service.api.http_head import (
+    Headers,
+    asks_for_websocket,
+    check_head,
+    path_of,
+    target_too_long,
+    without_upgrade,
+)
 from cellserve.service.errors import HeadTooLarge, MalformedRequest, Problem, RequestTimeout, TooManyConnections
 from cellserve.service.observability.counters import Counts
 from cellserve.service.observability.request_context import HEADER, new_id
@@ -281,6 +288,8 @@ class BoundedHttp(HttpToolsProtocol):
         self.url, self.expect_100_continue = url, expects_continue
         self.headers += headers  # in place: the scope refers to this list
         super().on_headers_complete()
+        if b"%2" in url and self.scope.get("path"):  # not for a WebSocket
+            self.scope["path"] = path_of(self.scope["raw_path"])
 
     def on_body(self, body: bytes) -> None:
         """Receives a part of the body."""

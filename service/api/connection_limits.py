@@ -113,13 +113,15 @@ class Client:
 
     def _take_turn(self) -> None:
         self._iteration, self.spent = self._loop.time(), 0.0
-        for _ in range(len(self._waiting)):
-            self._waiting.popleft().go_on()
-            if self.spent >= TURN_SECONDS:
-                break
-        self._is_scheduled = bool(self._waiting)
-        if self._is_scheduled:
-            self._loop.call_soon(self._take_turn)
+        try:
+            for _ in range(len(self._waiting)):
+                self._waiting.popleft().go_on()
+                if self.spent >= TURN_SECONDS:
+                    break
+        finally:
+            self._is_scheduled = bool(self._waiting)
+            if self._is_scheduled:
+                self._loop.call_soon(self._take_turn)
 
 
 class ConnectionTable:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from urllib.parse import unquote
+
 from cellserve.service.api.connection_limits import MAX_HEADERS, MAX_TARGET_BYTES
 from cellserve.service.errors import HeadTooLarge, MalformedRequest, TargetTooLong
 
@@ -33,6 +36,11 @@ def check_head(version: str, target: bytes, headers: Headers) -> None:
     codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
     if codings and (codings != [b"chunked"] or version == "1.0"):  # section 6.1
         raise MalformedRequest("Transfer-Encoding: send chunked, once and in HTTP/1.1, or a Content-Length")
+
+
+def path_of(raw: bytes) -> str:
+    """Returns a path as it was sent, decoded except for `%2F`: a slash within a segment is no separator (RFC 3986)."""
+    return unquote(re.sub("%2f", "%252F", raw.decode(), flags=re.IGNORECASE))
 
 
 def target_too_long() -> TargetTooLong:

@@ -19,7 +19,7 @@ from cellserve.service.sessions.writer import SessionWriter
 
 Array = NDArray[Any]
 
-_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~-]{1,128}")  # clients resolve . and .. in paths
 
 
 class CreateRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -41,7 +41,7 @@ def validate_session_id(session_id: str) -> None:
     if not _ID.fullmatch(session_id):
         raise InvalidInput(
             f"session: {session_id[:80]!r} cannot be an id: "
-            f"send 1 to 128 letters, digits, '-', '.', '_' or '~' (a UUID, say)",
+            f"send 1 to 128 letters, digits, '-', '.', '_' or '~' (a UUID, say), but not . or ..",
             place="session",
         )
 

@@ -340,3 +340,11 @@ def test_the_limit_of_open_files_is_never_reached(examples: Path, serve: Serve) 
         assert asked(server, "127.0.0.5", b"/healthz") == [200]
     time.sleep(0.5)
     assert asked(server, "127.0.0.5") == [200]
+
+
+def test_an_escaped_slash_is_part_of_an_id(server: Server) -> None:
+    with server.client() as client:
+        assert client.get("/sessions/a%2Fb").status_code == 404
+        answer = client.post("/sessions/a%2Fstep", json={"x": [0.25]})
+        assert answer.status_code == 405 and "unknown-session" not in answer.text
+        assert client.put("/sessions/a%2Fb", json={"model": "sunspots"}).status_code == 422

@@ -38,7 +38,7 @@ from cellserve.service.validation.tensor_values import validate
 
 Array = NDArray[Any]
 
-_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~-]{1,128}")  # clients resolve . and .. in paths
 _LARGEST_NUMBER = 2**64 - 1
 
 
