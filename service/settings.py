@@ -19,6 +19,7 @@ LogFormat = Literal["text", "json"]
 WhenFull = Literal["refuse", "evict"]
 
 ENV_PREFIX = "CELLSERVE_"
+_LEAST_EXCHANGE_BYTES = 1024 * 1024
 # Left out of --help: only measurements justify changing them. docs/settings.md has them all.
 TUNING = frozenset({"spinning", "memory_arena", "optimization", "quantum", "inline_microseconds", "store_replicas"})
 
@@ -161,6 +162,16 @@ class Settings(BaseSettings):
     def held_sessions(self) -> int:
         """Sessions of a model that have slots here, at most."""
         return self.max_sessions if self.store == "memory" else self.arena_sessions
+
+    @property
+    def max_exchange_bytes(self) -> int:
+        """Bytes of a request's inputs and of its answer together, at most."""
+        return max(_LEAST_EXCHANGE_BYTES, 4 * self.max_body_bytes)
+
+    @property
+    def max_socket_bytes(self) -> int:
+        """Bytes of the frames in flight on a socket and of their answers together, at most."""
+        return max(_LEAST_EXCHANGE_BYTES, 2 * self.max_body_bytes)
 
 
 def unknown_variables(environment: Collection[str]) -> list[str]:

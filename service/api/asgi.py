@@ -172,6 +172,23 @@ async def send_body(send: Send, status: int, headers: list[tuple[bytes, bytes]],
     await send({"type": "http.response.body", "body": body})
 
 
+async def send_parts(send: Send, receive: Receive, headers: list[tuple[bytes, bytes]], parts: Iterable[bytes]) -> None:
+    """Sends a large answer part by part: each is made when the client has read most of what came before.
+
+    Raises:
+        ClientGone: The client disconnected.
+    """
+
+    async def send_all() -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for part in parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            await asyncio.sleep(0)  # `send` does not wait for a client that reads fast, and others have work to do
+        await send({"type": "http.response.body", "body": b""})
+
+    await cancel_on_disconnect(send_all(), receive)
+
+
 class ProblemMiddleware:
     """Answers the exceptions of a plain ASGI endpoint as problem documents."""
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import orjson
 
+from cellserve.service.api.answer_size import LARGE
 from cellserve.service.api.asgi import JSON, REPLAY, OnePerLoopIteration, as_problem
 from cellserve.service.api.browser_rules import BrowserRules
 from cellserve.service.api.client_identity import TrustedProxies, address_identity
@@ -149,6 +150,8 @@ class FastPath:
                 return False
             (x,) = model.reader.arrays(request.sequences)
             every_output = wants_every_output(model, request.outputs)
+            if every_output and len(x) * model.outputs.json_bytes > LARGE:
+                return False  # its answer is sent in parts
             on_done = partial(self._answer_prediction, exchange, model, every_output)
             client = owner or address_identity(exchange.connection.client)
             exchange.pending = start_sequence(engine, x, every_output, request.return_states, on_done, client)

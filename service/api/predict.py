@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from cellserve.service.api import safetensors
+from cellserve.service.api.answer_size import LARGE, check_binary_answer, check_json_answer
 from cellserve.service.api.asgi import (
     OnePerLoopIteration,
     cancel_on_disconnect,
@@ -16,8 +18,9 @@ from cellserve.service.api.asgi import (
     content_type,
     read_body,
     send_body,
-    send_json,
+    send_parts,
 )
+from cellserve.service.api.json_parts import send_sized_json
 from cellserve.service.api.predict_codec import (
     PredictRequest,
     parse_simple_prediction,
@@ -30,6 +33,7 @@ from cellserve.service.api.step_codec import NOT_SIMPLE
 from cellserve.service.context import ServiceContext
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import BodyTooLarge, InvalidInput, VersionLoading
+from cellserve.service.model_repository.model import Model
 from cellserve.service.sessions.session import current_client
 from cellserve.service.validation.json_input import PART_BYTES
 
@@ -75,9 +79,10 @@ class Predict:
         states = None
         if bytes(request.states) != b"null":
             states = model.reader.states(request.states, len(sequences))
+        size = self._check_size(check_json_answer, model, sequences, request)
         outputs, every_output, final = await self._advance(owner, engine, receive, sequences, states, request)
         answer = prediction_json(model, outputs, every_output, final if request.return_states else None)
-        await send_json(send, answer)
+        await send_sized_json(send, receive, answer, size)
 
     def _read(self, body: bytes) -> tuple[PredictRequest[Any], Engine, list[Array]]:
         try:
@@ -115,9 +120,28 @@ class Predict:
         await self._one_per_iteration()
         engine = await self.service.engine_when_loaded(options.model)
         sequences, states = safetensors.read(body, engine.model)
+        size = self._check_size(check_binary_answer, engine.model, sequences, options)
         outputs, every_output, final = await self._advance(owner, engine, receive, sequences, states, options)
-        answer = safetensors.write(engine.model, outputs, every_output, final if options.return_states else None)
-        await send_body(send, 200, [(b"content-type", safetensors.MEDIA_TYPES[0])], answer)
+        write = safetensors.write if size <= LARGE else safetensors.write_parts
+        answer = write(engine.model, outputs, every_output, final if options.return_states else None)
+        headers = [(b"content-type", safetensors.MEDIA_TYPES[0])]
+        if isinstance(answer, bytes):
+            await send_body(send, 200, headers, answer)
+        else:
+            await send_parts(send, receive, headers, answer)
+
+    def _check_size(
+        self,
+        check: Callable[[int, Model, list[Array], int, int], int],
+        model: Model,
+        sequences: list[Array],
+        options: PredictRequest[Any] | safetensors.Options,
+    ) -> int:
+        """Returns the size of the answer, before the work; raises BodyTooLarge."""
+        every_output = wants_every_output(model, options.outputs)
+        steps = sum(map(len, sequences)) if every_output else len(sequences)
+        states = len(sequences) if options.return_states else 0
+        return check(self.service.settings.max_exchange_bytes, model, sequences, steps, states)
 
     async def _advance(
         self,
@@ -139,5 +163,5 @@ class Predict:
         runner = engine.sequences
         client = current_client(owner)
         work = runner.run(sequences, states, every_output, options.return_states, "sequences", client)
-        outputs, final = await (cancel_on_disconnect(work, receive) if runner.may_wait else work)
+        outputs, final = await (cancel_on_disconnect(work, receive) if runner.may_wait(sequences) else work)
         return outputs, every_output, final

@@ -11,7 +11,9 @@ import orjson
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
-from cellserve.service.api.asgi import REPLAY, RESUMABLE, as_problem, cancel_on_disconnect, read_json_body, send_json
+from cellserve.service.api.answer_size import check_json_answer
+from cellserve.service.api.asgi import REPLAY, RESUMABLE, as_problem, cancel_on_disconnect, read_json_body
+from cellserve.service.api.json_parts import send_sized_json
 from cellserve.service.api.step_codec import Position
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import CannotRollOut, InvalidInput, ShuttingDown
@@ -66,6 +68,7 @@ class RolloutEndpoint:
             after = _last_event_id(headers.get(b"last-event-id"), position)
             await cancel_on_disconnect(self._stream(scope, send, session, wanted, position, after, owner), receive)
             return
+        size = check_json_answer(self.service.settings.max_exchange_bytes, session.model, (wanted.x,), wanted.steps)
         rolled = await cancel_on_disconnect(self.service.rollouts.run(session, wanted, position), receive)
         answer = {
             "session": session.id,
@@ -73,7 +76,7 @@ class RolloutEndpoint:
             **_steps_json(session.model, rolled.generated),
             "durable": self.service.sessions.durable,
         }
-        await send_json(send, answer, REPLAY if rolled.replayed else ())
+        await send_sized_json(send, receive, answer, size, REPLAY if rolled.replayed else ())
 
     def _read(self, model: Model, body: bytes, streamed: bool) -> tuple[Rollout, int | None]:
         if model.document.rollout is None:

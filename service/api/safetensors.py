@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 import msgspec
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from cellserve.models.signature import StateSpec, TensorSpec
+from cellserve.service.api.json_parts import byte_parts
 from cellserve.service.errors import InvalidInput, NotSafetensors
 from cellserve.service.model_repository.model import Model
 from cellserve.service.validation.safetensors_header import check_size, read_header
@@ -150,6 +153,33 @@ def write(model: Model, outputs: list[Array], every_output: bool, states: list[d
     for name in model.reader.states_spec if states else ():
         tensors[name] = np.stack([state[name] for state in states or ()])
     return save(tensors, {"model": model.name, "version": str(model.version)})
+
+
+def write_parts(
+    model: Model, outputs: list[Array], every_output: bool, states: list[dict[str, Array]] | None
+) -> Iterator[bytes]:
+    """Encodes what `write` does, in parts and without copies of the whole."""
+    tensors: dict[str, list[Array]] = {}
+    if every_output:
+        tensors["lengths"] = [np.array([len(y) for y in outputs], np.int64)]
+    for name in model.reader.states_spec if states else ():
+        tensors[name] = [np.stack([state[name] for state in states or ()])]
+    for name in model.outputs.dtype.names or ("y",):
+        tensors[name] = outputs if model.outputs.dtype.names is None else [y[name] for y in outputs]
+    header: dict[str, Any] = {"__metadata__": {"model": model.name, "version": str(model.version)}}
+    start = 0
+    for name, parts in sorted(tensors.items(), key=lambda one: -one[1][0].itemsize):  # so that each is aligned
+        end = start + sum(part.nbytes for part in parts)
+        shape = [sum(map(len, parts)), *parts[0].shape[1:]]
+        kind = next(kind for kind, dtype in _DTYPES.items() if np.dtype(dtype) == parts[0].dtype)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+        start = end
+    head = orjson.dumps(header)
+    head += b" " * (-len(head) % 8)
+    yield len(head).to_bytes(8, "little") + head
+    for name in list(header)[1:]:
+        for part in tensors[name]:
+            yield from byte_parts(part)
 
 
 def _states(tensors: dict[str, Array], model: Model, count: int) -> list[dict[str, Array] | None]:

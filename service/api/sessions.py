@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from cellserve.service.api import safetensors
+from cellserve.service.api.answer_size import check_json_answer
 from cellserve.service.api.asgi import (
     REPLAY,
     ClientGone,
@@ -19,9 +20,9 @@ from cellserve.service.api.asgi import (
     content_type,
     read_body,
     read_json_body,
-    send_json,
     send_problem,
 )
+from cellserve.service.api.json_parts import send_sized_json
 from cellserve.service.api.session_requests import (
     CreateRequest,
     ForkRequest,
@@ -29,7 +30,7 @@ from cellserve.service.api.session_requests import (
     fork_session,
     step_session,
 )
-from cellserve.service.api.step_codec import Position, read_step, session_json, step_json
+from cellserve.service.api.step_codec import Position, read_step, session_json, step_json, wants_all_outputs
 from cellserve.service.context import ServiceContext
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
@@ -67,12 +68,14 @@ class StepEndpoint:
             body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
             session = await self.service.sessions.fetch(owner, scope["path"][len("/sessions/") : -len("/step")])
             x, single, outputs, position = read_step(session.model, body)
+            steps = len(x) if wants_all_outputs(session, outputs) else 1
+            size = check_json_answer(self.service.settings.max_exchange_bytes, session.model, (x,), steps)
             work = step_session(self.service.writer, session, x, single, outputs, position)
             stepped, every_output = await (
-                cancel_on_disconnect(work, receive) if session.engine.is_backlogged else work
+                cancel_on_disconnect(work, receive) if session.engine.may_wait(len(x)) else work
             )
             answer = step_json(self.service.sessions, session, stepped.y, stepped.position, single, every_output)
-            await send_json(send, answer, REPLAY if stepped.replayed else ())
+            await send_sized_json(send, receive, answer, size, REPLAY if stepped.replayed else ())
         except ClientGone:
             pass
         except Exception as error:

@@ -199,12 +199,18 @@ class Engine:
         self.model.runtime.close()
         self.arena.close()
 
-    @property
-    def is_backlogged(self) -> bool:
-        """Whether new work will wait so long that its client may disconnect before it is computed."""
-        return self.queued > self.max_batch and (
-            self._cost.predict(self.max_batch, self.queued // self.max_batch) > _LONG_WAIT_SECONDS
-        )
+    def may_wait(self, steps: int, rows: int = 1) -> bool:
+        """Whether new work may take so long that its client may disconnect before it is computed.
+
+        Args:
+            steps: Its time steps.
+            rows: Its rows.
+        """
+        waiting = self.bound.waiting + rows * steps
+        if waiting <= self.max_batch:
+            return False
+        seconds = max(self._cost.predict(1, steps), self._cost.predict(self.max_batch, waiting // self.max_batch))
+        return seconds > _LONG_WAIT_SECONDS
 
     def _is_cheap(self, rows: int, steps: int) -> bool:
         return self._cost.predict(rows, steps) <= self._inline_seconds

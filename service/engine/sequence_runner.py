@@ -39,8 +39,7 @@ class SequenceRunner(Profilable, Protocol):
     def is_idle(self) -> bool:
         """Whether it has no work of its own, beside what the engine's queues hold."""
 
-    @property
-    def may_wait(self) -> bool:
+    def may_wait(self, sequences: Sequence[Array]) -> bool:
         """Whether a request may take so long that its client may disconnect before the answer."""
 
     async def run(
@@ -83,9 +82,8 @@ class StepEngine(Protocol):
     arena: Arena
     bound: QueueBound
 
-    @property
-    def is_backlogged(self) -> bool:
-        """Whether new work may wait so long that its client may disconnect."""
+    def may_wait(self, steps: int, rows: int = 1) -> bool:
+        """Whether new work may take so long that its client may disconnect."""
 
     def submit(self, slots: Slots, x: Array, return_all_outputs: bool, *, client: str) -> WorkItem:
         """Enqueues a work item."""
@@ -107,10 +105,9 @@ class SteppedSequences:
     def __init__(self, engine: StepEngine, runtime: Profilable) -> None:
         self._engine, self._runtime = engine, runtime
 
-    @property
-    def may_wait(self) -> bool:
-        """Whether the engine is backlogged."""
-        return self._engine.is_backlogged
+    def may_wait(self, sequences: Sequence[Array]) -> bool:
+        """Whether the engine may take long."""
+        return self._engine.may_wait(max(map(len, sequences)), len(sequences))
 
     async def run(
         self,
@@ -163,8 +160,6 @@ class WholeSequences:
         bound: Bounds the time steps that wait.
     """
 
-    may_wait = True
-
     def __init__(self, model: Model, max_batch: int, max_steps: int, counts: TickCounts, bound: QueueBound) -> None:
         self._counts, self._bound = counts, bound
         self._model, self._max_batch, self._max_steps = model, max_batch, max_steps
@@ -172,6 +167,10 @@ class WholeSequences:
         self._waiting = 0  # requests
         # Held by one request of each client at a time: so clients take turns on the thread.
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def may_wait(self, sequences: Sequence[Array]) -> bool:
+        """Always: a run cannot be interrupted."""
+        return True
 
     @property
     def is_idle(self) -> bool:

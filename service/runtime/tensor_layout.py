@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellserve.models.signature import TensorSpec
+from cellserve.models.signature import StateSpec, TensorSpec
 
 Array = NDArray[Any]
+
+_JSON_BYTES = {"float32": 17, "int32": 12, "int64": 21}  # of a number at its longest, with a comma
 
 
 class TensorLayout:
@@ -49,6 +51,11 @@ class TensorLayout:
         """Bytes of one time step."""
         return self.dtype.itemsize * prod(self.shape)
 
+    @cached_property
+    def json_bytes(self) -> int:
+        """Bytes of one time step in JSON, at most."""
+        return sum(map(json_bytes, self.specs))
+
     def zeros(self, *leading: int) -> Array:
         """Returns zeros `[*leading, ...]`."""
         return np.zeros((*leading, *self.shape), self.dtype)
@@ -67,6 +74,12 @@ class TensorLayout:
         if self.dtype.names is None:
             return array
         return {name: array[name].copy() for name in self.dtype.names}  # orjson needs contiguous arrays
+
+
+def json_bytes(spec: TensorSpec | StateSpec) -> int:
+    """Returns the bytes of one time step of a tensor, or of one session's state, in JSON, at most."""
+    brackets = 3 * sum(prod(spec.shape[:axis]) for axis in range(len(spec.shape) + 1))
+    return prod(spec.shape) * _JSON_BYTES[spec.dtype] + brackets
 
 
 def unpack(array: Array) -> tuple[Array, ...]:

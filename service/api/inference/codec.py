@@ -6,15 +6,17 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from cellserve.service.api.inference.service import InferenceResult
 from cellserve.service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_json
+from cellserve.service.api.json_parts import byte_parts, json_parts
 from cellserve.service.errors import InvalidInput
 from cellserve.service.model_repository.model import Model
 from cellserve.service.validation.json_input import decode
@@ -153,15 +155,15 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def write(request: InferRequest, result: InferenceResult) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Returns the headers and the body of an answer."""
+def write(request: InferRequest, result: InferenceResult) -> tuple[list[tuple[bytes, bytes]], Iterator[bytes]]:
+    """Returns the headers and the parts of an answer's body."""
     outputs, contents = [], []
     for name, as_bytes in request.outputs.items():
         y = result.outputs[name]
         output: dict[str, Any] = {"name": name, "datatype": DATATYPES[y.dtype.name], "shape": y.shape}
         if as_bytes:
-            contents.append(y.tobytes())
-            output["parameters"] = {"binary_data_size": len(contents[-1])}
+            contents.append(y)
+            output["parameters"] = {"binary_data_size": y.nbytes}
         else:
             output["data"] = y.ravel()
         outputs.append(output)
@@ -171,7 +173,7 @@ def write(request: InferRequest, result: InferenceResult) -> tuple[list[tuple[by
     if result.parameters:
         document["parameters"] = result.parameters
     document["outputs"] = outputs
-    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     if not contents:
-        return [_JSON], head
-    return [_BINARY, (HEADER_LENGTH, b"%d" % len(head))], b"".join((head, *contents))
+        return [_JSON], json_parts(document)
+    head = b"".join(json_parts(document))
+    return [_BINARY, (HEADER_LENGTH, b"%d" % len(head))], chain((head,), *map(byte_parts, contents))

@@ -8,6 +8,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from cellserve.service.api import compression
+from cellserve.service.api.answer_size import LARGE
 from cellserve.service.api.asgi import (
     ClientGone,
     OnePerLoopIteration,
@@ -16,6 +17,7 @@ from cellserve.service.api.asgi import (
     read_body,
     read_rest,
     send_body,
+    send_parts,
 )
 from cellserve.service.api.inference import codec, errors, metadata
 from cellserve.service.api.inference.service import Inference
@@ -79,11 +81,20 @@ class HttpInference:
                 await self._one_per_iteration()
             request = codec.read(content, headers.get(codec.HEADER_LENGTH), engine.model)
             timing.decode_ended()
-            work = self._inference.infer(owner, engine, request.tensors, request.parameters, not version)
-            result = await (cancel_on_disconnect(work, receive) if engine.is_backlogged else work)
+            as_json = not all(request.outputs.values())
+            work = self._inference.infer(owner, engine, request.tensors, request.parameters, not version, as_json)
+            may_wait = len(content) > _LARGE_BODY or engine.may_wait(1)
+            result = await (cancel_on_disconnect(work, receive) if may_wait else work)
             timing.run_ended(result.batch)
-            answer_headers, content = codec.write(request, result)
+            answer_headers, parts = codec.write(request, result)
             encoding = compression.accepted(headers.get(b"accept-encoding", b""))
+            if result.size > LARGE:
+                if encoding is not None:
+                    answer_headers.append((b"content-encoding", encoding))
+                    parts = compression.compressed_parts(parts, encoding)
+                await send_parts(send, receive, answer_headers, parts)
+                return
+            content = b"".join(parts)
             smaller = None if encoding is None else await compression.compressed(content, encoding)
             if encoding is not None and smaller is not None:
                 answer_headers, content = [*answer_headers, (b"content-encoding", encoding)], smaller

@@ -6,6 +6,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.models.signature import TensorSpec
+from cellserve.service.api.answer_size import check_binary_answer, check_json_answer
 from cellserve.service.api.inference import metadata
 from cellserve.service.api.inference.errors import NotReady, SequenceNotStarted
 from cellserve.service.api.inference.statistics import Statistics
@@ -77,6 +79,7 @@ class InferenceResult(NamedTuple):
     batch: int
     parameters: dict[str, Any]  # the answer's parameters
     model: Model  # the version used
+    size: int  # bytes of the answer, at most
 
 
 class Inference:
@@ -132,6 +135,7 @@ class Inference:
         tensors: Mapping[str, Array],
         parameters: Mapping[str, Any],
         any_version: bool = False,
+        as_json: bool = False,
     ) -> InferenceResult:
         """Runs whole sequences, or steps the sequence that the parameters name.
 
@@ -142,9 +146,11 @@ class Inference:
                 whole sequences, `lengths [batch]`.
             parameters: `sequence_id`, `sequence_start`, `sequence_end`, `position`; others are ignored.
             any_version: Whether the request names no version: then a sequence stays on the version it started on.
+            as_json: Whether outputs are sent as JSON numbers.
 
         Raises:
             InvalidInput: A tensor or a parameter is invalid.
+            BodyTooLarge: The request is too large, or its answer would be.
             SequenceNotStarted: The sequence was never started.
             SessionGone: The sequence has ended or expired.
             SessionExists, PositionConflict, SessionWentBack, StepInFlight, NotFinite, QueueFull: As a session's step.
@@ -152,6 +158,8 @@ class Inference:
         sequence = _sequence(parameters)
         inputs = _inputs(engine.model, tensors)
         answer: dict[str, Any] = {}
+        check = check_json_answer if as_json else check_binary_answer
+        size = check(self.service.settings.max_exchange_bytes, engine.model, (inputs.x,), math.prod(inputs.x.shape[:2]))
         if sequence is None:
             y = await self._predict(current_client(owner), engine, inputs)
         else:
@@ -161,7 +169,7 @@ class Inference:
             y, answer = await self._step(session, sequence, inputs.x[0])
             y, engine = y[None], session.engine
         outputs = dict(zip(_names(engine.model.outputs), unpack(y[:, 0] if inputs.single else y), strict=True))
-        return InferenceResult(outputs, len(inputs.x), answer, engine.model)
+        return InferenceResult(outputs, len(inputs.x), answer, engine.model, size)
 
     async def _predict(self, client: str, engine: Engine, inputs: Inputs) -> Array:
         """Runs whole sequences from zeros; returns y `[batch, time, *outputs]`, zeros past a row's length."""

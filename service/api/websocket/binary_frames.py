@@ -20,6 +20,7 @@ from cellserve.service.validation.tensor_values import validate_together
 Array = NDArray[Any]
 
 _HEADER = struct.Struct("<4I")  # kind, ref, number of sessions, time steps; everything is little-endian
+_ROW_BYTES = 12  # position and status of a row in an answer
 STEP, STEP_FROM = 1, 2
 _ANSWER = 0x80  # added to a frame's kind, this is its answer's kind
 _REPLAYED = 1  # the status of a replayed row
@@ -53,6 +54,10 @@ class Frame(NamedTuple):
         handles = np.frombuffer(body, "<u4", count, _HEADER.size)
         positions = np.frombuffer(body, "<u8", count, behind) if kind == STEP_FROM else None
         return cls(kind, ref, steps, handles, positions, body, start)
+
+    def answer_bytes(self, model: Model) -> int:
+        """Returns the size of the answer."""
+        return _HEADER.size + len(self.handles) * (_ROW_BYTES + self.steps * model.outputs.step_bytes)
 
     def x(self, model: Model) -> Array:
         """Returns x `[sessions, time, *features]`; raises InvalidInput if its size or a value is wrong."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import repeat
@@ -19,8 +19,10 @@ import orjson
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
+from cellserve.service.api.answer_size import check_exchange, check_json_answer
 from cellserve.service.api.asgi import as_problem, send_problem
 from cellserve.service.api.bounded_websocket import FRAMES_EXTENSION, BoundedWebSocket
+from cellserve.service.api.json_parts import encoded
 from cellserve.service.api.session_requests import (
     CreateRequest,
     ForkRequest,
@@ -28,7 +30,7 @@ from cellserve.service.api.session_requests import (
     fork_session,
     step_session,
 )
-from cellserve.service.api.step_codec import session_json, step_json
+from cellserve.service.api.step_codec import session_json, step_json, wants_all_outputs
 from cellserve.service.api.websocket import binary_frames, json_frames
 from cellserve.service.api.websocket.binary_frames import STEP, Frame, Group
 from cellserve.service.api.websocket.json_frames import Attach, Auth, Close, Fork, Open, Reset, Step
@@ -54,6 +56,7 @@ Array = NDArray[Any]
 _AUTH_SECONDS = 10
 _REFUSAL_SECONDS = 0.5
 _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
+_SMALL_FRAME = 512  # bytes; 256 such frames have answers of a few MB
 _CACHED_GROUPS = 8  # groups of sessions per socket
 
 
@@ -135,7 +138,8 @@ class _Socket:
         self.owner = owner
         self.scope, self.send = scope, send
         self.fast: BoundedWebSocket | None = scope["extensions"].get(FRAMES_EXTENSION)
-        self.send_queue = SendQueue(send, self.fast, service.settings.stream_window)
+        settings = service.settings
+        self.send_queue = SendQueue(send, self.fast, settings.stream_window, settings.max_socket_bytes)
         self.key: HeldKey | None = None  # None where no keys are used
         self.counts = get_context(scope).surface
         self.sessions: list[Session] = []  # indexed by handle
@@ -156,9 +160,11 @@ class _Socket:
                 text = message.get("text")
                 body = message["bytes"] if text is None else text.encode()
                 if not self._on_message(body, text is not None):
-                    self.send_queue.in_flight += 1
+                    self.send_queue.begin(len(body))
                     self.unstarted_tasks += 1
                     self._spawn(self._answer(body, text is not None))
+                    if len(body) > _SMALL_FRAME:
+                        await asyncio.sleep(0)  # it counts the bytes of its answer before the next frame is read
                 if self.send_queue.is_full:
                     await self.send_queue.wait_for_room(writing)
         finally:
@@ -179,29 +185,36 @@ class _Socket:
             if self.fast:
                 self.fast.transport.abort()
 
-    def _put_json(self, document: Any, last: bool = True) -> None:
-        self.send_queue.put(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), True, last)
+    def _put_json(self, document: Any, size: int | None) -> None:
+        """Sends or queues a message; `size` is as `SendQueue.put` takes it."""
+        self.send_queue.put(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), True, size)
 
     def _on_message(self, body: bytes, text: bool) -> bool:
         """Starts a frame without a task if possible; returns whether it did."""
         if self.unstarted_tasks or self.send_queue.is_full or self.service.tracing:
             return False
-        started = self._try_step(body) if text else self._try_frame(body)
-        self.send_queue.in_flight += started
-        return started
+        size = self._try_step(body) if text else self._try_frame(body)
+        if size:
+            self.send_queue.begin(size)
+        return size > 0
 
-    def _try_step(self, text: bytes) -> bool:
-        """Submits the most common JSON frame, a step of an unlocked session; returns whether it did."""
+    def _try_step(self, text: bytes) -> int:
+        """Submits the most common JSON frame, a step of an unlocked session.
+
+        Returns:
+            The bytes of the frame and its answer, at most; 0 if it was not submitted.
+        """
         try:
             frame = json_frames.simple_step_decoder.decode(text)
             session = self._session(frame.session)
             x = session.model.reader.decode_one_step(frame.x)
             once = None if x is None or frame.position is None else step_key(frame.position, x, True)
-            on_done = partial(self._answer_step, frame.ref, session)
+            size = len(text) + session.model.outputs.json_bytes
+            on_done = partial(self._answer_step, frame.ref, session, size)
             pending = None if x is None else self.service.writer.try_submit(session, x, True, once, on_done)
         except (msgspec.MsgspecError, UnicodeError, RecursionError, Problem):
-            return False  # `_answer` reports what is wrong
-        return self._track(pending)
+            return 0  # `_answer` reports what is wrong
+        return size if self._track(pending) else 0
 
     def _track(self, pending: PendingStep | PendingBatch | None) -> bool:
         if pending is not None:
@@ -209,7 +222,7 @@ class _Socket:
         return pending is not None
 
     def _answer_step(
-        self, ref: msgspec.Raw, session: Session, pending: PendingStep, outcome: StepResult | Exception
+        self, ref: msgspec.Raw, session: Session, size: int, pending: PendingStep, outcome: StepResult | Exception
     ) -> None:
         self.pending.discard(pending)
         answer: dict[str, Any] = {"op": "step", "ref": orjson.Fragment(bytes(ref))}
@@ -221,36 +234,41 @@ class _Socket:
             answer |= {"replayed": True} if outcome.replayed else {}
             status = 200
         self.counts.record_response(status, perf_counter() - pending.item.enqueued_at)
-        self._put_json(answer)
+        self._put_json(answer, size)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    def _try_frame(self, body: bytes) -> bool:
-        """Submits a binary frame of unlocked sessions; returns whether it did."""
+    def _try_frame(self, body: bytes) -> int:
+        """Submits a binary frame of unlocked sessions; returns as `_try_step` does."""
         try:
             frame = Frame.read(body)
             group = self._group(frame.handles)
             if frame.kind != STEP or group.mixed or not self._is_alive(group):
-                return False
-            x = frame.x(group.sessions[0].model)
-            on_done = partial(self._answer_frame, frame, group)
-            return self._track(self.service.writer.try_submit_many(group.sessions, group.slots, x, on_done))
+                return 0
+            model = group.sessions[0].model
+            x = frame.x(model)
+            size = len(body) + frame.answer_bytes(model)
+            if size > self.send_queue.window_bytes:
+                return 0
+            on_done = partial(self._answer_frame, frame, group, size)
+            pending = self.service.writer.try_submit_many(group.sessions, group.slots, x, on_done)
         except Problem:
-            return False
+            return 0
+        return size if self._track(pending) else 0
 
     def _answer_frame(
-        self, frame: Frame, group: Group, pending: PendingBatch, outcome: BatchStepResult | Exception
+        self, frame: Frame, group: Group, size: int, pending: PendingBatch, outcome: BatchStepResult | Exception
     ) -> None:
         self.pending.discard(pending)
         if isinstance(outcome, Exception):
             problem = as_problem(outcome, self.scope)
             self.counts.record_response(problem.status, perf_counter() - pending.item.enqueued_at)
-            self._put_json(_error_frame(self.scope, frame.ref, problem))
+            self._put_json(_error_frame(self.scope, frame.ref, problem), size)
         else:
-            self._put_frame(frame, group, outcome, pending.item.enqueued_at)
+            self._put_frame(frame, group, outcome, pending.item.enqueued_at, size)
 
     def _is_alive(self, group: Group) -> bool:
         """Whether all sessions of a group are alive; checked again only after any session has ended."""
@@ -262,20 +280,30 @@ class _Socket:
     async def _answer(self, body: bytes, text: bool) -> None:
         self.unstarted_tasks -= 1
         begun, tracing = perf_counter(), self.service.tracing
+        size = len(body)
+
+        def expect(answer: int) -> None:
+            """Counts the bytes of the answer."""
+            nonlocal size
+            size += answer
+            self.send_queue.add(answer)
+
         try:
             with nullcontext() if tracing is None else tracing.frame(self.scope):
                 if text:
-                    answer = await self._text(body)
+                    message = await encoded(await self._text(body, expect), size)
                     self.counts.record_response(200, perf_counter() - begun)
-                    self._put_json(answer)
+                    self.send_queue.put(message, True, size)
                 else:
-                    await self._binary(body, begun)
+                    frame, group, stepped = await self._binary(body, expect)
+                    self._put_frame(frame, group, stepped, begun, size)
         except Exception as error:
             problem = as_problem(error, self.scope)
             self.counts.record_response(problem.status, perf_counter() - begun)
-            self._put_json(_error_frame(self.scope, (json_frames if text else binary_frames).ref_of(body), problem))
+            ref = (json_frames if text else binary_frames).ref_of(body)
+            self._put_json(_error_frame(self.scope, ref, problem), size)
 
-    async def _text(self, body: bytes) -> dict[str, Any]:
+    async def _text(self, body: bytes, expect: Callable[[int], None]) -> dict[str, Any]:
         store = self.service.sessions
         frame = decode(json_frames.decoder, body)
         answer: dict[str, Any] = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
@@ -294,6 +322,8 @@ class _Socket:
             case Step():
                 session = await self._found(frame.session)
                 x, single = session.model.reader.x(frame.x)
+                steps = len(x) if wants_all_outputs(session, frame.outputs) else 1
+                expect(check_json_answer(self.send_queue.window_bytes, session.model, (x,), steps))
                 stepped, every_output = await step_session(
                     self.service.writer, session, x, single, frame.outputs, frame.position
                 )
@@ -348,10 +378,14 @@ class _Socket:
         self.sessions[name] = await self.service.sessions.fetch(self.owner, self.sessions[name].id)
         return self.sessions[name]
 
-    async def _binary(self, body: bytes, begun: float) -> None:
+    async def _binary(self, body: bytes, expect: Callable[[int], None]) -> tuple[Frame, Group, BatchStepResult]:
         frame = Frame.read(body)
         group = self._group(frame.handles)
-        x = frame.x(group.sessions[0].model)
+        model = group.sessions[0].model
+        x = frame.x(model)
+        size = frame.answer_bytes(model)
+        check_exchange(self.send_queue.window_bytes, (x,), size)
+        expect(size)
         requests = None
         if frame.positions is not None:
             requests = list(map(step_key, frame.positions.tolist(), x, repeat(True)))
@@ -363,15 +397,15 @@ class _Socket:
             self.groups.clear()
             group = self._group(frame.handles)
         submit = self.service.writer.submit_versions if group.mixed else self.service.writer.submit_many
-        self._put_frame(frame, group, await submit(group.sessions, group.slots, x, requests), begun)
+        return frame, group, await submit(group.sessions, group.slots, x, requests)
 
-    def _put_frame(self, frame: Frame, group: Group, stepped: BatchStepResult, begun: float) -> None:
+    def _put_frame(self, frame: Frame, group: Group, stepped: BatchStepResult, begun: float, size: int) -> None:
         for row, problem in stepped.problems.items():
             about = _error_frame(self.scope, frame.ref, problem, session=group.sessions[row].id, row=row)
-            self._put_json(about, last=False)
+            self._put_json(about, None)
         status = max((problem.status for problem in stepped.problems.values()), default=200)
         self.counts.record_response(status, perf_counter() - begun)
-        self.send_queue.put(binary_frames.answer(frame.kind, frame.ref, stepped), False)
+        self.send_queue.put(binary_frames.answer(frame.kind, frame.ref, stepped), False, size)
 
     def _group(self, handles: NDArray[np.uint32]) -> Group:
         """Returns the group of the sessions with these handles, mostly from the cache."""
