@@ -25,7 +25,7 @@ from cellserve.service.observability.prometheus import Metrics
 from cellserve.service.peer_address import Address
 from cellserve.service.runtime.onnx_model import RuntimeOptions, flush_denormals
 from cellserve.service.sessions.rollout import RolloutRunner
-from cellserve.service.sessions.session import Durable
+from cellserve.service.sessions.session import ClientLimits, Durable
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.stores.protocol import SessionStore
 from cellserve.service.sessions.stores.snapshot import BadSnapshot, Snapshots
@@ -54,13 +54,16 @@ def _lower_priority() -> None:
 
 def _store(settings: Settings, table: SessionTable, versions: ModelManager) -> SessionStore:
     bounds = settings.max_sessions, settings.when_full
+    limits = ClientLimits(settings.max_sessions_per_owner, settings.max_session_bytes_per_owner)
     if settings.store == "memory":
         durable: Durable = "none" if settings.snapshot is None else "snapshot"
-        return MemoryStore(table, settings.max_sessions, settings.tombstone_seconds, settings.when_full, durable)
+        return MemoryStore(
+            table, settings.max_sessions, settings.tombstone_seconds, settings.when_full, durable, limits
+        )
     # Here and not above: the package is an extra.
     from cellserve.service.sessions.stores.shared import SharedStore
 
-    return SharedStore(_redis(settings), table, settings.arena_sessions, *bounds, versions.engine_for_digest)
+    return SharedStore(_redis(settings), table, settings.arena_sessions, *bounds, versions.engine_for_digest, limits)
 
 
 def _redis(settings: Settings) -> RedisClient:

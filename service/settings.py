@@ -59,9 +59,13 @@ class Settings(BaseSettings):
     max_whole_steps: int = Field(65_536, ge=1, description="maximum time steps per run of a predict-only model")
     max_rollout_steps: int = Field(4096, ge=1, description="maximum steps per rollout request")
     max_sessions: int = Field(100_000, ge=1, description="maximum live sessions")
+    max_sessions_per_owner: int = Field(50_000, ge=1, description="maximum live sessions of one client")
+    max_session_bytes_per_owner: int = Field(
+        1024**3, ge=1, description="maximum bytes of the states of one client's sessions"
+    )
     when_full: WhenFull = Field(
         "refuse",
-        description="at --max-sessions: refuse (503), or evict the longest idle one",
+        description="at a limit on sessions: refuse (503), or evict the longest idle one",
     )
     session_idle_seconds: float = Field(3600, gt=0, description="idle seconds after which a session expires")
     tombstone_seconds: float = Field(86400, ge=0, description="seconds for which an ended session answers 410")

@@ -42,6 +42,7 @@ class Arena:
         self.position = np.zeros(self.capacity, np.int64)  # the session's position
         self.last_used = np.full(self.capacity, np.inf)  # seconds of the table's clock; infinity without a session
         self.locked = np.zeros(self.capacity, bool)  # whether a change of the session is in flight
+        self.client = np.zeros(self.capacity, np.int64)  # the number of the session's client; 0 without a session
         # A stack: the slots that were freed last are taken first, so that memory is used again before more is touched.
         self._free = np.arange(self.capacity, dtype=np.intp)[::-1].copy()
         self._free_count = self.capacity
@@ -109,7 +110,8 @@ class Arena:
         """Frees all memory. No slot may be in use; none can be allocated any more."""
         self._arrays = [array[:0].copy() for array in self._arrays]
         self._tables.clear()
-        self.position, self.last_used, self.locked = self.position[:0], self.last_used[:0], self.locked[:0]
+        self.position, self.last_used = self.position[:0], self.last_used[:0]
+        self.locked, self.client = self.locked[:0], self.client[:0]
         self._free = self._free[:0].copy()
         self.capacity = self.limit = self._free_count = self._least_free = 0
 
@@ -173,6 +175,7 @@ class Arena:
         self.position = np.append(self.position, np.zeros(added, np.int64))
         self.last_used = np.append(self.last_used, np.full(added, np.inf))
         self.locked = np.append(self.locked, np.zeros(added, bool))
+        self.client = np.append(self.client, np.zeros(added, np.int64))
         free = np.empty(capacity, np.intp)
         free[:added] = np.arange(capacity - 1, self.capacity - 1, -1)
         free[added : added + self._free_count] = self._free[: self._free_count]

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from cellserve.service.engine.engine import Engine
 from cellserve.service.engine.state_arena import Slots
-from cellserve.service.errors import SessionGone, UnknownSession
+from cellserve.service.errors import ServerFull, SessionGone, UnknownSession
 from cellserve.service.idempotency import AppliedChange
 from cellserve.service.model_repository.model import Model
 
@@ -49,6 +49,31 @@ class Session:
     def position(self) -> int:
         """Its number of changes: each time step counts as one, and so does each other change."""
         return int(self.engine.arena.position[self.slot])
+
+
+class ClientLimits(NamedTuple):
+    """What the live sessions of one client may amount to."""
+
+    sessions: int
+    state_bytes: int
+
+    def error(self) -> ServerFull:
+        """Builds the error for a client that has as many."""
+        return ServerFull(
+            f"a client may have {self.sessions} live sessions, with states of {self.state_bytes} bytes: delete some of "
+            f"yours first"
+        )
+
+
+NO_LIMITS = ClientLimits(2**53, 2**53)
+
+
+class Room(NamedTuple):
+    """What a store may hold with a client's new session."""
+
+    max_sessions: int
+    client: str
+    client_limits: ClientLimits
 
 
 class SessionSummary(NamedTuple):

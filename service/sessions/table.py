@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,6 +13,15 @@ from cellserve.service.engine.engine import Engine
 from cellserve.service.engine.state_arena import Slots
 from cellserve.service.sessions.locks import SessionLocks
 from cellserve.service.sessions.session import Session, key_of
+
+
+@dataclass(slots=True)
+class ClientSessions:
+    """The sessions of one client that have slots here."""
+
+    number: int  # of the client, in the arenas' columns
+    count: int = 0
+    state_bytes: int = 0
 
 
 class SessionTable:
@@ -30,7 +40,9 @@ class SessionTable:
         self.locks: dict[Engine, SessionLocks] = {}
         self.numbers: dict[Engine, int] = {}  # ascending in the order of by_slot; never reused
         self.ended_count = 0  # sessions that have left the table so far
+        self.by_client: dict[str, ClientSessions] = {}  # clients without sessions are not in it
         self._engines = itertools.count()
+        self._clients = itertools.count(1)
 
     def __len__(self) -> int:
         return len(self.live)
@@ -48,6 +60,12 @@ class SessionTable:
     def add(self, session: Session) -> Session:
         """Adds a session whose slot has been filled."""
         self.live[key_of(session.owner, session.id)] = self.by_slot[session.engine][session.slot] = session
+        arena, own = session.engine.arena, self.by_client.get(session.client)
+        if own is None:
+            own = self.by_client[session.client] = ClientSessions(next(self._clients))
+        own.count += 1
+        own.state_bytes += arena.row_bytes
+        arena.client[session.slot] = own.number
         return session
 
     def remove(self, session: Session) -> None:
@@ -56,7 +74,12 @@ class SessionTable:
         session.alive = False
         self.ended_count += 1
         del self.live[key_of(session.owner, session.id)], self.by_slot[session.engine][slot]
-        arena.last_used[slot] = np.inf
+        arena.last_used[slot], arena.client[slot] = np.inf, 0
+        own = self.by_client[session.client]
+        own.count -= 1
+        own.state_bytes -= arena.row_bytes
+        if not own.count:
+            del self.by_client[session.client]
         self.locks[session.engine].discard(slot)
         arena.release(session.slots)
 
@@ -76,9 +99,10 @@ class SessionTable:
             for slot in np.flatnonzero((arena.last_used <= now - self.idle_seconds) & ~arena.locked).tolist():
                 yield sessions[slot]
 
-    def longest_idle(self, engine: Engine) -> Session | None:
-        """Returns the unlocked session of an engine that was not used for the longest time."""
+    def longest_idle(self, engine: Engine, client: ClientSessions | None = None) -> Session | None:
+        """Returns the unlocked session of an engine, of one client or any, that was not used for the longest time."""
         arena = engine.arena
-        idle = np.where(arena.locked, np.inf, arena.last_used)
+        left_out = arena.locked if client is None else arena.locked | (arena.client != client.number)
+        idle = np.where(left_out, np.inf, arena.last_used)
         slot = int(np.argmin(idle))
         return self.by_slot[engine][slot] if np.isfinite(idle[slot]) else None

@@ -14,7 +14,7 @@ import pytest
 
 from cellserve.service.context import check_store
 from cellserve.service.errors import StoreUnavailable
-from cellserve.service.sessions.session import SessionSummary
+from cellserve.service.sessions.session import NO_LIMITS, ClientLimits, Room, SessionSummary
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 from cellserve.service.sessions.stores.records import (
     ConditionalWrite,
@@ -41,6 +41,10 @@ def clean(redis: RedisServer) -> Iterator[RedisServer]:
     yield redis
     for command in ("CONFIG SET maxmemory 0", "REPLICAOF NO ONE", "ACL DELUSER limited"):
         redis.ask(command)
+
+
+def room(sessions: int) -> Room:
+    return Room(sessions, "", NO_LIMITS)
 
 
 def record(stamp: VersionStamp = STAMP) -> SessionRecord:
@@ -127,7 +131,7 @@ def test_a_full_store_does_not_end_the_start_and_its_fault_is_counted(clean: Red
 
     async def write(client: RedisClient) -> None:
         with pytest.raises(StoreUnavailable) as refused:
-            await client.create("full", record(), 10)
+            await client.create("full", record(), room(10))
         assert str(clean.port) not in refused.value.detail
         assert client.errors["out-of-memory"] >= 1
 
@@ -139,12 +143,12 @@ def test_the_clock_of_one_replica_ends_no_session_and_lets_no_further_one_in(
 ) -> None:
     async def fill(client: RedisClient) -> None:
         for number in range(10):
-            assert await client.create(f"s{number}", record(), 10) is WriteOutcome.WRITTEN
+            assert await client.create(f"s{number}", record(), room(10)) is WriteOutcome.WRITTEN
 
     async def count(client: RedisClient) -> tuple[Any, ...]:
         return (
             await client.count(),
-            await client.create("one more", record(), 10),
+            await client.create("one more", record(), room(10)),
             len((await client.page("", 0, 100))[0]),
         )
 
@@ -158,12 +162,12 @@ def test_the_clock_of_one_replica_ends_no_session_and_lets_no_further_one_in(
 def test_expired_sessions_make_room_and_are_counted_once(clean: RedisServer) -> None:
     async def work(client: RedisClient) -> None:
         for name in ("a", "b"):
-            assert await client.create(name, record(), 2) is WriteOutcome.WRITTEN
-        assert await client.create("a", record(), 2) is WriteOutcome.EXISTS
-        assert await client.replace("a", record(), 2) is WriteOutcome.WRITTEN
-        assert await client.create("c", record(), 2) is WriteOutcome.FULL
+            assert await client.create(name, record(), room(2)) is WriteOutcome.WRITTEN
+        assert await client.create("a", record(), room(2)) is WriteOutcome.EXISTS
+        assert await client.replace("a", record(), room(2)) is WriteOutcome.WRITTEN
+        assert await client.create("c", record(), room(2)) is WriteOutcome.FULL
         await asyncio.sleep(0.3)
-        assert await client.create("c", record(), 2) is WriteOutcome.WRITTEN
+        assert await client.create("c", record(), room(2)) is WriteOutcome.WRITTEN
         assert await client.count() == (1, 2)
         assert await client.count() == (1, 0)
 
@@ -174,7 +178,7 @@ def test_a_page_costs_what_its_owner_has_and_a_session_is_on_one_page(clean: Red
     async def work(client: RedisClient) -> None:
         for number in range(7):
             for owner in ("alice", "bob"):
-                await client.create(f"{owner}/{number}", record(), 1000)
+                await client.create(f"{owner}/{number}", record(), room(1000))
         theirs = client._touch((f"carol/{number}" for number in range(5000)), "")
         await client._connection.call([theirs], lambda replies: None)
         before = calls()
@@ -214,7 +218,7 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_record_that_is_not_a_sessions_is_told_apart_and_can_be_ended(clean: RedisServer, what: str) -> None:
     async def work(client: RedisClient) -> None:
-        await client.create("broken", record(), 10)
+        await client.create("broken", record(), room(10))
         await client._connection.redis.hset("cellserve:{broken}:session", mapping=BROKEN[what])
         with pytest.raises(UnreadableRecord):
             await client.load("broken")
@@ -266,7 +270,12 @@ def test_a_reply_that_does_not_fit_is_the_stores_fault_and_drops_the_connection(
                 await client.write([write])
             assert client.errors["bad-reply"] == number
         assert impostor.connections == 2
-        for call in (client.load("one"), client.count(), client.page("", 0, 10), client.create("one", record(), 10)):
+        for call in (
+            client.load("one"),
+            client.count(),
+            client.page("", 0, 10),
+            client.create("one", record(), room(10)),
+        ):
             with pytest.raises(StoreUnavailable):
                 await call
 
@@ -274,3 +283,33 @@ def test_a_reply_that_does_not_fit_is_the_stores_fault_and_drops_the_connection(
         with_client(impostor.url, work)
     finally:
         impostor.close()
+
+
+def test_a_client_has_room_for_its_own_limits_and_not_for_more(clean: RedisServer) -> None:
+    size = len(record().states)
+
+    async def work(client: RedisClient) -> None:
+        greedy = Room(100, "10.0.0.7", ClientLimits(2, 1000))
+        assert await client.create("a", record(), greedy) is WriteOutcome.WRITTEN
+        assert await client.create("b", record(), greedy) is WriteOutcome.WRITTEN
+        assert await client.create("c", record(), greedy) is WriteOutcome.CROWDED
+        assert await client.replace("c", record(), greedy) is WriteOutcome.CROWDED
+        assert await client.replace("b", record(), greedy) is WriteOutcome.WRITTEN
+        assert await client.create("d", record(), greedy._replace(client="10.0.0.8")) is WriteOutcome.WRITTEN
+        assert await client.longest_idle("10.0.0.8") == "d"
+        assert await client.longest_idle("10.0.0.7") == "a"
+        assert await client.longest_idle("10.0.0.9") is None
+        await client.end("a", "deleted")
+        full = greedy._replace(client_limits=ClientLimits(9, 2 * size - 1))
+        assert await client.create("c", record(), full) is WriteOutcome.CROWDED
+        assert await client.create("e", record(), greedy) is WriteOutcome.WRITTEN
+        await asyncio.sleep(0.4)
+        assert await client.create("f", record(), greedy) is WriteOutcome.WRITTEN
+        assert await client.create("g", record(), greedy) is WriteOutcome.WRITTEN
+        for key in ("f", "g"):
+            await client.end(key, "deleted")
+        assert await client._connection.redis.keys("*by:*") == []
+        assert await client._connection.redis.hlen("cellserve:{cellserve:sessions}:clients") == 0
+        assert await client._connection.redis.hlen("cellserve:{cellserve:sessions}:bytes") == 0
+
+    with_client(clean.url, work, idle_seconds=0.3)

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,9 +23,12 @@ from cellserve.service.errors import (
 )
 from cellserve.service.idempotency import AppliedChange, IdempotencyKey, resolve
 from cellserve.service.sessions.session import (
+    NO_LIMITS,
+    ClientLimits,
     Durable,
     Session,
     SessionSummary,
+    current_client,
     key_of,
     session_gone_error,
     unknown_session_error,
@@ -63,8 +67,9 @@ class MemoryStore:
         table: The slots.
         max_sessions: Live sessions, at most.
         tombstone_seconds: How long ended sessions are answered 410 instead of 404.
-        when_full: On a full table, refuse a new session, or evict the longest idle one.
+        when_full: At a limit, refuse a new session, or evict the longest idle one.
         durable: How its sessions outlive the process.
+        client_limits: What the sessions of one client may amount to.
     """
 
     def __init__(
@@ -74,10 +79,11 @@ class MemoryStore:
         tombstone_seconds: float,
         when_full: WhenFull = "refuse",
         durable: Durable = "none",
+        client_limits: ClientLimits = NO_LIMITS,
     ) -> None:
         self.table, self.durable = table, durable
         self.max_sessions, self.when_full = max_sessions, when_full
-        self._tombstone_seconds = tombstone_seconds
+        self._tombstone_seconds, self._client_limits = tombstone_seconds, client_limits
         self.tombstones: OrderedDict[str, Tombstone] = OrderedDict()  # oldest first
         self.awaiting_model: dict[str, str] = {}  # sessions in the snapshot whose model version is not loaded
         self.created = 0
@@ -272,7 +278,7 @@ class MemoryStore:
         creation_digest: bytes,
         position: int = 0,
     ) -> Session:
-        slot = self._allocate_slot(engine)
+        slot = self._allocate_slot(engine, current_client(owner))
         arena = engine.arena
         if states is not None:
             arena.write(slot, states)
@@ -280,19 +286,32 @@ class MemoryStore:
         self.created += 1
         return self.table.add(Session(owner, session_id, engine, slot, np.array((slot,)), creation_digest))
 
-    def _allocate_slot(self, engine: Engine) -> int:
-        """Allocates a slot for a new session, making room by expiry and, if configured, by eviction."""
-        for make_room in (None, self.sweep, self._evict if self.when_full == "evict" else None):
+    def _allocate_slot(self, engine: Engine, client: str) -> int:
+        """Allocates a slot for a client's new session, making room by expiry and, if configured, by eviction."""
+        for make_room in (None, self.sweep, partial(self._evict, engine, client)):
             if make_room is not None:
                 make_room()
-            slot = engine.arena.allocate() if len(self.table) < self.max_sessions else None
+            crowded = self._is_crowded(engine, client)
+            slot = engine.arena.allocate() if not crowded and len(self.table) < self.max_sessions else None
             if slot is not None:
                 return slot
+        if crowded:
+            raise self._client_limits.error()
         raise capacity_error(self.max_sessions, self.table.idle_seconds)
 
-    def _evict(self) -> None:
-        """Ends the longest idle session that is not locked."""
-        candidates = [session for engine in self.table.by_slot if (session := self.table.longest_idle(engine))]
+    def _is_crowded(self, engine: Engine, client: str) -> bool:
+        """Whether a client has as many sessions as it may have, or as much in their states."""
+        own, limits = self.table.by_client.get(client), self._client_limits
+        if own is None:
+            return False
+        return own.count >= limits.sessions or own.state_bytes + engine.arena.row_bytes > limits.state_bytes
+
+    def _evict(self, engine: Engine, client: str) -> None:
+        """If configured, ends the longest idle session that is not locked; of a crowded client, one of its own."""
+        if self.when_full != "evict":
+            return
+        own = self.table.by_client[client] if self._is_crowded(engine, client) else None
+        candidates = [session for one in self.table.by_slot if (session := self.table.longest_idle(one, own))]
         if candidates:
             self._end(min(candidates, key=lambda one: float(one.engine.arena.last_used[one.slot])), "evicted")
 

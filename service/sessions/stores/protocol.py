@@ -11,7 +11,7 @@ from cellserve.service.engine.engine import Engine
 from cellserve.service.engine.work import Finished
 from cellserve.service.errors import Problem
 from cellserve.service.idempotency import IdempotencyKey
-from cellserve.service.sessions.session import Durable, Session, SessionSummary
+from cellserve.service.sessions.session import Durable, Room, Session, SessionSummary
 from cellserve.service.sessions.stores.records import (
     ConditionalWrite,
     SessionRecord,
@@ -197,11 +197,11 @@ class StoreClient(Protocol):
             UnreadableRecord: There is something else under the key.
         """
 
-    async def create(self, key: str, session: SessionRecord, max_sessions: int) -> WriteOutcome:
-        """Creates a session: WRITTEN, EXISTS, GONE if it has ended, or FULL."""
+    async def create(self, key: str, session: SessionRecord, room: Room) -> WriteOutcome:
+        """Creates a session: WRITTEN, EXISTS, GONE if it has ended, FULL, or CROWDED by its client."""
 
-    async def replace(self, key: str, session: SessionRecord, max_sessions: int) -> WriteOutcome:
-        """Creates a session, replacing any existing or ended one: WRITTEN, or FULL if there was none."""
+    async def replace(self, key: str, session: SessionRecord, room: Room) -> WriteOutcome:
+        """Creates a session, replacing any existing or ended one: WRITTEN, or FULL or CROWDED if there was none."""
 
     async def write(
         self, writes: Sequence[ConditionalWrite], touched: Sequence[str] = ()
@@ -218,8 +218,8 @@ class StoreClient(Protocol):
     async def count(self) -> tuple[int, int]:
         """Returns the number of live sessions, and of those that have expired since the last call of any client."""
 
-    async def longest_idle(self) -> str | None:
-        """Returns the key of the session with the earliest deadline."""
+    async def longest_idle(self, client: str | None = None) -> str | None:
+        """Returns the key of the session with the earliest deadline, of all or of those that a client has made."""
 
     async def page(self, owner: str, after: int, limit: int) -> tuple[list[SessionSummary | UnreadableRecord], int]:
         """Returns a page of an owner's sessions, without reading others', and where the next one starts; 0: nowhere.

@@ -34,6 +34,7 @@ class WriteOutcome(StrEnum):
     GONE = "gone"  # the session has ended
     EXISTS = "there"  # there is a session of that id already
     FULL = "full"  # there are as many sessions as there may be
+    CROWDED = "crowded"  # the client has too many
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from cellserve.service.errors import Problem, StoreUnavailable
-from cellserve.service.sessions.session import Durable, SessionSummary
+from cellserve.service.sessions.session import ClientLimits, Durable, Room, SessionSummary
 from cellserve.service.sessions.stores import redis_scripts as scripts
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 from cellserve.service.sessions.stores.records import (
@@ -31,6 +31,7 @@ from cellserve.service.sessions.stores.redis_faults import FAULTS, TooFewReplica
 _INDEX_SLACK = 1.1  # the deadline of a session in constant use is refreshed only now and then
 _OUTCOMES: dict[bytes, WriteOutcome] = {outcome.encode(): outcome for outcome in WriteOutcome}
 _PROBE = "cellserve:probe"  # an index of its own, and an owner that there cannot be
+_PROBE_ROOM = Room(1_000_000_000, _PROBE, ClientLimits(1_000_000_000, 1_000_000_000))
 
 log = logging.getLogger("cellserve")
 
@@ -89,7 +90,7 @@ class RedisClient:
         key = f"{_PROBE}/{secrets.token_hex(8)}"
         session = SessionRecord("probe", 1, "", b"", VersionStamp(0, bytes(16)), b"")
         commands = [
-            self._of_index(scripts.ADMIT, key, self._index_seconds, 1_000_000_000, index=_PROBE),
+            self._of_index(scripts.ADMIT, *self._admission(key, session, _PROBE_ROOM), index=_PROBE),
             self._creation(scripts.CREATE, key, session),
             self._touch([key], "", _PROBE),
             self._writing(ConditionalWrite(key, session.stamp, session.stamp, b"", None)),
@@ -138,19 +139,21 @@ class RedisClient:
             raise UnreadableRecord("it has neither a session nor how one ended")
         return None if ended is None else TombstoneRecord.read(ended)
 
-    async def create(self, key: str, session: SessionRecord, max_sessions: int) -> WriteOutcome:
-        """Creates a session: WRITTEN, EXISTS, GONE if it has ended, or FULL."""
-        return await self._create(scripts.CREATE, key, session, max_sessions)
+    async def create(self, key: str, session: SessionRecord, room: Room) -> WriteOutcome:
+        """Creates a session: WRITTEN, EXISTS, GONE if it has ended, FULL, or CROWDED by its client."""
+        return await self._create(scripts.CREATE, key, session, room)
 
-    async def replace(self, key: str, session: SessionRecord, max_sessions: int) -> WriteOutcome:
-        """Creates a session, replacing any existing or ended one: WRITTEN, or FULL if there was none."""
-        return await self._create(scripts.REPLACE, key, session, max_sessions)
+    async def replace(self, key: str, session: SessionRecord, room: Room) -> WriteOutcome:
+        """Creates a session, replacing any existing or ended one: WRITTEN, or FULL or CROWDED if there was none."""
+        return await self._create(scripts.REPLACE, key, session, room)
 
-    async def _create(self, script: bytes, key: str, session: SessionRecord, max_sessions: int) -> WriteOutcome:
+    async def _create(self, script: bytes, key: str, session: SessionRecord, room: Room) -> WriteOutcome:
         # In the index first, so that there are never more sessions than allowed. If the second call is lost, the place
         # stays taken until it expires.
-        if not await self._call_index(scripts.ADMIT, key, self._index_seconds, max_sessions):
-            return WriteOutcome.FULL
+        admission = self._admission(key, session, room)
+        admitted = await self._call_index(scripts.ADMIT, *admission)
+        if admitted != 1:
+            return WriteOutcome.CROWDED if admitted else WriteOutcome.FULL
         (outcome,) = await self._run([self._creation(script, key, session)])
         if outcome is not WriteOutcome.WRITTEN and outcome is not WriteOutcome.EXISTS:
             await self._drop(key)
@@ -185,9 +188,12 @@ class RedisClient:
         expired, self._expired = self._expired, 0
         return live, expired
 
-    async def longest_idle(self) -> str | None:
-        """Returns the key of the session with the earliest deadline."""
-        found = await self._connection.call([self._of_index(scripts.LONGEST_IDLE)], lambda replies: _keys(replies[0]))
+    async def longest_idle(self, client: str | None = None) -> str | None:
+        """Returns the key of the session with the earliest deadline, of all or of those that a client has made."""
+        which = () if client is None else (client,)
+        found = await self._connection.call(
+            [self._of_index(scripts.LONGEST_IDLE, *which)], lambda replies: _keys(replies[0])
+        )
         return found[0] if found else None
 
     async def page(self, owner: str, after: int, limit: int) -> tuple[list[SessionSummary | UnreadableRecord], int]:
@@ -231,6 +237,10 @@ class RedisClient:
         await self._connection.call([self._of_index(scripts.DROP, key)], lambda replies: checked(replies[0]))
 
     # Commands
+
+    def _admission(self, key: str, session: SessionRecord, room: Room) -> tuple[str | float, ...]:
+        """Returns the arguments of ADMIT."""
+        return key, self._index_seconds, room.max_sessions, room.client, len(session.states), *room.client_limits
 
     def _call(self, script: bytes, key: str, *arguments: bytes | str | int) -> Command:
         return "EVALSHA", scripts.SHA1[script], 2, *scripts.names(key), *arguments

@@ -1,8 +1,9 @@
 """The scripts that Redis runs: each changes a session, or the index of all sessions, as a whole or not at all.
 
 A session is two keys that share a hash tag: a hash, and a string that outlives it and becomes its tombstone. The index
-is a sorted set of all sessions by deadline, and for each owner one of their sessions by the order of creation; all its
-keys share a hash tag, so that a cluster keeps them on one node. Deadlines are by the clock of Redis.
+is a sorted set of all sessions by deadline, and for each owner one of their sessions by the order of creation; for each
+client (an owner, or without keys an address) one of the sessions that it made, by deadline, and a hash has the bytes of
+their states. All its keys share a hash tag, so that a cluster keeps them on one node. Deadlines are by Redis's clock.
 """
 
 from __future__ import annotations
@@ -61,13 +62,30 @@ local now = time[1] + time[2] / 1000000
 local function of_owner(key)
   return base .. 'of:' .. (string.match(key, '^([^/]*)/') or '')
 end
+local function of_client(client)
+  return base .. 'by:' .. client
+end
+local function client_of(key)
+  local told = redis.call('HGET', base .. 'clients', key)
+  if told then return string.match(told, '^(%%d+) (.*)$') end
+end
 local function put(key, seconds)
   redis.call('ZADD', index, now + seconds, key)
+  local size, client = client_of(key)
+  if client then redis.call('ZADD', of_client(client), now + seconds, key) end
   if not redis.call('ZSCORE', of_owner(key), key) then
     redis.call('ZADD', of_owner(key), redis.call('INCR', base .. 'next'), key)
   end
 end
 local function drop(key)
+  local size, client = client_of(key)
+  if client then
+    redis.call('ZREM', of_client(client), key)
+    redis.call('HDEL', base .. 'clients', key)
+    -- Not -size, which is '-0' where there are no states.
+    local left = redis.call('HINCRBY', base .. 'bytes', client, 0 - size)
+    if left <= 0 then redis.call('HDEL', base .. 'bytes', client) end
+  end
   redis.call('ZREM', of_owner(key), key)
   redis.call('ZREM', index, key)
 end
@@ -80,17 +98,25 @@ local function purge()
   for _, key in ipairs(expired) do drop(key) end
   return #expired
 end
-local function count()
-  return redis.call('ZCOUNT', index, '(' .. now, '+inf')
+local function count(of)
+  return redis.call('ZCOUNT', of or index, '(' .. now, '+inf')
 end
 """ % (_PURGED,)
-# KEYS: the index. ARGV: a session, seconds until its deadline, and how many sessions there may be. Returns whether it
-# is in the index now, and how many expired ones have been removed.
+# KEYS: the index. ARGV: a session, seconds until its deadline, how many sessions there may be, its client, the bytes of
+# its states, and how many sessions and bytes the client may have. Returns 1 if it is in the index now, 0 if there are
+# too many, 2 if there are too many of the client's; and how many expired ones have been removed.
 ADMIT = (
     _OF_INDEX
     + b"""
 local expired = purge()
-if not lives(ARGV[1]) and count() >= tonumber(ARGV[3]) then return {0, expired} end
+if not lives(ARGV[1]) then
+  drop(ARGV[1])
+  local bytes = redis.call('HGET', base .. 'bytes', ARGV[4]) or 0
+  if count(of_client(ARGV[4])) >= tonumber(ARGV[6]) or bytes + ARGV[5] > tonumber(ARGV[7]) then return {2, expired} end
+  if count() >= tonumber(ARGV[3]) then return {0, expired} end
+  redis.call('HSET', base .. 'clients', ARGV[1], ARGV[5] .. ' ' .. ARGV[4])
+  redis.call('HINCRBY', base .. 'bytes', ARGV[4], ARGV[5])
+end
 put(ARGV[1], ARGV[2])
 return {1, expired}
 """
@@ -121,11 +147,11 @@ local expired = purge()
 return {count(), expired}
 """
 )
-# KEYS: the index. Returns the live session with the earliest deadline.
+# KEYS: the index. ARGV: a client, if only its sessions count. Returns the live session with the earliest deadline.
 LONGEST_IDLE = (
     _OF_INDEX
     + b"""
-return redis.call('ZRANGEBYSCORE', index, '(' .. now, '+inf', 'LIMIT', 0, 1)
+return redis.call('ZRANGEBYSCORE', ARGV[1] and of_client(ARGV[1]) or index, '(' .. now, '+inf', 'LIMIT', 0, 1)
 """
 )
 # KEYS: the index. ARGV: the owner, the number of the last session before, how many. Returns live sessions, and the

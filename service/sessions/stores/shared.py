@@ -29,9 +29,13 @@ from cellserve.service.errors import (
 from cellserve.service.idempotency import AppliedChange, IdempotencyKey, resolve
 from cellserve.service.model_repository.model import VersionKey
 from cellserve.service.sessions.session import (
+    NO_LIMITS,
+    ClientLimits,
     Durable,
+    Room,
     Session,
     SessionSummary,
+    current_client,
     key_of,
     session_gone_error,
     unknown_session_error,
@@ -90,6 +94,7 @@ class SharedStore:
         max_sessions: Live sessions, at most.
         when_full: Refuse a new session, or evict the longest idle one.
         engine_loader: Returns the engine of a model version by name and digest, loading it if necessary.
+        client_limits: What the sessions of one client may amount to.
     """
 
     def __init__(
@@ -100,10 +105,12 @@ class SharedStore:
         max_sessions: int,
         when_full: WhenFull = "refuse",
         engine_loader: LoadEngine | None = None,
+        client_limits: ClientLimits = NO_LIMITS,
     ) -> None:
         self.table, self.max_sessions, self.when_full = table, max_sessions, when_full
         self.durable: Durable = client.durable
         self._client, self._cache_size, self._engine_loader = client, cached, engine_loader
+        self._client_limits = client_limits
         self.created = 0
         self.ended = dict.fromkeys(("deleted", "expired", "evicted"), 0)
         self.unreadable = 0
@@ -215,7 +222,7 @@ class SharedStore:
         outcome = WriteOutcome.EXISTS
         if found is None:
             new = _new_record(engine, states, creation_digest, position)
-            outcome = await self._making_room(lambda: self._client.create(key, new, self.max_sessions))
+            outcome = await self._making_room(owner, lambda room: self._client.create(key, new, room))
             self.created += outcome is WriteOutcome.WRITTEN
             found = new if outcome is WriteOutcome.WRITTEN else await self._load(key)
         session = await self._cache_record(owner, name, found)
@@ -230,7 +237,7 @@ class SharedStore:
         """Creates a session from zeros in the store, replacing any existing or ended one of that id."""
         key = key_of(owner, session_id)
         new = _new_record(engine, None, creation_digest)
-        await self._making_room(lambda: self._client.replace(key, new, self.max_sessions))
+        await self._making_room(owner, lambda room: self._client.replace(key, new, room))
         before = self.table.live.get(key)
         if before is not None:
             # Work in flight in the old session is refused when it is committed.
@@ -336,14 +343,18 @@ class SharedStore:
                 if session.alive:
                     self.table.touch(session)
 
-    async def _making_room(self, create: Callable[[], Awaitable[WriteOutcome]]) -> WriteOutcome:
-        """Returns the outcome of a creation; while the store is full, evicts others if configured.
+    async def _making_room(self, owner: str, create: Callable[[Room], Awaitable[WriteOutcome]]) -> WriteOutcome:
+        """Returns the outcome of a creation; at a limit on sessions, evicts others if configured.
 
         Raises:
-            ServerFull: The limit on sessions is reached.
+            ServerFull: The limit is reached.
         """
-        while (outcome := await create()) is WriteOutcome.FULL:
-            longest = await self._client.longest_idle() if self.when_full == "evict" else None
+        room = Room(self.max_sessions, current_client(owner), self._client_limits)
+        while (outcome := await create(room)) in (WriteOutcome.FULL, WriteOutcome.CROWDED):
+            whose = room.client if outcome is WriteOutcome.CROWDED else None
+            longest = await self._client.longest_idle(whose) if self.when_full == "evict" else None
+            if longest is None and whose is not None:
+                raise room.client_limits.error()
             if longest is None:
                 raise capacity_error(self.max_sessions, self.table.idle_seconds)
             if await self._client.end(longest, "evicted") is WriteOutcome.WRITTEN:
