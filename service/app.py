@@ -17,7 +17,7 @@ from starlette.routing import Match, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cellserve.service.api import openapi, operations, sessions
-from cellserve.service.api.asgi import ClientGone, OnePerLoopIteration, ProblemMiddleware, as_problem
+from cellserve.service.api.asgi import ClientGone, ProblemMiddleware, as_problem
 from cellserve.service.api.browser_rules import BrowserRules, BrowserRulesMiddleware
 from cellserve.service.api.fast_path import FastPath
 from cellserve.service.api.inference.http import HttpInference
@@ -29,7 +29,7 @@ from cellserve.service.api.predict import Predict
 from cellserve.service.api.rollout import RolloutEndpoint
 from cellserve.service.api.websocket.endpoint import StreamEndpoint, reject_plain_http
 from cellserve.service.context import ServiceContext
-from cellserve.service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem
+from cellserve.service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem, excerpt
 from cellserve.service.observability.request_context import problem_body
 from cellserve.service.settings import Settings
 
@@ -93,8 +93,7 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
         redoc_url=None,
     )
     app.add_route("/docs", _docs, include_in_schema=False)
-    one_per_iteration = OnePerLoopIteration()
-    predict, step = ProblemMiddleware(Predict(service, one_per_iteration)), sessions.StepEndpoint(service)
+    predict, step = ProblemMiddleware(Predict(service)), sessions.StepEndpoint(service)
     app.router.routes.append(Route("/predict", predict, methods=["POST"]))
     app.router.routes.append(Route("/sessions/{session_id}/step", step, methods=["POST"]))
     roll_out = ProblemMiddleware(RolloutEndpoint(service))
@@ -108,7 +107,7 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
     openapi.install(app, service)
     hot_paths = HotPaths(app, predict, step, HttpInference(inference), settings.root_path)
     rules = BrowserRules(settings.allowed_hosts, settings.allowed_origins)
-    fast_path = FastPath(service, one_per_iteration, rules)
+    fast_path = FastPath(service, rules)
     return ObservabilityMiddleware(BrowserRulesMiddleware(hot_paths, rules), service, fast_path)
 
 
@@ -200,7 +199,7 @@ def _answer_problems(app: FastAPI) -> None:
         kind = kinds.get(error.status_code, Problem)
         # Starlette names the methods of the path's first route only, and each method has its own route.
         allowed = _methods(app, request) if error.status_code == 405 else ""
-        detail = f"{request.method} {request.url.path[:200]}: see /docs for what there is"
+        detail = f"{request.method} {excerpt(request.url.path)}: see /docs for what there is"
         response = answer(request, kind(detail, **({"allow": allowed} if allowed else {})))
         response.status_code = error.status_code
         if not allowed:

@@ -32,6 +32,7 @@ from cellserve.service.sessions.stores.snapshot import BadSnapshot, Snapshots
 from cellserve.service.sessions.table import SessionTable
 from cellserve.service.sessions.writer import SessionWriter
 from cellserve.service.settings import Settings
+from cellserve.service.validation.decoding import Decoding
 
 if TYPE_CHECKING:
     from cellserve.service.observability.tracing import Tracing
@@ -143,6 +144,7 @@ class ServiceContext:
         self.engines = self.versions.newest
         self.sessions = _store(settings, table, self.versions)
         self.writer = SessionWriter(self.sessions)
+        self.decoding = Decoding()
         self.rollouts = RolloutRunner(self.writer)
         self.counts = Counts()
         self.metrics = Metrics(
@@ -295,6 +297,7 @@ class ServiceContext:
     async def close(self) -> None:
         """Writes the last snapshot, and stops all threads and connections."""
         self.ready = False
+        self.decoding.close()
         self.versions.close()
         self._executor.shutdown()
         if self.snapshots is not None:

@@ -6,11 +6,31 @@ wrong position in `idempotency.py`.
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import orjson
 
 MEDIA_TYPE = b"application/problem+json"
+_LONGEST_EXCERPT = 80  # characters of a request in a message
+_LONGEST_DETAIL = 2000
+_LONGEST_MEMBER = 200
+_MOST_NAMES, _LONGEST_NAME = 4, 40
+
+
+def excerpt(text: str, most: int = _LONGEST_EXCERPT) -> str:
+    """Returns what a message repeats of a request: cut, and without lone surrogates, which UTF-8 cannot carry."""
+    cut = text if len(text) <= most else text[: most - 1] + "…"
+    return cut if cut.isascii() else cut.encode(errors="replace").decode()
+
+
+def listed(names: Iterable[str]) -> str:
+    """Returns names of a request for a message, as a Python list of the first few: `['a', 'b', ...]`."""
+    given = list(names)
+    first = given if len(given) <= _MOST_NAMES else heapq.nsmallest(_MOST_NAMES, given)
+    more = ", ..." if len(given) > _MOST_NAMES else ""
+    return f"[{', '.join(repr(excerpt(name, _LONGEST_NAME)) for name in sorted(first))}{more}]"
 
 
 class Problem(Exception):
@@ -27,9 +47,13 @@ class Problem(Exception):
     wire_kind: ClassVar[str | None] = None  # overrides the kind that is derived from the class name
 
     def __init__(self, detail: str, **extensions: Any) -> None:
+        detail = excerpt(detail, _LONGEST_DETAIL)
         super().__init__(detail)
         self.detail = detail
-        self.extensions = extensions
+        self.extensions = {
+            name: excerpt(value, _LONGEST_MEMBER) if isinstance(value, str) else value
+            for name, value in extensions.items()
+        }
 
     @classmethod
     def kind(cls) -> str:

@@ -176,7 +176,9 @@ class ModelManager:
                 if str(broken) != self._last_logged_error:
                     log.error("the models stay as they are: %s", broken)
                 self._last_logged_error = str(broken)
-                raise RepositoryUnusable(f"the models stay as they are: {broken}") from None
+                raise RepositoryUnusable(
+                    "the models stay as they are: their folder cannot be read, or has none: the server's log says more"
+                ) from None
 
     async def watch(self, seconds: float) -> None:
         """Reloads at this interval until it is cancelled; returns at once if the interval is 0."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, MutableMapping
+from collections.abc import Coroutine, Iterable, MutableMapping
 from typing import Any, TypeVar
 
 import orjson
@@ -13,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cellserve.service.api.compression import decompressed
 from cellserve.service.errors import BodyTooLarge, Problem, UnsupportedMediaType
-from cellserve.service.observability.request_context import get_context, problem_body
+from cellserve.service.observability.request_context import get_context, problem_body, route
 
 T = TypeVar("T")
 
@@ -102,44 +101,6 @@ def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {limit} bytes: split it into several requests", limit=limit)
 
 
-class OnePerLoopIteration:
-    """Admits one piece of work per iteration of the event loop, so that many large bodies never delay what is small."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[Callable[[], bool]] = deque()
-        self._admitted = False  # in this iteration
-
-    async def __call__(self) -> None:
-        """Waits to be admitted, in order of arrival."""
-        admitted = asyncio.get_running_loop().create_future()
-
-        def admit() -> bool:
-            if admitted.done():  # cancelled: its client has disconnected
-                return False
-            admitted.set_result(None)
-            return True
-
-        self.submit(admit)
-        await admitted
-
-    def submit(self, work: Callable[[], bool]) -> None:
-        """Calls `work` now or in a later iteration, in order of arrival; it says whether there was anything to do."""
-        if self._admitted:
-            self._waiting.append(work)
-            return
-        self._admitted = True
-        loop = asyncio.get_running_loop()
-        loop.call_soon(self._next, loop)
-        work()
-
-    def _next(self, loop: asyncio.AbstractEventLoop) -> None:
-        while self._waiting:
-            if self._waiting.popleft()():
-                loop.call_soon(self._next, loop)
-                return
-        self._admitted = False
-
-
 async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receive: Receive) -> T:
     """Awaits work, and cancels it if the client disconnects first. It costs a task: use it for work that may wait.
 
@@ -210,7 +171,7 @@ def as_problem(error: Exception, scope: Scope) -> Problem:
     if isinstance(error, Problem):
         return error
     fields = {"request_id": get_context(scope).id}
-    log.error("%s %s failed", scope.get("method", "WS"), scope["path"], exc_info=error, extra={"fields": fields})
+    log.error("%s %s failed", scope.get("method", "WS"), route(scope["path"]), exc_info=error, extra={"fields": fields})
     return Problem("internal error: the server's log has the details")
 
 

@@ -12,7 +12,7 @@ from uvicorn import Config
 from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
-from websockets.frames import Frame
+from websockets.frames import CloseCode, Frame
 from websockets.http11 import Request
 from websockets.streams import StreamReader
 
@@ -209,6 +209,12 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
                 self.frames = []
                 return
         self.sender.spent += TASK_SECONDS
+        if self.curr_msg_data_type == "text" and not self.close_sent and not _is_utf8(b"".join(self.frames)):
+            # As uvicorn does, but without a traceback in the log: it is the client's mistake (RFC 6455, section 8.1).
+            self.frames = []
+            self.conn.send_close(CloseCode.INVALID_DATA)
+            self.handle_parser_exception()
+            return
         super().send_receive_event_to_app()
 
     def send_now(self, data: bytes, text: bool) -> bool:
@@ -250,3 +256,11 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
             self.handle_parser_exception()
         else:
             reset(self.transport)
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import msgspec
 import orjson
 
 from cellserve.service.api.answer_size import LARGE
-from cellserve.service.api.asgi import JSON, REPLAY, OnePerLoopIteration, as_problem
+from cellserve.service.api.asgi import JSON, REPLAY, as_problem
 from cellserve.service.api.browser_rules import BrowserRules
 from cellserve.service.api.client_identity import TrustedProxies, address_identity
 from cellserve.service.api.predict_codec import parse_simple_prediction, prediction_json, wants_every_output
@@ -29,11 +28,12 @@ from cellserve.service.observability.request_context import HEADER, RequestConte
 from cellserve.service.peer_address import Address
 from cellserve.service.sessions.pending_steps import PendingStep, StepResult
 from cellserve.service.sessions.session import Session
+from cellserve.service.validation.decoding import ADMITTED_BYTES
+from cellserve.service.validation.json_bodies import LEFT_OUT
 
 Headers = Iterable[tuple[bytes, bytes]]
 
 _BEGIN, _END = b"/sessions/", b"/step"
-_NO_STATES = msgspec.Raw(b"null")
 
 
 class Connection(Protocol):
@@ -51,7 +51,7 @@ class Route(NamedTuple):
     start: Callable[[Exchange], bool]  # starts a request; False where it is one for the ASGI endpoint
     surface: SurfaceCounts
     path: str  # logged for a failed request
-    is_admitted: bool  # whether bodies take long enough to read that they have to be admitted first
+    admitted_bytes: int  # larger bodies take long enough to read that they have to be admitted first
 
 
 class Exchange:
@@ -89,20 +89,19 @@ class FastPath:
 
     Args:
         service: The service.
-        one_per_iteration: Admits the bodies of predictions to be read, those of the ASGI endpoint too.
         rules: What pages in a browser may ask for.
     """
 
-    def __init__(self, service: ServiceContext, one_per_iteration: OnePerLoopIteration, rules: BrowserRules) -> None:
+    def __init__(self, service: ServiceContext, rules: BrowserRules) -> None:
         self.service = service
         self._rules = rules if rules.origins or rules.hosts else None
-        self.admit = one_per_iteration.submit
+        self.admit = service.decoding.admission.submit
         self.proxies = TrustedProxies(service.settings.trusted_proxies)
         # The default headers of answers, and the head of an answer with status 200 that is made of them.
         self.ok_head: tuple[list[tuple[bytes, bytes]], bytes] = [], b""
         surfaces = service.counts.surfaces
-        self._step = Route(self._start_step, surfaces["sessions"], "/sessions/{id}/step", False)
-        self._predict = Route(self._start_prediction, surfaces["predict"], "/predict", True)
+        self._step = Route(self._start_step, surfaces["sessions"], "/sessions/{id}/step", ADMITTED_BYTES)
+        self._predict = Route(self._start_prediction, surfaces["predict"], "/predict", 0)
 
     def route(self, url: bytes) -> Route | None:
         """Returns the route of a target; None where all its requests are the ASGI application's."""
@@ -146,9 +145,9 @@ class FastPath:
             engine = self.service.engine(request.model)
             model = engine.model
             predict_only = model.document.signature.predict_only is not None
-            if len(request.sequences) != 1 or request.states != _NO_STATES or not model.reader.plain or predict_only:
+            if len(request.sequences) != 1 or request.states != LEFT_OUT or not model.reader.plain or predict_only:
                 return False
-            (x,) = model.reader.arrays(request.sequences)
+            (x,) = model.reader.arrays(request.sequences, 1)
             every_output = wants_every_output(model, request.outputs)
             if every_output and len(x) * model.outputs.json_bytes > LARGE:
                 return False  # its answer is sent in parts

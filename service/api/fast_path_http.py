@@ -120,7 +120,7 @@ class FastPathHttp(BoundedHttp):
             return
         self._receiving = None
         self._in_message = False
-        if exchange.route.is_admitted:
+        if len(exchange.body) > exchange.route.admitted_bytes:
             self._waiting = exchange
             self._fast_path.admit(partial(self._start, exchange))
         else:

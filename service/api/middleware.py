@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from contextlib import nullcontext
@@ -10,11 +11,12 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cellserve.service.api.asgi import send_problem
 from cellserve.service.api.client_identity import peer_of
 from cellserve.service.api.connection_limits import ConnectionTable
 from cellserve.service.api.fast_path import FastPath
 from cellserve.service.context import ServiceContext
-from cellserve.service.errors import Unauthorized
+from cellserve.service.errors import ShuttingDown, Unauthorized
 from cellserve.service.observability.request_context import HEADER, KEY, RequestContext, new_id, route
 from cellserve.service.sessions.session import peer
 
@@ -59,6 +61,14 @@ class ObservabilityMiddleware:
         try:
             with nullcontext() if tracing is None or is_websocket else tracing.request(scope, context):
                 await self.app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # uvicorn cancels what has not been answered when a stop has taken long enough, and would answer it 500.
+            if context.status or is_websocket:
+                raise
+            problem = ShuttingDown(
+                "the server stopped before this request was answered: send it again, a change with its position"
+            )
+            await send_problem(send_with_id, problem, scope)
         finally:
             counts.sockets -= is_websocket
             took = perf_counter() - context.started

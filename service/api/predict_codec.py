@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any
 
 import msgspec
 from numpy.typing import NDArray
 
 from cellserve.service.api.step_codec import labels_json
 from cellserve.service.model_repository.model import Model
-from cellserve.service.validation.json_input import decode
+from cellserve.service.validation.json_bodies import PredictRequest
 
 Array = NDArray[Any]
-S = TypeVar("S")
 
 
-class PredictRequest(msgspec.Struct, Generic[S], forbid_unknown_fields=True):
-    """The body of `POST /predict`."""
-
-    sequences: S
-    model: str | None = None
-    outputs: Literal["last", "all"] | None = None
-    states: msgspec.Raw = msgspec.Raw(b"null")
-    return_states: bool = False
-
-
-_decoder = msgspec.json.Decoder(PredictRequest[msgspec.Raw])
 _simple_decoder = msgspec.json.Decoder(PredictRequest[list[list[list[float]]]])
-_parts_decoder = msgspec.json.Decoder(PredictRequest[list[msgspec.Raw]])
 
 
 def parse_simple_prediction(body: bytes) -> PredictRequest[list[list[list[float]]]]:
     """Parses the most common request, sequences of plain numbers, in one pass.
 
     Raises:
-        NOT_SIMPLE: The body is not such a request; `read_prediction` says why.
+        NOT_SIMPLE: The body is not such a request; `json_bodies.read_prediction` says why.
     """
     return _simple_decoder.decode(body)
-
-
-def read_prediction(body: bytes) -> PredictRequest[msgspec.Raw]:
-    """Parses a request of any form, its sequences and states still JSON; raises InvalidInput or NotJson."""
-    return decode(_decoder, body)
-
-
-def read_prediction_in_parts(body: bytes) -> PredictRequest[list[msgspec.Raw]]:
-    """Parses a request of any form, each of its sequences still JSON; raises InvalidInput or NotJson."""
-    return decode(_parts_decoder, body)
 
 
 def wants_every_output(model: Model, outputs: str | None) -> bool:

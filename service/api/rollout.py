@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
@@ -14,36 +13,18 @@ from starlette.types import Receive, Scope, Send
 from cellserve.service.api.answer_size import check_json_answer
 from cellserve.service.api.asgi import REPLAY, RESUMABLE, as_problem, cancel_on_disconnect, read_json_body
 from cellserve.service.api.json_parts import send_sized_json
-from cellserve.service.api.step_codec import Position
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import CannotRollOut, InvalidInput, ShuttingDown
 from cellserve.service.model_repository.model import Model
 from cellserve.service.observability.request_context import problem_body
 from cellserve.service.sessions.rollout import GeneratedStep, Rollout
 from cellserve.service.sessions.sampling import Sampling
-from cellserve.service.sessions.session import Session
-from cellserve.service.validation.json_input import decode
+from cellserve.service.sessions.session import Session, current_client
+from cellserve.service.validation.json_bodies import read_rollout
 
 Array = NDArray[Any]
 
 EVENTS = b"text/event-stream"
-_LARGEST_SEED = 2**63 - 1
-
-
-class RolloutRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of `POST /sessions/{id}/rollout`."""
-
-    steps: Annotated[int, msgspec.Meta(ge=1)]
-    x: msgspec.Raw = msgspec.Raw(b"null")
-    text: str | None = None
-    position: Position | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    seed: Annotated[int, msgspec.Meta(ge=0, le=_LARGEST_SEED)] | None = None
-    stream: bool = False
-
-
-_decoder = msgspec.json.Decoder(RolloutRequest)
 
 
 class RolloutEndpoint:
@@ -63,7 +44,7 @@ class RolloutEndpoint:
         session = await self.service.sessions.fetch(owner, scope["path_params"]["session_id"])
         headers = dict(scope["headers"])
         accepts = EVENTS in headers.get(b"accept", b"")
-        wanted, position = self._read(session.model, body, accepts)
+        wanted, position = await self._read(current_client(owner), session.model, body, accepts)
         if wanted.streamed:
             after = _last_event_id(headers.get(b"last-event-id"), position)
             await cancel_on_disconnect(self._stream(scope, send, session, wanted, position, after, owner), receive)
@@ -78,13 +59,15 @@ class RolloutEndpoint:
         }
         await send_sized_json(send, receive, answer, size, REPLAY if rolled.replayed else ())
 
-    def _read(self, model: Model, body: bytes, streamed: bool) -> tuple[Rollout, int | None]:
+    async def _read(self, client: str, model: Model, body: bytes, streamed: bool) -> tuple[Rollout, int | None]:
         if model.document.rollout is None:
             raise CannotRollOut(
                 f"model {model.name!r} does not declare that its output can be its next input: send inputs to /step "
                 f"(or export it with --rollout)"
             )
-        request, limit = decode(_decoder, body), self.service.settings.max_rollout_steps
+        letters = None if model.document.rollout == "value" else _letters(model)
+        request, x = await self.service.decoding.read(client, read_rollout, model.reader, letters, body=body)
+        limit = self.service.settings.max_rollout_steps
         if request.steps > limit:
             raise InvalidInput(
                 f"steps: a request may have {limit}, got {request.steps}: send fewer, and continue from there",
@@ -99,10 +82,6 @@ class RolloutEndpoint:
             for name in ("temperature", "top_k", "seed"):
                 if getattr(request, name) is not None:
                     raise InvalidInput(f"{name}: leave it out: this model samples nothing", place=name)
-        has_x = bytes(request.x) != b"null"
-        if has_x == (request.text is not None):
-            raise InvalidInput("x: send the first time steps, either as x or as text", place="x")
-        x = model.reader.x(request.x)[0] if has_x else _encode(model, request.text)
         return Rollout(x, request.steps, sampling, request.stream or streamed), request.position
 
     async def _stream(
@@ -177,23 +156,6 @@ def _first(model: Model) -> int:
     """Returns the smallest symbol."""
     bounds = model.runtime.signature.inputs[0].bounds
     return 0 if bounds is None else bounds[0]
-
-
-def _encode(model: Model, text: str | None) -> Array:
-    letters = None if model.document.rollout == "value" else _letters(model)
-    if letters is None:
-        raise InvalidInput("text: the model's symbols are not characters: send x", place="text")
-    places = {letter: place for place, letter in enumerate(letters)}
-    for place, letter in enumerate(text or ""):
-        if letter not in places:
-            raise InvalidInput(
-                f"text[{place}]: {letter!r} is not one of the model's characters: send some of {''.join(letters)!r}",
-                place=f"text[{place}]",
-            )
-    if not text:
-        raise InvalidInput("text: empty: send at least one character", place="text")
-    spec = model.runtime.signature.inputs[0]
-    return np.array([_first(model) + places[letter] for letter in text], spec.dtype)
 
 
 def _steps_json(model: Model, given: list[GeneratedStep]) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from safetensors.numpy import save
 
 from cellserve.models.signature import StateSpec, TensorSpec
 from cellserve.service.api.json_parts import byte_parts
-from cellserve.service.errors import InvalidInput, NotSafetensors
+from cellserve.service.errors import InvalidInput, NotSafetensors, excerpt, listed
 from cellserve.service.model_repository.model import Model
+from cellserve.service.validation.json_input import check_sequences, split
 from cellserve.service.validation.safetensors_header import check_size, read_header
 from cellserve.service.validation.tensor_values import validate
 
@@ -44,12 +45,12 @@ def read_options(query: bytes) -> Options:
         raise InvalidInput(f"the query: {error}: send model, outputs (last or all), return_states (true)") from None
 
 
-def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] | None] | None]:
+def read(body: bytes, model: Model, most: int) -> tuple[list[Array], list[dict[str, Array] | None] | None]:
     """Decodes the tensors of a prediction.
 
     `x` is `[sequences, time, *features]`, or, with `lengths [sequences]`, the time steps of all sequences one after
     the other, `[sum of lengths, *features]`. Several inputs have their own names in place of x. The model's states,
-    each `[sequences, *shape]`, are optional initial states.
+    each `[sequences, *shape]`, are optional initial states. There may be at most so many sequences.
 
     Returns:
         The sequences, each `[time, *features]`, and the initial states of each, if given.
@@ -57,6 +58,7 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
     Raises:
         NotSafetensors: The body cannot be parsed.
         InvalidInput: A tensor is missing or invalid.
+        BodyTooLarge: There are too many sequences.
     """
     (tensors, _), inputs = _load(body), model.inputs
     specs = {"x" if len(inputs.specs) == 1 else spec.name: spec for spec in inputs.specs}
@@ -64,24 +66,27 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
     if tensors.keys() - known or specs.keys() - tensors.keys():
         needed = ", ".join(specs)
         raise InvalidInput(
-            f"got the tensors {sorted(tensors)}: send {needed}, and optionally any of {sorted(known - set(specs))}"
+            f"got the tensors {listed(tensors)}: send {needed}, and optionally any of {sorted(known - set(specs))}"
         )
-    arrays = {name: _checked(tensors[name], spec, name) for name, spec in specs.items()}
     lengths = tensors.get("lengths")
+    counted = next(iter(tensors[name] for name in specs)) if lengths is None else lengths
+    check_sequences(len(counted) if counted.ndim else 0, most)
+    arrays = {name: _checked(tensors[name], spec, name) for name, spec in specs.items()}
     if lengths is None:
         leading: list[int] | None = None
         for name, spec in specs.items():
             shape, own = list(arrays[name].shape), len(spec.shape)
             if len(shape) != 2 + own or tuple(shape[2:]) != spec.shape or not arrays[name].size:
                 raise InvalidInput(
-                    f"{name}: its shape is {shape}: send {_words('sequences', 'time', *spec.shape)}, "
+                    f"{name}: its shape is {_told(arrays[name])}: send {_words('sequences', 'time', *spec.shape)}, "
                     f"or {_words('time steps', *spec.shape)} with lengths",
                     place=name,
                 )
             leading = leading or shape[:2]
             if shape[:2] != leading:
                 raise InvalidInput(
-                    f"{name}: its shape is {shape}, another input's begins with {leading}: send as many time steps",
+                    f"{name}: its shape is {_told(arrays[name])}, another input's begins with {leading}: "
+                    f"send as many time steps",
                     place=name,
                 )
         sequences = list(inputs.pack(list(arrays.values())))
@@ -91,15 +96,14 @@ def read(body: bytes, model: Model) -> tuple[list[Array], list[dict[str, Array] 
         total = sum(lengths.tolist())  # Python integers, which do not overflow
         for name, spec in specs.items():
             if arrays[name].shape != (total, *spec.shape):
-                shape = list(arrays[name].shape)
                 raise InvalidInput(
-                    f"{name}: its shape is {shape}, lengths need {_words(total, *spec.shape)}: send the time steps "
-                    f"of all sequences one after the other, without padding (equally long sequences need no lengths)",
+                    f"{name}: its shape is {_told(arrays[name])}, lengths need {_words(total, *spec.shape)}: "
+                    f"send the time steps of all sequences one after the other, without padding "
+                    f"(equally long sequences need no lengths)",
                     place=name,
                 )
         x = inputs.pack(list(arrays.values()))
-        ends = np.cumsum(lengths).tolist()
-        sequences = [x[start:end] for start, end in zip((0, *ends), ends, strict=False)]
+        sequences = split(x, lengths.tolist())
     given = tensors.keys() & model.reader.states_spec.keys()
     return sequences, _states(tensors, model, len(sequences)) if given else None
 
@@ -118,11 +122,11 @@ def read_states(body: bytes, model: Model) -> tuple[dict[str, Array], dict[str, 
     """
     (tensors, metadata), specs = _load(body), model.reader.states_spec
     if tensors.keys() != specs.keys():
-        raise InvalidInput(f"got the tensors {sorted(tensors)}: send the model's states, {sorted(specs)}")
+        raise InvalidInput(f"got the tensors {listed(tensors)}: send the model's states, {sorted(specs)}")
     for name, tensor in tensors.items():
         tensors[name] = _checked(tensor, specs[name], name)
         if tensor.shape != specs[name].shape:
-            raise InvalidInput(f"{name}: its shape is {list(tensor.shape)}: send {list(specs[name].shape)}", place=name)
+            raise InvalidInput(f"{name}: its shape is {_told(tensor)}: send {list(specs[name].shape)}", place=name)
     return tensors, metadata
 
 
@@ -138,7 +142,7 @@ def _load(body: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     except KeyError as error:
         raise InvalidInput(f"the tensor type {error} is not supported: send one of {', '.join(_DTYPES)}") from None
     except (SafetensorError, ValueError) as error:
-        raise NotSafetensors(f"{error}: send what safetensors.numpy.save returns") from None
+        raise NotSafetensors(f"{excerpt(str(error), 200)}: send what safetensors.numpy.save returns") from None
 
 
 def write(model: Model, outputs: list[Array], every_output: bool, states: list[dict[str, Array]] | None) -> bytes:
@@ -189,8 +193,7 @@ def _states(tensors: dict[str, Array], model: Model, count: int) -> list[dict[st
             raise InvalidInput(f"{name}: missing: send all of the model's states or none", place=name)
         tensors[name] = _checked(tensors[name], spec, name)
         if tensors[name].shape != (count, *spec.shape):
-            shape = list(tensors[name].shape)
-            raise InvalidInput(f"{name}: its shape is {shape}: send {[count, *spec.shape]}", place=name)
+            raise InvalidInput(f"{name}: its shape is {_told(tensors[name])}: send {[count, *spec.shape]}", place=name)
     return [{name: tensors[name][row, ...] for name in specs} for row in range(count)]
 
 
@@ -200,6 +203,10 @@ def _checked(tensor: Array, spec: TensorSpec | StateSpec, name: str) -> Array:
     if spec.dtype != "float32" and tensor.dtype.kind not in "iu":
         raise InvalidInput(f"{name}: its type is {tensor.dtype}: send {spec.dtype}", place=name)
     return validate(tensor, spec, name)
+
+
+def _told(tensor: Array) -> str:
+    return excerpt(str(list(tensor.shape)))
 
 
 def _words(*shape: int | str) -> str:

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 from numpy.typing import NDArray
 
-from cellserve.service.api.step_codec import Position, wants_all_outputs
+from cellserve.service.api.step_codec import wants_all_outputs
 from cellserve.service.context import ServiceContext
-from cellserve.service.errors import InvalidInput
+from cellserve.service.errors import InvalidInput, excerpt
 from cellserve.service.idempotency import creation_digest, step_key
 from cellserve.service.sessions.pending_steps import StepResult
 from cellserve.service.sessions.session import Session
 from cellserve.service.sessions.writer import SessionWriter
+from cellserve.service.validation.json_bodies import Position
+from cellserve.service.validation.json_input import TensorDecoder
 
 Array = NDArray[Any]
 
 _ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._~-]{1,128}")  # clients resolve . and .. in paths
-
-
-class CreateRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of `POST /sessions` and `PUT /sessions/{id}`."""
-
-    model: str | None = None
-    states: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class ForkRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -40,24 +36,29 @@ def validate_session_id(session_id: str) -> None:
     """Raises InvalidInput if a client's session id is not allowed."""
     if not _ID.fullmatch(session_id):
         raise InvalidInput(
-            f"session: {session_id[:80]!r} cannot be an id: "
+            f"session: {excerpt(session_id)!r} cannot be an id: "
             f"send 1 to 128 letters, digits, '-', '.', '_' or '~' (a UUID, say), but not . or ..",
             place="session",
         )
 
 
 async def create_session(
-    service: ServiceContext, owner: str, request: CreateRequest, session_id: str | None = None
+    service: ServiceContext,
+    owner: str,
+    model: str | None,
+    read_states: Callable[[TensorDecoder], Awaitable[dict[str, Array] | None]],
+    session_id: str | None = None,
 ) -> tuple[Session, bool]:
-    """Creates a session; also returns whether it is new."""
-    engine = await service.engine_when_loaded(request.model)
-    engine.model.check_steppable()
-    states = None if bytes(request.states) == b"null" else engine.model.reader.state(request.states)
-    digest = b""
+    """Creates a session of a model, with the states that a function of its decoder reads; says whether it is new."""
     if session_id is not None:
         validate_session_id(session_id)
+    engine = await service.engine_when_loaded(model)
+    engine.model.check_steppable()
+    states = await read_states(engine.model.reader)
+    digest = b""
+    if session_id is not None:
         # Without a version in it, the digest of a repeated request is the same after a newer version was loaded.
-        named = request.model if request.model is not None and ":" in request.model else engine.model.name
+        named = model if model is not None and ":" in model else engine.model.name
         digest = creation_digest(named, states)
     return await service.sessions.create(engine, states, owner, session_id, digest)
 

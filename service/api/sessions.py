@@ -24,23 +24,24 @@ from cellserve.service.api.asgi import (
 )
 from cellserve.service.api.json_parts import send_sized_json
 from cellserve.service.api.session_requests import (
-    CreateRequest,
     ForkRequest,
     create_session,
     fork_session,
     step_session,
 )
-from cellserve.service.api.step_codec import Position, read_step, session_json, step_json, wants_all_outputs
+from cellserve.service.api.step_codec import session_json, step_json, wants_all_outputs
 from cellserve.service.context import ServiceContext
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
 from cellserve.service.idempotency import state_key
-from cellserve.service.sessions.session import Session
-from cellserve.service.validation.json_input import decode
+from cellserve.service.sessions.session import Session, current_client
+from cellserve.service.validation.json_bodies import Position, model_of_creation, read_states, read_step
+from cellserve.service.validation.json_input import TensorDecoder, decode
 
 Array = NDArray[Any]
 
 _LARGEST_PAGE = 1000
+_SMALL_BODY = 4096  # bytes of a request that holds no tensors, at most
 _PAGE = r"[0-9]{1,9}\.[0-9]{1,20}"
 
 
@@ -50,7 +51,6 @@ class ResetRequest(msgspec.Struct, forbid_unknown_fields=True):
     position: Position | None = None
 
 
-_create_decoder = msgspec.json.Decoder(CreateRequest)
 _fork_decoder = msgspec.json.Decoder(ForkRequest)
 _reset_decoder = msgspec.json.Decoder(ResetRequest)
 
@@ -67,7 +67,9 @@ class StepEndpoint:
             owner = self.service.owner(scope["headers"], scope["client"])
             body = await read_json_body(scope, receive, self.service.settings.max_body_bytes)
             session = await self.service.sessions.fetch(owner, scope["path"][len("/sessions/") : -len("/step")])
-            x, single, outputs, position = read_step(session.model, body)
+            x, single, outputs, position = await self.service.decoding.read(
+                current_client(owner), read_step, session.model.reader, body=body
+            )
             steps = len(x) if wants_all_outputs(session, outputs) else 1
             size = check_json_answer(self.service.settings.max_exchange_bytes, session.model, (x,), steps)
             work = step_session(self.service.writer, session, x, single, outputs, position)
@@ -97,17 +99,17 @@ router = APIRouter(tags=["sessions"], dependencies=[Depends(_check_query)])
 @router.post("/sessions", status_code=201, summary="Create a session")
 async def post(request: Request, response: Response) -> dict[str, Any]:
     """Creates a session, of zeros or of given states."""
-    service, owner = _caller(request)
+    service, _ = _caller(request)
     body = await read_json_body(request.scope, request.receive, service.settings.max_body_bytes)
-    return _created(service, response, *await create_session(service, owner, decode(_create_decoder, body)))
+    return await _create(request, response, body)
 
 
 @router.put("/sessions/{session_id}", status_code=201, summary="Create a session under an id of your choice")
 async def put(session_id: str, request: Request, response: Response) -> dict[str, Any]:
     """Creates a session under an id; repeating the request does no harm."""
-    service, owner = _caller(request)
-    wanted = decode(_create_decoder, await _optional_body(service, request))
-    return _created(service, response, *await create_session(service, owner, wanted, session_id))
+    service, _ = _caller(request)
+    body = await _optional_body(request, service.settings.max_body_bytes)
+    return await _create(request, response, body, session_id)
 
 
 @router.get("/sessions", summary="List your sessions, page by page")
@@ -152,7 +154,7 @@ async def delete(session_id: str, request: Request, position: Annotated[int | No
 async def reset(session_id: str, request: Request, response: Response) -> dict[str, Any]:
     """Sets a session's state to zeros; its position goes up by one."""
     service, session = await _find(request, session_id)
-    position = decode(_reset_decoder, await _optional_body(service, request)).position
+    position = decode(_reset_decoder, await _optional_body(request, _SMALL_BODY)).position
     key = None if position is None else state_key(position, None)
     return _changed(service, response, session, *await service.writer.set_state(session, None, key))
 
@@ -161,7 +163,7 @@ async def reset(session_id: str, request: Request, response: Response) -> dict[s
 async def make_fork(session_id: str, request: Request, response: Response) -> dict[str, Any]:
     """Creates a session with the state and position of another one."""
     service, session = await _find(request, session_id)
-    wanted = decode(_fork_decoder, await _optional_body(service, request))
+    wanted = decode(_fork_decoder, await _optional_body(request, _SMALL_BODY))
     return _created(service, response, *await fork_session(service, session, wanted))
 
 
@@ -203,12 +205,23 @@ async def _find(request: Request, session_id: str) -> tuple[ServiceContext, Sess
     return service, await service.sessions.fetch(owner, session_id)
 
 
-async def _optional_body(service: ServiceContext, request: Request) -> bytes:
+async def _optional_body(request: Request, limit: int) -> bytes:
     """Reads a JSON body that may be left out; `{}` then."""
-    limit = service.settings.max_body_bytes
     if content_type(request.scope):
         return await read_json_body(request.scope, request.receive, limit)
     return await read_body(request.scope, request.receive, limit) or b"{}"
+
+
+async def _create(request: Request, response: Response, body: bytes, session_id: str | None = None) -> dict[str, Any]:
+    """Creates a session as a body says."""
+    service, owner = _caller(request)
+    client, read = current_client(owner), service.decoding.read
+
+    async def states(reader: TensorDecoder) -> dict[str, Array] | None:
+        return await read(client, read_states, reader, body=body)
+
+    model = await read(client, model_of_creation, body=body)
+    return _created(service, response, *await create_session(service, owner, model, states, session_id))
 
 
 def _created(service: ServiceContext, response: Response, session: Session, new: bool) -> dict[str, Any]:

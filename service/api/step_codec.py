@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,22 +14,11 @@ from cellserve.service.model_repository.model import Model
 from cellserve.service.runtime.tensor_layout import unpack
 from cellserve.service.sessions.session import Session
 from cellserve.service.sessions.stores.protocol import SessionStore
-from cellserve.service.validation.json_input import decode
+from cellserve.service.validation.json_bodies import StepRequest
 
 Array = NDArray[Any]
-Position = Annotated[int, msgspec.Meta(ge=0)]
-X = TypeVar("X")
 
 
-class StepRequest(msgspec.Struct, Generic[X], forbid_unknown_fields=True):
-    """The body of `POST /sessions/{id}/step`."""
-
-    x: X
-    outputs: Literal["last", "all"] | None = None
-    position: Position | None = None
-
-
-_step_decoder = msgspec.json.Decoder(StepRequest[msgspec.Raw])
 _simple_step_decoder = msgspec.json.Decoder(StepRequest[list[float] | int])
 
 # Raised for a body that is not of the simple form.
@@ -49,12 +38,6 @@ def parse_simple_step(model: Model, body: bytes) -> tuple[Array | None, Idempote
     plain = _simple_step_decoder.decode(body)
     x = model.reader.decode_one_step(plain.x)
     return x, None if x is None or plain.position is None else step_key(plain.position, x, True)
-
-
-def read_step(model: Model, body: bytes) -> tuple[Array, bool, str | None, int | None]:
-    """Returns x `[time, *features]`, whether it had no time axis, the requested outputs and the position."""
-    request = decode(_step_decoder, body)
-    return *model.reader.x(request.x), request.outputs, request.position
 
 
 def wants_all_outputs(session: Session, outputs: str | None) -> bool:

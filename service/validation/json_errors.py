@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 from msgspec.inspect import ListType, LiteralType, NoneType, StructType, Type, UnionType, type_info
 
-from cellserve.service.errors import InvalidInput, NotJson
+from cellserve.service.errors import InvalidInput, NotJson, excerpt
 from cellserve.service.validation.tensor_values import JSON_NAMES, not_finite
 
-_LONGEST_NAME = 80
+_LONGEST_PLACE = 100
 _LARGEST_SEARCHED = 1024 * 1024  # bytes; larger bodies are not searched for NaN and Infinity
 _type_info = cache(type_info)
 
@@ -32,19 +32,19 @@ def explain_validation_error(message: str, kind: Any, body: bytes, place: str, a
     """
     what, _, path = message.partition(" - at `$")
     path = path.rstrip("`")
-    where = place + path if place else path.removeprefix(".")
+    where = excerpt(place + path if place else path.removeprefix("."), _LONGEST_PLACE)
     if what == "Number out of range":
         return not_finite(where)
     there = _type_at(kind, path, body)
     field = re.fullmatch(r"(?s)Object (contains unknown|missing required) field `(.*)`", what)
     value = re.fullmatch(r"(?s)Invalid (?:enum )?value (.*)", what)
     if field:
-        name = field[2][:_LONGEST_NAME]
+        name = excerpt(field[2])
         where = f"{where}.{name}" if where else name
         what = "missing" if field[1] == "missing required" else "unknown field"
         advice = _field_advice(there, name)
     elif value:
-        what, advice = f"{value[1][:_LONGEST_NAME]} is not one of its values", _value_advice(there, path)
+        what, advice = f"{excerpt(value[1])} is not one of its values", _value_advice(there, path)
     else:
         if not (advice and ("array`" in what or "object`" in what)):
             advice = _value_advice(there, path) or (_field_advice(there, "") if "Expected `object" in what else "")
@@ -55,16 +55,16 @@ def explain_validation_error(message: str, kind: Any, body: bytes, place: str, a
 
 def explain_parse_error(message: str, body: bytes, place: str) -> InvalidInput | NotJson:
     """Returns the error for JSON that cannot be parsed; NaN and Infinity, which Python writes, get their own."""
-    if len(body) > _LARGEST_SEARCHED:  # the search would block the event loop for too long
+    if len(body) > _LARGEST_SEARCHED:  # parsed, it would take 20 times its memory
         return NotJson(f"{message}: send a JSON document in UTF-8 (NaN and Infinity are not JSON)")
     try:
         parsed = json.loads(body)
     except (ValueError, RecursionError):
         return NotJson(f"{message}: send a JSON document in UTF-8")
-    for where, leaf in _leaves(parsed, place):
-        if isinstance(leaf, float) and not math.isfinite(leaf):
-            return not_finite(where)
-    return NotJson(f"{message}: send a JSON document in UTF-8")
+    path = _first_not_finite(parsed)
+    if path is None:
+        return NotJson(f"{message}: send a JSON document in UTF-8")
+    return not_finite(excerpt((place + path).removeprefix("."), _LONGEST_PLACE))
 
 
 def _type_at(kind: Any, path: str, body: bytes) -> Type | None:
@@ -131,12 +131,26 @@ def _json_names(types: str) -> str:
     return " or ".join(JSON_NAMES.get(name, f"`{name}`") for name in types.split(" | "))
 
 
-def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{place}.{key}" if place else key)
-    elif isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _leaves(inner, f"{place}[{number}]")
-    else:
-        yield place, value
+def _first_not_finite(parsed: Any) -> str | None:
+    """Returns the path of the first NaN or Infinity in parsed JSON; one walk, whose names are made at its end."""
+    path, levels = list[int | str](), [_members([parsed])]
+    while levels:
+        for key, value in levels[-1]:
+            if isinstance(value, dict | list):
+                path.append(key)
+                levels.append(_members(value))
+                break
+            if isinstance(value, float) and not math.isfinite(value):
+                return "".join(map(_part, [*path, key][1:]))
+        else:
+            levels.pop()
+            del path[-1:]
+    return None
+
+
+def _members(value: Any) -> Iterator[tuple[int | str, Any]]:
+    return iter(value.items() if isinstance(value, dict) else enumerate(value))
+
+
+def _part(key: int | str) -> str:
+    return f"[{key}]" if isinstance(key, int) else f".{excerpt(key)}"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from itertools import chain
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import accumulate, chain
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cellserve.models.signature import Signature, TensorSpec
-from cellserve.service.errors import InvalidInput
+from cellserve.models.signature import Signature, StateSpec, TensorSpec
+from cellserve.service.errors import BodyTooLarge, InvalidInput, listed
 from cellserve.service.runtime.tensor_layout import TensorLayout
 from cellserve.service.validation.json_errors import explain_parse_error, explain_validation_error
 from cellserve.service.validation.tensor_values import FLOAT32_MAX, array_of, bounds_of, describe_step, state_of
@@ -21,8 +23,7 @@ from cellserve.service.validation.tensor_values import FLOAT32_MAX, array_of, bo
 Array = NDArray[Any]
 T = TypeVar("T")
 
-PART_BYTES = 64 * 1024  # size of the JSON decoded at a time
-_parts = msgspec.json.Decoder(list[msgspec.Raw])
+_OPENED = re.compile(rb"[\[ \t\r\n]*")
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, place: str = "", advice: str = "") -> T:
@@ -57,35 +58,40 @@ class InputDecoder:
 
     def __init__(self, spec: TensorSpec) -> None:
         self.spec = spec
-        step: Any = float if spec.dtype == "float32" else int
-        for _ in spec.shape:
-            step = list[step]
+        step: Any = _type_of(spec)
         self._step = msgspec.json.Decoder(step)
         self._steps = msgspec.json.Decoder(list[step])
         self._sequences = msgspec.json.Decoder(list[list[step]])
         self._advice = f"a time step is {describe_step(spec)}"
         self.flat = spec.shape[0] if len(spec.shape) == 1 and spec.dtype == "float32" else None
 
-    def sequences(self, raw: msgspec.Raw) -> list[Array]:
+    def sequences(self, raw: msgspec.Raw, most: int) -> list[Array]:
         """Decodes a list of sequences `[time, *features]` of any lengths."""
-        return self.arrays(decode(self._sequences, raw, "sequences", f"{self._advice}, a sequence is a list of them"))
+        return self.arrays(
+            decode(self._sequences, raw, "sequences", f"{self._advice}, a sequence is a list of them"), most
+        )
 
-    def arrays(self, sequences: list[list[Any]]) -> list[Array]:
-        """Returns arrays `[time, *features]` of sequences in nested lists of numbers."""
-        with np.errstate(over="ignore"):
-            return [self._sequence(sequence, f"sequences[{number}]") for number, sequence in enumerate(sequences)]
+    def arrays(self, sequences: list[list[Any]], most: int) -> list[Array]:
+        """Returns arrays `[time, *features]` of at most so many sequences in nested lists of numbers."""
+        check_sequences(len(sequences), most)
+        lengths = list(map(len, sequences))
+        if 0 in lengths:
+            raise _empty(f"sequences[{lengths.index(0)}]")
+        ends = list(accumulate(lengths))
 
-    def _sequence(self, values: list[Any], place: str) -> Array:
-        if self.flat and set(map(len, values)) == {self.flat}:
-            # Twice as fast as np.asarray of nested lists.
-            numbers = np.fromiter(chain.from_iterable(values), np.float32, len(values) * self.flat)
-            if np.isfinite(numbers).all():
-                return numbers.reshape(-1, self.flat)
-        return array_of(values, self.spec, place)
+        def name_step(step: int) -> str:
+            number = bisect_right(ends, step)
+            return f"sequences[{number}][{step - (ends[number] - lengths[number])}]"
+
+        steps = sequences[0] if len(sequences) == 1 else list(chain.from_iterable(sequences))
+        return split(self._array(steps, name_step), lengths) if steps else []
 
     def steps(self, raw: msgspec.Raw, place: str) -> Array:
         """Decodes one sequence `[time, *features]`."""
-        return self._sequence(decode(self._steps, raw, place, self._advice), place)
+        steps = decode(self._steps, raw, place, self._advice)
+        if not steps:
+            raise _empty(place)
+        return self._array(steps, lambda step: f"{place}[{step}]")
 
     def x(self, raw: msgspec.Raw, place: str) -> tuple[Array, bool]:
         """Decodes one time step `[*features]` or several `[time, *features]`.
@@ -93,9 +99,18 @@ class InputDecoder:
         Returns:
             `[time, *features]`, and whether the JSON was one time step without a time axis.
         """
-        if _depth(raw) > len(self.spec.shape):
-            return array_of(decode(self._steps, raw, place, self._advice), self.spec, place), False
-        return array_of([decode(self._step, raw, place, self._advice)], self.spec, place, single=True), True
+        if depth_of(raw) > len(self.spec.shape):
+            return self.steps(raw, place), False
+        return array_of([decode(self._step, raw, place, self._advice)], self.spec, lambda _: place), True
+
+    def _array(self, steps: list[Any], name_step: Callable[[int], str]) -> Array:
+        if self.flat and set(map(len, steps)) == {self.flat}:
+            # Twice as fast as np.asarray of nested lists.
+            with np.errstate(over="ignore"):
+                numbers = np.fromiter(chain.from_iterable(steps), np.float32, len(steps) * self.flat)
+            if np.isfinite(numbers).all():
+                return numbers.reshape(-1, self.flat)
+        return array_of(steps, self.spec, name_step)
 
 
 class TensorDecoder:
@@ -109,7 +124,9 @@ class TensorDecoder:
     """
 
     def __init__(self, signature: Signature) -> None:
+        self._signature = signature
         self.states_spec = {state.name: state for state in signature.states}
+        self._states = {state.name: msgspec.json.Decoder(_type_of(state)) for state in signature.states}
         self._inputs = {spec.name: InputDecoder(spec) for spec in signature.inputs}
         self._only = next(iter(self._inputs.values())) if len(self._inputs) == 1 else None
         self._layout = TensorLayout(signature.inputs)
@@ -120,45 +137,31 @@ class TensorDecoder:
         self._advice = f"the model's inputs are {', '.join(self._inputs)}: send an object with an array for each"
         self._raws = msgspec.json.Decoder(dict[str, msgspec.Raw])
         self._raw_list = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
-        self._tensors = msgspec.json.Decoder(dict[str, Any])
-        self._tensor_list = msgspec.json.Decoder(list[dict[str, Any] | None])
+        self._state_list = msgspec.json.Decoder(list[dict[str, msgspec.Raw] | None])
+
+    def __reduce__(self) -> Any:
+        """Another process makes one decoder for each signature that it gets."""
+        return _decoder_of, (self._signature,)
 
     @property
     def plain(self) -> bool:
         """Whether a time step is a plain list of numbers, as for most models."""
         return self._flat is not None
 
-    def sequences(self, raw: msgspec.Raw) -> list[Array]:
-        """Decodes `sequences`: a list of `[time, *features]` of any lengths."""
+    def sequences(self, raw: msgspec.Raw, most: int) -> list[Array]:
+        """Decodes `sequences`: a list of at most so many, `[time, *features]` of any lengths."""
         if self._only is not None:
-            return self._only.sequences(raw)
+            return self._only.sequences(raw, most)
         given: list[dict[str, msgspec.Raw]] = decode(self._raw_list, raw, "sequences", self._advice)
+        check_sequences(len(given), most)
         return [
             self._concatenate(tensors, f"sequences[{number}]", whole=True)[0] for number, tensors in enumerate(given)
         ]
 
-    def in_parts(self, raw: msgspec.Raw, place: str) -> Iterator[tuple[Array, int]]:
-        """Decodes a sequence in parts; yields some time steps `[time, *features]` and the size of their JSON."""
-        size = len(bytes(raw))
-        if self._only is None:
-            yield self._concatenate(decode(self._raws, raw, place, self._advice), place, whole=True)[0], size
-            return
-        if size <= PART_BYTES:
-            yield self._only.steps(raw, place), size
-            return
-        steps = decode(_parts, raw, place)
-        count = max(1, len(steps) * PART_BYTES // size)
-        for start in range(0, len(steps), count):
-            part = b"[" + b",".join(map(bytes, steps[start : start + count])) + b"]"
-            try:
-                yield self._only.steps(msgspec.Raw(part), place), len(part)
-            except InvalidInput as error:
-                raise _shift_place(error, place, start) from None
-
-    def arrays(self, sequences: list[list[Any]]) -> list[Array]:
+    def arrays(self, sequences: list[list[Any]], most: int) -> list[Array]:
         """Returns arrays `[time, *features]` of nested lists of numbers; only if the model is `plain`."""
         assert self._only is not None
-        return self._only.arrays(sequences)
+        return self._only.arrays(sequences, most)
 
     def decode_one_step(self, values: list[Any] | int) -> Array | None:
         """Returns `[1, *features]` of one time step's numbers; None if they are invalid or not a flat list."""
@@ -169,6 +172,11 @@ class TensorDecoder:
         elif self._flat == len(values) and max(values) <= FLOAT32_MAX and min(values) >= -FLOAT32_MAX:  # type: ignore[arg-type]
             return np.array([values], np.float32)
         return None
+
+    def symbols(self, places: Array) -> Array:
+        """Returns symbols `[time]` by their places in the order of all symbols."""
+        assert self._symbols is not None
+        return (places + self._symbols[0]).astype(self._layout.dtype)
 
     def x(self, raw: msgspec.Raw) -> tuple[Array, bool]:
         """Decodes `x` of a step: one time step `[*features]` or several `[time, *features]`.
@@ -184,7 +192,7 @@ class TensorDecoder:
         """Returns one structured array of several inputs; with `whole`, each must have a time axis."""
         if tensors.keys() != self._inputs.keys():
             raise InvalidInput(
-                f"{place}: has the tensors {sorted(tensors)}, the model's inputs are {sorted(self._inputs)}",
+                f"{place}: has the tensors {listed(tensors)}, the model's inputs are {sorted(self._inputs)}",
                 place=place,
             )
         read = {}
@@ -202,7 +210,7 @@ class TensorDecoder:
 
     def states(self, raw: msgspec.Raw, count: int) -> list[dict[str, Array] | None]:
         """Decodes `states` of a prediction: per sequence `{tensor: array}`, or null for zeros."""
-        given = decode(self._tensor_list, raw, "states")
+        given = decode(self._state_list, raw, "states")
         if len(given) != count:
             raise InvalidInput(
                 f"states: {len(given)} entries for {count} sequences: send one (or null for zeros) per sequence",
@@ -215,35 +223,53 @@ class TensorDecoder:
 
     def state(self, raw: msgspec.Raw) -> dict[str, Array]:
         """Decodes `states` of one session: `{tensor: array}`."""
-        return self._state(decode(self._tensors, raw, "states"), "states")
+        return self._state(decode(self._raws, raw, "states"), "states")
 
-    def _state(self, tensors: dict[str, Any], place: str) -> dict[str, Array]:
+    def _state(self, tensors: dict[str, msgspec.Raw], place: str) -> dict[str, Array]:
         if tensors.keys() != self.states_spec.keys():
             raise InvalidInput(
-                f"{place}: has the tensors {sorted(tensors)}, the model's states are {sorted(self.states_spec)}",
+                f"{place}: has the tensors {listed(tensors)}, the model's states are {sorted(self.states_spec)}",
                 place=place,
             )
-        return {
-            name: state_of(tensors[name], spec, f"{place}[{json.dumps(name)}]")
-            for name, spec in self.states_spec.items()
-        }
+        states = {}
+        for name, spec in self.states_spec.items():
+            where = f"{place}[{json.dumps(name)}]"
+            states[name] = state_of(decode(self._states[name], tensors[name], where), spec, where)
+        return states
 
 
-def _shift_place(error: InvalidInput, place: str, start: int) -> InvalidInput:
-    """Returns an error in a part of a sequence with its place in the whole one, where the part begins at `start`."""
-    found = re.match(re.escape(place) + r"\[(\d+)\]", str(error.extensions.get("place", "")))
-    if found is None:
-        return error
-    where = error.extensions["place"].replace(found[0], f"{place}[{int(found[1]) + start}]", 1)
-    return InvalidInput(error.detail.replace(error.extensions["place"], where, 1), place=where)
+@lru_cache(maxsize=64)
+def _decoder_of(signature: Signature) -> TensorDecoder:
+    return TensorDecoder(signature)
 
 
-def _depth(raw: msgspec.Raw) -> int:
+def _type_of(spec: TensorSpec | StateSpec) -> Any:
+    """Returns the type of a time step, or of a state, for msgspec: nested lists of numbers."""
+    kind: Any = float if spec.dtype == "float32" else int
+    for _ in spec.shape:
+        kind = list[kind]
+    return kind
+
+
+def check_sequences(count: int, most: int) -> None:
+    """Raises BodyTooLarge if a request has more sequences than it may."""
+    if count > most:
+        raise BodyTooLarge(
+            f"sequences: a request may have {most}, got {count}: split it into several requests", limit=most
+        )
+
+
+def split(x: Array, lengths: Sequence[int]) -> list[Array]:
+    """Returns a view of each sequence in an array of the time steps of all, one sequence after the other."""
+    ends = list(accumulate(lengths))
+    return [x[start:end] for start, end in zip((0, *ends), ends, strict=False)]
+
+
+def _empty(place: str) -> InvalidInput:
+    return InvalidInput(f"{place}: empty: send at least one time step", place=place)
+
+
+def depth_of(raw: msgspec.Raw) -> int:
     """Returns how many brackets the JSON opens before its first value."""
-    depth = 0
-    for byte in bytes(raw):
-        if byte == ord("["):
-            depth += 1
-        elif byte not in b" \t\r\n":
-            break
-    return depth
+    opened = _OPENED.match(memoryview(raw))
+    return 0 if opened is None else opened[0].count(b"[")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.models.signature import StateSpec, TensorSpec
-from cellserve.service.errors import InvalidInput
+from cellserve.service.errors import InvalidInput, excerpt
 from cellserve.service.runtime.tensor_layout import TensorLayout
 
 Array = NDArray[Any]
 
+_INT64 = np.iinfo(np.int64)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 JSON_NAMES = {"int": "an integer", "float": "a number", "str": "a string", "bool": "a boolean", "null": "null",
               "array": "an array", "object": "an object"}  # fmt: skip
@@ -29,27 +30,18 @@ def bounds_of(spec: TensorSpec | StateSpec) -> tuple[int, int]:
     return int(limits.min), int(limits.max)
 
 
-def validate(array: Array, spec: TensorSpec | StateSpec, place: str, skipped: int = 0) -> Array:
+def validate(array: Array, spec: TensorSpec | StateSpec, place: str) -> Array:
     """Returns an array in a tensor's dtype; raises InvalidInput if a number is not finite or out of bounds.
 
     Args:
         array: Floating-point for a float32 tensor, otherwise integers.
         spec: The tensor's specification.
         place: The array's place in the request.
-        skipped: Leading axes that the request does not have.
     """
-    if spec.dtype == "float32":
-        bad = None if np.isfinite(array).all() else ~np.isfinite(array)
-    else:
-        low, high = bounds_of(spec)
-        bad = None if not array.size or (array.min() >= low and array.max() <= high) else (array < low) | (array > high)
-    if bad is None:
-        return array.astype(spec.dtype, copy=False)
-    where = tuple(np.argwhere(bad)[0])
-    place += brackets(where[skipped:])
-    if spec.dtype == "float32":
-        raise not_finite(place)
-    _out_of_bounds(int(array[where]), spec, place)
+    where = _first_invalid(array, spec)
+    if where is not None:
+        _refuse(array[where], spec, place + brackets(where))
+    return array.astype(spec.dtype, copy=False)
 
 
 def validate_together(array: Array, layout: TensorLayout, place: str) -> Array:
@@ -60,8 +52,13 @@ def validate_together(array: Array, layout: TensorLayout, place: str) -> Array:
     return layout.pack([validate(*one) for one in named])
 
 
-def array_of(values: list[Any], spec: TensorSpec, place: str, single: bool = False) -> Array:
-    """Returns `[time, *shape]` of nested lists of numbers; `single` says that the request has no time axis.
+def array_of(steps: list[Any], spec: TensorSpec, name_step: Callable[[int], str]) -> Array:
+    """Returns `[time, *shape]` of time steps in nested lists of numbers.
+
+    Args:
+        steps: At least one, their nesting and the kinds of their numbers right.
+        spec: The tensor's specification.
+        name_step: Returns the place of a time step in the request, by its number.
 
     Raises:
         InvalidInput: A list's length or a number is wrong; the error names its place.
@@ -69,37 +66,29 @@ def array_of(values: list[Any], spec: TensorSpec, place: str, single: bool = Fal
     dtype = np.float32 if spec.dtype == "float32" else np.int64
     try:
         with np.errstate(over="ignore"):
-            array = np.asarray(values, dtype)
-    except OverflowError:
-        low, high = bounds_of(spec)
-        where, leaf = next(found for found in leaves(values, "") if not low <= found[1] <= high)
-        _out_of_bounds(leaf, spec, place + (where.removeprefix("[0]") if single else where))
-    except ValueError:
+            array = np.asarray(steps, dtype)
+    except (OverflowError, ValueError):
         array = None
-    if array is None or array.shape[1:] != spec.shape or not len(array):
-        raise _shape_error(values, spec, place, single)
-    return validate(array, spec, place, int(single))
+    if array is None or array.shape[1:] != spec.shape:
+        _refuse_steps(steps, spec, name_step)
+    where = _first_invalid(array, spec)
+    if where is not None:
+        _refuse(array[where], spec, name_step(where[0]) + brackets(where[1:]))
+    return array.astype(spec.dtype, copy=False)
 
 
 def state_of(values: Any, spec: StateSpec, place: str) -> Array:
-    """Returns a state `[*shape]` of nested lists of numbers; raises InvalidInput if they are invalid."""
-    is_integer = spec.dtype != "float32"
-    for where, leaf in leaves(values, place):
-        if isinstance(leaf, bool) or not isinstance(leaf, int if is_integer else int | float):
-            raise InvalidInput(f"{where}: expected {'an integer' if is_integer else 'a number'}, got {json_name(leaf)}",
-                               place=where)  # fmt: skip
-        low, high = bounds_of(spec) if is_integer else (-FLOAT32_MAX, FLOAT32_MAX)
-        if not low <= leaf <= high:
-            if is_integer:
-                _out_of_bounds(leaf, spec, where)
-            raise not_finite(where)
+    """Returns a state `[*shape]` of nested lists of numbers, of the right depth; raises InvalidInput as `array_of`."""
     try:
-        array = np.asarray(values, spec.dtype)
-    except ValueError:
-        array = np.empty(0, spec.dtype)
-    if array.shape != spec.shape:
+        with np.errstate(over="ignore"):
+            array = np.asarray(values, np.float32 if spec.dtype == "float32" else np.int64)
+    except (OverflowError, ValueError):
+        array = None
+    if array is None or array.shape != spec.shape:
+        if _first_wrong_length(values, spec.shape) is None:
+            _refuse_large([values], spec, lambda _: place)
         raise InvalidInput(f"{place}: expected an array of shape {list(spec.shape)}", place=place)
-    return array
+    return validate(array, spec, place)
 
 
 def describe_step(spec: TensorSpec) -> str:
@@ -109,15 +98,6 @@ def describe_step(spec: TensorSpec) -> str:
         return JSON_NAMES["float" if spec.dtype == "float32" else "int"]
     *axes, last = spec.shape
     return "".join(f"[{axis} times " for axis in axes) + f"[{last} {kind}{'' if last == 1 else 's'}]" + "]" * len(axes)
-
-
-def leaves(values: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Yields all values in nested lists, each with its place."""
-    if isinstance(values, list):
-        for number, value in enumerate(values):
-            yield from leaves(value, f"{place}[{number}]")
-    else:
-        yield place, values
 
 
 def brackets(where: tuple[int, ...]) -> str:
@@ -130,42 +110,71 @@ def not_finite(place: str) -> InvalidInput:
     return InvalidInput(f"{place}: not a finite number that float32 can hold", place=place)
 
 
-def json_name(value: Any) -> str:
-    """Returns what a value is in JSON."""
-    names = {bool: "bool", int: "int", float: "float", str: "str", type(None): "null", list: "array", dict: "object"}
-    return JSON_NAMES[names[type(value)]]
+def _first_invalid(array: Array, spec: TensorSpec | StateSpec) -> tuple[int, ...] | None:
+    """Returns where the first number is that is not finite or out of bounds."""
+    if spec.dtype == "float32":
+        if np.isfinite(array).all():
+            return None
+        bad = ~np.isfinite(array)
+    else:
+        low, high = bounds_of(spec)
+        if not array.size or (array.min() >= low and array.max() <= high):
+            return None
+        bad = (array < low) | (array > high)
+    return tuple(map(int, np.unravel_index(np.argmax(bad), bad.shape)))
 
 
-def _out_of_bounds(value: int, spec: TensorSpec | StateSpec, place: str) -> NoReturn:
+def _refuse(value: Any, spec: TensorSpec | StateSpec, place: str) -> NoReturn:
+    if spec.dtype == "float32":
+        raise not_finite(place)
     low, high = bounds_of(spec)
     raise InvalidInput(
-        f"{place}: {value} is out of bounds: send an integer from {low} to {high}", place=place, bounds=[low, high]
+        f"{place}: {excerpt(str(int(value)))} is out of bounds: send an integer from {low} to {high}",
+        place=place,
+        bounds=[low, high],
     )
 
 
-def _shape_error(values: list[Any], spec: TensorSpec, place: str, single: bool) -> InvalidInput:
-    if not values:
-        return InvalidInput(f"{place}: empty: send at least one time step", place=place)
-    for step, value in enumerate(values):
-        found = _first_wrong_length(value, spec.shape, place if single else f"{place}[{step}]")
+def _refuse_steps(steps: list[Any], spec: TensorSpec, name_step: Callable[[int], str]) -> NoReturn:
+    """Raises the error for the first wrong length, or else for the first integer that int64 cannot hold."""
+    for number, step in enumerate(steps):
+        found = _first_wrong_length(step, spec.shape)
         if found:
             where, length, expected = found
-            return InvalidInput(
-                f"{where}: {length} number{'' if length == 1 else 's'} where the model takes {expected} "
+            place = name_step(number) + brackets(where)
+            raise InvalidInput(
+                f"{place}: {length} number{'' if length == 1 else 's'} where the model takes {expected} "
                 f"(a time step is {describe_step(spec)})",
-                place=where,
+                place=place,
             )
-    raise AssertionError("called only for lists of a wrong shape")
+    _refuse_large(steps, spec, name_step)
 
 
-def _first_wrong_length(value: Any, shape: tuple[int, ...], place: str) -> tuple[str, int, int] | None:
-    """Returns the place of the first list of a wrong length, that length, and the right one."""
+def _refuse_large(steps: list[Any], spec: TensorSpec | StateSpec, name_step: Callable[[int], str]) -> NoReturn:
+    """Raises the error for the first integer that int64 cannot hold."""
+    where, value = _first_large(steps) or ((0,), 0)
+    _refuse(value, spec, name_step(where[0]) + brackets(where[1:]))
+
+
+def _first_large(values: list[Any]) -> tuple[tuple[int, ...], int] | None:
+    for number, value in enumerate(values):
+        if isinstance(value, list):
+            found = _first_large(value)
+            if found:
+                return (number, *found[0]), found[1]
+        elif not _INT64.min <= value <= _INT64.max:
+            return (number,), value
+    return None
+
+
+def _first_wrong_length(values: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int] | None:
+    """Returns where the first list of a wrong length is, that length, and the right one."""
     if not shape:
         return None
-    if len(value) != shape[0]:
-        return place, len(value), shape[0]
-    for number, inner in enumerate(value):
-        found = _first_wrong_length(inner, shape[1:], f"{place}[{number}]")
+    if len(values) != shape[0]:
+        return (), len(values), shape[0]
+    for number, inner in enumerate(values) if len(shape) > 1 else ():
+        found = _first_wrong_length(inner, shape[1:])
         if found:
-            return found
+            return (number, *found[0]), found[1], found[2]
     return None

@@ -32,12 +32,13 @@ def main(url: str, model: str, step: str, headers: str = "{}") -> None:
 
     wrong: list[str] = []
     session = post("/sessions", {"model": model})["session"]
-    answers, slowest = [], 0.0
+    answers, slowest, ended = [], 0.0, False
     print("started", flush=True)
-    while not select.select([sys.stdin], [], [], PAUSE_SECONDS)[0]:
+    while not ended:  # one step at least
         began = time.perf_counter()
         answers.append(post(f"/sessions/{session}/step", {"x": json.loads(step)}).get("y"))
         slowest = max(slowest, time.perf_counter() - began)
+        ended = bool(select.select([sys.stdin], [], [], PAUSE_SECONDS)[0])
     body = {"model": model, "sequences": [[json.loads(step)] * len(answers)], "outputs": "all"}
     [undisturbed] = post("/predict", body)["outputs"]
     if undisturbed != answers:

@@ -6,25 +6,31 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cellserve.service.api.inference.service import InferenceResult
+from cellserve.models.signature import Signature
 from cellserve.service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_json
-from cellserve.service.api.json_parts import byte_parts, json_parts
-from cellserve.service.errors import InvalidInput
-from cellserve.service.model_repository.model import Model
+from cellserve.service.errors import InvalidInput, excerpt
 from cellserve.service.validation.json_input import decode
+
+if TYPE_CHECKING:
+    # Not imported by the decoding process, which needs no engine.
+    from cellserve.service.api.inference.service import InferenceResult
 
 Array = NDArray[Any]
 
 HEADER_LENGTH = b"inference-header-content-length"
 _JSON, _BINARY = (b"content-type", b"application/json"), (b"content-type", b"application/octet-stream")
+PARAMETERS = frozenset(
+    ("sequence_id", "sequence_start", "sequence_end", "position")
+)  # of a request; others are ignored
+LONGEST_ID = 1000  # characters
 _UNSUPPORTED = ("shared_memory_region", "classification")  # parameters of unsupported extensions
 
 
@@ -60,35 +66,48 @@ class InferRequest(NamedTuple):
     outputs: dict[str, bool]  # names of the requested outputs, and whether each is sent as bytes
 
 
-def read(body: bytes, header_length: bytes | None, model: Model) -> InferRequest:
+def json_length(header: bytes | None, body: bytes) -> int | None:
+    """Returns the length of the JSON at the beginning of a body; None if its header says that there is none.
+
+    Args:
+        header: The header `Inference-Header-Content-Length`, if the request has it.
+        body: The decompressed body.
+
+    Raises:
+        InvalidInput: The header is no such length.
+    """
+    if header is None:
+        return len(body)
+    if not (header.isdigit() and len(header) < 20 and int(header) <= len(body)):
+        raise InvalidInput(
+            f"Inference-Header-Content-Length: send the length of the JSON, at most the body's {len(body)} bytes"
+        )
+    return int(header) or None
+
+
+def read(signature: Signature, length: int | None, body: bytes) -> InferRequest:
     """Decodes the body of a request.
 
     Args:
+        signature: The requested model's.
+        length: The length of the JSON; None if there is none.
         body: The decompressed body.
-        header_length: The header `Inference-Header-Content-Length`, if the request has it: the length of the JSON.
-        model: The requested model.
 
     Raises:
         NotJson: The body cannot be parsed.
         InvalidInput: Something in it is invalid.
     """
-    length = len(body)
-    if header_length is not None:
-        if not (header_length.isdigit() and len(header_length) < 20 and int(header_length) <= len(body)):
-            raise InvalidInput(
-                f"Inference-Header-Content-Length: send the length of the JSON, at most the body's {len(body)} bytes"
-            )
-        length = int(header_length)
-        if not length:
-            return _read_raw(body, model)
+    if length is None:
+        return _read_raw(body, signature)
     request = decode(_decoder, body[:length])
+    check_names((tensor.name for tensor in request.inputs), signature)
+    if len(request.id) > LONGEST_ID:
+        raise InvalidInput(f"id: send at most {LONGEST_ID} characters", place="id")
     binary = memoryview(body)[length:]
     tensors: dict[str, Array] = {}
     for tensor in request.inputs:
         check_parameters(tensor.name, tensor.parameters)
-        if tensor.name in tensors:
-            raise InvalidInput(f"inputs: {tensor.name!r} appears twice", place="inputs")
-        check_datatype(tensor.name, tensor.datatype, model.inputs.specs)
+        check_datatype(tensor.name, tensor.datatype, signature.inputs)
         size = tensor.parameters.get("binary_data_size")
         if size is None:
             if not tensor.data:
@@ -105,21 +124,34 @@ def read(body: bytes, header_length: bytes | None, model: Model) -> InferRequest
         binary = binary[size:]
     if len(binary):
         raise InvalidInput(f"{len(binary)} bytes after the JSON belong to no input: send binary_data_size with each")
-    return InferRequest(request.id, tensors, request.parameters, _requested_outputs(request, model))
+    parameters = {name: value for name, value in request.parameters.items() if name in PARAMETERS}
+    return InferRequest(request.id, tensors, parameters, _requested_outputs(request, signature))
 
 
-def _read_raw(body: bytes, model: Model) -> InferRequest:
+def _read_raw(body: bytes, signature: Signature) -> InferRequest:
     """Decodes a body without JSON, the bytes of the model's only input: one sequence."""
-    if len(model.inputs.specs) > 1:
+    if len(signature.inputs) > 1:
         raise InvalidInput("the body has no JSON, and the model has several inputs: send JSON that describes them")
-    spec = model.inputs.specs[0]
+    spec = signature.inputs[0]
     datatype, step = DATATYPES[spec.dtype], np.dtype(spec.dtype).itemsize * math.prod(spec.shape)
     if not body or len(body) % step:
         raise InvalidInput(
             f"{spec.name}: {len(body)} bytes: send a multiple of a time step's {step} bytes", place=spec.name
         )
     x = from_bytes(spec.name, datatype, (1, len(body) // step, *spec.shape), body)
-    return InferRequest("", {spec.name: x}, {}, {output.name: True for output in model.document.signature.outputs})
+    return InferRequest("", {spec.name: x}, {}, {output.name: True for output in signature.outputs})
+
+
+def check_names(names: Iterable[str], signature: Signature) -> None:
+    """Raises InvalidInput if tensors are not the model's, each once; it stops at the first that is not."""
+    known = [spec.name for spec in signature.inputs] + ([signature.lengths] if signature.lengths else [])
+    seen = set()
+    for name in names:
+        if name not in known:
+            raise InvalidInput(f"inputs: the model has no {excerpt(name)!r}: send {', '.join(known)}", place="inputs")
+        if name in seen:
+            raise InvalidInput(f"inputs: {name!r} appears twice", place="inputs")
+        seen.add(name)
 
 
 def check_parameters(name: str, parameters: Any) -> None:
@@ -131,21 +163,21 @@ def check_parameters(name: str, parameters: Any) -> None:
             )
 
 
-def check_output(name: str, parameters: Any, model: Model) -> None:
+def check_output(name: str, parameters: Any, signature: Signature) -> None:
     """Raises InvalidInput if a requested output is not one of the model's."""
-    known = [spec.name for spec in model.document.signature.outputs]
+    known = [spec.name for spec in signature.outputs]
     if name not in known:
-        raise InvalidInput(f"outputs: the model has no {name[:80]!r}: request {', '.join(known)}", place="outputs")
+        raise InvalidInput(f"outputs: the model has no {excerpt(name)!r}: request {', '.join(known)}", place="outputs")
     check_parameters(name, parameters)
 
 
-def _requested_outputs(request: _Request, model: Model) -> dict[str, bool]:
+def _requested_outputs(request: _Request, signature: Signature) -> dict[str, bool]:
     every = _flag(request.parameters, "binary_data_output", False)
     for output in request.outputs:
-        check_output(output.name, output.parameters, model)
+        check_output(output.name, output.parameters, signature)
     if request.outputs:
         return {output.name: _flag(output.parameters, "binary_data", every) for output in request.outputs}
-    return {spec.name: every for spec in model.document.signature.outputs}
+    return {spec.name: every for spec in signature.outputs}
 
 
 def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
@@ -157,6 +189,9 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
 
 def write(request: InferRequest, result: InferenceResult) -> tuple[list[tuple[bytes, bytes]], Iterator[bytes]]:
     """Returns the headers and the parts of an answer's body."""
+    # Here and not above: the decoding process, which only reads requests, does without.
+    from cellserve.service.api.json_parts import byte_parts, json_parts
+
     outputs, contents = [], []
     for name, as_bytes in request.outputs.items():
         y = result.outputs[name]

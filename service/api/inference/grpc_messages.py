@@ -3,24 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
 
-from cellserve.service.api.inference.codec import check_parameters
+from cellserve.models.signature import Signature
+from cellserve.service.api.inference.codec import LONGEST_ID, PARAMETERS, check_names, check_parameters
 from cellserve.service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_numbers
 from cellserve.service.errors import InvalidInput
-from cellserve.service.model_repository.model import Model
 
 Array = NDArray[Any]
 Message = Any  # a message of the protocol, or grpc's context
 
+_LENGTH_DELIMITED, _RAW_INPUT_CONTENTS = 2, 7  # a wire type, and the number of a field
+_MOST_FIELDS = 64  # that are looked at; a request has fewer
+_MOST_OUTPUTS = 256
 _CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents", "INT64": "int64_contents"}
 
 
-def read_tensors(request: Message, model: Model) -> dict[str, Array]:
-    """Returns the tensors of a request, which are all raw or all typed."""
+class RequestHead(NamedTuple):
+    """A request without its tensors."""
+
+    model: str
+    version: str
+    id: str
+    parameters: dict[str, Any]
+    outputs: list[tuple[str, list[str]]]  # names of the requested outputs, and of their parameters
+
+    @property
+    def sequence(self) -> tuple[str, str]:
+        """The model and the sequence that it belongs to; without a sequence, the latter is empty."""
+        return self.model, str(self.parameters.get("sequence_id") or "")
+
+
+def parse(kind: type[Message], content: bytes) -> Message:
+    """Parses a message; raises InvalidInput if it is none."""
+    try:
+        return kind.FromString(content)
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"the message is no {kind.__name__}: {error}: send one of the protocol") from None
+
+
+def read_head(content: bytes) -> RequestHead:
+    """Returns the head of a `ModelInferRequest`."""
+    request = parse(pb.ModelInferRequest, content)
+    if len(request.id) > LONGEST_ID:
+        raise InvalidInput(f"id: send at most {LONGEST_ID} characters", place="id")
+    # Indexing would add a missing parameter.
+    parameters = {name: plain(request.parameters[name]) for name in PARAMETERS if name in request.parameters}
+    outputs = [(one.name, list(one.parameters)) for one in request.outputs[:_MOST_OUTPUTS]]
+    return RequestHead(request.model_name, request.model_version, request.id, parameters, outputs)
+
+
+def slow_bytes(content: bytes) -> int:
+    """Returns how many bytes of a `ModelInferRequest` take time to parse: all but `raw_input_contents`, its bulk.
+
+    https://protobuf.dev/programming-guides/encoding/
+    """
+    place, slow = 0, len(content)
+    for _ in range(_MOST_FIELDS):
+        tag, place = _varint(content, place)
+        if tag & 7 != _LENGTH_DELIMITED:
+            break  # the fields with that much in them are not of this kind, or it is no request
+        length, place = _varint(content, place)
+        if tag >> 3 == _RAW_INPUT_CONTENTS:
+            slow -= min(length, len(content) - place)
+        place += length
+        if place >= len(content):
+            break
+    return slow
+
+
+def _varint(content: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    for byte in content[place : place + 5]:
+        value |= (byte & 0x7F) << shift
+        shift, place = shift + 7, place + 1
+        if byte < 0x80:
+            break
+    return value, place
+
+
+def read_tensors(signature: Signature, content: bytes) -> dict[str, Array]:
+    """Returns the tensors of a `ModelInferRequest`, which are all raw or all typed."""
+    request = parse(pb.ModelInferRequest, content)
+    check_names((tensor.name for tensor in request.inputs), signature)
     raw: Sequence[bytes] = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise InvalidInput(
@@ -31,9 +100,7 @@ def read_tensors(request: Message, model: Model) -> dict[str, Array]:
     for number, tensor in enumerate(request.inputs):
         name = tensor.name
         check_parameters(name, tensor.parameters)
-        if name in tensors:
-            raise InvalidInput(f"inputs: {name!r} appears twice", place="inputs")
-        check_datatype(name, tensor.datatype, model.inputs.specs)
+        check_datatype(name, tensor.datatype, signature.inputs)
         if raw:
             if tensor.HasField("contents"):
                 raise InvalidInput(f"{name}: send contents or raw_input_contents, not both", place=name)

@@ -15,27 +15,36 @@ from typing import Any
 
 import grpc
 from google.protobuf.json_format import ParseDict
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc import service_pb2_grpc
 
 from cellserve.service.api.asgi import as_problem
 from cellserve.service.api.client_identity import grpc_peer
 from cellserve.service.api.inference import metadata
 from cellserve.service.api.inference.codec import check_output
 from cellserve.service.api.inference.errors import NotByProtocol, grpc_code, http_status
-from cellserve.service.api.inference.grpc_messages import Message, plain, read_tensors, write_answer
+from cellserve.service.api.inference.grpc_messages import (
+    Message,
+    RequestHead,
+    parse,
+    read_head,
+    read_tensors,
+    slow_bytes,
+    write_answer,
+)
 from cellserve.service.api.inference.grpc_stream import RequestStream
 from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.inference.statistics import Timing
 from cellserve.service.errors import Problem, UnknownModel
 from cellserve.service.observability.request_context import HEADER, RequestContext, make_scope, new_id
-from cellserve.service.sessions.session import peer
+from cellserve.service.sessions.session import current_client, peer
 
 Method = Callable[[Any, Message, Message], Awaitable[Message]]
 
 SERVICE = "inference.GRPCInferenceService"
+_SERVICE_DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 _UNSUPPORTED = ("SystemSharedMemoryStatus", "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister",
              "CudaSharedMemoryStatus", "CudaSharedMemoryRegister", "CudaSharedMemoryUnregister", "TraceSetting",
              "LogSettings")  # fmt: skip
@@ -71,7 +80,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", int(settings.workers > 1)),
             )
         )
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._methods, self._server)
+        self._server.add_generic_rpc_handlers((_handlers(self._methods),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(self._methods, names), self._server)
@@ -101,10 +110,10 @@ class GrpcServer:
 def _answering(method: Method) -> Method:
     """Wraps a method: counts its calls, and turns its exceptions into a gRPC status."""
 
-    async def wrapper(self: Any, request: Message, context: Message) -> Message:
+    async def wrapper(self: Any, content: bytes, context: Message) -> Message:
         about = self.request_context(context)
         try:
-            answer = await method(self, request, context)
+            answer = await method(self, _parsed(method.__name__, content), context)
             about.surface.record_response(200, perf_counter() - about.started)
             return answer
         except Exception as error:
@@ -112,6 +121,24 @@ def _answering(method: Method) -> Method:
         await _abort(context, problem, about)
 
     return wrapper
+
+
+def _parsed(method: str, content: bytes) -> Message:
+    """Returns a method's request; those of `ModelInfer`, which may be large, are left to it."""
+    described = None if method == "ModelInfer" else _SERVICE_DESCRIPTOR.methods_by_name.get(method)
+    return content if described is None else parse(GetMessageClass(described.input_type), content)
+
+
+def _handlers(methods: _Methods) -> grpc.GenericRpcHandler:
+    """Returns handlers that pass requests on as bytes: gRPC itself would parse them in the event loop."""
+    handlers = {}
+    for method in _SERVICE_DESCRIPTOR.methods:
+        make = grpc.unary_unary_rpc_method_handler
+        if method.server_streaming:
+            make = grpc.stream_stream_rpc_method_handler
+        write = GetMessageClass(method.output_type).SerializeToString
+        handlers[method.name] = make(getattr(methods, method.name), response_serializer=write)
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
 def _record_problem(error: Exception, about: RequestContext, method: str) -> Problem:
@@ -133,16 +160,16 @@ def _is_metadata(value: str) -> bool:
     return len(value) <= _LONGEST_VALUE and value.isascii() and value.isprintable()
 
 
-class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+class _Methods:
     def __init__(self, inference: Inference) -> None:
         self._inference, self._service = inference, inference.service
         self.streams: set[RequestStream] = set()
         self.in_flight = 0  # requests
 
-    async def ServerLive(self, request: Message, context: Message) -> Message:
+    async def ServerLive(self, content: bytes, context: Message) -> Message:
         return pb.ServerLiveResponse(live=True)
 
-    async def ServerReady(self, request: Message, context: Message) -> Message:
+    async def ServerReady(self, content: bytes, context: Message) -> Message:
         return pb.ServerReadyResponse(ready=self._service.ready)
 
     @_answering
@@ -190,14 +217,21 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
     RepositoryModelUnload = RepositoryModelLoad
 
     @_answering
-    async def ModelInfer(self, request: Message, context: Message) -> Message:
-        return await self._infer(self.owner(context), request)
+    async def ModelInfer(self, content: bytes, context: Message) -> Message:
+        owner = self.owner(context)
+        client = current_client(owner)
+        return await self._infer(owner, client, await self._head(client, content), content)
 
-    async def ModelStreamInfer(self, requests: AsyncIterator[Message], context: Message) -> AsyncIterator[Message]:
+    async def ModelStreamInfer(self, requests: AsyncIterator[bytes], context: Message) -> AsyncIterator[Message]:
         stream: RequestStream | None = None
         try:
             owner = self.owner(context)
-            stream = RequestStream(lambda request: self._streamed(owner, request), self._service.settings.stream_window)
+            client = current_client(owner)
+            stream = RequestStream(
+                lambda content: self._streamed(owner, client, content),
+                lambda content: self._sequence_of(client, content),
+                self._service.settings.stream_window,
+            )
             self.streams.add(stream)
             with self._service.holding_key(_headers(context), owner, stream.refuse):
                 async for answer in stream.answers(requests):
@@ -209,33 +243,47 @@ class _Methods(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
             if stream is not None:
                 self.streams.discard(stream)
 
-    async def _streamed(self, owner: str, request: Message) -> Message:
-        about = self.request_context()
+    async def _sequence_of(self, client: str, content: bytes) -> tuple[str, str]:
         try:
-            answer = await self._infer(owner, request)
+            return (await self._head(client, content)).sequence
+        except Problem:
+            return "", ""  # the answer says why
+
+    async def _streamed(self, owner: str, client: str, content: bytes) -> Message:
+        about, head = self.request_context(), None
+        try:
+            head = await self._head(client, content)
+            answer = await self._infer(owner, client, head, content)
         except Exception as error:
             problem = _record_problem(error, about, "ModelStreamInfer")
-            failed = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
+            failed = pb.ModelInferResponse()
+            if head is not None:
+                failed.model_name, failed.id = head.model, head.id
             return pb.ModelStreamInferResponse(error_message=problem.detail, infer_response=failed)
         about.surface.record_response(200, perf_counter() - about.started)
         answer.parameters["triton_final_response"].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=answer)
 
-    async def _infer(self, owner: str, request: Message) -> Message:
-        engine = await self._inference.engine(request.model_name, request.model_version)
+    async def _head(self, client: str, content: bytes) -> RequestHead:
+        return await self._service.decoding.read(client, read_head, body=content, size=slow_bytes(content))
+
+    async def _infer(self, owner: str, client: str, request: RequestHead, content: bytes) -> Message:
+        engine = await self._inference.engine(request.model, request.version)
         model, timing = engine.model, Timing()
         self.in_flight += 1
         try:
             with self._inference.statistics(engine).request(timing):
-                tensors = read_tensors(request, model)
-                for output in request.outputs:
-                    check_output(output.name, output.parameters, model)
+                signature = model.runtime.signature
+                tensors = await self._service.decoding.read(
+                    client, read_tensors, signature, body=content, size=slow_bytes(content)
+                )
+                for output, asked in request.outputs:
+                    check_output(output, asked, signature)
                 timing.decode_ended()
-                parameters = {name: plain(value) for name, value in request.parameters.items()}
-                any_version = not request.model_version
-                result = await self._inference.infer(owner, engine, tensors, parameters, any_version)
+                any_version = not request.version
+                result = await self._inference.infer(owner, engine, tensors, request.parameters, any_version)
                 timing.run_ended(result.batch)
-                names = [output.name for output in request.outputs] or list(result.outputs)
+                names = [name for name, _ in request.outputs] or list(result.outputs)
                 model = result.model
                 head = {"model_name": model.name, "model_version": str(model.version), "id": request.id}
                 return write_answer(head, {name: result.outputs[name] for name in names}, result.parameters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from cellserve.service.api.inference.grpc_messages import Message, plain
+from cellserve.service.api.inference.grpc_messages import Message
 from cellserve.service.errors import Problem
 
 
@@ -14,17 +14,23 @@ class RequestStream:
 
     Args:
         answer: Returns the answer to a request; must not raise.
+        sequence_of: Returns the model and the sequence of a request, the latter empty if there is none; must not raise.
         window: The largest number of requests whose answers are not read; then reading requests pauses.
     """
 
-    def __init__(self, answer: Callable[[Message], Awaitable[Message]], window: int) -> None:
-        self._answer, self._window = answer, asyncio.Semaphore(window)
+    def __init__(
+        self,
+        answer: Callable[[bytes], Awaitable[Message]],
+        sequence_of: Callable[[bytes], Awaitable[tuple[str, str]]],
+        window: int,
+    ) -> None:
+        self._answer, self._sequence_of, self._window = answer, sequence_of, asyncio.Semaphore(window)
         self._answers: asyncio.Queue[Message | Problem | None] = asyncio.Queue()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._last: dict[tuple[str, str], asyncio.Task[None]] = {}  # by model and sequence
         self._reading: asyncio.Task[None] | None = None
 
-    async def answers(self, requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
+    async def answers(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:
         """Yields the answers as they complete; raises the problem that the stream was refused with."""
         self._reading = asyncio.create_task(self._read(requests))
         try:
@@ -53,13 +59,11 @@ class RequestStream:
             self._answers.get_nowait()
         self._answers.put_nowait(problem)
 
-    async def _read(self, requests: AsyncIterator[Message]) -> None:
+    async def _read(self, requests: AsyncIterator[bytes]) -> None:
         try:
             async for request in requests:
                 await self._window.acquire()
-                # Indexing would add a missing parameter.
-                sequence = plain(request.parameters["sequence_id"]) if "sequence_id" in request.parameters else None
-                key = request.model_name, str(sequence or "")
+                key = await self._sequence_of(request)
                 task = asyncio.create_task(self._one(key, request, self._last.get(key) if key[1] else None))
                 self._in_flight.add(task)
                 task.add_done_callback(self._in_flight.discard)
@@ -71,7 +75,7 @@ class RequestStream:
                 await asyncio.wait(self._in_flight)
             self._answers.put_nowait(None)
 
-    async def _one(self, key: tuple[str, str], request: Message, before: asyncio.Task[None] | None) -> None:
+    async def _one(self, key: tuple[str, str], request: bytes, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait((before,))
         self._answers.put_nowait(await self._answer(request))

@@ -11,7 +11,6 @@ from cellserve.service.api import compression
 from cellserve.service.api.answer_size import LARGE
 from cellserve.service.api.asgi import (
     ClientGone,
-    OnePerLoopIteration,
     as_problem,
     cancel_on_disconnect,
     read_body,
@@ -24,8 +23,9 @@ from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.inference.statistics import Timing
 from cellserve.service.errors import MethodNotAllowed, NotFound
 from cellserve.service.observability.request_context import get_context
+from cellserve.service.sessions.session import current_client
 
-_LARGE_BODY = 16 * 1024  # bytes; decoding more takes longer than a step
+_LARGE_BODY = 16 * 1024  # bytes; running more takes longer than a step
 _PATHS = ("health", "models", "repository")
 _JSON = (b"content-type", b"application/json")
 
@@ -39,7 +39,6 @@ class HttpInference:
 
     def __init__(self, inference: Inference) -> None:
         self._inference, self._service = inference, inference.service
-        self._one_per_iteration = OnePerLoopIteration()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -77,9 +76,15 @@ class HttpInference:
             sent_encoding = headers.get(b"content-encoding", b"identity")
             if sent_encoding != b"identity":
                 content = await compression.decompressed(content, sent_encoding, limit)
-            if len(content) > _LARGE_BODY:
-                await self._one_per_iteration()
-            request = codec.read(content, headers.get(codec.HEADER_LENGTH), engine.model)
+            length = codec.json_length(headers.get(codec.HEADER_LENGTH), content)
+            request = await self._service.decoding.read(
+                current_client(owner),
+                codec.read,
+                engine.model.runtime.signature,
+                length,
+                body=content,
+                size=length or 0,
+            )
             timing.decode_ended()
             as_json = not all(request.outputs.values())
             work = self._inference.infer(owner, engine, request.tensors, request.parameters, not version, as_json)

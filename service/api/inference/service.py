@@ -31,6 +31,8 @@ from cellserve.service.errors import (
     SessionExists,
     SessionGone,
     UnknownSession,
+    excerpt,
+    listed,
 )
 from cellserve.service.idempotency import creation_digest, step_key
 from cellserve.service.model_repository.model import Model
@@ -294,7 +296,7 @@ def _sequence(parameters: Mapping[str, Any]) -> Sequence | None:
     name = str(given)
     if not _ID.fullmatch(name):
         raise InvalidInput(
-            f"sequence_id: {name[:80]!r} is not allowed: send an integer, or 1 to 128 letters, digits or -._~",
+            f"sequence_id: {excerpt(name)!r} is not allowed: send an integer, or 1 to 128 letters, digits or -._~",
             place="sequence_id",
         )
     if start and position:
@@ -319,7 +321,7 @@ def _inputs(model: Model, tensors: Mapping[str, Array]) -> Inputs:
     known = {*names, *([optional] if optional else [])}
     if set(names) - tensors.keys() or tensors.keys() - known:
         raise InvalidInput(
-            f"inputs: got {sorted(tensors)}: send {', '.join(names)}, and lengths if rows are padded",
+            f"inputs: got {listed(tensors)}: send {', '.join(names)}, and lengths if rows are padded",
             place="inputs",
         )
     for spec in model.inputs.specs:

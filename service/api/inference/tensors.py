@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.models.signature import TensorSpec
-from cellserve.service.errors import InvalidInput
-from cellserve.service.validation.json_input import decode
+from cellserve.service.errors import InvalidInput, excerpt
+from cellserve.service.validation.json_input import decode, depth_of
 
 Array = NDArray[Any]
 
@@ -20,6 +20,7 @@ Array = NDArray[Any]
 DATATYPES = {"float32": "FP32", "int32": "INT32", "int64": "INT64"}
 _WIRE: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT32": np.dtype("<i4"), "INT64": np.dtype("<i8")}
 _MOST_AXES = 8
+_LARGEST_AXIS = 2**63 - 1
 
 
 def _nested(number: Any) -> list[msgspec.json.Decoder[Any]]:
@@ -42,7 +43,8 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], content: bytes | 
     size = _size(name, shape) * dtype.itemsize
     if len(content) != size:
         raise InvalidInput(
-            f"{name}: {len(content)} bytes, where the shape {list(shape)} of {datatype} asks for {size}", place=name
+            f"{name}: {len(content)} bytes, where the shape {_told(shape)} of {datatype} asks for {_told(size)}",
+            place=name,
         )
     return np.frombuffer(content, dtype).reshape(shape)
 
@@ -57,16 +59,16 @@ def from_numbers(name: str, datatype: str, shape: Sequence[int], numbers: Any) -
     except (ValueError, OverflowError):
         raise InvalidInput(f"{name}: send data of {datatype}, flat or nested evenly", place=name) from None
     if array.size != size:
-        raise InvalidInput(f"{name}: {array.size} numbers, where the shape {list(shape)} asks for {size}", place=name)
+        raise InvalidInput(
+            f"{name}: {array.size} numbers, where the shape {_told(shape)} asks for {_told(size)}", place=name
+        )
     return array.reshape(shape)
 
 
 def from_json(name: str, datatype: str, shape: Sequence[int], data: msgspec.Raw) -> Array:
     """Returns an array of JSON numbers; raises InvalidInput as `from_bytes` does."""
     decoders = _FLOATS if _dtype(name, datatype).kind == "f" else _INTEGERS
-    content = bytes(data)
-    head = content[:64].translate(None, b" \t\r\n")
-    depth = len(head) - len(head.lstrip(b"["))
+    depth = depth_of(data)
     if depth > _MOST_AXES:
         raise InvalidInput(f"{name}: its data is nested too deeply: send it flat", place=name)
     return from_numbers(name, datatype, shape, decode(decoders[max(depth, 1) - 1], data, name))
@@ -77,18 +79,25 @@ def check_datatype(name: str, datatype: str, specs: Sequence[TensorSpec]) -> Non
     for spec in specs:
         if spec.name == name and DATATYPES[spec.dtype] != datatype:
             raise InvalidInput(
-                f"{name}: its datatype is {datatype[:40]!r}: send {DATATYPES[spec.dtype]}, the model's", place=name
+                f"{name}: its datatype is {excerpt(datatype, 40)!r}: send {DATATYPES[spec.dtype]}, the model's",
+                place=name,
             )
 
 
 def _dtype(name: str, datatype: str) -> np.dtype[Any]:
     dtype = _WIRE.get(datatype)
     if dtype is None:
-        raise InvalidInput(f"{name}: its datatype is {datatype[:40]!r}: send one of {', '.join(_WIRE)}", place=name)
+        raise InvalidInput(
+            f"{name}: its datatype is {excerpt(datatype, 40)!r}: send one of {', '.join(_WIRE)}", place=name
+        )
     return dtype
 
 
+def _told(number: int | Sequence[int]) -> str:
+    return excerpt(str(number if isinstance(number, int) else list(number)))
+
+
 def _size(name: str, shape: Sequence[int]) -> int:
-    if len(shape) > _MOST_AXES or any(axis < 0 for axis in shape):
-        raise InvalidInput(f"{name}: its shape is {list(shape)[:_MOST_AXES]}: send the shape of the data", place=name)
+    if len(shape) > _MOST_AXES or not all(0 <= axis <= _LARGEST_AXIS for axis in shape):
+        raise InvalidInput(f"{name}: its shape is {_told(shape[:_MOST_AXES])}: send the shape of the data", place=name)
     return math.prod(shape)

@@ -24,7 +24,6 @@ from cellserve.service.api.asgi import as_problem, send_problem
 from cellserve.service.api.bounded_websocket import FRAMES_EXTENSION, BoundedWebSocket
 from cellserve.service.api.json_parts import encoded
 from cellserve.service.api.session_requests import (
-    CreateRequest,
     ForkRequest,
     create_session,
     fork_session,
@@ -44,17 +43,20 @@ from cellserve.service.errors import (
     Unauthorized,
     UnknownSession,
     UpgradeRequired,
+    excerpt,
 )
 from cellserve.service.idempotency import state_key, step_key
 from cellserve.service.observability.request_context import get_context, problem_body
 from cellserve.service.sessions.pending_steps import BatchStepResult, PendingBatch, PendingStep, StepResult
-from cellserve.service.sessions.session import Session
-from cellserve.service.validation.json_input import decode
+from cellserve.service.sessions.session import Session, current_client
+from cellserve.service.validation.decoding import ADMITTED_BYTES, LARGE_BYTES
+from cellserve.service.validation.json_input import TensorDecoder, decode
 
 Array = NDArray[Any]
 
 _AUTH_SECONDS = 10
 _REFUSAL_SECONDS = 0.5
+_LONGEST_AUTH = 4096  # characters of the first frame that are read
 _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 _SMALL_FRAME = 512  # bytes; 256 such frames have answers of a few MB
 _CACHED_GROUPS = 8  # groups of sessions per socket
@@ -101,8 +103,8 @@ class StreamEndpoint:
                 message = await receive()
             if message["type"] != "websocket.receive":
                 return None
-            body = (message.get("text") or "").encode()
-            ref = json_frames.ref_of(body)
+            body = (message.get("text") or "")[:_LONGEST_AUTH].encode()
+            ref = _ref(json_frames.ref_of(body))
             headers = [_bearer_header(decode(json_frames.auth_decoder, body).key)]
             owner = self.service.owner(headers, scope["client"])
             await send({"type": "websocket.send", "text": orjson.dumps({"op": "auth", "ref": ref}).decode()})
@@ -137,6 +139,7 @@ class _Socket:
         self.service = service
         self.owner = owner
         self.scope, self.send = scope, send
+        self.client = current_client(owner)
         self.fast: BoundedWebSocket | None = scope["extensions"].get(FRAMES_EXTENSION)
         settings = service.settings
         self.send_queue = SendQueue(send, self.fast, settings.stream_window, settings.max_socket_bytes)
@@ -162,8 +165,13 @@ class _Socket:
                 if not self._on_message(body, text is not None):
                     self.send_queue.begin(len(body))
                     self.unstarted_tasks += 1
-                    self._spawn(self._answer(body, text is not None))
-                    if len(body) > _SMALL_FRAME:
+                    read = asyncio.Event()
+                    self._spawn(self._answer(body, text is not None, read))
+                    if text is not None and len(body) > ADMITTED_BYTES:
+                        self.unstarted_tasks += 1
+                        await read.wait()
+                        self.unstarted_tasks -= 1
+                    elif len(body) > _SMALL_FRAME:
                         await asyncio.sleep(0)  # it counts the bytes of its answer before the next frame is read
                 if self.send_queue.is_full:
                     await self.send_queue.wait_for_room(writing)
@@ -277,7 +285,8 @@ class _Socket:
             group.endings = endings
         return group.endings == endings
 
-    async def _answer(self, body: bytes, text: bool) -> None:
+    async def _answer(self, body: bytes, text: bool, read: asyncio.Event) -> None:
+        """Answers a frame; sets `read` when its tensors are read, and later frames may follow."""
         self.unstarted_tasks -= 1
         begun, tracing = perf_counter(), self.service.tracing
         size = len(body)
@@ -291,7 +300,7 @@ class _Socket:
         try:
             with nullcontext() if tracing is None else tracing.frame(self.scope):
                 if text:
-                    message = await encoded(await self._text(body, expect), size)
+                    message = await encoded(await self._text(body, expect, read), size)
                     self.counts.record_response(200, perf_counter() - begun)
                     self.send_queue.put(message, True, size)
                 else:
@@ -300,12 +309,17 @@ class _Socket:
         except Exception as error:
             problem = as_problem(error, self.scope)
             self.counts.record_response(problem.status, perf_counter() - begun)
-            ref = (json_frames if text else binary_frames).ref_of(body)
+            ref: Any = binary_frames.ref_of(body)
+            if text:
+                ref = _ref(await self.service.decoding.read(self.client, json_frames.ref_of, body=body))
             self._put_json(_error_frame(self.scope, ref, problem), size)
+        finally:
+            read.set()
 
-    async def _text(self, body: bytes, expect: Callable[[int], None]) -> dict[str, Any]:
-        store = self.service.sessions
-        frame = decode(json_frames.decoder, body)
+    async def _text(self, body: bytes, expect: Callable[[int], None], read: asyncio.Event) -> dict[str, Any]:
+        store, decoding, client = self.service.sessions, self.service.decoding, self.client
+        is_large = len(body) > LARGE_BYTES
+        frame = await decoding.read(client, json_frames.read_head if is_large else json_frames.read, body=body)
         answer: dict[str, Any] = {"op": frame.__struct_config__.tag, "ref": orjson.Fragment(bytes(frame.ref))}
         match frame:
             case Auth():
@@ -321,18 +335,26 @@ class _Socket:
                 return answer
             case Step():
                 session = await self._found(frame.session)
-                x, single = session.model.reader.x(frame.x)
+                reader = session.model.reader
+                x, single = (
+                    await decoding.read(client, json_frames.read_x, reader, body=body)
+                    if is_large
+                    else reader.x(frame.x)
+                )
                 steps = len(x) if wants_all_outputs(session, frame.outputs) else 1
                 expect(check_json_answer(self.send_queue.window_bytes, session.model, (x,), steps))
+                read.set()
                 stepped, every_output = await step_session(
                     self.service.writer, session, x, single, frame.outputs, frame.position
                 )
                 answer |= step_json(store, session, stepped.y, stepped.position, single, every_output)
                 return answer | ({"replayed": True} if stepped.replayed else {})
             case Open():
-                session, _ = await create_session(
-                    self.service, self.owner, CreateRequest(frame.model, frame.states), frame.session
-                )
+
+                async def states(reader: TensorDecoder) -> dict[str, Array] | None:
+                    return await decoding.read(client, json_frames.read_states, reader, body=body)
+
+                session, _ = await create_session(self.service, self.owner, frame.model, states, frame.session)
             case Attach():
                 session = await store.fetch(self.owner, frame.session)
                 _, position = await store.read_state(session)
@@ -362,7 +384,9 @@ class _Socket:
         if isinstance(name, str):
             return self.service.sessions.get(self.owner, name)
         if not 0 <= name < len(self.sessions):
-            raise UnknownSession(f"session: no handle {name} on this socket: open or attach the session first")
+            raise UnknownSession(
+                f"session: no handle {excerpt(str(name))} on this socket: open or attach the session first"
+            )
         session = self.sessions[name]
         return session if session.alive else self.service.sessions.get(self.owner, session.id)
 
@@ -414,8 +438,9 @@ class _Socket:
         if group is None:
             if int(handles.max()) >= len(self.sessions):
                 raise UnknownSession(f"no handle {int(handles.max())} on this socket: open or attach the session first")
-            named = handles.tolist()
-            if len(set(named)) < len(named):
+            # Counted before each is looked at: a frame has room for millions.
+            named = handles.tolist() if len(handles) <= len(self.sessions) else []
+            if len(set(named)) < len(handles):
                 raise InvalidInput("a session is in the frame twice: send its time steps in one row, or in two frames")
             group = Group.of([self.sessions[handle] for handle in named])
             if len(self.groups) >= _CACHED_GROUPS:
@@ -426,6 +451,10 @@ class _Socket:
 
 def _error_frame(scope: Scope, ref: Any, problem: Problem, **fields: Any) -> dict[str, Any]:
     return {"op": "error", "ref": ref, **fields, "problem": orjson.Fragment(problem_body(problem, scope))}
+
+
+def _ref(given: bytes | None) -> Any:
+    return None if given is None else orjson.Fragment(given)
 
 
 def _bearer_header(key: str) -> tuple[bytes, bytes]:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
-import orjson
+from numpy.typing import NDArray
 
-from cellserve.service.api.step_codec import Position
+from cellserve.service.errors import InvalidInput
+from cellserve.service.validation.json_bodies import LEFT_OUT, Position
+from cellserve.service.validation.json_input import TensorDecoder, decode
+
+Array = NDArray[Any]
+
+_LONGEST_REF = 200  # bytes: errors repeat it
 
 
 class _Frame(msgspec.Struct, tag_field="op", kw_only=True, forbid_unknown_fields=True):
@@ -18,7 +24,7 @@ class Open(_Frame, tag="open", kw_only=True):
     """Creates a session."""
 
     model: str | None = None
-    states: msgspec.Raw = msgspec.Raw(b"null")
+    states: msgspec.Raw = LEFT_OUT
     session: str | None = None
 
 
@@ -75,7 +81,7 @@ class Close(_Frame, tag="close", kw_only=True):
 
 
 Frame = Auth | Open | Attach | Step | Reset | Fork | Close
-decoder: msgspec.json.Decoder[Frame] = msgspec.json.Decoder(Frame)
+_decoder: msgspec.json.Decoder[Frame] = msgspec.json.Decoder(Frame)
 auth_decoder = msgspec.json.Decoder(Auth)
 simple_step_decoder = msgspec.json.Decoder(SimpleStep)
 
@@ -87,9 +93,42 @@ class _Ref(msgspec.Struct):
 _ref_decoder = msgspec.json.Decoder(_Ref)
 
 
-def ref_of(text: bytes) -> Any:
-    """Returns the ref of an invalid frame, None if it cannot be parsed."""
+def read(text: bytes) -> Frame:
+    """Decodes a frame; raises InvalidInput or NotJson."""
+    frame = decode(_decoder, text)
+    if len(bytes(frame.ref)) > _LONGEST_REF:
+        raise InvalidInput(f"ref: send at most {_LONGEST_REF} bytes of JSON", place="ref")
+    return frame
+
+
+def read_head(text: bytes) -> Frame:
+    """Decodes a frame, without its tensors."""
+    frame = read(text)
+    if isinstance(frame, Step):
+        frame.x = LEFT_OUT
+    elif isinstance(frame, Open):
+        frame.states = LEFT_OUT
+    return frame
+
+
+def read_x(reader: TensorDecoder, text: bytes) -> tuple[Array, bool]:
+    """Returns the time steps in a `step` frame, and whether it was one without a time axis."""
+    frame = decode(_decoder, text)
+    assert isinstance(frame, Step)
+    return reader.x(frame.x)
+
+
+def read_states(reader: TensorDecoder, text: bytes) -> dict[str, Array] | None:
+    """Returns the states in an `open` frame; None for zeros."""
+    frame = decode(_decoder, text)
+    assert isinstance(frame, Open)
+    return None if frame.states == LEFT_OUT else reader.state(frame.states)
+
+
+def ref_of(text: bytes) -> bytes | None:
+    """Returns the JSON of an invalid frame's ref, None if it cannot be parsed or is too long."""
     try:
-        return orjson.Fragment(bytes(_ref_decoder.decode(text).ref))
+        ref = bytes(_ref_decoder.decode(text).ref)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return None
+    return ref if len(ref) <= _LONGEST_REF else None
