@@ -20,6 +20,7 @@ WhenFull = Literal["refuse", "evict"]
 
 ENV_PREFIX = "CELLSERVE_"
 _LEAST_EXCHANGE_BYTES = 1024 * 1024
+_OF_CLIENTS = ("api_key",)  # of a variable that is none of the server's: `cellserve bench` reads it
 # Left out of --help: only measurements justify changing them. docs/settings.md has them all.
 TUNING = frozenset({"spinning", "memory_arena", "optimization", "quantum", "inline_microseconds", "store_replicas"})
 
@@ -183,7 +184,7 @@ def unknown_variables(environment: Collection[str]) -> list[str]:
     messages = []
     for variable in sorted(environment):
         name = variable.lower().removeprefix(ENV_PREFIX.lower())  # in any case, as pydantic-settings reads them
-        if variable.upper().startswith(ENV_PREFIX) and name not in Settings.model_fields:
+        if variable.upper().startswith(ENV_PREFIX) and name not in (*Settings.model_fields, *_OF_CLIENTS):
             nearest = get_close_matches(name, Settings.model_fields, 1)
             advice = f"did you mean {ENV_PREFIX}{nearest[0].upper()}?" if nearest else "docs/settings.md lists them"
             messages.append(f"{variable[:100]} is no setting: {advice}")

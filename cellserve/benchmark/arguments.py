@@ -15,7 +15,7 @@ KEY_VARIABLE = "CELLSERVE_API_KEY"
 EXAMPLE = """\
 example:
   cellserve bench vowels
-  cellserve bench vowels --sessions 64,1024 --surfaces http,frames -- --threads 2
+  cellserve bench vowels --sessions 64,512 --surfaces http,frames -- --threads 2
   cellserve bench vowels --url http://127.0.0.1:8000 --rate 500,1000,2000 --svg curve.svg
   cellserve bench my_model --url http://triton:8000 --protocol v2 --json -
 

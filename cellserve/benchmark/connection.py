@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cellserve.benchmark.plan import Body, Client
 from cellserve.benchmark.target import reason
+from cellserve.benchmark.websocket import BINARY, CLOSE, PING, PONG, TEXT, frame
 
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked", re.IGNORECASE)
@@ -204,13 +205,16 @@ class Connection(asyncio.Protocol):
             self._wanted = end - at
             return 0
         opcode = data[at] & 15
-        if opcode == 8:
+        if opcode == CLOSE:
             why = data[body + 2 : end].decode(errors="replace")
             self._answered(0, f"the server closed the WebSocket: {why}")
             self.close()
-        elif opcode == 1:
+        elif opcode == PING:
+            assert self._transport
+            self._transport.write(frame(data[body:end], PONG))
+        elif opcode == TEXT:
             self._read_text(data[body:end])
-        elif opcode == 2:
+        elif opcode == BINARY:
             self._read_rows(data, body)
         return end
 

@@ -29,6 +29,7 @@ class Figures:
     """The result of one load. Latencies are in milliseconds; nan if nothing was answered."""
 
     seconds: float
+    loaded: float  # seconds of load, warm-up and last answers included
     answers: int  # without an error
     steps_per_s: float
     requests_per_s: float  # answered in the measured time
@@ -58,6 +59,7 @@ class Figures:
         busiest = max(tallies, key=lambda tally: tally.busy + tally.waited)
         return cls(
             seconds=max(tally.seconds for tally in tallies),
+            loaded=max(tally.loaded for tally in tallies),
             answers=answers,
             steps_per_s=sum(tally.steps / tally.seconds for tally in tallies),
             requests_per_s=sum(tally.requests / tally.seconds for tally in tallies),

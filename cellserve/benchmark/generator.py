@@ -36,7 +36,7 @@ _AT_ONCE = 64  # connections that are being opened
 
 
 class PreciseSelector(selectors.DefaultSelector):
-    """A selector that wakes up within microseconds of its timeout; epoll counts in milliseconds."""
+    """A selector that wakes up within microseconds of its timeout, for open loops; epoll counts in milliseconds."""
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Waits for events."""
@@ -100,6 +100,7 @@ class Generator:
         self._at(self._begin, self._read_clocks)
         self._at(self._end, self._stop)
         await self._over
+        self._tally.loaded = monotonic() - started
         for connection in self._connections:
             connection.close()
         return self._tally
@@ -285,7 +286,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     plan: Plan = pickle.load(sys.stdin.buffer)
     _raise_file_limit()
-    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(PreciseSelector())) as runner:
+    selector = selectors.DefaultSelector if plan.rate is None else PreciseSelector
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector())) as runner:
         runner.run(_generate(plan))
 
 

@@ -113,4 +113,4 @@ class Bench:
             except BenchFailed as error:
                 raise BenchFailed(f"{spec}: {error}") from None
         self.leftovers.delete()
-        return Measured(spec, figures, before.until(after) if before and after else None)
+        return Measured(spec, figures, before.until(after, figures.loaded) if before and after else None)

@@ -79,6 +79,7 @@ class Tally:
         errors: Requests that failed, by HTTP status or what else happened.
         samples: The first message of each kind of error.
         seconds: The measured time.
+        loaded: Seconds from the first request to the last answer.
         busy: The generator's share of its core.
         waited: The share of the time in which it was ready to run, but others used its core.
     """
@@ -90,6 +91,7 @@ class Tally:
     errors: Counter[str] = field(default_factory=Counter)
     samples: dict[str, str] = field(default_factory=dict)
     seconds: float = 0
+    loaded: float = 0
     busy: float = 0
     waited: float = 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 
 from cellserve.benchmark.target import BenchFailed, Target
@@ -31,11 +30,9 @@ class Scrape:
         text: The metrics in Prometheus's format.
         model: Name of the model.
         version: Its version.
-        at: When they were read, in seconds.
     """
 
-    def __init__(self, text: str, model: str, version: str, at: float) -> None:
-        self.at = at
+    def __init__(self, text: str, model: str, version: str) -> None:
         self._values: dict[str, float] = {}
         for name, labels, value in _SAMPLE.findall(text):
             told = dict(_LABEL.findall(labels))
@@ -47,14 +44,19 @@ class Scrape:
         """Whether these are the metrics of Cellserve, and of this model."""
         return "cellserve_tick_rows_sum" in self._values
 
-    def until(self, later: Scrape) -> ServerUse | None:
-        """Returns what was done between this and a later moment; None if the model did not run."""
+    def until(self, later: Scrape, seconds: float) -> ServerUse | None:
+        """Returns what was done between this and a later moment; None if the model did not run.
+
+        Args:
+            later: The metrics then.
+            seconds: How long there was load in between.
+        """
 
         def grown(name: str) -> float:
             return later._values.get(name, 0) - self._values.get(name, 0)
 
         runs, waits = (grown(f"cellserve_stage_duration_seconds_count{stage}") for stage in ("run", "queue"))
-        ticks, seconds = grown("cellserve_tick_rows_count"), later.at - self.at
+        ticks = grown("cellserve_tick_rows_count")
         if runs <= 0 or ticks <= 0 or seconds <= 0:
             return None
         run_seconds = grown("cellserve_stage_duration_seconds_sumrun")
@@ -97,7 +99,7 @@ class Metrics:
             hint = ": only an operator's --key may read it" if answer.status_code in (401, 403) else ""
             self.missing = f"{self._url} answers {answer.status_code}{hint}"
             return None
-        scrape = Scrape(answer.text, self._model, self._version, time.monotonic())
+        scrape = Scrape(answer.text, self._model, self._version)
         if not scrape.is_cellserve:
             self.missing = f"{self._url} has none of Cellserve's metrics"
             return None

@@ -13,6 +13,7 @@ import numpy as np
 from cellserve.benchmark.inputs import Input, as_json, draw_all
 from cellserve.benchmark.plan import Body, Client
 from cellserve.benchmark.target import BenchFailed, Target, content
+from cellserve.benchmark.websocket import BINARY, TEXT, frame
 from cellserve.protocol.http import SAFETENSORS, path_of
 from cellserve.protocol.tensor_codec import write_safetensors
 from cellserve.signatures import Signature
@@ -24,7 +25,6 @@ _UPGRADE = {
     "Sec-WebSocket-Version": "13",
     "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
 }
-_TEXT, _BINARY = 1, 2  # opcodes of WebSocket frames
 _STEP = 1  # kind of a binary frame: a step without positions
 _BODIES, _BODY_BYTES = 64, 32_000_000  # that are drawn for a load: so many, or so many bytes of them
 
@@ -99,7 +99,7 @@ class Cellserve:
 
     def websocket(self, sessions: int, sockets: int) -> Load:
         """Returns WebSockets with a session each that send one step after the other in JSON."""
-        bodies = draw_bodies(lambda: Body(frame(_json({"op": "step", "session": 0, "x": self._x()}), _TEXT), 1))
+        bodies = draw_bodies(lambda: Body(frame(_json({"op": "step", "session": 0, "x": self._x()}), TEXT), 1))
         return Load([self._socket([session]) for session in new_sessions(sessions)], bodies)
 
     def frames(self, sessions: int, sockets: int) -> Load:
@@ -111,7 +111,7 @@ class Cellserve:
         def body() -> Body:
             x, _ = self._layout.pack(draw_all(self.inputs, self._rng, each, 1), each)
             head = struct.pack("<4I", _STEP, 0, each, 1) + np.arange(each, dtype="<u4").tobytes()
-            return Body(frame(head + x.tobytes(), _BINARY), each)
+            return Body(frame(head + x.tobytes(), BINARY), each)
 
         return Load([self._socket(new_sessions(each)) for _ in range(count)], draw_bodies(body))
 
@@ -146,7 +146,7 @@ class Cellserve:
     def _socket(self, sessions: list[str]) -> Client:
         opened = [_json({"op": "open", "model": self._asked, "session": session}) for session in sessions]
         upgrade = self._target.head("GET", "/stream", _UPGRADE) + b"\r\n"
-        leads = (upgrade, *(frame(one, _TEXT) for one in opened))
+        leads = (upgrade, *(frame(one, TEXT) for one in opened))
         return Client(leads, ends=tuple(map(self._delete, sessions)))
 
     def _delete(self, session: str) -> bytes:
@@ -165,18 +165,6 @@ def new_sessions(count: int) -> list[str]:
     """Returns ids that no one else has."""
     run = secrets.token_hex(8)
     return [f"bench-{run}-{number}" for number in range(count)]
-
-
-def frame(payload: bytes, opcode: int) -> bytes:
-    """Returns a client's WebSocket frame (RFC 6455, section 5.2) with a mask of zeros, which leaves it as it is."""
-    length = len(payload)
-    if length < 126:
-        head = struct.pack(">BB", 0x80 | opcode, 0x80 | length)
-    elif length < 1 << 16:
-        head = struct.pack(">BBH", 0x80 | opcode, 0x80 | 126, length)
-    else:
-        head = struct.pack(">BBQ", 0x80 | opcode, 0x80 | 127, length)
-    return head + bytes(4) + payload
 
 
 def _json(document: Any) -> bytes:

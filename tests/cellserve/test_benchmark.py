@@ -49,12 +49,25 @@ def framed(opcode: int, payload: bytes) -> bytes:
 FRAMES = (
     b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\n\r\n",
     framed(1, b'{"op":"open","handle":0}'),
-    framed(9, b""),  # a ping
+    framed(9, b"alive?"),
     framed(1, b'{"op":"step","y":' + 120 * b"1" + b"}"),
     framed(1, b'{"op":"error","problem":{"status":422,"detail":"wrong"}}'),
     framed(1, b'{"op":"error","row":1,"problem":{"status":503,"detail":"busy"}}'),
     framed(2, np.array([0x81, 0, 2, 1, 0, 0, 0, 0, 0, 503], "<u4").tobytes()),
 )
+
+
+class Wire(asyncio.Transport):
+    """Keeps what is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[bytes] = []
+
+    def write(self, data: Any) -> None:
+        self.sent.append(data)
+
+    def abort(self) -> None: ...
 
 
 class Counts:
@@ -66,6 +79,7 @@ class Counts:
         self.errors: Counter[str] = Counter()
         self.samples: list[str] = []
         self.connection: Connection
+        self.wire = Wire()
 
     def led(self) -> None:
         self.connection.send()
@@ -83,18 +97,10 @@ class Counts:
     def lost(self, connection: Connection) -> None: ...
 
 
-class Wire(asyncio.Transport):
-    """Takes what is sent and does nothing."""
-
-    def write(self, data: Any) -> None: ...
-
-    def abort(self) -> None: ...
-
-
 def received(stream: bytes, cuts: set[int], leads: int) -> Counts:
     counts = Counts()
     connection = counts.connection = Connection(counts, Client(leads=(b"lead",) * leads), 0, open_loop=False)
-    connection.connection_made(Wire())
+    connection.connection_made(counts.wire)
     edges = [0, *sorted(cuts), len(stream)]
     for begin, end in pairwise(edges):
         connection.data_received(stream[begin:end])
@@ -114,6 +120,7 @@ def test_frames_are_the_same_wherever_the_network_cuts_them(cuts: set[int]) -> N
     counts = received(b"".join(FRAMES), cuts, 2)
     assert counts.steps == [4, 2]  # a frame of two rows, one of which failed
     assert counts.errors == {"422": 1, "503": 1}
+    assert b"\x8a\x86\0\0\0\0alive?" in counts.wire.sent  # a server ends a socket that does not answer its pings
     assert counts.samples == ["422: wrong", "503: busy", ""]
 
 
@@ -182,7 +189,7 @@ def test_a_closed_loop_waits_for_its_answers() -> None:
 def test_the_figures_are_of_all_generators_together() -> None:
     latencies = [number / 1000 for number in range(1, 101)]
     tallies = [
-        Tally(array("d", part), 50, 500, (200, 300), Counter({"503": 2}), {"503": "busy"}, 2, busy, 0.05)
+        Tally(array("d", part), 50, 500, (200, 300), Counter({"503": 2}), {"503": "busy"}, 2, 2.5, busy, 0.05)
         for part, busy in ((latencies[::2], 0.3), (latencies[1::2], 0.4))
     ]
     figures = Figures.of(tallies)
@@ -227,11 +234,11 @@ cellserve_padding_steps_total{{model="m",version="2"}} 0
 
 
 def test_what_the_server_did_is_read_from_its_metrics() -> None:
-    before = Scrape(METRICS.format(cpu=1, ticks=0, rows=0, run=0, queue=0), "m", "2", 10)
-    after = Scrape(METRICS.format(cpu=3, ticks=100, rows=1600, run=1, queue=3.2), "m", "2", 14)
-    assert before.until(after) == ServerUse(cores=0.5, running=0.25, run_ms=10, rows=16, queue_ms=2, padding=0)
-    assert before.until(before) is None
-    assert not Scrape("nv_inference_request_success 1\n", "m", "2", 0).is_cellserve
+    before = Scrape(METRICS.format(cpu=1, ticks=0, rows=0, run=0, queue=0), "m", "2")
+    after = Scrape(METRICS.format(cpu=3, ticks=100, rows=1600, run=1, queue=3.2), "m", "2")
+    assert before.until(after, 4) == ServerUse(cores=0.5, running=0.25, run_ms=10, rows=16, queue_ms=2, padding=0)
+    assert before.until(before, 4) is None
+    assert not Scrape("nv_inference_request_success 1\n", "m", "2").is_cellserve
 
 
 def load(surface: str = "http", sessions: int = 64, steps_per_s: float = 1000, **use: float) -> Measured:
