@@ -175,17 +175,26 @@ class Run:
             if one not in trials or own is None or one.spec is None:
                 self._advice.append(one)
                 continue
-            base: list[Measured] = []
-            tried: list[Measured] = []
-            with ExitStack() as stack:
-                phases.begin(f"trying {' '.join(one.flags)}: starting another server")
-                other = stack.enter_context(OwnServer(given.models, (*own.flags, *one.flags)))
-                changed = self._bench(stack, other.url)
-                for on, results in ((bench, base), (changed, tried), (changed, tried), (bench, base)):
-                    phases.begin(f"{'with' if on is changed else 'without'} {' '.join(one.flags)}: {one.spec}")
-                    results.append(on.measure(one.spec))
-                    phases.done()
-            self._advice.append(one._replace(what=advice.judge(one.flags, base, tried)))
+            try:
+                what = self._try(bench, (*own.flags, *one.flags), one.flags, one.spec, phases)
+            except BenchFailed as error:
+                what = f"{one.what} (trying it failed: {error})"
+            self._advice.append(one._replace(what=what))
+
+    def _try(self, bench: Bench, all_flags: Sequence[str], flags: Sequence[str], spec: Spec, phases: Phases) -> str:
+        """Measures a load with another server, in turn with the one that there is; returns what came of it."""
+        name = " ".join(flags)
+        base: list[Measured] = []
+        tried: list[Measured] = []
+        with ExitStack() as stack:
+            phases.begin(f"trying {name}: starting another server")
+            other = stack.enter_context(OwnServer(self._given.models, all_flags))
+            changed = self._bench(stack, other.url)
+            for on, results in ((bench, base), (changed, tried), (changed, tried), (bench, base)):
+                phases.begin(f"{'with' if on is changed else 'without'} {name}: {spec}")
+                results.append(on.measure(spec))
+                phases.done()
+        return advice.judge(flags, base, tried)
 
     def _facts(self, bench: Bench, own: OwnServer | None) -> advice.Facts:
         model, flags = bench.model, () if own is None else own.flags

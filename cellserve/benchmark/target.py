@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,9 @@ class Target:
 
         url = path if "://" in path else self.url + path
         try:
-            return httpx.get(url, headers=self.headers, timeout=_SECONDS, trust_env=False)
+            # As the generators have it: the system's certificates, and no proxy.
+            trusted = ssl.create_default_context() if self.tls_name else True
+            return httpx.get(url, headers=self.headers, timeout=_SECONDS, trust_env=False, verify=trusted)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise BenchFailed(f"{url}: {str(error) or type(error).__name__}") from None
 
