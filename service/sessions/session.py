@@ -29,6 +29,7 @@ class Session:
     slot: int
     slots: Slots  # `slot` as a length-1 index array, to save allocating it per step
     creation_digest: bytes  # digest of the request that created it, if the client chose its id
+    number: int = 0  # its place in the table, which no other session of this process ever has
     alive: bool = True
     applied: AppliedChange | None = None  # the last change with a position
     # Revision, in a shared store, of the state in the slot. None if the slot does not hold a committed state: it must

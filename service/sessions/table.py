@@ -25,7 +25,7 @@ class ClientSessions:
 
 
 class SessionTable:
-    """All sessions that have a slot here, by owner and id, and by engine and slot.
+    """All sessions that have a slot here, by owner and id, by engine and slot, and by owner in the order of adding.
 
     Args:
         idle_seconds: A session that is not used for this long counts as idle.
@@ -38,11 +38,11 @@ class SessionTable:
         self.live: dict[str, Session] = {}  # by `key_of`
         self.by_slot: dict[Engine, dict[int, Session]] = {}
         self.locks: dict[Engine, SessionLocks] = {}
-        self.numbers: dict[Engine, int] = {}  # ascending in the order of by_slot; never reused
+        self.of_owner: dict[str, dict[int, Session]] = {}  # by number, in ascending order
         self.ended_count = 0  # sessions that have left the table so far
         self.by_client: dict[str, ClientSessions] = {}  # clients without sessions are not in it
-        self._engines = itertools.count()
         self._clients = itertools.count(1)
+        self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
         return len(self.live)
@@ -51,11 +51,10 @@ class SessionTable:
         """Adds an engine, whose sessions can be added then."""
         self.by_slot[engine] = {}
         self.locks[engine] = SessionLocks(engine.arena)
-        self.numbers[engine] = next(self._engines)
 
     def unregister(self, engine: Engine) -> None:
         """Removes an engine that has no sessions."""
-        del self.by_slot[engine], self.locks[engine], self.numbers[engine]
+        del self.by_slot[engine], self.locks[engine]
 
     def add(self, session: Session) -> Session:
         """Adds a session whose slot has been filled."""
@@ -66,6 +65,8 @@ class SessionTable:
         own.count += 1
         own.state_bytes += arena.row_bytes
         arena.client[session.slot] = own.number
+        session.number = next(self._numbers)
+        self.of_owner.setdefault(session.owner, {})[session.number] = session
         return session
 
     def remove(self, session: Session) -> None:
@@ -80,6 +81,10 @@ class SessionTable:
         own.state_bytes -= arena.row_bytes
         if not own.count:
             del self.by_client[session.client]
+        listed = self.of_owner[session.owner]
+        del listed[session.number]
+        if not listed:
+            del self.of_owner[session.owner]
         self.locks[session.engine].discard(slot)
         arena.release(session.slots)
 

@@ -26,7 +26,7 @@ from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import Problem
 from cellserve.service.idempotency import IdempotencyKey, state_key, step_key
 from cellserve.service.sessions.rollout import Rollout, RolloutRunner
-from cellserve.service.sessions.stores.protocol import SessionStore
+from cellserve.service.sessions.stores.protocol import Page, SessionStore
 from cellserve.service.sessions.table import SessionTable
 from cellserve.service.sessions.writer import SessionWriter
 from tests.budgets import examples
@@ -387,3 +387,32 @@ TestSessions = Sessions.TestCase
 def test_shared_sessions_are_what_they_promise(redis: RedisServer) -> None:
     SharedSessions.url = redis.url
     run_state_machine_as_test(SharedSessions, settings=SharedSessions.TestCase.settings)
+
+
+class Untouched(dict[Any, Any]):
+    """A table that may be looked up in, and not walked through."""
+
+    def walked(self) -> Any:
+        raise AssertionError("all sessions were walked through")
+
+    __iter__ = items = values = keys = walked
+
+
+def test_a_page_in_memory_looks_at_its_owners_sessions_alone() -> None:
+    engine, store, _ = machinery()
+    for number in range(5):
+        for owner in ("alice", "bob"):
+            store.create_now(engine, owner=owner, session_id=f"{owner}-{number}")
+    asyncio.run(store.delete("bob", "bob-2"))
+    table = store.table
+    table.live, table.of_owner = Untouched(table.live), Untouched(table.of_owner)
+    table.by_slot = Untouched({engine: Untouched(table.by_slot[engine])})
+    seen: list[str] = []
+    sizes: list[int] = []
+    after: Page | None = (0, 0)
+    while after is not None:
+        page, after = asyncio.run(store.page("bob", after, 3))
+        seen += [one.id for one in page]
+        sizes.append(len(page))
+    assert (seen, sizes) == (["bob-0", "bob-1", "bob-3", "bob-4"], [3, 1])
+    assert asyncio.run(store.page("carol", (0, 0), 3)) == ([], None)

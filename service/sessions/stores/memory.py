@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 
@@ -229,23 +230,13 @@ class MemoryStore:
     async def page(self, owner: str, after: Page, limit: int) -> tuple[list[SessionSummary], Page | None]:
         """Returns a page of an owner's sessions; a session that lives throughout the listing is on exactly one page.
 
-        The cursor is an engine's number and a slot in its arena.
+        The cursor is the number of the last session before the page.
         """
-        first, beyond = after
-        found: list[SessionSummary] = []
-        for engine, sessions in self.table.by_slot.items():
-            number = self.table.numbers[engine]
-            if number < first:
-                continue
-            for slot in range(beyond if number == first else 0, engine.arena.capacity):
-                session = sessions.get(slot)
-                if session is not None and session.owner == owner:
-                    if len(found) == limit:
-                        return found, (number, slot)
-                    found.append(
-                        SessionSummary(session.id, session.model.name, session.model.version, session.position)
-                    )
-        return found, None
+        own = self.table.of_owner.get(owner, {})
+        rest = (session for number, session in own.items() if number > after[1])
+        page = list(islice(rest, limit))
+        found = [SessionSummary(one.id, one.model.name, one.model.version, one.position) for one in page]
+        return found, (0, page[-1].number) if next(rest, None) is not None else None
 
     def sweep(self) -> None:
         """Ends idle sessions, and forgets old tombstones."""
