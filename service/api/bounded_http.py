@@ -70,7 +70,7 @@ class _Flow(FlowControl):
         self._go_on()
 
     def _go_on(self) -> None:
-        if self.connection is not None and not self.read_paused and not self.write_paused:
+        if self.connection is not None:
             self.connection.read_on()
 
 
@@ -164,27 +164,37 @@ class BoundedHttp(HttpToolsProtocol):
             self.sender.wait(self)
 
     def read_on(self) -> None:
-        """Goes on after a pause, with what was received before it."""
+        """Goes on after a pause, with what was received before it, unless there is another reason to wait."""
+        if not self._may_read():
+            return
         if self._held:
             self._wait()
         elif not self.transport.is_closing():
             self.transport.resume_reading()
 
+    def _may_read(self) -> bool:
+        return not (self.pipeline or self.flow.read_paused or self.flow.write_paused)
+
     def go_on(self) -> None:
-        """Parses what was received, in its client's turn."""
+        """Starts what was parsed, or parses what was received, in its client's turn."""
         self._is_waiting = False
-        self._parse_held()
+        if self.pipeline and (self._running is None or self._running.response_complete):
+            self._start_next()
+        else:
+            self._parse_held()
 
     def _parse_held(self) -> None:
         """Parses what is held: until the client's turn is over, or a request waits for the one before it."""
-        flow, sender = self.flow, self.sender
+        sender = self.sender
         while self._at < len(self._held):
             if self._refusal is not None or self.transport.is_closing():
                 break
-            if flow.read_paused or flow.write_paused or sender.spent >= TURN_SECONDS:
+            if not self._may_read():
                 self.transport.pause_reading()
-                if sender.spent >= TURN_SECONDS:
-                    self._wait()
+                return
+            if sender.spent >= TURN_SECONDS:
+                self.transport.pause_reading()
+                self._wait()
                 return
             began = perf_counter()
             end = self._end_of_piece()
@@ -193,8 +203,7 @@ class BoundedHttp(HttpToolsProtocol):
             sender = self.sender
             sender.spent += perf_counter() - began
         self._held, self._at = b"", 0
-        if not flow.read_paused and not flow.write_paused and not self.transport.is_closing():
-            self.transport.resume_reading()
+        self.read_on()
 
     def _end_of_piece(self) -> int:
         """Returns where what is to be parsed next ends: never behind the end of a request."""
@@ -325,11 +334,20 @@ class BoundedHttp(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+        if self.pipeline and self.sender.is_in_turn():
+            self._start_next()
+        elif self.pipeline:
+            self._wait()
         elif self._refusal is not None:
             self._answer_refusal()
-        self.flow.resume_reading()
+        else:
+            self.flow.resume_reading()
+
+    def _start_next(self) -> None:
+        if not self.transport.is_closing():
+            self._start_asgi_task(*self.pipeline.pop())
+            self.flow.resume_reading()
+            self.read_on()
 
     def _refuse(self, problem: Problem) -> None:
         """Answers what cannot be served, after the answers before it, and closes the connection."""
@@ -344,7 +362,7 @@ class BoundedHttp(HttpToolsProtocol):
                 self.transport.close()
                 return
             running = None if self.cycle is running else running
-        if running is None or running.response_complete:
+        if not self.pipeline and (running is None or running.response_complete):
             self._answer_refusal()
 
     def _answer_refusal(self) -> None:

@@ -24,7 +24,7 @@ MAX_HEADERS = 100
 MAX_TARGET_BYTES = 8 * 1024
 
 TURN_SECONDS = 0.01  # of one client in one iteration of the event loop
-TASK_SECONDS = 0.0003  # what a request that gets a task is counted as: it runs later
+TASK_SECONDS = 0.001  # what a request that gets a task is counted as: it runs later
 
 # Connections beyond the limit, which get to ask for the server's health.
 _SPARE, _SPARE_PER_CLIENT = 64, 4

@@ -133,13 +133,3 @@ def test_a_failing_key_command_says_why_in_one_line(tmp_path: Path) -> None:
     assert bad.returncode == 2
     nowhere = subprocess.run([*command, "a", "--file", str(tmp_path / "no" / "k")], capture_output=True, text=True)
     assert (nowhere.returncode, nowhere.stderr.count("\n")) == (1, 1)
-
-
-def test_two_keys_in_one_request_are_none(repository: Path, serve: Serve, keys: tuple[Path, str, str]) -> None:
-    file, alice, bob = keys
-    server = serve("--models", str(repository), "--api-keys-file", str(file))
-    with server.client() as client:
-        session = client.post("/sessions", json={"model": "lstm"}, headers=bearer(alice)).json()["session"]
-        twice = [*bearer(alice).items(), *bearer(bob).items()]
-        assert client.post(f"/sessions/{session}/step", json=STEP, headers=twice).status_code == 401
-        assert client.get("/models", headers=twice[::-1]).status_code == 401

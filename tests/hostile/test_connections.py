@@ -9,12 +9,13 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
+from tests.helpers import free_port
 from tests.hostile.conftest import Beside
 from tests.server import Serve, Server
 
@@ -117,6 +118,17 @@ def test_pipelined_requests_wait_unparsed(server: Server, beside: Beside) -> Non
     assert seen.grown_bytes < 50 * MB
 
 
+def test_requests_on_many_connections_take_turns(server: Server, beside: Beside) -> None:
+    with beside(server, "requests on 300 connections, as fast as they go"), ExitStack() as opened:
+        connections = [opened.enter_context(connected(server, "127.0.0.9")) for _ in range(300)]
+        for path in (b"/models", b"/nothing"):
+            for connection in connections:
+                connection.setblocking(False)
+                with suppress(OSError):
+                    connection.send((b"GET " + path + b" HTTP/1.1\r\nHost: x\r\n\r\n") * 100)
+            time.sleep(2)
+
+
 def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
     with connected(server) as connection:
         connection.sendall(GET * 50 + HEAD + b"Content-Length: 2\r\n\r\n{}" + GET * 50 + b"nonsense\r\n\r\n")
@@ -186,6 +198,15 @@ def test_what_could_be_read_in_two_ways_is_refused(server: Server, name: str) ->
     with connected(server) as connection:
         connection.sendall(request)
         assert statuses(rest(connection)) == [status]
+
+
+def test_the_operations_port_has_the_same_bounds(serve: Serve, examples: Path) -> None:
+    port = free_port()
+    serve("--models", str(examples), "--operations-port", str(port), "--head-seconds", "1")
+    for request, status in [*STRICT.values(), (HEAD + b"X: " + b"x" * 70_000, 431), (b"GET /", 408)]:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(request)
+            assert statuses(rest(connection)) == [status]
 
 
 def test_other_upgrades_are_ignored(server: Server) -> None:
