@@ -7,9 +7,14 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame, Opcode
+from websockets.sync.client import connect
 
 from tests.e2e.helpers import create
 from tests.hostile.conftest import Beside
@@ -173,3 +178,67 @@ def test_a_body_stalls_nobody_and_its_error_is_small(server: Server, beside: Bes
             answer = client.post(path, content=body, headers=headers)
     assert answer.status_code in statuses, answer.text[:300]
     assert len(answer.content) < LONGEST_ANSWER
+
+
+FRAMES = {
+    "a wrong number deep in a wide list": b'{"op":"step","ref":1,"session":0,"x":' + WRONG + b"}",
+    "states, long": b'{"op":"open","ref":1,"model":"sunspots","states":{"rnn.h":[' + ONES + b"]}}",
+    "a lone surrogate": b'{"op":"step","ref":1,"session":0,"x":{"\\ud800":[NaN]}}',
+    "a long ref": b'{"op":"step","session":0,"x":[0],"ref":"' + b"r" * 1_000_000 + b'"}',
+    "a million fields": b'{"op":"step","session":0,' + KEYS + b"}",
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_frame_stalls_nobody_and_the_next_is_answered(server: Server, beside: Beside, name: str) -> None:
+    with connect(server.url.replace("http", "ws") + "/stream", max_size=None) as socket:
+        socket.send('{"op":"open","model":"vowels"}')
+        session = json.loads(socket.recv())["session"]
+        with beside(server, f"{name}, in a WebSocket's frame"):
+            socket.send(FRAMES[name], text=True)
+            answer = socket.recv(timeout=60)
+        assert json.loads(answer)["op"] == "error"
+        assert len(answer) < LONGEST_ANSWER
+        socket.send(json.dumps({"op": "attach", "session": session, "ref": 2}))
+        assert json.loads(socket.recv(timeout=60))["ref"] == 2
+
+
+def test_text_that_is_no_utf8_closes_the_socket_and_leaves_no_traceback(server: Server) -> None:
+    with connect(server.url.replace("http", "ws") + "/stream") as socket:
+        socket.protocol.send_frame(Frame(Opcode.TEXT, b'{"op":"\xff"}'))
+        socket.socket.sendall(b"".join(socket.protocol.data_to_send()))
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(timeout=60)
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1007
+
+
+def test_millions_of_handles_are_refused_by_their_number(server: Server, beside: Beside) -> None:
+    handles = np.zeros(3_000_000, "<u4")
+    with connect(server.url.replace("http", "ws") + "/stream") as socket:
+        socket.send('{"op":"open","model":"vowels"}')
+        socket.recv()
+        with beside(server, "millions of handles"):
+            socket.send(np.array([1, 7, len(handles), 1], "<u4").tobytes() + handles.tobytes())
+            answer = json.loads(socket.recv(timeout=60))
+    assert (answer["op"], answer["ref"]) == ("error", 7)
+
+
+@pytest.mark.parametrize("name", ["millions of integers", "millions of inputs", "no protobuf"])
+def test_a_grpc_message_stalls_nobody(server: Server, beside: Beside, name: str) -> None:
+    if name == "millions of integers":
+        request = service_pb2.ModelInferRequest(model_name="characters")
+        tensor = request.inputs.add(name="x", datatype="INT32", shape=[1, 7_000_000])
+        tensor.contents.int_contents.extend([1] * 6_999_999)
+        content = request.SerializeToString()
+    elif name == "millions of inputs":
+        content = service_pb2.ModelInferRequest(model_name="characters").SerializeToString() + b"\x2a\x00" * 2_000_000
+    else:
+        content = b"\xff" * 1000
+    with grpc.insecure_channel(server.grpc) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        with beside(server, f"{name} over gRPC"), pytest.raises(grpc.RpcError) as raised:
+            infer(content, timeout=60)
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert len(raised.value.details()) < LONGEST_ANSWER
+        assert service_pb2_grpc.GRPCInferenceServiceStub(channel).ServerLive(service_pb2.ServerLiveRequest()).live
