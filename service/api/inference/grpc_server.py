@@ -227,10 +227,12 @@ class _Methods:
         try:
             owner = self.owner(context)
             client = current_client(owner)
+            settings = self._service.settings
             stream = RequestStream(
                 lambda content: self._streamed(owner, client, content),
                 lambda content: self._sequence_of(client, content),
-                self._service.settings.stream_window,
+                settings.stream_window,
+                settings.max_socket_bytes,
             )
             self.streams.add(stream)
             with self._service.holding_key(_headers(context), owner, stream.refuse):

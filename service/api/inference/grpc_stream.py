@@ -16,6 +16,7 @@ class RequestStream:
         answer: Returns the answer to a request; must not raise.
         sequence_of: Returns the model and the sequence of a request, the latter empty if there is none; must not raise.
         window: The largest number of requests whose answers are not read; then reading requests pauses.
+        window_bytes: The bytes of these requests, and of their answers, at which it pauses, too.
     """
 
     def __init__(
@@ -23,8 +24,11 @@ class RequestStream:
         answer: Callable[[bytes], Awaitable[Message]],
         sequence_of: Callable[[bytes], Awaitable[tuple[str, str]]],
         window: int,
+        window_bytes: int,
     ) -> None:
         self._answer, self._sequence_of, self._window = answer, sequence_of, asyncio.Semaphore(window)
+        self._window_bytes, self._bytes = window_bytes, 0
+        self._has_room = asyncio.Event()
         self._answers: asyncio.Queue[Message | Problem | None] = asyncio.Queue()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._last: dict[tuple[str, str], asyncio.Task[None]] = {}  # by model and sequence
@@ -37,8 +41,10 @@ class RequestStream:
             while (answer := await self._answers.get()) is not None:
                 if isinstance(answer, Problem):
                     raise answer
+                size = answer.ByteSize()
                 yield answer
                 self._window.release()
+                self._count(-size)
         finally:
             self._drop_requests()
 
@@ -59,15 +65,25 @@ class RequestStream:
             self._answers.get_nowait()
         self._answers.put_nowait(problem)
 
+    def _count(self, size: int) -> None:
+        """Adds bytes that are in flight; negative ones are not any more."""
+        self._bytes += size
+        if self._bytes < self._window_bytes:
+            self._has_room.set()
+        else:
+            self._has_room.clear()
+
     async def _read(self, requests: AsyncIterator[bytes]) -> None:
         try:
             async for request in requests:
                 await self._window.acquire()
+                self._count(len(request))
                 key = await self._sequence_of(request)
                 task = asyncio.create_task(self._one(key, request, self._last.get(key) if key[1] else None))
                 self._in_flight.add(task)
                 task.add_done_callback(self._in_flight.discard)
                 self._last[key] = task
+                await self._has_room.wait()
         except asyncio.CancelledError:
             pass
         finally:
@@ -78,6 +94,8 @@ class RequestStream:
     async def _one(self, key: tuple[str, str], request: bytes, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait((before,))
-        self._answers.put_nowait(await self._answer(request))
+        answer = await self._answer(request)
+        self._count(answer.ByteSize() - len(request))
+        self._answers.put_nowait(answer)
         if self._last.get(key) is asyncio.current_task():
             del self._last[key]
