@@ -14,9 +14,11 @@ serve: setup
 
 setup: $(BIN)/.all $(EXAMPLES:%=artifacts/%/1/model.onnx)
 
+# Half as many processes again as there are cores: tests wait for servers.
+TEST_PROCESSES ?= $(shell echo $$(( ($$(nproc) * 3 + 1) / 2 )))
 # COVERAGE=yes counts the branches that the tests take, for half as much processor time again on Python 3.11.
 test: $(BIN)/.dev $(BIN)/.silero setup check servers
-	$(BIN)/pytest -n auto --dist worksteal $(COVERAGE:%=--cov)
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal $(COVERAGE:%=--cov)
 
 # The long tests: minutes of kills and fuzzing, then the image's test if an engine is available.
 test-long: $(BIN)/.dev $(BIN)/.silero setup servers

@@ -52,6 +52,7 @@ class FastPathHttp(BoundedHttp):
     def __init__(self, config: Config, *more: Any, **named: Any) -> None:
         super().__init__(config, *more, **named)
         self._fast_path: FastPath = config.loaded_app.fast_path
+        self._largest_body = min(_LARGEST_BODY, self._fast_path.service.settings.max_body_bytes)
         self._receiving: Exchange | None = None  # whose body is being received
         self._waiting: Exchange | None = None  # which has not been admitted yet
 
@@ -107,7 +108,7 @@ class FastPathHttp(BoundedHttp):
             return
         self._body_bytes += len(body)
         exchange.body += body
-        if len(exchange.body) > _LARGEST_BODY:
+        if len(exchange.body) > self._largest_body:
             self._receiving = self.cycle = None  # type: ignore[assignment]
             self._begin_asgi(exchange.url, exchange.headers)
             self._replay_body(exchange.body)

@@ -360,7 +360,13 @@ class Engine:
         """
         with_sink = [one for one in finished if one[0].sink is not None]
         sink = with_sink[0][0].sink if with_sink else None
-        writing = sink.commit(self, with_sink) if sink is not None else None
+        writing = None
+        if sink is not None:
+            try:
+                writing = sink.commit(self, with_sink)
+            except Exception as error:
+                self._fail_writes(with_sink, error)
+                slots = steps = None
         if writing is None:
             self._complete_all(finished, with_sink, slots, steps)
             return
@@ -382,10 +388,7 @@ class Engine:
         try:
             await writing
         except Exception as error:
-            log.error("the results of a tick of model %s were not written", self.model.name, exc_info=error)
-            for item, _ in with_sink:
-                # The model is not to blame, and what the store has of it is not known.
-                item.errors_by_row = dict.fromkeys(range(item.rows), StoreUnavailable())
+            self._fail_writes(with_sink, error)
         seconds = time.perf_counter() - start
         self.counts.store.observe(seconds)
         if self.tracing is not None:
@@ -393,6 +396,12 @@ class Engine:
         if any(item.errors_by_row or item.done.cancelled() for item, _ in finished):
             slots = steps = None
         self._complete_all(finished, with_sink, slots, steps)
+
+    def _fail_writes(self, with_sink: list[Finished], error: Exception) -> None:
+        log.error("the results of a tick of model %s were not written", self.model.name, exc_info=error)
+        for item, _ in with_sink:
+            # The model is not to blame, and what the store has of it is not known.
+            item.errors_by_row = dict.fromkeys(range(item.rows), StoreUnavailable())
 
     def _complete_all(
         self, finished: list[Finished], with_sink: list[Finished], slots: Slots | None, steps: Array | None

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from tests.server import Server
+from tests.e2e.helpers import create
+from tests.server import Serve, Server
 
 GOOD = [[0.5] * 5, [0.25] * 5]
 
@@ -192,6 +193,16 @@ def test_compressed_bodies_are_accepted_on_every_path_up_to_the_limit(server: Se
         headers = {"content-type": "application/json", "content-encoding": "br"}
         refused = client.post("/predict", content=body(), headers=headers)
         assert (refused.status_code, "send gzip, deflate or neither" in refused.json()["detail"]) == (415, True)
+
+
+def test_a_small_bound_of_bodies_holds_on_every_path(repository: Path, serve: Serve) -> None:
+    server = serve("--models", str(repository), "--max-body-bytes", "1024")
+    with server.client() as client:
+        session = create(client, "lstm")
+        large = {"x": [GOOD[0]] * 80}
+        assert client.post(f"/sessions/{session}/step", json=large).status_code == 413
+        assert client.post("/predict", json={"model": "lstm", "sequences": [large["x"]]}).status_code == 413
+        assert client.post(f"/sessions/{session}/step", json={"x": GOOD[0]}).json()["position"] == 1
 
 
 def test_reloading_takes_no_body(server: Server) -> None:

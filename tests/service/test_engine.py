@@ -12,7 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cellserve.service.engine.engine import Engine
-from cellserve.service.errors import BodyTooLarge, InvalidInput, ModelFailed, NotFinite, QueueFull, SessionGone
+from cellserve.service.errors import (
+    BodyTooLarge,
+    InvalidInput,
+    ModelFailed,
+    NotFinite,
+    QueueFull,
+    SessionGone,
+    StoreUnavailable,
+)
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.writer import SessionWriter
 from tests.budgets import examples
@@ -83,6 +91,26 @@ def test_what_waits_together_runs_together(make: Make) -> None:
 
     asyncio.run(scenario())
     assert halving(engine).runs == [(50, 1)]
+
+
+def test_a_store_that_fails_at_once_fails_its_steps_and_nothing_else(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, store, writer = make()
+
+    def broken(*_: Any) -> None:
+        raise OSError("no space left")
+
+    async def scenario() -> None:
+        session = store.create_now(engine, None)[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "commit", broken)
+            with pytest.raises(StoreUnavailable):
+                await writer.submit(session, drawn(1, 0), True)
+        assert (await writer.submit(session, drawn(1, 0), True)).y.tobytes()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert engine.queued == 0
 
 
 def test_a_model_that_is_not_exact_runs_one_row_and_one_step_at_a_time(make: Make) -> None:
