@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellserve.service.auth import HeldKey, Keys
@@ -43,6 +44,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 log = logging.getLogger("cellserve")
 
 _NICE = 10
+_LMDB = "lmdb:"
 _SWEEP_SECONDS = 1.0
 _KEYS_SECONDS = 0.25  # between looks at the file of keys: a revoked key's connections end within a second
 
@@ -61,7 +63,22 @@ def _store(settings: Settings, table: SessionTable, versions: ModelManager) -> S
         return MemoryStore(
             table, settings.max_sessions, settings.tombstone_seconds, settings.when_full, durable, limits
         )
-    # Here and not above: the package is an extra.
+    # Here and not above: the packages are extras.
+    if settings.store.startswith(_LMDB):
+        from cellserve.service.sessions.stores.lmdb.folder import Folder
+        from cellserve.service.sessions.stores.lmdb.store import LmdbClient, LmdbStore
+
+        folder = Folder(
+            Path(settings.store.removeprefix(_LMDB)),
+            settings.store_max_bytes,
+            settings.store_sync == "always",
+            settings.store_checkpoint_seconds,
+            settings.workers,
+        )
+        embedded = LmdbClient(
+            folder, settings.session_idle_seconds, settings.tombstone_seconds, settings.store_max_bytes
+        )
+        return LmdbStore(embedded, table, settings.arena_sessions, *bounds, versions.engine_for_digest, limits)
     from cellserve.service.sessions.stores.shared import SharedStore
 
     return SharedStore(_redis(settings), table, settings.arena_sessions, *bounds, versions.engine_for_digest, limits)
@@ -80,7 +97,7 @@ async def check_store(settings: Settings) -> None:
     Raises:
         StoreUnusable: It will not do, unless its settings or ours are changed.
     """
-    if settings.store != "memory":
+    if settings.store != "memory" and not settings.store.startswith(_LMDB):
         client = _redis(settings)
         try:
             await client.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ from cellserve.service.runtime.onnx_model import Optimization, Provider, WhenIne
 
 LogFormat = Literal["text", "json"]
 WhenFull = Literal["refuse", "evict"]
+StoreSync = Literal["checkpoints", "always"]
 
 ENV_PREFIX = "CELLSERVE_"
 _LEAST_EXCHANGE_BYTES = 1024 * 1024
@@ -80,11 +82,20 @@ class Settings(BaseSettings):
     idle_seconds: float = Field(75, gt=0, description="seconds for which a connection without a request is kept")
     pong_seconds: float = Field(20, gt=0, description="seconds between pings on a WebSocket, and to answer one")
     max_sequences: int = Field(4096, ge=1, description="maximum sequences per request")
-    workers: int = Field(1, ge=1, le=256, description="server processes; more than one need a shared store")
+    workers: int = Field(
+        1, ge=1, le=256, description="server processes, or auto: one per core; more than one need a shared store"
+    )
     store: str = Field(
         "memory",
-        description="memory, or redis://HOST:PORT/DB (rediss, unix, redis+sentinel, redis+cluster)",
+        description="memory, lmdb:FOLDER, or redis://HOST:PORT/DB (rediss, unix, redis+sentinel, redis+cluster)",
     )
+    store_sync: StoreSync = Field(
+        "checkpoints", description="when lmdb:FOLDER is synced to disk: at checkpoints, or always before an answer"
+    )
+    store_checkpoint_seconds: float = Field(
+        10, ge=0, description="seconds between checkpoints of lmdb:FOLDER, for a power cut; 0: none"
+    )
+    store_max_bytes: int = Field(64 * 1024**3, ge=1024**2, description="maximum size of lmdb:FOLDER, in bytes")
     store_timeout_seconds: float = Field(2, gt=0, description="seconds to wait for an answer of the store")
     store_replicas: int = Field(0, ge=0, description="store replicas that must confirm each write (WAIT)")
     arena_sessions: int = Field(100_000, ge=1, description="sessions per model held in memory with a shared store")
@@ -120,11 +131,16 @@ class Settings(BaseSettings):
         if self.workers > 1 and self.store == "memory":
             raise _conflict(
                 "workers",
-                "each process would have its own sessions: give them a shared store with --store redis://HOST:PORT",
+                "each process would have its own sessions: give them a shared store with --store lmdb:FOLDER or redis://HOST:PORT",
             )
         if self.snapshot is not None and self.store != "memory":
             raise _conflict("snapshot", "the shared store keeps the sessions itself: leave out --snapshot or --store")
         return self
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _count_cores(cls, value: object) -> object:
+        return len(os.sched_getaffinity(0)) if value == "auto" else value
 
     @field_validator("trusted_proxies")
     @classmethod

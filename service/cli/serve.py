@@ -78,10 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     if settings.workers == 1:
         return _run_one(app, settings)
+    # What this process has opened was to find mistakes before there are workers.
+    store = app.service.sessions
+    asyncio.run(store.leave_to_workers())
     try:
         return workers.run(settings, given, _uvicorn_options(settings))
     except OSError as error:
         return _fail(f"--workers need a folder to share their metrics: {error}")
+    finally:
+        asyncio.run(store.close())
 
 
 def _run_one(app: ObservabilityMiddleware, settings: Settings) -> int:

@@ -142,7 +142,7 @@ class _ProcessCollector(Collector):
             counts = engine.counts
             _add(stages, [*values, "queue"], counts.queue)
             _add(stages, [*values, "run"], counts.run)
-            if self._sessions.durable == "store":
+            if self._sessions.durable not in ("none", "snapshot"):
                 _add(stages, [*values, "store"], counts.store)
             _add(rows, values, counts.rows)
         yield from (stages, rows)

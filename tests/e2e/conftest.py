@@ -15,9 +15,11 @@ from tests.redis_server import RedisServer
 from tests.server import Server
 
 
-@pytest.fixture(scope="module", params=["memory", "redis"])
-def store(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=["memory", "lmdb", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Each of the stores in turn, as `--store` takes it."""
+    if request.param == "lmdb":
+        return f"lmdb:{tmp_path_factory.mktemp('store')}"
     return "memory" if request.param == "memory" else str(request.getfixturevalue("redis").url)
 
 

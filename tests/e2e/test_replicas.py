@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,17 +182,21 @@ def test_no_step_is_lost_or_doubled_while_replicas_are_killed_and_the_store_rest
                 cluster.redis.start()
         return kills
 
-    async def everyone() -> tuple[list[Client], int]:
-        end = time.monotonic() + SECONDS
-        limits = httpx.Limits(max_connections=100)
-        async with httpx.AsyncClient(base_url=cluster.url, timeout=10, limits=limits) as http:
-            clients = [Client(number, seed, http) for number in range(SESSIONS)]
-            running = [asyncio.ensure_future(client.run(end)) for client in clients]
-            kills = await chaos(end)
-            await asyncio.gather(*running)
-            return clients, kills
+    kills = asyncio.run(through_chaos(cluster.url, seed, SESSIONS, SECONDS, chaos, repository))
+    assert kills > SECONDS / 10
 
-    clients, kills = asyncio.run(everyone())
+
+async def through_chaos(
+    url: str, seed: int, sessions: int, seconds: float, chaos: Callable[[float], Awaitable[int]], repository: Path
+) -> int:
+    """Lets clients step their sessions while chaos reigns, and checks each of them; returns the number of kills."""
+    end = time.monotonic() + seconds
+    limits = httpx.Limits(max_connections=100)
+    async with httpx.AsyncClient(base_url=url, timeout=10, limits=limits) as http:
+        clients = [Client(number, seed, http) for number in range(sessions)]
+        running = [asyncio.ensure_future(client.run(end)) for client in clients]
+        kills = await chaos(end)
+        await asyncio.gather(*running)
     print("KILLS", kills, "STEPS", sum(client.position for client in clients))
     print("REPLAYED", sum(client.replayed for client in clients))
     runtimes = {name: Runtime(repository / name / "1" / "model.onnx") for name in MODELS}
@@ -203,7 +207,7 @@ def test_no_step_is_lost_or_doubled_while_replicas_are_killed_and_the_store_rest
             continue
         whole = runtime.run(x[None], np.array([len(x)], np.int32), runtime.zeros(1))[0][0]
         assert np.array(client.ys, np.float32).tobytes() == np.asarray(whole).tobytes(), f"session {client.number}"
-    assert kills > SECONDS / 10
+    return kills
     assert sum(client.position > 0 for client in clients) == SESSIONS
     positions = {}
     with httpx.Client(base_url=cluster.url, timeout=20) as http:

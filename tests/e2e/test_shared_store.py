@@ -204,8 +204,12 @@ def test_idle_sessions_expire_in_the_store_and_are_answered_as_expired(
         assert (gone.status_code, gone.json()["reason"], gone.json()["position"]) == (410, "expired", 3)
 
 
-def test_workers_share_the_store_and_stop_with_status_0(repository: Path, serve: Serve, own_redis: RedisServer) -> None:
-    server = serve("--models", str(repository), "--store", own_redis.url, "--workers", "2")
+@pytest.mark.parametrize("kind", ["lmdb", "redis"])
+def test_workers_share_the_store_and_stop_with_status_0(
+    repository: Path, serve: Serve, own_redis: RedisServer, tmp_path: Path, kind: str
+) -> None:
+    store = own_redis.url if kind == "redis" else f"lmdb:{tmp_path / 'store'}"
+    server = serve("--models", str(repository), "--store", store, "--workers", "2")
     until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
     x = frames(30)
     session, ys = None, []
@@ -226,7 +230,8 @@ def test_workers_share_the_store_and_stop_with_status_0(repository: Path, serve:
 @pytest.mark.parametrize(
     ("flags", "status", "told"),
     [
-        (("--workers", "2"), 2, "--store redis://"),
+        (("--workers", "2"), 2, "--store lmdb:FOLDER"),
+        (("--store", "lmdb:/proc/store"), 1, "--store: /proc/store cannot be used"),
         (("--store", "postgres://x"), 1, "--store"),
         (("--store", "redis://127.0.0.1:1", "--snapshot", "sessions"), 2, "--snapshot"),
     ],

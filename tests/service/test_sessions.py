@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from contextlib import aclosing
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -378,6 +380,55 @@ class SharedSessions(Sessions):
         return replicas
 
 
+class EmbeddedSessions(SharedSessions):
+    """The same on two replicas over one LMDB folder of three shards."""
+
+    sync = False
+
+    def begin(self) -> list[Replica]:
+        from cellserve.service.sessions.stores.lmdb.folder import Folder
+        from cellserve.service.sessions.stores.lmdb.store import LmdbClient, LmdbStore
+
+        self.folder = TemporaryDirectory()
+        (Path(self.folder.name) / "store.json").write_text('{"format": 1, "shards": 3}')
+        folder = Folder(Path(self.folder.name), 2**24, self.sync, 10, workers=2)
+        replicas: list[Replica] = []
+        for _ in range(2):
+            engine, _, _ = machinery(max_batch=4, quantum=8)
+            table = SessionTable(IDLE, lambda: self.now)
+            table.register(engine)
+            client = LmdbClient(folder, IDLE, 86400, 2**24, lambda: self.now)
+            store = LmdbStore(client, table, 3, LIMIT)
+            replicas.append((engine, store, SessionWriter(store)))
+        return replicas
+
+    def teardown(self) -> None:
+        self.loop.run_until_complete(self.replicas[0][1].close())
+        self.loop.close()
+        self.folder.cleanup()
+
+    @rule(seconds=st.sampled_from([1.0, 80.0, 1.2 * IDLE]))
+    def wait_for_both(self, seconds: float) -> None:
+        """Every session was read just now; they expire between the idle time and a tenth more."""
+        self.now += seconds
+        for _, store, _ in self.replicas:
+            self.do(swept(store))
+        for name, expected in list(self.expected.items()):
+            if seconds > 1.1 * IDLE:
+                self.gone[name] = "expired", expected.position
+                del self.expected[name]
+
+
+class SyncedSessions(EmbeddedSessions):
+    """The same with a sync per commit."""
+
+    sync = True
+
+
+async def swept(store: SessionStore) -> None:
+    store.sweep()
+
+
 Sessions.TestCase.settings = settings(max_examples=examples(30, 300), stateful_step_count=40)
 SharedSessions.TestCase.settings = settings(max_examples=examples(8, 80), stateful_step_count=30)
 TestSessions = Sessions.TestCase
@@ -416,3 +467,9 @@ def test_a_page_in_memory_looks_at_its_owners_sessions_alone() -> None:
         sizes.append(len(page))
     assert (seen, sizes) == (["bob-0", "bob-1", "bob-3", "bob-4"], [3, 1])
     assert asyncio.run(store.page("carol", (0, 0), 3)) == ([], None)
+
+
+@pytest.mark.hypothesis
+@pytest.mark.parametrize("machine", [EmbeddedSessions, SyncedSessions])
+def test_embedded_sessions_are_what_they_promise(machine: type[EmbeddedSessions]) -> None:
+    run_state_machine_as_test(machine, settings=SharedSessions.TestCase.settings)

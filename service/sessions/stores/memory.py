@@ -95,6 +95,9 @@ class MemoryStore:
     async def start(self) -> None:
         """Has nothing to check."""
 
+    async def leave_to_workers(self) -> None:
+        """Has nothing to leave: each process has its own sessions."""
+
     async def close(self) -> None:
         """Has nothing to close."""
 

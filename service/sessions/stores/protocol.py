@@ -54,6 +54,9 @@ class SessionStore(Protocol):
     async def start(self) -> None:
         """Checks the store."""
 
+    async def leave_to_workers(self) -> None:
+        """Closes what worker processes open for themselves; `close` is called when they have ended."""
+
     async def close(self) -> None:
         """Closes the store."""
 
@@ -186,6 +189,9 @@ class StoreClient(Protocol):
 
     async def start(self) -> None:
         """Checks the store."""
+
+    async def leave_to_workers(self) -> None:
+        """Closes what worker processes open for themselves; `close` is called when they have ended."""
 
     async def close(self) -> None:
         """Closes the store."""

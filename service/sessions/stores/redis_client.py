@@ -111,6 +111,9 @@ class RedisClient:
             if fault.lasts:
                 raise StoreUnusable(f"--store: {fault.told}") from None
 
+    async def leave_to_workers(self) -> None:
+        """Has nothing open before it is used."""
+
     async def close(self) -> None:
         """Closes the connections."""
         await self._connection.close()

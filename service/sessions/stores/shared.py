@@ -126,6 +126,10 @@ class SharedStore:
         with suppress(StoreUnavailable):
             await self._client.start()
 
+    async def leave_to_workers(self) -> None:
+        """Closes what worker processes open for themselves."""
+        await self._client.leave_to_workers()
+
     async def close(self) -> None:
         """Closes the store."""
         await self._client.close()
@@ -369,7 +373,7 @@ class SharedStore:
     ) -> Session:
         if not isinstance(stored, SessionRecord):
             raise self._tombstone_error(stored)
-        engine = next((engine for engine in self.table.by_slot if engine.model.digest == stored.digest), None)
+        engine = self._engine_here(stored)
         if engine is None and self._engine_loader is not None:
             engine = await self._engine_loader(VersionKey(stored.model, stored.version), stored.digest)
         if engine is None:
@@ -378,8 +382,14 @@ class SharedStore:
                 f"have (yet): try again in a few seconds, another server may have it"
             )
         known = self.table.live.get(key_of(owner, session_id))
-        if known is not None:
-            return known
+        return self._cache(owner, session_id, stored, engine) if known is None else known
+
+    def _engine_here(self, stored: SessionRecord) -> Engine | None:
+        """Returns the engine of a session's model, if it is loaded."""
+        return next((engine for engine in self.table.by_slot if engine.model.digest == stored.digest), None)
+
+    def _cache(self, owner: str, session_id: str, stored: SessionRecord, engine: Engine) -> Session:
+        """Gives a session a slot."""
         content = self._content(engine, stored)
         slot = self._slot(engine)
         session = self.table.add(Session(owner, session_id, engine, slot, np.array((slot,)), stored.creation_digest))
@@ -430,15 +440,21 @@ class SharedStore:
         return self._commit(self._tick(engine, batch))
 
     async def _commit(self, tick: Tick) -> None:
-        late = self._overdue(tick.sessions)
         outcomes: Sequence[WriteOutcome | Problem]
         try:
-            outcomes = await self._client.write(tick.writes, [key_of(one.owner, one.id) for one in late])
+            outcomes = await self._write(tick)
         except StoreUnavailable as away:
             outcomes = [away] * len(tick.writes)
+        tick.settle(outcomes)
+
+    async def _write(self, tick: Tick) -> Sequence[WriteOutcome | Problem]:
+        late = self._overdue(tick.sessions)
+        try:
+            return await self._client.write(tick.writes, [key_of(one.owner, one.id) for one in late])
+        except StoreUnavailable:
             for session in late:
                 session.deadline_indexed_at = -math.inf
-        tick.settle(outcomes)
+            raise
 
     def _tick(self, engine: Engine, batch: Sequence[Finished]) -> Tick:
         """Builds the writes of a tick's results; until it is settled, its slots must be read again before their use."""

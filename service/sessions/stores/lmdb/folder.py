@@ -1,0 +1,177 @@
+"""The folder of an LMDB store: its format, who may use it, and its environments, over which sessions are spread.
+
+FOLDER/store.json      format and number of shards
+FOLDER/server.lock     held by the one server that uses the folder
+FOLDER/workers.lock    held by each of its processes
+FOLDER/0/data.mdb      the first shard, an LMDB environment; beside it, its checkpoint
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import multiprocessing
+import os
+import time
+import zlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+import orjson
+
+from cellserve.service.private_files import append_private, create_private
+from cellserve.service.sessions.stores.lmdb.checkpoint import recover
+from cellserve.service.sessions.stores.lmdb.environment import Environment
+from cellserve.service.sessions.stores.lmdb.watchdog import Watchdog
+from cellserve.service.sessions.stores.protocol import StoreUnusable
+
+_FORMAT = 1
+_ABOUT = "store.json"
+_MOST_SHARDS = 8
+_ORPHANS_SECONDS = 10.0  # workers of a server that was killed notice and end within so long
+_NETWORK = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "fuse.sshfs", "fuse.gluster", "gpfs")
+
+log = logging.getLogger("cellserve")
+
+
+class Folder:
+    """A store's folder, open in this process.
+
+    Args:
+        path: The folder; created if necessary.
+        max_bytes: Bytes of all shards, at most.
+        sync: Sync each commit to disk.
+        checkpoint_seconds: Without `sync`, seconds between checkpoints; 0: none.
+        workers: Processes that will share it.
+
+    Raises:
+        StoreUnusable: The folder cannot be used; the message says why.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, sync: bool, checkpoint_seconds: float, workers: int = 1) -> None:
+        self.path, self.sync, self.alone = path, sync, workers == 1
+        self._is_worker = multiprocessing.parent_process() is not None
+        self._locks: list[IO[bytes]] = []
+        self.shards: list[Environment] = []
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _refuse_network(path)
+            self._lock()
+            count = self._read_about(1 if sync else min(workers, _MOST_SHARDS))
+            watchdog = Watchdog(path / "writers") if self._is_worker else None
+            self._how = max_bytes // count, sync, checkpoint_seconds, watchdog
+            self._folders = [path / str(number) for number in range(count)]
+            if not self._is_worker:
+                for folder in self._folders:
+                    _recover(folder)
+            self._open()
+        except OSError as error:
+            self._unlock()
+            raise StoreUnusable(f"--store: {path} cannot be used: {error.strerror or error}") from None
+        except StoreUnusable:
+            self._unlock()
+            raise
+
+    def _open(self) -> None:
+        for folder in self._folders:
+            self.shards.append(Environment(folder, *self._how))
+
+    def _unlock(self) -> None:
+        for lock in self._locks:
+            lock.close()
+
+    def shard_of(self, key: bytes) -> int:
+        """Returns the number of the shard that a key belongs to."""
+        return 0 if len(self.shards) == 1 else zlib.crc32(key) % len(self.shards)
+
+    async def leave_to_workers(self) -> None:
+        """Closes the shards, and keeps the folder from other servers until `close`."""
+        for shard in self.shards:
+            await shard.close(last=False)
+        self.shards = []
+
+    async def close(self) -> None:
+        """Closes the shards, and gives the folder back; after `leave_to_workers`, call it when they have ended."""
+        if not self.shards:
+            self._open()
+        for shard in self.shards:
+            await shard.close(last=not self._is_worker)
+        self._unlock()
+
+    def _lock(self) -> None:
+        """Makes sure that one server uses the folder: this one, or the one that this process is a worker of."""
+        workers = append_private(self.path / "workers.lock")
+        self._locks.append(workers)
+        if self._is_worker:
+            fcntl.flock(workers, fcntl.LOCK_SH)
+            return
+        server = append_private(self.path / "server.lock")
+        self._locks.append(server)
+        for lock, patience in ((server, 0.0), (workers, _ORPHANS_SECONDS)):
+            until = time.monotonic() + patience
+            while not _locked(lock):
+                if time.monotonic() >= until:
+                    raise StoreUnusable(
+                        f"--store: another server uses {self.path}: stop it, start this one with more --workers "
+                        f"instead, or give it a folder of its own (several machines share redis://...)"
+                    )
+                time.sleep(0.1)
+        fcntl.flock(workers, fcntl.LOCK_UN)
+
+    def _read_about(self, shards: int) -> int:
+        """Returns the number of shards, after creating the store if the folder is new."""
+        file = self.path / _ABOUT
+        if not file.exists():
+            new = file.with_suffix(".new")
+            with create_private(new) as about:
+                about.write(orjson.dumps({"format": _FORMAT, "shards": shards}))
+                about.flush()
+                os.fsync(about.fileno())
+            new.replace(file)
+        try:
+            about_store = orjson.loads(file.read_bytes())
+            found, count = int(about_store["format"]), int(about_store["shards"])
+        except (ValueError, KeyError, TypeError):
+            raise StoreUnusable(f"--store: {file} is damaged: restore the folder from a backup") from None
+        if found > _FORMAT:
+            raise StoreUnusable(
+                f"--store: {self.path} has format {found}, of a newer Cellserve; this one reads up to {_FORMAT}: start "
+                f"the newer one, or give another folder"
+            )
+        return count
+
+
+def _recover(folder: Path) -> None:
+    went_back = recover(folder)
+    if went_back is not None:
+        at = datetime.fromtimestamp(went_back.at, UTC).isoformat(timespec="seconds")
+        log.warning(
+            "the machine went down: the sessions in %s are as of their checkpoint at %s; later changes are lost, and "
+            "clients that are ahead are told so", folder, at,
+        )  # fmt: skip
+
+
+def _locked(lock: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _refuse_network(path: Path) -> None:
+    """Raises StoreUnusable if a folder is on a network file system: its maps and locks are not those of one machine."""
+    mounts = Path("/proc/self/mountinfo")
+    if not mounts.exists():
+        return
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in mounts.read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        kind = after.split()[0]
+        if before.split()[2] == wanted and kind.startswith(_NETWORK):
+            raise StoreUnusable(
+                f"--store: {path} is on a network file system ({kind}), where LMDB cannot work: give a folder on a "
+                f"local disk, or a shared store such as redis://HOST:PORT"
+            )

@@ -1,0 +1,327 @@
+"""The LMDB store: the sessions of a folder, behind the protocols of shared stores.
+
+A read is a look into the map, a write one transaction of microseconds: both are done at once in the event loop. With a
+sync per commit, and for large ticks, writes are done in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.work import Finished
+from cellserve.service.errors import Problem, ServerFull, SessionUnreadable, StaleSession, StoreUnavailable
+from cellserve.service.idempotency import IdempotencyKey
+from cellserve.service.sessions.session import Durable, Room, Session, SessionSummary, key_of
+from cellserve.service.sessions.stores.lmdb.folder import Folder
+from cellserve.service.sessions.stores.lmdb.records import Found, Records, from_key, to_key
+from cellserve.service.sessions.stores.records import (
+    ConditionalWrite,
+    SessionRecord,
+    TombstoneRecord,
+    UnreadableRecord,
+    WriteOutcome,
+)
+from cellserve.service.sessions.stores.shared import SharedStore
+
+_LARGE_BYTES = 1024 * 1024  # states of a tick; more are written in a thread
+_SWEPT = 200  # entries per transaction
+_SWEEP_SECONDS = 0.005  # of the event loop
+_NEARLY_FULL = 0.9  # of the map: then there are no new sessions, so that steps of the others can go on
+
+Outcome = WriteOutcome | Problem
+
+
+class LmdbClient:
+    """The sessions of a folder; a `StoreClient`.
+
+    Args:
+        folder: The folder.
+        idle_seconds: A session not written or read for so long expires.
+        tombstone_seconds: How long ended sessions are answered 410 instead of 404.
+        max_bytes: Bytes of the folder's files, at most.
+        clock: Returns seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        idle_seconds: float,
+        tombstone_seconds: float,
+        max_bytes: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.folder = folder
+        self.durable: Durable = "disk" if folder.sync else "process"
+        self._idle_seconds, self._clock = idle_seconds, clock
+        self._shards = [Records(shard, idle_seconds, tombstone_seconds) for shard in folder.shards]
+        self._shard_bytes = max_bytes // len(self._shards)
+        self._expired = 0  # sessions that have expired since the last call of `count`
+        self._sweeping: asyncio.Task[None] | None = None
+        for shard in folder.shards:
+            shard.begin_checkpoints()
+
+    @property
+    def errors(self) -> Mapping[str, int]:
+        """Writes that failed so far, by reason."""
+        each = [shard.errors for shard in self.folder.shards]
+        return {reason: sum(errors[reason] for errors in each) for reason in each[0]}
+
+    async def start(self) -> None:
+        """Has nothing to check."""
+
+    async def leave_to_workers(self) -> None:
+        """Closes the folder's files, and keeps the folder from other servers."""
+        await self.folder.leave_to_workers()
+
+    async def close(self) -> None:
+        """Closes the folder."""
+        if self._sweeping is not None:
+            await self._sweeping
+        await self.folder.close()
+
+    # Reading
+
+    def find(self, key: str) -> Found:
+        """Reads a session, or its tombstone, as they are."""
+        stored = to_key(key)
+        return self._of(stored).load(stored, self._clock())
+
+    def stamp(self, key: str) -> tuple[int, bytes] | None:
+        """Returns the position and revision of a session."""
+        stored = to_key(key)
+        return self._of(stored).stamp(stored)
+
+    async def load(self, key: str) -> SessionRecord | TombstoneRecord | None:
+        """Reads a session, or its tombstone, and extends its life."""
+        found, now, stored = self.find(key), self._clock(), to_key(key)
+        if isinstance(found.record, SessionRecord) and found.deadline - now < self._idle_seconds:
+            records = self._of(stored)
+            await records.environment.write(lambda transaction: records.touch(transaction, stored, now))
+        return found.record
+
+    async def count(self) -> tuple[int, int]:
+        """Returns the number of live sessions, and of those that have expired here since the last call."""
+        expired, self._expired = self._expired, 0
+        return sum(records.count() for records in self._shards), expired
+
+    async def page(self, owner: str, after: int, limit: int) -> tuple[list[SessionSummary | UnreadableRecord], int]:
+        """Returns a page of an owner's sessions, and where the next one starts; 0: nowhere.
+
+        That is the bytes of a number: 1, a shard, and the id to go on from.
+        """
+        own, now = f"{owner}/".encode(), self._clock()
+        place = after.to_bytes((after.bit_length() + 7) // 8, "big")[1:] or b"\0"
+        found: list[SessionSummary | UnreadableRecord] = []
+        for number in range(place[0], len(self._shards)):
+            start = own + (place[1:] if number == place[0] else b"")
+            for key, model, version, position in self._shards[number].page(own, start, limit + 1 - len(found), now):
+                name = key[len(own) :]
+                if len(found) == limit:
+                    return found, int.from_bytes(b"\1" + bytes([number]) + name, "big")
+                found.append(SessionSummary(name.decode(), model, version, position))
+        return found, 0
+
+    # Writing
+
+    async def create(self, key: str, session: SessionRecord, room: Room) -> WriteOutcome:
+        """Creates a session: WRITTEN, EXISTS, GONE if it has ended, FULL, or CROWDED by its client."""
+        return await self._create(key, session, room, False)
+
+    async def replace(self, key: str, session: SessionRecord, room: Room) -> WriteOutcome:
+        """Creates a session, replacing any existing or ended one: WRITTEN, or FULL or CROWDED if there was none."""
+        return await self._create(key, session, room, True)
+
+    async def _create(self, key: str, session: SessionRecord, room: Room, replace: bool) -> WriteOutcome:
+        stored, now = to_key(key), self._clock()
+        records = self._of(stored)
+        bound = _NEARLY_FULL * self._shard_bytes
+        if records.environment.bytes_used > bound and records.bytes_used() > bound:
+            raise ServerFull("the sessions have nearly reached --store-max-bytes: delete some, or try again later")
+        if not self.folder.sync:
+            self._sweep_due()  # expired sessions make room
+        rest = [one for one in self._shards if one is not records]
+        clients = [one.client_total(room.client) for one in rest]
+        others = sum(one.count() for one in rest), sum(one[0] for one in clients), sum(one[1] for one in clients)
+        return await records.environment.write(
+            lambda transaction: records.create(transaction, stored, session, now, replace, room, others)
+        )
+
+    async def write(
+        self, writes: Sequence[ConditionalWrite], touched: Sequence[str] = ()
+    ) -> list[WriteOutcome | Problem]:
+        """Writes sessions; returns the outcome of each: WRITTEN, CONFLICT, GONE, or StoreUnavailable."""
+        large = sum(len(one.states) for one in writes) > _LARGE_BYTES
+        outcomes: list[Any] = [None] * len(writes)
+
+        async def write_part(number: int, rows: list[int]) -> None:
+            job, environment = self._writing(number, [writes[row] for row in rows]), self.folder.shards[number]
+            try:
+                results: Sequence[Outcome] = await environment.write(job, large)
+            except StoreUnavailable as problem:
+                results = [problem] * len(rows)
+            for row, result in zip(rows, results, strict=True):
+                outcomes[row] = result
+
+        await asyncio.gather(*(write_part(number, rows) for number, rows in self._by_shard(writes).items()))
+        return outcomes
+
+    def write_now(self, writes: Sequence[ConditionalWrite]) -> list[Outcome]:
+        """Writes sessions in the calling thread, one transaction per shard; returns the outcome of each."""
+        outcomes: list[Any] = [None] * len(writes)
+        for number, rows in self._by_shard(writes).items():
+            results: Sequence[Outcome]
+            try:
+                results = self.folder.shards[number].run(self._writing(number, [writes[row] for row in rows]))
+            except StoreUnavailable as problem:
+                results = [problem] * len(rows)
+            for row, result in zip(rows, results, strict=True):
+                outcomes[row] = result
+        return outcomes
+
+    async def end(self, key: str, reason: str, position: int | None = None) -> WriteOutcome:
+        """Ends a session: WRITTEN, CONFLICT if it is not at the position, or GONE."""
+        stored, now = to_key(key), self._clock()
+        records = self._of(stored)
+        return await records.environment.write(
+            lambda transaction: records.end(transaction, stored, reason, position, now)
+        )
+
+    async def longest_idle(self, client: str | None = None) -> str | None:
+        """Returns the key of about the longest idle session, of all or of those that a client has made."""
+        if client is None:
+            found = [await records.environment.write(records.longest_idle) for records in self._shards]
+        else:
+            found = [records.longest_idle_of(client) for records in self._shards]
+        best = min((one for one in found if one is not None), default=None)
+        return None if best is None else from_key(best[1])
+
+    def keep_house(self) -> None:
+        """Expires sessions, forgets tombstones, takes checkpoints; a part of it if there is much."""
+        for shard in self.folder.shards:
+            shard.keep_house()
+        if not self.folder.sync:
+            until = time.monotonic() + _SWEEP_SECONDS
+            while self._sweep_due() and time.monotonic() < until:
+                pass
+        elif self._sweeping is None and any(records.is_due(self._clock()) for records in self._shards):
+            self._sweeping = asyncio.get_running_loop().create_task(self._sweep_in_thread())
+
+    def _sweep_due(self) -> bool:
+        """Sweeps a few sessions of each shard; returns whether there are more."""
+        now = self._clock()
+        due = [records for records in self._shards if records.is_due(now)]
+        try:
+            for records in due:
+                self._expired += records.environment.run(_sweeping(records, now))
+        except StoreUnavailable:
+            return False
+        return bool(due)
+
+    async def _sweep_in_thread(self) -> None:
+        try:
+            for records in self._shards:
+                now = self._clock()
+                if records.is_due(now):
+                    self._expired += await records.environment.write(_sweeping(records, now))
+        except StoreUnavailable:
+            pass  # counted and logged
+        finally:
+            self._sweeping = None
+
+    def _of(self, key: bytes) -> Records:
+        return self._shards[self.folder.shard_of(key)]
+
+    def _by_shard(self, writes: Sequence[ConditionalWrite]) -> dict[int, list[int]]:
+        """Returns the rows of each shard."""
+        if len(self._shards) == 1:
+            return {0: list(range(len(writes)))}
+        rows: dict[int, list[int]] = {}
+        for row, one in enumerate(writes):
+            rows.setdefault(self.folder.shard_of(to_key(one.key)), []).append(row)
+        return rows
+
+    def _writing(self, number: int, writes: list[ConditionalWrite]) -> Callable[[Any], list[WriteOutcome]]:
+        records, now = self._shards[number], self._clock()
+        return lambda transaction: records.write(transaction, writes, now)
+
+
+class LmdbStore(SharedStore):
+    """The sessions of a folder; a `SessionStore`. Its slots are compared with the map before they are used."""
+
+    _client: LmdbClient
+
+    def get(self, owner: str, session_id: str) -> Session:
+        """Returns a session, from its slot or from the map."""
+        session = self.table.live.get(key_of(owner, session_id))
+        if session is not None:
+            return session
+        found = self._find(key_of(owner, session_id))
+        if not isinstance(found, SessionRecord):
+            raise self._tombstone_error(found)
+        engine = self._engine_here(found)
+        if engine is None:
+            raise StaleSession()  # its model must be loaded first
+        return self._cache(owner, session_id, found, engine)
+
+    def is_current(self, session: Session, key: IdempotencyKey | None) -> bool:
+        """Returns whether a change may start from the slot, after filling it again if the session was changed."""
+        if self._client.folder.alone:
+            return session.revision is not None
+        stored = key_of(session.owner, session.id)
+        if self._client.stamp(stored) == (session.position, session.revision):
+            return True
+        if session.engine.arena.locked[session.slot]:
+            return False
+        try:
+            found = self._find(stored)
+            if not isinstance(found, SessionRecord) or found.digest != session.model.digest:
+                return False
+            content = self._content(session.engine, found)
+        except SessionUnreadable:
+            return False  # its refresh says so
+        self._fill(session, found, *content)
+        return True
+
+    def _find(self, key: str) -> SessionRecord | TombstoneRecord | None:
+        """Reads a session or its tombstone as they are; raises SessionUnreadable."""
+        try:
+            return self._client.find(key).record
+        except UnreadableRecord as error:
+            raise self._unreadable(error) from None
+
+    def all_current(self, sessions: Sequence[Session]) -> bool:
+        """Returns whether `is_current` holds for all of these sessions."""
+        return all([self.is_current(session, None) for session in sessions])  # noqa: C419  # fills all of them
+
+    async def refresh(self, session: Session, key: IdempotencyKey | None) -> None:
+        """Reads a locked session again if it was changed elsewhere."""
+        if not self.is_current(session, key):
+            await self._reload(session)
+
+    def commit(self, engine: Engine, batch: Sequence[Finished]) -> Awaitable[None] | None:
+        """Writes the results of a tick, at once if that takes microseconds; records the rows that are refused."""
+        tick = self._tick(engine, batch)
+        states = sum(len(one.states) for one in tick.writes)
+        if self._client.folder.sync or states > _LARGE_BYTES or engine.tracing is not None:
+            return self._commit(tick)
+        start = time.perf_counter()
+        complete = tick.settle(self._client.write_now(tick.writes))
+        engine.counts.store.observe(time.perf_counter() - start)
+        return None if complete else _nothing()
+
+    def sweep(self) -> None:
+        """Evicts idle sessions from the cache, and expires those that nobody uses."""
+        super().sweep()
+        self._client.keep_house()
+
+
+def _sweeping(records: Records, now: float) -> Callable[[Any], int]:
+    return lambda transaction: records.sweep(transaction, now, _SWEPT)
+
+
+async def _nothing() -> None:
+    """Is awaited by the engine, which then looks at each row's errors."""

@@ -1,0 +1,130 @@
+"""The embedded store behind a server with workers: whatever is killed, no step is lost and none is applied twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.helpers import create, frames
+from tests.e2e.test_replicas import SECONDS, through_chaos
+from tests.helpers import free_port, until
+from tests.server import Serve
+
+
+class Machine:
+    """A server with two workers over one folder, whose processes are killed, and started again on the same port."""
+
+    def __init__(self, repository: Path, folder: Path) -> None:
+        self.port = free_port()
+        flags = "--models", str(repository), "--store", f"lmdb:{folder / 'store'}", "--port", str(self.port)
+        self.command = [sys.executable, "-m", "cellserve.cli", "serve", *flags, "--workers", "2"]
+        self.command += ["--store-checkpoint-seconds", "1", "--shutdown-seconds", "1"]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "log"
+        self.start()
+
+    def start(self) -> None:
+        """Starts the server; again, while workers of the one before still end and have the port."""
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
+
+    def ready(self) -> bool:
+        if self.process.poll() is not None:
+            self.start()
+        return httpx.get(f"{self.url}/readyz", timeout=1).status_code == 200
+
+    def workers(self) -> list[int]:
+        """Gives the processes of the workers."""
+        listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True)
+        return [int(line.split()[0]) for line in listed.stdout.decode().splitlines() if "spawn_main" in line]
+
+    def kill(self, what: str, random_: random.Random) -> None:
+        if what == "all":
+            os.killpg(self.process.pid, signal.SIGKILL)
+        elif what == "parent":
+            self.process.kill()
+        elif workers := self.workers():
+            os.kill(random_.choice(workers), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
+
+    def end(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def machine(repository: Path, tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(repository, tmp_path)
+    until(machine.ready)
+    yield machine
+    machine.end()
+
+
+def survives(machine: Machine, repository: Path, kinds: list[str], sessions: int, seconds: float) -> int:
+    """Checks that clients notice nothing of kills of these kinds; returns how many there were."""
+    seed = int(os.environ.get("SEED", random.randrange(10**6)))
+    print("SEED", seed)
+    random_ = random.Random(seed)
+
+    async def chaos(end: float) -> int:
+        kills = 0
+        while time.monotonic() < end - 2:
+            await asyncio.sleep(random_.uniform(0.5, 3))
+            machine.kill(random_.choice(kinds), random_)
+            kills += 1
+            await asyncio.to_thread(lambda: until(machine.ready))
+        return kills
+
+    return asyncio.run(through_chaos(machine.url, seed, sessions, seconds, chaos, repository))
+
+
+def test_no_step_is_lost_or_doubled_when_workers_are_killed(machine: Machine, repository: Path) -> None:
+    assert survives(machine, repository, ["worker"], 20, 6)
+
+
+@pytest.mark.long
+def test_no_step_is_lost_or_doubled_whatever_is_killed(machine: Machine, repository: Path) -> None:
+    assert survives(machine, repository, ["worker", "worker", "parent", "all"], 200, SECONDS)
+
+
+@pytest.mark.parametrize("sync", ["checkpoints", "always"])
+def test_a_killed_server_has_lost_nothing_that_was_answered(
+    repository: Path, serve: Serve, tmp_path: Path, sync: str
+) -> None:
+    flags = "--models", str(repository), "--store", f"lmdb:{tmp_path / 'store'}", "--store-sync", sync
+    server, x, ys = serve(*flags), frames(6), []
+    durable = {"checkpoints": "process", "always": "disk"}[sync]
+    with server.client() as client:
+        session = create(client, "lstm")
+        for position in range(3):
+            answer = client.post(f"/sessions/{session}/step", json={"x": x[position], "position": position}).json()
+            assert answer["durable"] == durable
+            ys.append(answer["y"])
+        client.delete(f"/sessions/{create(client, 'rnn')}")
+    server.stop(signal.SIGKILL)
+    server = serve(*flags)
+    with server.client() as client:
+        again = client.post(f"/sessions/{session}/step", json={"x": x[2], "position": 2})
+        assert (again.json()["y"], again.headers["idempotent-replay"]) == (ys[2], "true")
+        ys += [client.post(f"/sessions/{session}/step", json={"x": row}).json()["y"] for row in x[3:]]
+        body = {"model": "lstm", "sequences": [x], "outputs": "all"}
+        assert ys == client.post("/predict", json=body).json()["outputs"][0]
+        assert [one["session"] for one in client.get("/sessions").json()["sessions"]] == [session]
+    assert server.stop() == 0
+
+
+def test_a_second_server_over_the_folder_is_refused(repository: Path, serve: Serve, tmp_path: Path) -> None:
+    flags = "--models", str(repository), "--store", f"lmdb:{tmp_path / 'store'}"
+    serve(*flags)
+    command = [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "another server uses" in done.stderr.splitlines()[-1]) == (1, True)
