@@ -103,7 +103,8 @@ class Environment:
 
     def database(self, name: bytes) -> Any:
         """Returns a database in the file, after creating it if necessary."""
-        return self._env.open_db(name)
+        with self._write_watch:  # it is a write transaction, even if there is nothing to create
+            return self._env.open_db(name)
 
     def read(self) -> lmdb.Transaction:
         """Returns a read transaction: a context manager, whose values are views of the map."""
