@@ -103,8 +103,8 @@ class Environment:
 
     def database(self, name: bytes) -> Any:
         """Returns a database in the file, after creating it if necessary."""
-        with self._write_watch:  # it is a write transaction, even if there is nothing to create
-            return self._env.open_db(name)
+        # In a transaction of ours: that of `open_db` would wait for the lock without letting other threads run.
+        return self.run(lambda transaction: self._env.open_db(name, txn=transaction))
 
     def read(self) -> lmdb.Transaction:
         """Returns a read transaction: a context manager, whose values are views of the map."""
