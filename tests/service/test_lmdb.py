@@ -258,7 +258,7 @@ def test_without_checkpoints_a_store_is_refused_after_a_power_cut(tmp_path: Path
 
 def test_a_full_store_keeps_what_it_has_and_takes_more_when_there_is_room(tmp_path: Path) -> None:
     async def work() -> None:
-        client = opened(tmp_path, checkpoint_seconds=0, max_bytes=2**20)
+        client = opened(tmp_path, checkpoint_seconds=0, max_bytes=2**22)
         count = 0
         with pytest.raises(Exception, match="--store-max-bytes"):
             while True:
@@ -269,7 +269,7 @@ def test_a_full_store_keeps_what_it_has_and_takes_more_when_there_is_room(tmp_pa
         # There is room for steps of the sessions that there are.
         writes = [ConditionalWrite(f"s{number}", stamps[number], new.stamp, new.states, None) for number in range(5)]
         assert await client.write(writes) == [WriteOutcome.WRITTEN] * 5
-        huge = replace(record(2), states=b"0" * 2**20)
+        huge = replace(record(2), states=b"0" * 2**22)
         outcomes = client.write_now([ConditionalWrite("s0", new.stamp, huge.stamp, huge.states, None)])
         assert isinstance(outcomes[0], StoreUnavailable)
         assert client.errors["full"] == 1
