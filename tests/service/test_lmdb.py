@@ -264,7 +264,8 @@ def test_a_full_store_keeps_what_it_has_and_takes_more_when_there_is_room(tmp_pa
             while True:
                 await client.create(f"s{count}", record(0), ROOM)
                 count += 1
-        stamps = [(await read(client))[f"s{number}"].stamp for number in range(count)]
+        known = await read(client)
+        stamps = [known[f"s{number}"].stamp for number in range(count)]
         new = record(1)
         # There is room for steps of the sessions that there are.
         writes = [ConditionalWrite(f"s{number}", stamps[number], new.stamp, new.states, None) for number in range(5)]
