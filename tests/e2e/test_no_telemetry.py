@@ -31,8 +31,9 @@ sys.meta_path.insert(0, Watch())
 """
 
 
+WITHOUT_RUNTIME = {"cellserve.models.training_cli", "cellserve.benchmark.command"}
 RUN_MODELS = [
-    *sorted({module for module, _, _ in COMMANDS.values()} - {"cellserve.models.training_cli"}),
+    *sorted({module for module, _, _ in COMMANDS.values()} - WITHOUT_RUNTIME),
     "cellserve.service.app",
     "bench",
 ]

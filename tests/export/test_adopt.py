@@ -18,6 +18,7 @@ from onnx.helper import make_node as node
 from cellserve.export.adopt.state_matching import Port, find_pairs
 from cellserve.export.errors import ExportError
 from cellserve.models.signature import Signature
+from cellserve.service.runtime.shape_policy import POLICIES
 from tests import foreign
 from tests.export.adopting import Adopt
 from tests.foreign import FLOAT, INT64
@@ -137,7 +138,17 @@ def unpacked() -> Any:
     )
 
 
-def test_a_model_whose_chunks_differ_in_the_last_bits_is_stepped_one_time_step_at_a_time(adopt: Adopt) -> None:
+def test_a_model_whose_chunks_differ_in_the_last_bits_is_exact_in_padded_runs(adopt: Adopt) -> None:
+    model = adopt(unpacked())
+    assert model.exactness.proved
+    assert model.exactness.shapes in [policy.name for policy in POLICIES[1:]]
+    assert f"in {model.exactness.shapes}, since" in model.exactness.why
+
+
+def test_a_model_that_no_shapes_make_exact_is_stepped_one_time_step_at_a_time(
+    adopt: Adopt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cellserve.export.adopt.adopt.POLICIES", POLICIES[:1])
     model = adopt(unpacked())
     assert (model.exactness.proved, model.document.signature.predict_only) == (False, None)
     assert "one row and one time step at a time" in model.exactness.why

@@ -50,7 +50,13 @@ def test_the_end_names_the_report_and_the_command_that_serves_the_model(tmp_path
     assert "<img" not in text
     assert "script" not in {tag for tag, _ in page.tags}
     assert not [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href")]
-    for told in (HOSTILE, "axis 1, of size one, is dropped", "gain = [1.0, 2.0, 3.0]", "h → h.next", "Proved."):
+    for told in (
+        HOSTILE,
+        "axis 1, of size one, is dropped",
+        "gain = [1.0, 2.0, 3.0]",
+        "h → h.next",
+        "Proved for runs in any shape.",
+    ):
         assert told in page.text
     assert "Keras" not in page.text
 

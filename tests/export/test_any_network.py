@@ -300,7 +300,7 @@ class Softplus(Gated):
 def test_a_cell_whose_bits_depend_on_the_batch_is_exact_in_padded_runs_and_its_model_says_so(tmp_path: Path) -> None:
     keras.Sequential([keras.Input((None, 4)), layers.RNN(Softplus(3))]).save(tmp_path / "mine.keras")
     told = StringIO()
-    folder = export(ExportRequest(tmp_path / "mine.keras", "mine", tmp_path), Console(file=told, width=200))
+    folder = export(ExportRequest(tmp_path / "mine.keras", "mine", tmp_path), Console(file=told, width=999))
     document = Runtime(folder / MODEL_NAME).document
     assert document.exactness.proved
     assert document.exactness.shapes == "multiples of 8 rows"

@@ -19,6 +19,8 @@ from tests.helpers import free_port
 from tests.hostile.conftest import Beside
 from tests.server import Serve, Server
 
+pytestmark = pytest.mark.long
+
 MB = 2**20
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"

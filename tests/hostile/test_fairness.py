@@ -17,6 +17,8 @@ from tests.helpers import until
 from tests.hostile.conftest import Beside
 from tests.server import Serve, Server
 
+pytestmark = pytest.mark.long
+
 GZIP = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
 JSON = {"Content-Type": "application/json"}
 

@@ -14,6 +14,8 @@ from tests.hostile.conftest import Beside
 from tests.redis_server import RedisServer
 from tests.server import Server, start_server
 
+pytestmark = pytest.mark.long
+
 THEIRS = 70_000
 OWN = 5
 PAGE_SECONDS = 2  # milliseconds on a quiet machine; it was 9 seconds

@@ -23,6 +23,8 @@ from tests.e2e.helpers import create
 from tests.hostile.conftest import Beside, resident_bytes
 from tests.server import Serve, Server
 
+pytestmark = pytest.mark.long
+
 GZIP = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
 MB = 2**20
 LIMIT = 64 * MB  # of a request's inputs and its answer, with the default --max-body-bytes
