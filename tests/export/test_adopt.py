@@ -142,7 +142,7 @@ def test_a_model_whose_chunks_differ_in_the_last_bits_is_exact_in_padded_runs(ad
     model = adopt(unpacked())
     assert model.exactness.proved
     assert model.exactness.shapes in [policy.name for policy in POLICIES[1:]]
-    assert f"in {model.exactness.shapes}, since" in model.exactness.why
+    assert f"in {model.exactness.shapes}, since" in model.document.exactness.why
 
 
 def test_a_model_that_no_shapes_make_exact_is_stepped_one_time_step_at_a_time(
