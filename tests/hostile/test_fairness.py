@@ -61,11 +61,11 @@ def test_the_work_of_a_client_that_has_gone_is_dropped_and_nothing_of_it_applied
         begun = time.monotonic()
         for session in sessions:
             with pytest.raises(httpx.ReadTimeout):
-                client.post(f"/sessions/{session}/step", content=steps(40_000), headers=JSON, timeout=0.5)
+                client.post(f"/sessions/{session}/step", content=steps(120_000), headers=JSON, timeout=0.1)
         until(lambda: is_busy(client), lambda busy: not busy, seconds=30)
         took = time.monotonic() - begun
         applied = [client.get(f"/sessions/{session}").json()["position"] for session in sessions]
-    assert set(applied) <= {0, 40_000}
+    assert set(applied) <= {0, 120_000}
     assert took < 30
 
 
