@@ -19,12 +19,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cellserve.service.api import openapi, operations, sessions
 from cellserve.service.api.asgi import ClientGone, ProblemMiddleware, as_problem
 from cellserve.service.api.browser_rules import BrowserRules, BrowserRulesMiddleware
+from cellserve.service.api.connections.operations_listener import OperationsListener
+from cellserve.service.api.connections.ports import check_port
 from cellserve.service.api.fast_path import FastPath
 from cellserve.service.api.inference.http import HttpInference
 from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.middleware import ObservabilityMiddleware
-from cellserve.service.api.operations_listener import OperationsListener
-from cellserve.service.api.ports import check_port
 from cellserve.service.api.predict import Predict
 from cellserve.service.api.rollout import RolloutEndpoint
 from cellserve.service.api.websocket.endpoint import StreamEndpoint, reject_plain_http

@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager, asynccontextmanager, nullcontext,
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cellserve.service.auth import HeldKey, Keys
+from cellserve.service.access.keys import HeldKey, Keys
+from cellserve.service.access.peer_address import Address
 from cellserve.service.engine.engine import Engine
 from cellserve.service.engine.memory import MemoryTrimmer
 from cellserve.service.errors import NotAnOperator, ServerFull, Unauthorized
@@ -23,7 +24,6 @@ from cellserve.service.model_repository.model import Model
 from cellserve.service.model_repository.repository import Repository
 from cellserve.service.observability.counters import Counts
 from cellserve.service.observability.prometheus import Metrics
-from cellserve.service.peer_address import Address
 from cellserve.service.runtime.onnx_model import RuntimeOptions, flush_denormals
 from cellserve.service.sessions.rollout import RolloutRunner
 from cellserve.service.sessions.session import ClientLimits, Durable

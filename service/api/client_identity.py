@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from starlette.types import Scope
 from uvicorn.middleware.proxy_headers import _TrustedHosts
 
-from cellserve.service.peer_address import Address, host_identity
+from cellserve.service.access.peer_address import Address, host_identity
 
 Scheme = Literal["http", "https"]
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import orjson
 
+from cellserve.service.access.peer_address import Address
 from cellserve.service.api.answer_size import LARGE
 from cellserve.service.api.asgi import JSON, REPLAY, as_problem
 from cellserve.service.api.browser_rules import BrowserRules
@@ -25,7 +26,6 @@ from cellserve.service.errors import NotFinite, Problem
 from cellserve.service.model_repository.model import Model
 from cellserve.service.observability.counters import SurfaceCounts
 from cellserve.service.observability.request_context import HEADER, RequestContext, make_scope, new_id, problem_body
-from cellserve.service.peer_address import Address
 from cellserve.service.sessions.pending_steps import PendingStep, StepResult
 from cellserve.service.sessions.session import Session
 from cellserve.service.validation.decoding import ADMITTED_BYTES

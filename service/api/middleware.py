@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cellserve.service.api.asgi import send_problem
 from cellserve.service.api.client_identity import peer_of
-from cellserve.service.api.connection_limits import ConnectionTable
+from cellserve.service.api.connections.limits import ConnectionTable
 from cellserve.service.api.fast_path import FastPath
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import ShuttingDown, Unauthorized

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cellserve.service.private_files import append_private
+from cellserve.service.access.private_files import append_private
 
 EPILOG = """\
 example:

@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValidationError as error:
         return _fail(explain_invalid(error, given), 2)
     # Here and not above, so that --help and a mistyped flag answer at once.
-    from cellserve.service.api.connection_limits import raise_file_limit
-    from cellserve.service.api.ports import PortTaken, check_port
+    from cellserve.service.access.keys import BadKeysFile
+    from cellserve.service.api.connections.limits import raise_file_limit
+    from cellserve.service.api.connections.ports import PortTaken, check_port
     from cellserve.service.app import create_app
-    from cellserve.service.auth import BadKeysFile
     from cellserve.service.context import check_store
     from cellserve.service.model_repository.errors import BrokenModel
     from cellserve.service.runtime.onnx_model import RuntimeUnavailable
@@ -107,8 +107,8 @@ def _run_one(app: ObservabilityMiddleware, settings: Settings) -> int:
 
 
 def _uvicorn_options(settings: Settings) -> dict[str, Any]:
-    from cellserve.service.api.bounded_websocket import BoundedWebSocket
-    from cellserve.service.api.fast_path_http import FastPathHttp
+    from cellserve.service.api.connections.bounded_websocket import BoundedWebSocket
+    from cellserve.service.api.connections.fast_path_http import FastPathHttp
 
     options: dict[str, Any] = {
         "host": settings.host,

@@ -9,8 +9,8 @@ from collections.abc import Callable, Coroutine
 
 import pytest
 
-from cellserve.service.api import connection_limits
-from cellserve.service.api.connection_limits import TURN_SECONDS, Client, ConnectionTable, Phase, Place, Progress
+from cellserve.service.api.connections import limits
+from cellserve.service.api.connections.limits import TURN_SECONDS, Client, ConnectionTable, Phase, Place, Progress
 from cellserve.service.observability.counters import Counts
 from cellserve.service.settings import Settings
 
@@ -109,5 +109,5 @@ async def test_what_does_not_go_on_is_given_up_and_what_does_is_not() -> None:
 
 def test_open_files_limit_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (600, 600))
-    assert connection_limits._affordable(10_000) == 280
-    assert connection_limits._affordable(10) == 10
+    assert limits._affordable(10_000) == 280
+    assert limits._affordable(10) == 10

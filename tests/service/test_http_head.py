@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from cellserve.service.api.connection_limits import MAX_HEADERS, MAX_TARGET_BYTES
-from cellserve.service.api.http_head import Headers, asks_for_websocket, check_head, path_of, without_upgrade
+from cellserve.service.api.connections.http_head import (
+    Headers,
+    asks_for_websocket,
+    check_head,
+    path_of,
+    without_upgrade,
+)
+from cellserve.service.api.connections.limits import MAX_HEADERS, MAX_TARGET_BYTES
 from cellserve.service.errors import HeadTooLarge, MalformedRequest, Problem, TargetTooLong
 
 HOST = (b"host", b"x")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cellserve.service.auth import BadKeysFile, Keys
+from cellserve.service.access.keys import BadKeysFile, Keys
 from cellserve.service.errors import TooManyWrongKeys, Unauthorized
 
 

@@ -10,7 +10,7 @@ from typing import IO
 
 import pytest
 
-from cellserve.service.private_files import append_private, create_private
+from cellserve.service.access.private_files import append_private, create_private
 
 
 def mode(path: Path) -> int:

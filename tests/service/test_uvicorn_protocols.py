@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import uvicorn
+from uvicorn.middleware.proxy_headers import _TrustedHosts
 from uvicorn.protocols.http import httptools_impl
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -12,9 +13,7 @@ from uvicorn.server import ServerState
 from websockets.protocol import Protocol
 from websockets.server import ServerProtocol
 
-WHERE = (
-    f"uvicorn {uvicorn.__version__} has changed what bounded_http.py, fast_path_http.py and bounded_websocket.py need: "
-)
+WHERE = f"uvicorn {uvicorn.__version__} has changed what api/connections/ and api/client_identity.py need: "
 
 METHODS: dict[type, dict[str, list[str]]] = {
     httptools_impl.HttpToolsProtocol: {
@@ -42,6 +41,7 @@ METHODS: dict[type, dict[str, list[str]]] = {
         "resume_writing": [],
         "send_receive_event_to_app": [],
     },
+    _TrustedHosts: {"__contains__": ["host"], "get_trusted_client_address": ["x_forwarded_for"]},
     FlowControl: {"pause_writing": [], "resume_reading": [], "resume_writing": []},
 }
 HTTP = ("cycle", "expect_100_continue", "flow", "headers", "parser", "pipeline", "server_state", "transport", "url")

@@ -19,9 +19,10 @@ import orjson
 from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
+from cellserve.service.access.keys import HeldKey
 from cellserve.service.api.answer_size import check_exchange, check_json_answer
 from cellserve.service.api.asgi import as_problem, send_problem
-from cellserve.service.api.bounded_websocket import FRAMES_EXTENSION, BoundedWebSocket
+from cellserve.service.api.connections.bounded_websocket import FRAMES_EXTENSION, BoundedWebSocket
 from cellserve.service.api.json_parts import encoded
 from cellserve.service.api.session_requests import (
     ForkRequest,
@@ -34,7 +35,6 @@ from cellserve.service.api.websocket import binary_frames, json_frames
 from cellserve.service.api.websocket.binary_frames import STEP, Frame, Group
 from cellserve.service.api.websocket.json_frames import Attach, Auth, Close, Fork, Open, Reset, Step
 from cellserve.service.api.websocket.send_queue import SendQueue
-from cellserve.service.auth import HeldKey
 from cellserve.service.context import Headers, ServiceContext
 from cellserve.service.errors import (
     InvalidInput,

@@ -7,7 +7,7 @@ from collections import deque
 
 from starlette.types import Send
 
-from cellserve.service.api.bounded_websocket import BoundedWebSocket
+from cellserve.service.api.connections.bounded_websocket import BoundedWebSocket
 
 
 class SendQueue:

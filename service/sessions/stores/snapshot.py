@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save
 
+from cellserve.service.access.private_files import append_private, create_private
 from cellserve.service.engine.engine import Engine
 from cellserve.service.idempotency import AppliedChange, IdempotencyKey
 from cellserve.service.model_repository.model import VersionKey
-from cellserve.service.private_files import append_private, create_private
 from cellserve.service.sessions.session import Session, key_of
 from cellserve.service.sessions.stores.memory import MemoryStore, Tombstone
 from cellserve.service.sessions.stores.moment import Moment

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import orjson
 
-from cellserve.service.private_files import create_private
+from cellserve.service.access.private_files import create_private
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 
 _FILE = "checkpoint"

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 
 import lmdb
 
+from cellserve.service.access.private_files import append_private
 from cellserve.service.errors import Problem, StoreUnavailable
-from cellserve.service.private_files import append_private
 from cellserve.service.sessions.stores.lmdb.checkpoint import (
     Checkpoint,
     boot_id,

@@ -20,7 +20,7 @@ from typing import IO
 
 import orjson
 
-from cellserve.service.private_files import append_private, create_private
+from cellserve.service.access.private_files import append_private, create_private
 from cellserve.service.sessions.stores.lmdb.checkpoint import recover
 from cellserve.service.sessions.stores.lmdb.environment import Environment
 from cellserve.service.sessions.stores.lmdb.watchdog import Watchdog

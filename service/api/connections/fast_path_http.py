@@ -10,8 +10,8 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from cellserve.service.api.asgi import JSON, RESUMABLE
-from cellserve.service.api.bounded_http import BoundedHttp
-from cellserve.service.api.connection_limits import MAX_HEADERS, Place
+from cellserve.service.api.connections.bounded_http import BoundedHttp
+from cellserve.service.api.connections.limits import MAX_HEADERS, Place
 from cellserve.service.api.fast_path import Exchange, FastPath, Headers
 from cellserve.service.observability.request_context import HEADER
 

@@ -16,9 +16,9 @@ from websockets.frames import CloseCode, Frame
 from websockets.http11 import Request
 from websockets.streams import StreamReader
 
-from cellserve.service.api.bounded_http import refusal
 from cellserve.service.api.client_identity import TrustedProxies
-from cellserve.service.api.connection_limits import (
+from cellserve.service.api.connections.bounded_http import refusal
+from cellserve.service.api.connections.limits import (
     TASK_SECONDS,
     TURN_SECONDS,
     Client,

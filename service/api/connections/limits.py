@@ -14,9 +14,9 @@ from contextlib import suppress
 from typing import NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
+from cellserve.service.access.peer_address import Address, host_identity
 from cellserve.service.api.client_identity import TrustedProxies
 from cellserve.service.observability.counters import Counts
-from cellserve.service.peer_address import Address, host_identity
 from cellserve.service.settings import Settings
 
 MAX_HEAD_BYTES = 64 * 1024  # of a request's head, and of its trailers

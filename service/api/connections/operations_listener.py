@@ -9,8 +9,8 @@ from typing import Any
 import uvicorn
 from uvicorn.server import ServerState
 
-from cellserve.service.api.bounded_http import BoundedHttp
-from cellserve.service.api.ports import bind_port
+from cellserve.service.api.connections.bounded_http import BoundedHttp
+from cellserve.service.api.connections.ports import bind_port
 
 _CLOSING_SECONDS = 1
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cellserve.service.access.peer_address import host_identity
 from cellserve.service.errors import TooManyWrongKeys, Unauthorized
-from cellserve.service.peer_address import host_identity
 
 _LINE = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})")
 _REMEMBERED = 4096  # keys, pairs of address and key, and addresses with wrong keys

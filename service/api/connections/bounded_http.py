@@ -12,7 +12,15 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from cellserve.service.api.connection_limits import (
+from cellserve.service.api.connections.http_head import (
+    Headers,
+    asks_for_websocket,
+    check_head,
+    path_of,
+    target_too_long,
+    without_upgrade,
+)
+from cellserve.service.api.connections.limits import (
     MAX_HEAD_BYTES,
     MAX_TARGET_BYTES,
     TASK_SECONDS,
@@ -25,14 +33,6 @@ from cellserve.service.api.connection_limits import (
     reset,
 )
 from cellserve.service.api.fast_path import Exchange
-from cellserve.service.api.http_head import (
-    Headers,
-    asks_for_websocket,
-    check_head,
-    path_of,
-    target_too_long,
-    without_upgrade,
-)
 from cellserve.service.errors import HeadTooLarge, MalformedRequest, Problem, RequestTimeout, TooManyConnections
 from cellserve.service.observability.counters import Counts
 from cellserve.service.observability.request_context import HEADER, new_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote
 
-from cellserve.service.api.connection_limits import MAX_HEADERS, MAX_TARGET_BYTES
+from cellserve.service.api.connections.limits import MAX_HEADERS, MAX_TARGET_BYTES
 from cellserve.service.errors import HeadTooLarge, MalformedRequest, TargetTooLong
 
 Headers = list[tuple[bytes, bytes]]
