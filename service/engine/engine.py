@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 import weakref
 from collections.abc import Awaitable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellserve.service.engine.batch_run import BatchResult, is_finite, record_row_problems, run_batch
 from cellserve.service.engine.queue_bound import QueueBound
 from cellserve.service.engine.run_errors import run_failed
 from cellserve.service.engine.scheduler import CostModel, RequestQueue, Tick
@@ -29,10 +28,9 @@ from cellserve.service.engine.sequence_runner import SequenceRunner, SteppedSequ
 from cellserve.service.engine.state_arena import Arena, Slots
 from cellserve.service.engine.stats import TickCounts
 from cellserve.service.engine.work import Completion, CompletionSink, Finished, Tracing, WorkItem
-from cellserve.service.errors import NotFinite, Problem, QueueFull, StoreUnavailable
+from cellserve.service.errors import QueueFull, StoreUnavailable
 from cellserve.service.idempotency import IdempotencyKey
 from cellserve.service.model_repository.model import Model
-from cellserve.service.runtime.tensor_layout import unpack
 from cellserve.service.settings import Settings
 
 Array = NDArray[Any]
@@ -43,19 +41,6 @@ _COALESCE_ITERATIONS = 3  # event loop iterations, each a few microseconds if no
 _LONG_WAIT_SECONDS = 0.02
 
 log = logging.getLogger("cellserve")
-
-
-@dataclass(slots=True)
-class BatchResult:
-    """The result of a tick's run: y `[batch, time, *outputs]`, the next states, and the rows that failed."""
-
-    y: Array
-    states: list[Array]
-    failed: dict[int, Exception]
-    steps: int = 0  # time steps that were computed, over all rows, padding included
-    start: float = 0.0  # seconds of time.perf_counter
-    seconds: float = 0.0  # duration
-    rerun: bool = False  # whether the batch failed and was run again row by row
 
 
 class Engine:
@@ -272,40 +257,10 @@ class Engine:
         return False
 
     def _run(self, x: Array, lengths: NDArray[np.int32], states: list[Array]) -> BatchResult:
-        """Runs a batch; if it fails, runs it again row by row, so that only the rows at fault fail."""
-        start = time.perf_counter()
-        try:
-            y, following = self.model.runtime.run(x, lengths, states)
-        except Exception as error:
-            log.error("model %s failed: %s", self.model.name, error)
-            result = self._run_rows(x, lengths, states, error)
-            result.steps, result.rerun = int(lengths.sum()), True
-            result.start, result.seconds = start, time.perf_counter() - start
-            return result
-        seconds = time.perf_counter() - start
-        self._cost.update(x.shape[0], x.shape[1], seconds)
-        return BatchResult(y, following, {}, x.shape[0] * x.shape[1], start, seconds)
-
-    def _run_rows(
-        self, x: Array, lengths: NDArray[np.int32], states: list[Array], batch_error: Exception
-    ) -> BatchResult:
-        specs = self.model.runtime.signature.states
-        y = self.model.outputs.zeros(*x.shape[:2])
-        if len(x) == 1:
-            return BatchResult(y, states, {0: batch_error})
-        following = [state.copy() for state in states]
-        failed: dict[int, Exception] = {}
-        for row, length in enumerate(lengths):
-            own = [np.take(state, [row], spec.batch_axis) for state, spec in zip(states, specs, strict=True)]
-            inputs = np.ascontiguousarray(x[row : row + 1, :length]), lengths[row : row + 1], own
-            try:
-                y[row, :length], next_states = self.model.runtime.run(*inputs)
-            except Exception as error:
-                failed[row] = error
-                continue
-            for spec, state, rows in zip(specs, following, next_states, strict=True):
-                np.moveaxis(state, spec.batch_axis, 0)[row] = np.moveaxis(rows, spec.batch_axis, 0)[0]
-        return BatchResult(y, following, failed)
+        result = run_batch(self.model, x, lengths, states)
+        if not result.rerun:
+            self._cost.update(x.shape[0], x.shape[1], result.seconds)
+        return result
 
     def _postprocess(
         self, tick: Tick, slots: Slots, lengths: NDArray[np.int32], before: list[Array], result: BatchResult
@@ -320,7 +275,7 @@ class Engine:
             self.tracing.record_run(tick.items, result.start, result.seconds)
         try:
             cancelled = any([item.done.cancelled() for item in tick.items])  # noqa: C419  # faster than a generator
-            if not (result.failed or cancelled) and _all_finite(result):
+            if not (result.failed or cancelled) and is_finite(result):
                 self.arena.scatter(slots, result.states)
             else:
                 self._scatter_finite_rows(tick, slots, result)
@@ -444,7 +399,7 @@ class Engine:
             rows = range(start, start + item.rows)
             start = rows.stop
             if not item.done.cancelled():
-                self._collect_row_errors(item, rows, length, result)
+                record_row_problems(self.model, item, rows, length, result)
                 good += [row for row in rows if row - rows.start not in (item.errors_by_row or ())]
         self._scatter_rows(slots, result.states, good)
 
@@ -504,39 +459,3 @@ class Engine:
         else:
             steps = item.x.shape[1] if item.return_all_outputs else 1
             item.done.set_result(self.model.outputs.zeros(item.rows, steps))
-
-    def _collect_row_errors(self, item: WorkItem, rows: range, length: int, result: BatchResult) -> None:
-        """Records the rows of an item that failed, or whose outputs or next states are not finite."""
-        specs = self.arena.specs
-        errors: dict[int, Problem] = item.errors_by_row or {}
-        for row in rows:
-            place = row - rows.start
-            if place in errors:
-                continue
-            if row in result.failed:
-                errors[place] = run_failed(self.model.name, result.failed[row])
-                continue
-            each = (np.isfinite(part).reshape(length, -1).all(axis=1) for part in unpack(result.y[row, :length]))
-            finite = np.logical_and.reduce(list(each))
-            states = (np.take(state, row, spec.batch_axis) for state, spec in zip(result.states, specs, strict=True))
-            if not finite.all():
-                errors[place] = _not_finite(item.steps_done + int(np.argmin(finite)), None)
-            elif not all(np.isfinite(state).all() for state in states):
-                errors[place] = _not_finite(item.steps_done, item.steps_done + length - 1)
-        item.errors_by_row = errors or None
-
-
-def _all_finite(result: BatchResult) -> bool:
-    with np.errstate(invalid="ignore", over="ignore"):
-        # A finite sum has only finite summands, and costs half as much as checking each.
-        arrays = (*unpack(result.y), *result.states)
-        return all(math.isfinite(array.sum()) or np.isfinite(array).all() for array in arrays)
-
-
-def _not_finite(first: int, last: int | None) -> Problem:
-    where = f"step {first}" if last is None or last == first else f"one of the steps {first} to {last}"
-    return NotFinite(
-        f"the model's output or next state is not finite after {where} of the request; nothing was applied: "
-        f"send inputs (and states) in the range that the model was trained on",
-        step=first,
-    )

@@ -1,0 +1,116 @@
+"""One run of a batch: its result, and the problems of rows that failed or are not finite."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellserve.service.engine.run_errors import run_failed
+from cellserve.service.engine.work import WorkItem
+from cellserve.service.errors import NotFinite, Problem
+from cellserve.service.model_repository.model import Model
+from cellserve.service.runtime.tensor_layout import unpack
+
+Array = NDArray[Any]
+
+log = logging.getLogger("cellserve")
+
+
+@dataclass(slots=True)
+class BatchResult:
+    """The result of a tick's run: y `[batch, time, *outputs]`, the next states, and the rows that failed."""
+
+    y: Array
+    states: list[Array]
+    failed: dict[int, Exception]
+    steps: int = 0  # time steps that were computed, over all rows, padding included
+    start: float = 0.0  # seconds of time.perf_counter
+    seconds: float = 0.0  # duration
+    rerun: bool = False  # whether the batch failed and was run again row by row
+
+
+def run_batch(model: Model, x: Array, lengths: NDArray[np.int32], states: list[Array]) -> BatchResult:
+    """Runs a batch; if it fails, runs it again row by row, so that only the rows at fault fail.
+
+    Args:
+        model: The model.
+        x: `[batch, time, *features]`.
+        lengths: `[batch]`, the time steps of each row.
+        states: The states before, as `Runtime.run` takes them.
+    """
+    start = time.perf_counter()
+    try:
+        y, following = model.runtime.run(x, lengths, states)
+    except Exception as error:
+        log.error("model %s failed: %s", model.name, error)
+        result = _run_rows(model, x, lengths, states, error)
+        result.steps, result.rerun = int(lengths.sum()), True
+        result.start, result.seconds = start, time.perf_counter() - start
+        return result
+    return BatchResult(y, following, {}, x.shape[0] * x.shape[1], start, time.perf_counter() - start)
+
+
+def _run_rows(
+    model: Model, x: Array, lengths: NDArray[np.int32], states: list[Array], batch_error: Exception
+) -> BatchResult:
+    specs = model.runtime.signature.states
+    y = model.outputs.zeros(*x.shape[:2])
+    if len(x) == 1:
+        return BatchResult(y, states, {0: batch_error})
+    following = [state.copy() for state in states]
+    failed: dict[int, Exception] = {}
+    for row, length in enumerate(lengths):
+        own = [np.take(state, [row], spec.batch_axis) for state, spec in zip(states, specs, strict=True)]
+        inputs = np.ascontiguousarray(x[row : row + 1, :length]), lengths[row : row + 1], own
+        try:
+            y[row, :length], next_states = model.runtime.run(*inputs)
+        except Exception as error:
+            failed[row] = error
+            continue
+        for spec, state, rows in zip(specs, following, next_states, strict=True):
+            np.moveaxis(state, spec.batch_axis, 0)[row] = np.moveaxis(rows, spec.batch_axis, 0)[0]
+    return BatchResult(y, following, failed)
+
+
+def record_row_problems(model: Model, item: WorkItem, rows: range, length: int, result: BatchResult) -> None:
+    """Records the rows of an item that failed, or whose outputs or next states are not finite."""
+    specs = model.runtime.signature.states
+    errors: dict[int, Problem] = item.errors_by_row or {}
+    for row in rows:
+        place = row - rows.start
+        if place in errors:
+            continue
+        if row in result.failed:
+            errors[place] = run_failed(model.name, result.failed[row])
+            continue
+        each = (np.isfinite(part).reshape(length, -1).all(axis=1) for part in unpack(result.y[row, :length]))
+        finite = np.logical_and.reduce(list(each))
+        states = (np.take(state, row, spec.batch_axis) for state, spec in zip(result.states, specs, strict=True))
+        if not finite.all():
+            errors[place] = _not_finite(item.steps_done + int(np.argmin(finite)), None)
+        elif not all(np.isfinite(state).all() for state in states):
+            errors[place] = _not_finite(item.steps_done, item.steps_done + length - 1)
+    item.errors_by_row = errors or None
+
+
+def is_finite(result: BatchResult) -> bool:
+    """Whether all outputs and next states are finite."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        # A finite sum has only finite summands, and costs half as much as checking each.
+        arrays = (*unpack(result.y), *result.states)
+        return all(math.isfinite(array.sum()) or np.isfinite(array).all() for array in arrays)
+
+
+def _not_finite(first: int, last: int | None) -> Problem:
+    where = f"step {first}" if last is None or last == first else f"one of the steps {first} to {last}"
+    return NotFinite(
+        f"the model's output or next state is not finite after {where} of the request; nothing was applied: "
+        f"send inputs (and states) in the range that the model was trained on",
+        step=first,
+    )
