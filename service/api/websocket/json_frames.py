@@ -132,3 +132,8 @@ def ref_of(text: bytes) -> bytes | None:
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return None
     return ref if len(ref) <= _LONGEST_REF else None
+
+
+def bearer_header(key: str) -> tuple[bytes, bytes]:
+    """Returns the header equivalent to an `auth` frame's key."""
+    return b"authorization", b"Bearer " + key.encode()
