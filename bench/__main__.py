@@ -95,7 +95,7 @@ def missing_requirement() -> str | None:
         return "it runs on Linux only, since it reads CPU times from /proc"
     for name in ("tensorflow", "mosec", "redis"):
         if find_spec(name) is None:
-            return f"{name} is not installed: pip install -e '.[bench]'"
+            return f"{name} is not installed: pip install -e '.[dev]'"
     if shutil.which("redis-server") is None:
         return "redis-server is not installed: apt-get install redis-server"
     return None
