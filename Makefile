@@ -30,14 +30,14 @@ test-long: $(BIN)/.dev $(BIN)/.silero setup servers
 fuzz: $(BIN)/.dev
 	$(BIN)/python -m tests.export.fuzz $(FUZZ_FLAGS)
 
-# Installs what the tests run: a real Redis, a real load balancer, strace, and a C compiler for the bench's load
-# generator.
+# Installs what the tests run: a real Redis, a real load balancer, a real browser, strace, and a C compiler for the
+# bench's load generator.
 servers:
-	@for program in redis-server strace nginx cc; do \
+	@for program in redis-server strace nginx cc chromium; do \
 		PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || missing=yes; \
 	done; \
 	test -z "$$missing" || { apt-get update -q \
-	&& apt-get install -qy --no-install-recommends redis-server nginx-light strace gcc libc6-dev; }
+	&& apt-get install -qy --no-install-recommends redis-server nginx-light strace gcc libc6-dev chromium; }
 
 check: $(BIN)/.dev
 	$(BIN)/ruff check

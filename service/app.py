@@ -25,6 +25,7 @@ from cellserve.service.api.fast_path import FastPath
 from cellserve.service.api.inference.http import HttpInference
 from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.middleware import ObservabilityMiddleware
+from cellserve.service.api.page import page_routes
 from cellserve.service.api.predict import Predict
 from cellserve.service.api.rollout import RolloutEndpoint
 from cellserve.service.api.websocket.endpoint import StreamEndpoint, reject_plain_http
@@ -100,6 +101,8 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
     app.router.routes.append(Route("/sessions/{session_id}/rollout", roll_out, methods=["POST"]))
     app.router.routes.append(WebSocketRoute("/stream", StreamEndpoint(service)))
     app.router.routes.append(Route("/stream", ProblemMiddleware(reject_plain_http)))
+    if not settings.no_page:
+        app.router.routes.extend(page_routes())
     app.include_router(sessions.router)
     app.include_router(operations.main_router(with_operator_routes=settings.operations_port is None))
     app.state.service = service

@@ -113,6 +113,7 @@ class Settings(BaseSettings):
         le=65535,
         description="second port, without keys: /metrics, reload, health",
     )
+    no_page: bool = Field(False, description="whether to leave out the page at /")
     log_format: LogFormat = Field("text", description="text, or json with one object per line")
     access_log: bool = Field(False, description="whether each request is logged")
     tracing: bool = Field(False, description="whether to send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT")

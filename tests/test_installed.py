@@ -76,7 +76,8 @@ def installed(once: Callable[[str, Callable[[Path], Path]], Path], wheel: Path) 
 def test_a_wheel_has_one_name_at_its_top(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names} == {"cellserve", "cellserve-0.1.0.dist-info"}
-    for part in ("service/app.py", "export/exporter.py", "export/report/report.html", "models/cells.py", "py.typed"):
+    files = ("service/app.py", "service/ui/index.html", "export/report/report.html", "models/cells.py", "py.typed")
+    for part in files:
         assert f"cellserve/{part}" in names
     assert [name for name in names if name.startswith("cellserve/models/data/")]
 

@@ -1,0 +1,291 @@
+// Charts of this page: lines over steps, bars, and strips of colour. Each is an object with an `element`.
+//
+// They take their colours from style.css (`--s1` to `--s4`, `--negative`, `--positive`), so they follow its two schemes.
+
+import { h, short, svg } from "./dom.js";
+
+const MARGIN = { left: 52, right: 14, top: 10, bottom: 26 };
+
+/**
+ * A chart of lines over steps.
+ *
+ * @param label What it shows, for those who do not see it.
+ * @param series A list of `{name, kind}`; kind is "line" (default), "dashed", "dots" or "area".
+ * @param options `height` in pixels; `min` and `max` fix the vertical axis; `steps` is the least width in steps;
+ *   `x` names the horizontal axis and `at` turns a step into its text.
+ */
+export class LineChart {
+  constructor(label, series, { height = 240, min, max, steps = 1, x = "step", at = String } = {}) {
+    Object.assign(this, { label, series, height, min, max, steps, x, at });
+    this.lists = series.map(() => []);
+    this.from = 0;
+    this.cursor = null;
+    this.svg = svg("svg", { class: "chart", role: "img", tabindex: 0, height });
+    this.readout = h("p", { class: "readout" }, " ");
+    const legend = h("ul", { class: "legend" }, series.map(({ name, kind = "line" }, place) =>
+      h("li", {}, svg("svg", { width: 22, height: 10, "aria-hidden": "true" },
+        svg("line", { x1: 1, x2: 21, y1: 5, y2: 5, class: `stroke s${place + 1} ${kind}` })), name)));
+    this.element = h("figure", { class: "line-chart" }, series.length > 1 ? legend : null, this.svg, this.readout);
+    this.svg.addEventListener("pointermove", (event) => this.#point(this.#stepAt(event.offsetX)));
+    this.svg.addEventListener("pointerleave", () => this.#point(null));
+    this.svg.addEventListener("blur", () => this.#point(null));
+    this.svg.addEventListener("keydown", (event) => this.#key(event));
+    new ResizeObserver(() => this.#soon()).observe(this.element);
+  }
+
+  /** Draws lists of values, one per series, `null` where there is none; the first step has the number `from`. */
+  draw(lists, from = 0) {
+    this.lists = lists;
+    this.from = from;
+    this.#soon();
+  }
+
+  get #length() {
+    return Math.max(this.steps, ...this.lists.map((list) => list.length));
+  }
+
+  #soon() {
+    // Many steps may come between two frames of the screen.
+    this.frame ??= requestAnimationFrame(() => {
+      this.frame = undefined;
+      this.#draw();
+    });
+  }
+
+  #draw() {
+    const width = Math.max(this.element.clientWidth, 200);
+    const seen = this.lists.flat().filter((value) => Number.isFinite(value));
+    let low = this.min ?? Math.min(...(seen.length ? seen : [0]));
+    let high = this.max ?? Math.max(...(seen.length ? seen : [1]));
+    if (low === high) [low, high] = [low - (this.min === undefined ? 0.5 : 0), high + 0.5];
+    const ticks = niceTicks(low, high, Math.max(2, Math.floor(this.height / 55)));
+    if (this.min === undefined) low = Math.min(low, ticks[0]);
+    if (this.max === undefined) high = Math.max(high, ticks.at(-1));
+    const last = Math.max(this.#length - 1, 1);
+    const right = width - MARGIN.right;
+    const bottom = this.height - MARGIN.bottom;
+    const across = (step) => MARGIN.left + ((right - MARGIN.left) * step) / last;
+    const down = (value) => bottom - ((bottom - MARGIN.top) * (value - low)) / (high - low);
+    Object.assign(this, { across, down, width });
+    const parts = ticks.filter((tick) => tick >= low && tick <= high).flatMap((tick) => [
+      svg("line", { class: "grid", x1: MARGIN.left, x2: right, y1: down(tick), y2: down(tick) }),
+      svg("text", { x: MARGIN.left - 7, y: down(tick) + 4, "text-anchor": "end" }, short(tick)),
+    ]);
+    for (const step of stepTicks(last, width)) {
+      const anchor = step === 0 ? "start" : step === last ? "end" : "middle";
+      parts.push(svg("text", { x: across(step), y: this.height - 8, "text-anchor": anchor }, this.at(step + this.from)));
+    }
+    this.lists.forEach((list, place) => parts.push(...this.#line(list, place, across, down, bottom)));
+    this.mark = svg("g", {});
+    this.svg.replaceChildren(...parts, this.mark);
+    this.svg.setAttribute("viewBox", `0 0 ${width} ${this.height}`);
+    this.svg.setAttribute("width", width);
+    this.svg.setAttribute("aria-label", this.#told());
+    this.#point(this.cursor);
+  }
+
+  #line(list, place, across, down, bottom) {
+    const { kind = "line" } = this.series[place];
+    const stroke = `stroke s${place + 1} ${kind}`;
+    const runs = [[]];
+    list.forEach((value, step) => {
+      if (Number.isFinite(value)) runs.at(-1).push([across(step).toFixed(1), down(value).toFixed(1)]);
+      else if (runs.at(-1).length) runs.push([]);
+    });
+    return runs.filter((run) => run.length).flatMap((run) => {
+      if (kind === "dots" || run.length === 1) {
+        return run.map(([x, y]) => svg("circle", { class: `fill s${place + 1}`, cx: x, cy: y, r: 2.5 }));
+      }
+      const points = run.map((point) => point.join(",")).join(" ");
+      const drawn = [svg("polyline", { class: stroke, points })];
+      if (kind === "area") {
+        const ends = ` ${run.at(-1)[0]},${bottom} ${run[0][0]},${bottom}`;
+        drawn.unshift(svg("polygon", { class: `shade s${place + 1}`, points: points + ends }));
+      }
+      return drawn;
+    });
+  }
+
+  #told() {
+    const latest = this.series.map(({ name }, place) => {
+      const step = this.lists[place].findLastIndex((value) => Number.isFinite(value));
+      return step < 0 ? null : `${name} ${short(this.lists[place][step])} at ${this.x} ${this.at(step + this.from)}`;
+    }).filter(Boolean);
+    return `${this.label}. ${latest.length ? `Latest: ${latest.join("; ")}.` : "Nothing drawn yet."} Arrow keys read values.`;
+  }
+
+  #stepAt(pixels) {
+    if (!this.across) return null;
+    const share = (pixels - MARGIN.left) / (this.width - MARGIN.right - MARGIN.left);
+    return Math.round(Math.min(Math.max(share, 0), 1) * Math.max(this.#length - 1, 1));
+  }
+
+  #key(event) {
+    const last = this.#length - 1;
+    const moves = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -Infinity, End: Infinity };
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    this.readout.setAttribute("aria-live", "polite");
+    this.#point(Math.min(Math.max((this.cursor ?? last) + moves[event.key], 0), last));
+  }
+
+  #point(step) {
+    this.cursor = step;
+    if (!this.mark) return;
+    if (step === null) {
+      this.mark.replaceChildren();
+      this.readout.textContent = " ";
+      return;
+    }
+    const parts = [svg("line", { class: "cursor", x1: this.across(step), x2: this.across(step), y1: MARGIN.top,
+      y2: this.height - MARGIN.bottom })];
+    const told = [];
+    this.lists.forEach((list, place) => {
+      if (!Number.isFinite(list[step])) return;
+      told.push(`${this.series[place].name} ${short(list[step])}`);
+      parts.push(svg("circle", { class: `fill s${place + 1}`, cx: this.across(step), cy: this.down(list[step]), r: 4 }));
+    });
+    this.mark.replaceChildren(...parts);
+    this.readout.textContent = `${this.x} ${this.at(step + this.from)}: ${told.join(", ") || "no value"}`;
+  }
+}
+
+/** Returns round numbers that cover a range. */
+export function niceTicks(low, high, about) {
+  const rough = (high - low) / about;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
+  const first = Math.floor(low / step + 1e-9);
+  const last = Math.ceil(high / step - 1e-9);
+  return Array.from({ length: last - first + 1 }, (_, place) => Number(((first + place) * step).toPrecision(12)));
+}
+
+function stepTicks(last, width) {
+  const ticks = niceTicks(0, last, Math.max(2, Math.floor(width / 130))).filter((tick) => Number.isInteger(tick) && tick <= last);
+  return ticks;
+}
+
+/**
+ * Bars of named values, as a list: each has its name and its number beside it.
+ *
+ * @param label What it shows.
+ * @param names The names, in the order of the values.
+ * @param options `max` is the value of a full bar (default: the largest); with `top` only so many are shown, the
+ *   largest first; `text` turns a value into its text.
+ */
+export class Bars {
+  constructor(label, names, { max, top, text = short } = {}) {
+    Object.assign(this, { names, max, top, text });
+    this.element = h("ul", { class: "bars", "aria-label": label });
+    this.rows = Array.from({ length: Math.min(top ?? names.length, names.length) }, () => {
+      const row = { name: h("span", { class: "name" }), fill: h("span", { class: "bar" }), value: h("span", { class: "value" }) };
+      row.item = h("li", {}, row.name, h("span", { class: "track", "aria-hidden": "true" }, row.fill), row.value);
+      return row;
+    });
+    this.element.append(...this.rows.map((row) => row.item));
+    this.set(names.map(() => 0));
+  }
+
+  /** Shows values; the largest is marked. */
+  set(values) {
+    const order = values.map((_, place) => place);
+    const largest = order.reduce((best, place) => (values[place] > values[best] ? place : best), 0);
+    if (this.top) order.sort((one, other) => values[other] - values[one] || one - other);
+    const full = this.max ?? Math.max(...values.map(Math.abs), 1e-30);
+    this.rows.forEach((row, place) => {
+      const value = values[order[place]];
+      row.name.textContent = this.names[order[place]];
+      row.value.textContent = this.text(value);
+      row.fill.style.width = `${Math.min(100, (100 * Math.max(value, 0)) / full)}%`;
+      row.item.classList.toggle("largest", order[place] === largest && value > 0);
+    });
+  }
+}
+
+/**
+ * A strip of colour: time to the right, one row for each entry of a tensor; values are read by pointer or arrow keys.
+ *
+ * @param label What it shows, such as a state's name.
+ * @param rows Entries of the tensor.
+ * @param options `columns` that are kept, the oldest go first; `name` turns a row into its text.
+ */
+export class HeatStrip {
+  constructor(label, rows, { columns = 200, name = String, height = Math.min(Math.max(rows * 2, 24), 256) } = {}) {
+    Object.assign(this, { label, rows, columns, name });
+    this.held = []; // {at, values}
+    this.canvas = h("canvas", { role: "img", tabindex: 0, "aria-label": label });
+    this.canvas.style.height = `${height}px`;
+    this.readout = h("p", { class: "readout" }, " ");
+    this.element = h("figure", { class: "heat" }, h("figcaption", {}, label), this.canvas, this.readout);
+    this.place = null; // [column, row] that is read
+    this.canvas.addEventListener("pointermove", (event) => this.#read(
+      Math.floor((event.offsetX / this.canvas.clientWidth) * this.columns),
+      Math.floor((event.offsetY / this.canvas.clientHeight) * this.rows)));
+    this.canvas.addEventListener("pointerleave", () => (this.readout.textContent = " "));
+    this.canvas.addEventListener("keydown", (event) => this.#key(event));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#soon());
+    new ResizeObserver(() => this.#soon()).observe(this.canvas);
+  }
+
+  /** Adds a column of values; `at` is its step's number. */
+  push(values, at = (this.held.at(-1)?.at ?? -1) + 1) {
+    this.held.push({ at, values: Float32Array.from(values) });
+    if (this.held.length > this.columns) this.held.shift();
+    this.#soon();
+  }
+
+  /** Removes the columns after a step, or all of them. */
+  clear(after = -Infinity) {
+    this.held = this.held.filter(({ at }) => at <= after);
+    this.#soon();
+  }
+
+  #soon() {
+    this.frame ??= requestAnimationFrame(() => {
+      this.frame = undefined;
+      this.#draw();
+    });
+  }
+
+  #draw() {
+    const style = getComputedStyle(this.canvas);
+    const [none, negative, positive] = ["--card", "--negative", "--positive"].map((name) => rgb(style.getPropertyValue(name)));
+    let full = 1e-30;
+    for (const { values } of this.held) for (const value of values) if (Math.abs(value) > full) full = Math.abs(value);
+    const image = new ImageData(this.columns, this.rows);
+    this.held.forEach(({ values }, column) => values.forEach((value, row) => {
+      const end = value < 0 ? negative : positive;
+      const share = Math.sqrt(Math.min(Math.abs(value) / full, 1)); // small values are seen too
+      const place = 4 * (row * this.columns + column);
+      for (let part = 0; part < 3; part++) image.data[place + part] = none[part] + share * (end[part] - none[part]);
+      image.data[place + 3] = 255;
+    }));
+    [this.canvas.width, this.canvas.height] = [this.columns, this.rows]; // style.css scales it, pixel by pixel
+    this.canvas.getContext("2d").putImageData(image, 0, 0);
+    const latest = this.held.at(-1);
+    this.canvas.setAttribute("aria-label", `${this.label}: ${this.rows} values over ${this.held.length} steps` +
+      `${latest ? `, the latest ${latest.at}; the largest size is ${short(full)}` : ""}. Arrow keys read values.`);
+  }
+
+  #key(event) {
+    const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    this.readout.setAttribute("aria-live", "polite");
+    const [column, row] = this.place ?? [this.held.length - 1, 0];
+    this.#read(column + moves[event.key][0], row + moves[event.key][1]);
+  }
+
+  #read(column, row) {
+    const held = this.held[Math.min(Math.max(column, 0), this.held.length - 1)];
+    if (!held) return;
+    this.place = [this.held.indexOf(held), Math.min(Math.max(row, 0), this.rows - 1)];
+    this.readout.textContent = `step ${held.at}, ${this.name(this.place[1])}: ${short(held.values[this.place[1]])}`;
+  }
+}
+
+function rgb(text) {
+  const digits = text.trim().slice(1);
+  const parts = digits.length === 3 ? [...digits].map((digit) => digit + digit) : digits.match(/../g);
+  return parts.map((part) => parseInt(part, 16));
+}
