@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+import orjson
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import PlainTextResponse
 
@@ -26,6 +28,11 @@ async def _require_operator(request: Request) -> None:
 models_router = APIRouter(tags=["models"], dependencies=[Depends(_require_key)])
 operator_router = APIRouter()  # for operators, or for everybody on the operations port
 health_router = APIRouter(tags=["operations"])
+
+_METRICS = {
+    "time": 1764288000.5,
+    "metrics": {"cellserve_steps_total": [{"labels": {"model": "sunspots", "version": "1"}, "value": 1200.0}]},
+}
 
 
 @models_router.get("/models", summary="List the models and how each version stands")
@@ -52,11 +59,20 @@ async def version(name: str, version: str, request: Request) -> dict[str, Any]:
 
 
 @operator_router.get(
-    "/metrics", tags=["operations"], summary="Metrics for Prometheus", response_class=PlainTextResponse
+    "/metrics",
+    tags=["operations"],
+    summary="Metrics for Prometheus",
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"application/json": {"schema": {"type": "object"}, "example": _METRICS}}}},
 )
 async def metrics(request: Request) -> Response:
-    """Returns the metrics in Prometheus's text format."""
-    return Response(await _service(request).metrics.text(), media_type=MEDIA_TYPE)
+    """Returns the metrics in Prometheus's text format, or in JSON with `Accept: application/json`."""
+    metrics = _service(request).metrics
+    vary = {"vary": "Accept"}
+    if "application/json" in request.headers.get("accept", ""):
+        document = {"time": time.time(), "metrics": await metrics.samples()}
+        return Response(orjson.dumps(document), media_type="application/json", headers=vary)
+    return Response(await metrics.text(), media_type=MEDIA_TYPE, headers=vary)
 
 
 @operator_router.post("/models/reload", tags=["operations", "models"], summary="Scan the model repository now")

@@ -1,4 +1,4 @@
-"""`/metrics`: the counters of the process as Prometheus metrics.
+"""`/metrics`: the counters of the process as Prometheus metrics, in text or in JSON.
 
 With several workers, each writes its metrics to files once a second and at each scrape, and the worker that is scraped
 answers the sum over all workers, past ones included.
@@ -66,11 +66,22 @@ class Metrics:
 
     async def text(self) -> bytes:
         """Returns all metrics in Prometheus's text format."""
+        return generate_latest(await self._registry())
+
+    async def samples(self) -> dict[str, list[dict[str, Any]]]:
+        """Returns all metrics for JSON: by a sample's name in the text format, its labels and values."""
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        for family in (await self._registry()).collect():
+            for sample in family.samples:
+                by_name.setdefault(sample.name, []).append({"labels": sample.labels, "value": sample.value})
+        return by_name
+
+    async def _registry(self) -> CollectorRegistry:
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_MergedCollector(await self._shared()))
         self.publish()
         registry.register(self._process if self._files is None else self._files.collector())
-        return generate_latest(registry)
+        return registry
 
     async def _shared(self) -> list[Metric]:
         """Returns the metrics that are the same in every worker, and so must not be summed."""

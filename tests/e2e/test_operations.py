@@ -116,6 +116,26 @@ def test_each_surface_counts_what_it_has_answered(repository: Path, serve: Serve
     assert scrape("cellserve_steps_total", model="rnn", version="1") == 0
 
 
+def test_metrics_in_json_are_the_samples_of_the_text(server: Server) -> None:
+    with server.client() as client:
+        client.post("/predict", json={"model": "lstm", "sequences": [frames(3)]})
+        text = Scrape(client).values
+        answer = client.get("/metrics", headers={"accept": "application/json"})
+        assert (answer.headers["content-type"], answer.headers["vary"]) == ("application/json", "Accept")
+        document = answer.json()
+        browser = client.get("/metrics", headers={"accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+        assert browser.headers["content-type"].startswith("text/plain")
+    found = {
+        (name, frozenset(sample["labels"].items())): sample["value"]
+        for name, samples in document["metrics"].items()
+        for sample in samples
+    }
+    assert found.keys() >= text.keys()  # the request for the text is counted since
+    steps = ("cellserve_steps_total", frozenset({("model", "lstm"), ("version", "1")}))
+    assert found[steps] == text[steps] >= 3
+    assert abs(document["time"] - time.time()) < 60
+
+
 def test_expired_and_evicted_sessions_and_snapshots_are_counted(repository: Path, serve: Serve, tmp_path: Path) -> None:
     flags = "--max-sessions", "2", "--when-full", "evict", "--session-idle-seconds", "3"
     snapshot = "--snapshot", str(tmp_path / "snapshot"), "--snapshot-seconds", "0.1"
@@ -205,8 +225,9 @@ def test_metrics_need_an_operators_key_or_the_operations_port(repository: Path, 
     alice, ops = new_key("alice", file), new_key("ops", file)
     flags = "--api-keys-file", str(file), "--operators", "root,ops"
     with serve("--models", str(repository), *flags).client() as client:
-        assert client.get("/metrics").status_code == 401
-        refused = client.get("/metrics", headers=bearer(alice))
+        as_json = {"accept": "application/json"}
+        assert client.get("/metrics").status_code == client.get("/metrics", headers=as_json).status_code == 401
+        refused = client.get("/metrics", headers={**as_json, **bearer(alice)})
         assert (refused.status_code, refused.json()["type"]) == (403, "urn:cellserve:problem:not-an-operator")
         scrape = Scrape(client, headers=bearer(ops))
         assert scrape("cellserve_problems_total", surface="operations", problem="not-an-operator") == 1
