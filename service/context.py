@@ -145,6 +145,8 @@ class ServiceContext:
             settings.memory_arena,
             settings.optimization,
             settings.when_inexact,
+            settings.precision,
+            settings.cuda_tf32,
         )
         self._executor = ThreadPoolExecutor(1, "tick", _lower_priority)
         table = SessionTable(settings.session_idle_seconds)

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from cellserve.service.runtime.onnx_model import Optimization, Provider, WhenInexact
+from cellserve.service.runtime.onnx_model import Optimization, Precision, Provider, WhenInexact
 
 LogFormat = Literal["text", "json"]
 WhenFull = Literal["refuse", "evict"]
@@ -42,6 +42,8 @@ class Settings(BaseSettings):
         None, ge=0, le=65535, description="port of the Open Inference Protocol over gRPC; 0 picks a free one"
     )
     provider: Provider = Field("auto", description="where models run: auto (CUDA if it can be opened), cpu or cuda")
+    precision: Precision = Field("float32", description="precision of products on CUDA: float32, or float16")
+    cuda_tf32: bool = Field(False, description="whether CUDA may multiply float32 matrices as TF32")
     threads: int = Field(1, ge=1, le=256, description="ONNX Runtime threads per run")
     spinning: bool = Field(False, description="whether idle ONNX Runtime threads spin while they wait")
     memory_arena: bool = Field(True, description="whether ONNX Runtime keeps freed memory for the next run")
@@ -136,6 +138,13 @@ class Settings(BaseSettings):
             )
         if self.snapshot is not None and self.store != "memory":
             raise _conflict("snapshot", "the shared store keeps the sessions itself: leave out --snapshot or --store")
+        return self
+
+    @model_validator(mode="after")
+    def _check_precision_has_a_gpu(self) -> Self:
+        for name, reduced in (("precision", self.precision != "float32"), ("cuda_tf32", self.cuda_tf32)):
+            if reduced and self.provider == "cpu":
+                raise _conflict(name, "it is for CUDA, and models run on the CPU: leave it out, or --provider cpu")
         return self
 
     @field_validator("workers", mode="before")

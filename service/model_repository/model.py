@@ -41,9 +41,13 @@ class Model:
         digest: SHA-256 of its model file; sessions are bound to it.
         runtime: Runs it.
         max_batch: Rows of its largest run.
+        off_cpu: The largest difference of its results from those on the CPU; None if that is where it runs.
     """
 
-    def __init__(self, name: str, version: int, digest: str, runtime: Runtime, max_batch: int) -> None:
+    def __init__(
+        self, name: str, version: int, digest: str, runtime: Runtime, max_batch: int, off_cpu: float | None = None
+    ) -> None:
+        self.off_cpu = off_cpu
         self.name, self.version, self.digest, self.runtime = name, version, digest, runtime
         self.reader = TensorDecoder(runtime.signature)
         self.inputs, self.outputs = TensorLayout(runtime.signature.inputs), TensorLayout(runtime.signature.outputs)
@@ -86,4 +90,6 @@ class Model:
             "shapes": ANY_SHAPE.name if self.bits_may_differ else self.exactness.shapes,
             "bits_may_differ": self.bits_may_differ,
             "provider": self.runtime.provider,
+            "arithmetic": self.runtime.options.arithmetic(self.runtime.provider),
+            "off_cpu": self.off_cpu,
         }

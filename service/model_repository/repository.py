@@ -24,7 +24,8 @@ from cellserve.service.model_repository.errors import BrokenModel
 from cellserve.service.model_repository.model import VERSION_NUMBER, Model, VersionKey
 from cellserve.service.model_repository.trial import Trial
 from cellserve.service.runtime.onnx_file import BadModelFile, validate
-from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions, RuntimeUnavailable, parse_document
+from cellserve.service.runtime.onnx_model import CPU, Runtime, RuntimeOptions, RuntimeUnavailable, parse_document
+from cellserve.service.runtime.provider_parity import NotWithinTolerance, check_parity
 
 log = logging.getLogger("cellserve")
 
@@ -199,12 +200,19 @@ def load(
             raise
         raise BrokenModel(str(error)) from None
     try:
-        model = Model(name, int(path.name), digest, runtime, max_batch)
+        off_cpu = None
+        if runtime.provider != CPU:
+            on_cpu = Runtime(files[MODEL_NAME], replace(options, provider="cpu"), files.get(STEP_NAME))
+            off_cpu = check_parity(runtime, on_cpu)
+        model = Model(name, int(path.name), digest, runtime, max_batch, off_cpu)
+    except NotWithinTolerance as error:
+        raise BrokenModel(str(error)) from None
     except Exception as error:
         raise BrokenModel(run_failure(error)) from None
     exactness = model.exactness
     exact = f"exact in {exactness.shapes}" if exactness.proved else f"not exact ({exactness.why})"
-    log.info("%s version %s on %s, %s", name, path.name, runtime.provider, exact)
+    parity = "" if off_cpu is None else f", {off_cpu:.1e} off the CPU"
+    log.info("%s version %s on %s%s, %s", name, path.name, runtime.provider, parity, exact)
     return model
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from cellserve.models.signature import METADATA_KEY, ModelDocument, Signature
+from cellserve.service.runtime.float16 import CannotConvert, in_float16
 from cellserve.service.runtime.graph_adapter import GraphAdapter
 from cellserve.service.runtime.shape_policy import ANY_SHAPE, Padding
 from cellserve.service.runtime.tensor_layout import TensorLayout
@@ -30,6 +31,7 @@ Array = NDArray[Any]
 Provider = Literal["auto", "cpu", "cuda"]
 Optimization = Literal["all", "extended", "basic", "off"]
 WhenInexact = Literal["one-row", "batch"]
+Precision = Literal["float32", "float16"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 _MEASURED_RUNS = 4
@@ -59,10 +61,22 @@ class RuntimeOptions:
     memory_arena: bool = True
     optimization: Optimization = "all"
     when_inexact: WhenInexact = "one-row"  # how to run a model that no shape policy makes batch invariant
+    precision: Precision = "float32"  # of CUDA's arithmetic; the CPU's is float32
+    cuda_tf32: bool = False  # whether CUDA may multiply float32 matrices as TF32
+
+    def arithmetic(self, provider: str) -> str:
+        """Returns the precision of products on a provider: float32, tf32 or float16."""
+        if provider != CUDA:
+            return "float32"
+        return "tf32" if self.precision == "float32" and self.cuda_tf32 else self.precision
 
 
-def providers(requested: Provider) -> list[str]:
+def providers(requested: Provider, tf32: bool = False) -> list[str]:
     """Returns the names of the ONNX Runtime execution providers to use, in order.
+
+    Args:
+        requested: Which.
+        tf32: Whether CUDA may use TF32. What the first call in a process says holds for all.
 
     Raises:
         RuntimeUnavailable: `cuda` is requested, and cannot be used here.
@@ -71,6 +85,8 @@ def providers(requested: Provider) -> list[str]:
         return [CPU]
     offered = ort.get_available_providers()
     if CUDA in offered:
+        if not tf32:
+            os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # cuDNN's recurrences use TF32 otherwise, see `_open`
         missing = _missing_for_cuda()
         if missing is None:
             return [CUDA, CPU]
@@ -113,7 +129,6 @@ def _missing_for_cuda() -> str | None:
 
     ONNX Runtime falls back to the CPU without an error, but logs several lines for every model.
     """
-    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # cuDNN's recurrences use TF32 otherwise, see `_open`
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the libraries that it does not find
         ort.preload_dlls()  # from NVIDIA's wheels, if the gpu extra is installed
     ort.set_default_logger_severity(_FATAL)
@@ -254,7 +269,7 @@ class Runtime:
 
 
 def _open(model: Path | bytes, options: RuntimeOptions) -> ort.InferenceSession:
-    names = providers(options.provider)
+    names = providers(options.provider, options.cuda_tf32)
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
@@ -264,8 +279,14 @@ def _open(model: Path | bytes, options: RuntimeOptions) -> ort.InferenceSession:
     settings.graph_optimization_level = _LEVELS[options.optimization]
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
     source = model if isinstance(model, bytes) else str(model)
-    # TF32, used from Ampere on, has 10 bits of mantissa: results would not agree with Keras.
-    of_providers = [{"use_tf32": "0"} if provider == CUDA else {} for provider in names]
+    if names[0] == CUDA:
+        settings.use_deterministic_compute = True
+        if options.precision == "float16":
+            try:
+                source = in_float16(source)
+            except CannotConvert as error:
+                raise RuntimeUnavailable(str(error)) from None
+    of_providers = [_cuda_options(options) if provider == CUDA else {} for provider in names]
     try:
         session = ort.InferenceSession(source, settings, providers=names, provider_options=of_providers)
     except Exception as error:
@@ -275,6 +296,17 @@ def _open(model: Path | bytes, options: RuntimeOptions) -> ort.InferenceSession:
             "ONNX Runtime cannot open the model on the CUDA execution provider: use --provider cpu"
         )
     return session
+
+
+def _cuda_options(options: RuntimeOptions) -> dict[str, str]:
+    return {
+        # TF32, used from Ampere on, has 10 bits of mantissa: results would not agree with Keras.
+        "use_tf32": "1" if options.cuda_tf32 else "0",
+        # The default measures all algorithms and takes the fastest: another one, with other bits, at each start.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        # The default takes twice as much memory whenever it needs more, and two processes may share a GPU.
+        "arena_extend_strategy": "kSameAsRequested",
+    }
 
 
 def read_document(session: ort.InferenceSession) -> ModelDocument:
