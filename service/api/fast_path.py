@@ -16,7 +16,7 @@ from cellserve.service.api.answer_size import LARGE
 from cellserve.service.api.asgi import JSON, REPLAY, as_problem
 from cellserve.service.api.browser_rules import BrowserRules
 from cellserve.service.api.client_identity import TrustedProxies, address_identity
-from cellserve.service.api.predict_codec import parse_simple_prediction, prediction_json, wants_every_output
+from cellserve.service.api.predict_codec import parse_prediction, prediction_json, wants_every_output
 from cellserve.service.api.step_codec import NOT_SIMPLE, parse_simple_step, step_json
 from cellserve.service.context import ServiceContext
 from cellserve.service.engine.pending import Pending
@@ -141,13 +141,15 @@ class FastPath:
             return False
         try:
             owner = self.service.known_owner(exchange.headers, exchange.connection.client)
-            request = parse_simple_prediction(exchange.body)
+            request = parse_prediction(exchange.body)
             engine = self.service.engine(request.model)
             model = engine.model
-            predict_only = model.document.signature.predict_only is not None
-            if len(request.sequences) != 1 or request.states != LEFT_OUT or not model.reader.plain or predict_only:
+            if request.states != LEFT_OUT or model.document.signature.predict_only is not None:
                 return False
-            (x,) = model.reader.arrays(request.sequences, 1)
+            sequences = model.reader.plain_sequences(request.sequences, 1)
+            if not sequences:
+                return False
+            (x,) = sequences
             every_output = wants_every_output(model, request.outputs)
             if every_output and len(x) * model.outputs.json_bytes > LARGE:
                 return False  # its answer is sent in parts

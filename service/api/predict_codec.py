@@ -14,16 +14,16 @@ from cellserve.service.validation.json_bodies import PredictRequest
 Array = NDArray[Any]
 
 
-_simple_decoder = msgspec.json.Decoder(PredictRequest[list[list[list[float]]]])
+_decoder = msgspec.json.Decoder(PredictRequest[msgspec.Raw])
 
 
-def parse_simple_prediction(body: bytes) -> PredictRequest[list[list[list[float]]]]:
-    """Parses the most common request, sequences of plain numbers, in one pass.
+def parse_prediction(body: bytes) -> PredictRequest[msgspec.Raw]:
+    """Parses a request up to its sequences.
 
     Raises:
-        NOT_SIMPLE: The body is not such a request; `json_bodies.read_prediction` says why.
+        NOT_SIMPLE: It cannot be parsed; `json_bodies.read_prediction` says why.
     """
-    return _simple_decoder.decode(body)
+    return _decoder.decode(body)
 
 
 def wants_every_output(model: Model, outputs: str | None) -> bool:

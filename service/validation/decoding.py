@@ -1,11 +1,11 @@
-"""Reads bodies without holding up the event loop: small ones here, one per iteration, large ones in another process."""
+"""Reads bodies without holding up the event loop: small ones here, a few per iteration, large ones elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
 
-from cellserve.service.validation.admission import OnePerLoopIteration
+from cellserve.service.validation.admission import TimedAdmission
 from cellserve.service.validation.decoder_process import DecoderProcess
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ class Decoding:
     """Calls the functions that read bodies, in this process or in the decoding process."""
 
     def __init__(self) -> None:
-        self.admission = OnePerLoopIteration()
+        self.admission = TimedAdmission()
         self._process = DecoderProcess()
 
     async def read(

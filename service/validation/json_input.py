@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, chain
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from cellserve.models.signature import Signature, StateSpec, TensorSpec
 from cellserve.service.errors import BodyTooLarge, InvalidInput, listed
 from cellserve.service.runtime.tensor_layout import TensorLayout
 from cellserve.service.validation.json_errors import explain_parse_error, explain_validation_error
+from cellserve.service.validation.plain_numbers import read_sequences
 from cellserve.service.validation.tensor_values import FLOAT32_MAX, array_of, bounds_of, describe_step, state_of
 
 Array = NDArray[Any]
@@ -65,14 +66,17 @@ class InputDecoder:
         self._advice = f"a time step is {describe_step(spec)}"
         self.flat = spec.shape[0] if len(spec.shape) == 1 and spec.dtype == "float32" else None
 
-    def sequences(self, raw: msgspec.Raw, most: int) -> list[Array]:
-        """Decodes a list of sequences `[time, *features]` of any lengths."""
-        return self.arrays(
-            decode(self._sequences, raw, "sequences", f"{self._advice}, a sequence is a list of them"), most
-        )
+    def plain_sequences(self, raw: msgspec.Raw, most: int) -> list[Array] | None:
+        """Decodes the most common list of sequences; None where it is another one, or something is wrong with it."""
+        read = None if self.flat is None else read_sequences(raw, self.flat)
+        return split(*read) if read is not None and len(read[1]) <= most else None
 
-    def arrays(self, sequences: list[list[Any]], most: int) -> list[Array]:
-        """Returns arrays `[time, *features]` of at most so many sequences in nested lists of numbers."""
+    def sequences(self, raw: msgspec.Raw, most: int) -> list[Array]:
+        """Decodes a list of at most so many sequences `[time, *features]` of any lengths."""
+        plain = self.plain_sequences(raw, most)
+        if plain is not None:
+            return plain
+        sequences = decode(self._sequences, raw, "sequences", f"{self._advice}, a sequence is a list of them")
         check_sequences(len(sequences), most)
         lengths = list(map(len, sequences))
         if 0 in lengths:
@@ -84,14 +88,17 @@ class InputDecoder:
             return f"sequences[{number}][{step - (ends[number] - lengths[number])}]"
 
         steps = sequences[0] if len(sequences) == 1 else list(chain.from_iterable(sequences))
-        return split(self._array(steps, name_step), lengths) if steps else []
+        return split(array_of(steps, self.spec, name_step), lengths) if steps else []
 
     def steps(self, raw: msgspec.Raw, place: str) -> Array:
         """Decodes one sequence `[time, *features]`."""
+        read = None if self.flat is None else read_sequences(b"[%b]" % raw, self.flat)
+        if read is not None:
+            return read[0]
         steps = decode(self._steps, raw, place, self._advice)
         if not steps:
             raise _empty(place)
-        return self._array(steps, lambda step: f"{place}[{step}]")
+        return array_of(steps, self.spec, lambda step: f"{place}[{step}]")
 
     def x(self, raw: msgspec.Raw, place: str) -> tuple[Array, bool]:
         """Decodes one time step `[*features]` or several `[time, *features]`.
@@ -102,15 +109,6 @@ class InputDecoder:
         if depth_of(raw) > len(self.spec.shape):
             return self.steps(raw, place), False
         return array_of([decode(self._step, raw, place, self._advice)], self.spec, lambda _: place), True
-
-    def _array(self, steps: list[Any], name_step: Callable[[int], str]) -> Array:
-        if self.flat and set(map(len, steps)) == {self.flat}:
-            # Twice as fast as np.asarray of nested lists.
-            with np.errstate(over="ignore"):
-                numbers = np.fromiter(chain.from_iterable(steps), np.float32, len(steps) * self.flat)
-            if np.isfinite(numbers).all():
-                return numbers.reshape(-1, self.flat)
-        return array_of(steps, self.spec, name_step)
 
 
 class TensorDecoder:
@@ -143,11 +141,6 @@ class TensorDecoder:
         """Another process makes one decoder for each signature that it gets."""
         return _decoder_of, (self._signature,)
 
-    @property
-    def plain(self) -> bool:
-        """Whether a time step is a plain list of numbers, as for most models."""
-        return self._flat is not None
-
     def sequences(self, raw: msgspec.Raw, most: int) -> list[Array]:
         """Decodes `sequences`: a list of at most so many, `[time, *features]` of any lengths."""
         if self._only is not None:
@@ -158,10 +151,9 @@ class TensorDecoder:
             self._concatenate(tensors, f"sequences[{number}]", whole=True)[0] for number, tensors in enumerate(given)
         ]
 
-    def arrays(self, sequences: list[list[Any]], most: int) -> list[Array]:
-        """Returns arrays `[time, *features]` of nested lists of numbers; only if the model is `plain`."""
-        assert self._only is not None
-        return self._only.arrays(sequences, most)
+    def plain_sequences(self, raw: msgspec.Raw, most: int) -> list[Array] | None:
+        """Decodes the most common `sequences`; None where it is another one, or something is wrong with it."""
+        return None if self._only is None else self._only.plain_sequences(raw, most)
 
     def decode_one_step(self, values: list[Any] | int) -> Array | None:
         """Returns `[1, *features]` of one time step's numbers; None if they are invalid or not a flat list."""
