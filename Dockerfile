@@ -16,7 +16,7 @@ COPY . .
 RUN uv pip install -q --no-deps .
 RUN set -e; /venv/bin/cellserve train; \
     for name in vowels sunspots sunspots-jordan characters; do \
-        /venv/bin/cellserve export trained/$name.keras --name $name --artifacts /artifacts; \
+        /venv/bin/cellserve export trained/$name.keras --name $name --models /artifacts; \
     done
 
 # The service with one flavour of ONNX Runtime.

@@ -121,11 +121,11 @@ def _write_model(request: ExportRequest, progress: Callable[[str], None]) -> tup
     files = {MODEL_NAME: candidates.with_document(chosen.model, document)}
     if chosen.step:
         files[STEP_NAME] = candidates.with_document(chosen.step, document)
-    warning = compatibility.warning(request.artifacts, request.name, document.signature)
+    warning = compatibility.warning(request.models, request.name, document.signature)
     size = sum(map(len, files.values()))
     results = Results(document, chosen, tried, size, timings, beside.operators, metrics, quantized, warning)
     files[REPORT_NAME] = html.render(results, network).encode()
-    return repository_writer.write(request.artifacts, request.name, request.version, files), results
+    return repository_writer.write(request.models, request.name, request.version, files), results
 
 
 def _timings(

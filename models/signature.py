@@ -6,19 +6,26 @@ ONNX is needed to do either.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 METADATA_KEY = "cellserve"
 FORMAT: Literal[1] = 1
-# File names in artifacts/NAME/VERSION/; the graph for single steps is there if it is faster.
+# File names in NAME/VERSION/ of a model repository; the graph for single steps is there if it is faster.
 MODEL_NAME, STEP_NAME, MANIFEST_NAME = "model.onnx", "step.onnx", "manifest.json"
 Precision = Literal["float32", "float16", "int8"]
 Rollout = Literal["probabilities", "logits", "value"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+def default_repository() -> Path:
+    """The model repository of a command without `--models`: what `CELLSERVE_MODELS` names, or else `artifacts`."""
+    return Path(os.environ.get("CELLSERVE_MODELS") or "artifacts")
 
 
 def checked_labels(labels: Iterable[str]) -> tuple[str, ...]:

@@ -36,7 +36,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="NAME", help="the model, NAME or NAME:VERSION")
     add("--url", help="URL of a running server (default: start one)")
-    add("--models", type=Path, help="the repository of the server to start (default: artifacts)")
+    add("--models", type=Path,
+        help="the model repository of the server to start (CELLSERVE_MODELS; default: artifacts)")  # fmt: skip
     add("--key", default=os.environ.get(KEY_VARIABLE) or None, help=f"API key (default: that in {KEY_VARIABLE})")
     add("--protocol", choices=("cellserve", "v2"), default="cellserve",
         help="v2: the Open Inference Protocol, of any server (default: cellserve)")  # fmt: skip
@@ -66,7 +67,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--sessions: with --rate give one number: the sessions that share each rate")
     if given.shape and given.protocol != "v2":
         parser.error("--shape: only with --protocol v2: Cellserve tells its shapes")
-    given.models = given.models or Path("artifacts")
     given.sessions = given.sessions or ([64] if given.rate else [1, 8, 64, 256])
     return given
 

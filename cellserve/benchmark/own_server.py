@@ -24,18 +24,19 @@ class OwnServer:
     """A server that runs as long as its block.
 
     Args:
-        models: The model repository.
+        models: The model repository, or None for the server's default.
         flags: Further flags of `cellserve serve`.
 
     Raises:
         BenchFailed: It did not start, and why.
     """
 
-    def __init__(self, models: Path, flags: Sequence[str]) -> None:
+    def __init__(self, models: Path | None, flags: Sequence[str]) -> None:
         self.flags = tuple(flags)
         self.url = ""
         self._log = tempfile.NamedTemporaryFile(prefix="cellserve-bench-")  # noqa: SIM115  read while it is written
-        command = [sys.executable, "-m", "cellserve.cli", "serve", "--models", str(models), "--port", "0", *flags]
+        repository = ("--models", str(models)) if models else ()
+        command = [sys.executable, "-m", "cellserve.cli", "serve", *repository, "--port", "0", *flags]
         # In a session of its own: Ctrl-C first deletes the sessions, then stops it.
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, start_new_session=True)
 

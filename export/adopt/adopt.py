@@ -50,7 +50,7 @@ class AdoptRequest:
 
     model: Path
     name: str
-    artifacts: Path = Path("artifacts")
+    models: Path = Path("artifacts")
     version: int | None = None
     states: tuple[StateFlag, ...] = ()
     inputs: tuple[InputFlag, ...] = ()
@@ -83,7 +83,7 @@ def adopt(request: AdoptRequest, console: Console) -> Path:
 
 
 def _adopt(request: AdoptRequest, console: Console, trial: Trial) -> Path:
-    repository_writer.check_writable(request.artifacts, request.name, request.version)
+    repository_writer.check_writable(request.models, request.name, request.version)
     with Stages(console) as progress:
         progress("reading the graph")
         graph = ForeignGraph(request.model)
@@ -127,10 +127,10 @@ def _adopt(request: AdoptRequest, console: Console, trial: Trial) -> Path:
             provenance=_provenance(request, graph),
         )
         content = model.content(document)
-        warning = compatibility.warning(request.artifacts, request.name, document.signature)
+        warning = compatibility.warning(request.models, request.name, document.signature)
         results = Adoption(document, roles, constants, len(content), warning)
         files = {MODEL_NAME: content, REPORT_NAME: render(results).encode()}
-        folder = repository_writer.write(request.artifacts, request.name, request.version, files)
+        folder = repository_writer.write(request.models, request.name, request.version, files)
     show(console, folder, results)
     return folder
 

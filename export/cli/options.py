@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cellserve.export.errors import did_you_mean
-from cellserve.models.signature import checked_labels, checked_name
+from cellserve.models.signature import checked_labels, checked_name, default_repository
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +32,8 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of both commands: where the model goes, and its description."""
     add = parser.add_argument
     add("--name", required=True, type=_name, help="the model's name in requests and in the repository")
-    add("--artifacts", type=Path, default=Path("artifacts"), help="the repository (default: artifacts)")
+    add("--models", type=Path, default=default_repository(),
+        help="the model repository (CELLSERVE_MODELS; default: artifacts)")  # fmt: skip
     add("--version", type=positive, help="a positive number (default: the next free one)")
     add("--labels", type=_labels, help="names of the output's entries, separated by commas")
     add("--rollout", choices=("probabilities", "logits", "value"),

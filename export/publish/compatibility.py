@@ -10,9 +10,9 @@ from cellserve.service.runtime.onnx_file import BadModelFile, scan
 from cellserve.service.runtime.onnx_model import RuntimeUnavailable, parse_document
 
 
-def warning(artifacts: Path, name: str, signature: Signature) -> str:
+def warning(models: Path, name: str, signature: Signature) -> str:
     """Describes how a signature differs from the newest version in the repository; empty if it does not."""
-    newest = _newest(artifacts / name)
+    newest = _newest(models / name)
     if newest is None:
         return ""
     version, before = newest

@@ -13,13 +13,13 @@ from cellserve.export.errors import ExportError
 from cellserve.models.signature import MANIFEST_NAME
 
 
-def check_writable(artifacts: Path, name: str, version: int | None) -> None:
+def check_writable(models: Path, name: str, version: int | None) -> None:
     """Checks, before the long work, that a version of a model can be written; leaves nothing behind.
 
     Raises:
         ExportError: It cannot be written, or the version exists.
     """
-    home = artifacts / name
+    home = models / name
     made: list[Path] = []  # innermost first
     try:
         if version and (home / str(version)).exists():
@@ -42,14 +42,14 @@ def _there_already(target: Path) -> ExportError:
 
 
 def _not_writable(home: Path, error: OSError) -> ExportError:
-    return ExportError(f"{home}/ is not writable ({error.strerror}): give a writable folder with --artifacts")
+    return ExportError(f"{home}/ is not writable ({error.strerror}): give a writable folder with --models")
 
 
-def write(artifacts: Path, name: str, version: int | None, files: dict[str, bytes]) -> Path:
+def write(models: Path, name: str, version: int | None, files: dict[str, bytes]) -> Path:
     """Writes one version of a model.
 
     Args:
-        artifacts: The repository's folder, created if it is missing.
+        models: The repository's folder, created if it is missing.
         name: The model's name.
         version: A positive number, or None for the next free one.
         files: File names and contents.
@@ -61,7 +61,7 @@ def write(artifacts: Path, name: str, version: int | None, files: dict[str, byte
         ExportError: The version exists (versions never change, as sessions are bound to them), or the folder is not
             writable.
     """
-    home = artifacts / name
+    home = models / name
     try:
         return _write(home, version, files)
     except OSError as error:

@@ -22,7 +22,7 @@ class ExportRequest:
 
     network: Path
     name: str
-    artifacts: Path = Path("artifacts")
+    models: Path = Path("artifacts")
     version: int | None = None
     labels: tuple[str, ...] | None = None  # labels, description, default_output and rollout override the network's card
     description: str | None = None
@@ -45,7 +45,7 @@ class ExportRequest:
         Raises:
             ExportError: One of them cannot be used.
         """
-        repository_writer.check_writable(self.artifacts, self.name, self.version)
+        repository_writer.check_writable(self.models, self.name, self.version)
         for path in self.imports:
             _check_file("--import", path)
             if path.suffix != ".py":

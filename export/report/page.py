@@ -10,7 +10,7 @@ from string import Template
 
 from rich.console import Console
 
-from cellserve.models.signature import Exactness, ModelDocument, Signature, TensorSpec
+from cellserve.models.signature import Exactness, ModelDocument, Signature, TensorSpec, default_repository
 
 REPORT_NAME = "report.html"  # written beside the model for people; the service does not read it
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -138,5 +138,5 @@ def show_ending(console: Console, folder: Path) -> None:
 
 def serve_command(folder: Path) -> str:
     """The command that serves the repository that a version's folder is in."""
-    artifacts = folder.parent.parent
-    return "cellserve serve" + (f" --models {shlex.quote(str(artifacts))}" if artifacts != Path("artifacts") else "")
+    models = folder.parent.parent
+    return "cellserve serve" + (f" --models {shlex.quote(str(models))}" if models != default_repository() else "")

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--models", type=Path, default=Path("artifacts"), help="the repository (default: artifacts)")
+    parser.add_argument("--models", type=Path, help="the model repository (CELLSERVE_MODELS; default: artifacts)")
     parser.add_argument("--json", action="store_true", help="print what GET /models/{name} returns for each")
     arguments = parser.parse_args(argv)
     # Here and not above, so that --help answers at once.
@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValidationError as error:
         print(f"cellserve models: {explain_invalid(error)}", file=sys.stderr)
         return 2
-    repository = Repository(arguments.models, RuntimeOptions(), settings.max_batch, settings.max_model_bytes)
+    repository = Repository(
+        arguments.models or settings.models, RuntimeOptions(), settings.max_batch, settings.max_model_bytes
+    )
     try:
         repository.scan()
     except BrokenModel as broken:

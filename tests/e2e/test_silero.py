@@ -75,7 +75,7 @@ def spoken() -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     artifacts = tmp_path_factory.mktemp("silero")
-    flags = ["--constant", "sr=16000", "--dim", "input.1=576", "--context", "input=64", "--artifacts", str(artifacts)]
+    flags = ["--constant", "sr=16000", "--dim", "input.1=576", "--context", "input=64", "--models", str(artifacts)]
     command = [sys.executable, "-m", "cellserve.cli", "adopt", str(silero()), "--name", "vad", *flags]
     adopted = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert adopted.returncode == 0, adopted.stderr
@@ -148,7 +148,7 @@ def test_a_chunk_of_another_length_is_refused_with_the_length(server: Server) ->
 def test_a_graph_that_crashes_onnx_runtime_is_refused_in_one_line(tmp_path: Path, flags: list[str], told: str) -> None:
     command = [sys.executable, "-m", "cellserve.cli", "adopt", str(silero()), "--name", "vad"]
     adopted = subprocess.run(
-        [*command, "--artifacts", str(tmp_path), "--constant", *flags], capture_output=True, text=True, timeout=120
+        [*command, "--models", str(tmp_path), "--constant", *flags], capture_output=True, text=True, timeout=120
     )
     assert adopted.returncode == 1
     assert told in adopted.stderr

@@ -25,7 +25,7 @@ def adopt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Adopt:
         path = tmp_path / "model.onnx"
         path.write_bytes(made if isinstance(made, bytes) else made.SerializeToString())
         artifacts = tmp_path / "artifacts"
-        if main([str(path), "--name", "mine", "--artifacts", str(artifacts), *flags]) != 0:
+        if main([str(path), "--name", "mine", "--models", str(artifacts), *flags]) != 0:
             assert not list(artifacts.glob("mine/*")), "something was written"
             raise ExportError(capsys.readouterr().err)
         newest = max((artifacts / "mine").iterdir(), key=lambda folder: int(folder.name))

@@ -370,7 +370,7 @@ def test_adopting_imports_no_tensorflow_and_prints_what_it_found(tmp_path: Path)
         "import sys; from cellserve.cli import main; status = main(sys.argv[1:]); "
         "assert 'tensorflow' not in sys.modules; sys.exit(status)"
     )
-    flags = ["--name", "deep", "--artifacts", str(tmp_path / "artifacts")]
+    flags = ["--name", "deep", "--models", str(tmp_path / "artifacts")]
     ran = subprocess.run(
         [sys.executable, "-c", code, "adopt", str(path), *flags], capture_output=True, text=True, timeout=60
     )

@@ -33,7 +33,7 @@ def test_the_end_names_the_report_and_the_command_that_serves_the_model(tmp_path
     path, artifacts = tmp_path / "model.onnx", tmp_path / "my artifacts"
     onnx.save(hostile(), path)
     flags = ["--constant", "gain=[1, 2, 3]", "--description", HOSTILE]
-    assert main([str(path), "--name", "mine", "--artifacts", str(artifacts), *flags]) == 0
+    assert main([str(path), "--name", "mine", "--models", str(artifacts), *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     report = artifacts / "mine" / "1" / "report.html"
     assert lines[-2:] == [f"report {report} in a browser", f"serve  cellserve serve --models '{artifacts}'"]
@@ -64,7 +64,7 @@ def test_the_end_names_the_report_and_the_command_that_serves_the_model(tmp_path
 def test_labels_are_checked_before_the_proof(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(foreign.frames(), path)
-    assert main([str(path), "--name", "mine", "--artifacts", str(tmp_path / "a"), "--labels", "a,b,c"]) == 1
+    assert main([str(path), "--name", "mine", "--models", str(tmp_path / "a"), "--labels", "a,b,c"]) == 1
     ran = capsys.readouterr()
     assert "3 labels for an output of shape [2]" in ran.err
     assert "comparing" not in ran.out
@@ -77,7 +77,7 @@ def test_an_unforeseen_error_is_told_in_one_line(tmp_path: Path, capsys: Any, mo
     monkeypatch.setattr(adopt, "find_roles", find_roles)
     path = tmp_path / "model.onnx"
     onnx.save(foreign.frames(), path)
-    assert main([str(path), "--name", "mine", "--artifacts", str(tmp_path / "a")]) == 1
+    assert main([str(path), "--name", "mine", "--models", str(tmp_path / "a")]) == 1
     told = "cellserve adopt: the model cannot be adopted: KeyError: 'x'; please report it with the model\n"
     assert capsys.readouterr().err == told
 
@@ -85,5 +85,5 @@ def test_an_unforeseen_error_is_told_in_one_line(tmp_path: Path, capsys: Any, mo
 def test_a_mistyped_name_is_told_with_the_one_that_was_meant(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(foreign.deep(), path)
-    assert main([str(path), "--name", "mine", "--artifacts", str(tmp_path / "a"), "--state", "stat=stateN"]) == 1
+    assert main([str(path), "--name", "mine", "--models", str(tmp_path / "a"), "--state", "stat=stateN"]) == 1
     assert "no such input 'stat' (did you mean state?): the candidates are input, state" in capsys.readouterr().err

@@ -29,7 +29,7 @@ class Moody(layers.Layer):
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
-    assert main([str(folder / "mine.keras"), "--name", "mine", "--artifacts", str(folder)]) == 1
+    assert main([str(folder / "mine.keras"), "--name", "mine", "--models", str(folder)]) == 1
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert "Traceback" not in line

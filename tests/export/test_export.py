@@ -154,7 +154,7 @@ def test_a_wrong_lowering_is_caught_and_writes_nothing(
 
     monkeypatch.setitem(operators.LOWERINGS, LSTMCell, operators.LOWERINGS[LSTMCell]._replace(lowering=swapped))
     network(LSTMCell(6)).save(tmp_path / "mine.keras")
-    status = main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path / "artifacts")])
+    status = main([str(tmp_path / "mine.keras"), "--name", "mine", "--models", str(tmp_path / "artifacts")])
     told = capsys.readouterr().err
     assert status == 1
     assert not list(tmp_path.glob("artifacts/**/*.onnx"))
@@ -179,7 +179,7 @@ def test_a_next_version_with_another_signature_warns_and_one_with_the_same_does_
     told = []
     for units in (3, 3, 4):  # a layer named by Keras: `rnn`, `rnn_1`...
         sequential(layers.RNN(RNNCell(units)), layers.Dense(2)).save(tmp_path / "mine.keras")
-        assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path)]) == 0
+        assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--models", str(tmp_path)]) == 0
         told.append(" ".join(capsys.readouterr().out.split()))
     assert "warning" not in told[0] + told[1]
     assert "it carries rnn.h [4] float32 (version 2: rnn.h [3] float32): clients of mine must change" in told[2]
@@ -206,7 +206,7 @@ def test_what_tf2onnx_makes_of_the_network_is_called_what_it_is(
 ) -> None:
     monkeypatch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
     sequential(layer).save(tmp_path / "mine.keras")
-    assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path)]) == 0
+    assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--models", str(tmp_path)]) == 0
     assert operator in " ".join(capsys.readouterr().out.split())
     folder = tmp_path / "mine/1"
     assert operator in html.unescape((folder / REPORT_NAME).read_text())
@@ -286,7 +286,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line_with_the_reason(
 ) -> None:
     REFUSED[reason]().save(tmp_path / "mine.keras")
     capsys.readouterr()
-    status = main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path / "artifacts")])
+    status = main([str(tmp_path / "mine.keras"), "--name", "mine", "--models", str(tmp_path / "artifacts")])
     told = capsys.readouterr().err
     assert status == 1
     assert reason in told
@@ -299,7 +299,7 @@ def test_a_network_that_cannot_be_stepped_is_written_and_its_report_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sequential(layers.Bidirectional(layers.LSTM(3), name="both")).save(tmp_path / "mine.keras")
-    assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path / "artifacts")]) == 0
+    assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--models", str(tmp_path / "artifacts")]) == 0
     assert "layer 'both' (Bidirectional) also reads the sequence backwards" in " ".join(capsys.readouterr().out.split())
     runtime = opened(tmp_path / "artifacts/mine/1")
     assert runtime.document.exactness.proved
@@ -409,7 +409,7 @@ def test_arguments_override_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
     sequential(layers.RNN(RNNCell(3), return_sequences=True)).save(tmp_path / "mine.keras")
     (tmp_path / "mine.card.json").write_text(json.dumps({"description": "of the card", "default_output": "all"}))
-    command = [str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path)]
+    command = [str(tmp_path / "mine.keras"), "--name", "mine", "--models", str(tmp_path)]
     assert main([*command, "--description", "of mine", "--default-output", "last"]) == 0
     document = opened(tmp_path / "mine/1").document
     assert (document.description, document.signature.default_output) == ("of mine", "last")

@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_loaded_is_told_for_what_it_is(
     make, told = CASES[case]
     make(tmp_path / "mine.keras")
     capsys.readouterr()
-    assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--artifacts", str(tmp_path)]) == 1
+    assert main([str(tmp_path / "mine.keras"), "--name", "mine", "--models", str(tmp_path)]) == 1
     line = capsys.readouterr().err
     assert told in line
     assert line.count("\n") == 1
@@ -101,5 +101,5 @@ def test_a_file_that_cannot_be_loaded_is_told_for_what_it_is(
 
 def test_a_file_of_another_name_is_asked_for_the_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "net.py").write_text("import keras")
-    assert main([str(tmp_path / "net.py"), "--name", "mine", "--artifacts", str(tmp_path)]) == 1
+    assert main([str(tmp_path / "net.py"), "--name", "mine", "--models", str(tmp_path)]) == 1
     assert "its name does not end in .keras" in capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_a_model_of_less_precision_is_smaller_exact_within_tolerance_and_says_wh
     arguments: list[str], tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, data = saved(tmp_path, network(LSTMCell(UNITS * 2), outputs=CLASSES))
-    common = ["--artifacts", str(tmp_path / "artifacts"), "--data", str(data), "--name", "mine"]
+    common = ["--models", str(tmp_path / "artifacts"), "--data", str(data), "--name", "mine"]
     assert main([str(path), *common, *arguments, "--tolerance", "0.05"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "in float32 (0.05 may be lost)" in told
@@ -129,7 +129,7 @@ def test_what_costs_more_than_the_tolerance_is_refused_in_one_line_with_the_metr
     x = rng.normal(size=(50, STEPS, FEATURES)).astype(np.float32)
     # Wanted is what the network gives: any rounding at all makes the error grow manifold.
     np.savez(data, x=x, lengths=np.full(50, STEPS, np.int32), y=np.asarray(model(x)))
-    arguments = [str(path), "--name", "mine", "--artifacts", str(tmp_path / "artifacts"), "--data", str(data)]
+    arguments = [str(path), "--name", "mine", "--models", str(tmp_path / "artifacts"), "--data", str(data)]
     assert main([*arguments, "--quantize", "int8"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -141,7 +141,7 @@ def test_what_costs_more_than_the_tolerance_is_refused_in_one_line_with_the_metr
 
 def test_without_test_data_less_precision_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, _ = saved(tmp_path, network(LSTMCell(4), outputs=CLASSES))
-    assert main([str(path), "--name", "mine", "--artifacts", str(tmp_path), "--quantize", "int8"]) == 1
+    assert main([str(path), "--name", "mine", "--models", str(tmp_path), "--quantize", "int8"]) == 1
     assert "--data FILE.npz" in capsys.readouterr().err
 
 

@@ -37,11 +37,24 @@ def test_a_folder_that_cannot_be_written_to_is_told_in_one_line_before_anything_
     main = {"export": export_cli.main, "adopt": adopt.main}[command]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
-    assert main(["missing", "--name", "mine", "--artifacts", folder]) == 1
+    assert main(["missing", "--name", "mine", "--models", folder]) == 1
     told = capsys.readouterr().err
     assert told.startswith(f"cellserve {command}: {folder}/mine/ is not writable (")
-    assert told.endswith("give a writable folder with --artifacts\n")
+    assert told.endswith("give a writable folder with --models\n")
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["export", "adopt"])
+def test_the_repository_is_the_one_that_the_server_serves_where_none_is_named(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cellserve.export.cli import export as export_cli
+
+    main = {"export": export_cli.main, "adopt": adopt.main}[command]
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("CELLSERVE_MODELS", str(tmp_path / "file"))
+    assert main(["missing", "--name", "mine"]) == 1
+    assert f"{tmp_path}/file/mine/ is not writable" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_to_any_more_is_told_too(tmp_path: Path) -> None:

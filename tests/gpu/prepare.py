@@ -43,22 +43,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.prepare", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to make; there must be nothing yet")
     parser.add_argument("--trained", type=Path, default=Path("trained"), help="the examples' networks")
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="the examples' models")
+    parser.add_argument("--models", type=Path, default=Path("artifacts"), help="the examples' models")
     parser.add_argument("--units", type=int, default=1024, help="of the large LSTM")
     told = parser.parse_args()
     if told.folder.exists():
         return _refused(f"{told.folder} is there already: remove it first")
     networks = {path.stem: path for path in sorted(told.trained.glob("*.keras"))}
-    if not networks or not all((told.artifacts / name / "1").is_dir() for name in networks):
-        return _refused(f"the example models are not in {told.trained} and {told.artifacts}: run `make setup`")
+    if not networks or not all((told.models / name / "1").is_dir() for name in networks):
+        return _refused(f"the example models are not in {told.trained} and {told.models}: run `make setup`")
     unfinished = told.folder.with_name(f"{told.folder.name}.new")
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, network in networks.items():
         copied = model_folder(unfinished, name)
-        shutil.copytree(told.artifacts / name / "1", copied, ignore=shutil.ignore_patterns("*.html"))
+        shutil.copytree(told.models / name / "1", copied, ignore=shutil.ignore_patterns("*.html"))
         source = Runtime(copied / MODEL_NAME).document.provenance["source_sha256"]
         if source != hashlib.sha256(network.read_bytes()).hexdigest():
-            return _refused(f"{told.artifacts / name} was not exported from {network}: remove it and run `make setup`")
+            return _refused(f"{told.models / name} was not exported from {network}: remove it and run `make setup`")
         keep_reference(unfinished, name, keras_run(StatefulNetwork(load(network))))
     write_large(unfinished, told.units)
     write_unproved(unfinished, "sunspots")
