@@ -1,7 +1,10 @@
-# docker build -t cellserve .                          the CPU flavour
-# docker build -t cellserve --build-arg RUNTIME=gpu .  with onnxruntime-gpu (untested on a GPU); run it with --gpus all
+# docker build -t cellserve .                               the CPU flavour, with the example models
+# docker build -t cellserve --build-arg EXAMPLES=none .     without models: mount yours at /artifacts
+# docker build -t cellserve --build-arg EXAMPLES=folder .   with the models of artifacts/
+# docker build -t cellserve --build-arg RUNTIME=gpu .       with onnxruntime-gpu (untested on a GPU); run it with --gpus all
 # docker run -p 8000:8000 cellserve
 ARG BASE=python:3.12-slim
+ARG EXAMPLES=train
 
 FROM ${BASE} AS uv
 RUN python3 -m venv /uv && /uv/bin/pip install --no-cache-dir -q 'uv>=0.9,<1' && python3 -m venv --without-pip /venv
@@ -10,7 +13,7 @@ WORKDIR /build
 COPY requirements requirements
 
 # Trains the example networks and exports them: TensorFlow stays in this stage.
-FROM uv AS export
+FROM uv AS models-train
 RUN uv pip install -q -r requirements/all.txt
 COPY . .
 RUN uv pip install -q --no-deps .
@@ -19,7 +22,15 @@ RUN set -e; /venv/bin/cellserve train; \
         /venv/bin/cellserve export trained/$name.keras --name $name --models /artifacts; \
     done
 
-# The service with one flavour of ONNX Runtime.
+FROM ${BASE} AS models-folder
+COPY artifacts /artifacts
+
+FROM ${BASE} AS models-none
+RUN mkdir /artifacts
+
+FROM models-${EXAMPLES} AS models
+
+# The service with one flavour of ONNX Runtime, and what `adopt` needs.
 FROM uv AS install
 ARG RUNTIME=cpu
 RUN uv pip install -q -r requirements/${RUNTIME}.txt
@@ -29,12 +40,12 @@ RUN uv pip install -q --no-deps .
 FROM ${BASE}
 RUN useradd --uid 10001 --no-create-home cellserve
 COPY --from=install /venv /venv
-COPY --from=export /artifacts /artifacts
+COPY --from=models /artifacts /artifacts
 ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1 \
     CELLSERVE_MODELS=/artifacts CELLSERVE_HOST=0.0.0.0
 USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
-    CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ.get(\"CELLSERVE_PORT\", 8000)}/readyz', timeout=2)"]
+    CMD ["python3", "-m", "cellserve.service.cli.healthcheck"]
 ENTRYPOINT ["cellserve"]
 CMD ["serve"]

@@ -27,7 +27,7 @@ lock() {
 lock dev pyproject.toml --extra dev
 # The others take the same versions: what is served is what was tested.
 for flavour in cpu gpu; do
-    lock $flavour pyproject.toml --extra $flavour --extra grpc --extra redis --extra tracing -c "$folder/dev.txt"
+    lock $flavour pyproject.toml --extra $flavour --extra grpc --extra onnx --extra redis --extra tracing -c "$folder/dev.txt"
 done
 lock all pyproject.toml --extra all -c "$folder/dev.txt"
 lock silero requirements/silero.in --no-deps

@@ -1,36 +1,69 @@
 #!/bin/sh
 # Builds the image and sees what the README says of it: it serves on a read-only file system, as a user who is not root,
-# is ready, answers, and has gone within 5 seconds of SIGTERM with exit status 0.
+# is ready, answers, and has gone within 5 seconds of SIGTERM with exit status 0. Then the image without examples, which
+# serves a mounted model on another port and adopts one.
 #
 #   DOCKER=docker sh tests/container.sh [BUILD OPTION ...]
 set -eu
 cd "$(dirname "$0")/.."
 docker=${DOCKER:-docker}
 name=cellserve-test-$$
+folder=$(mktemp -d)
+chmod 755 "$folder"
+trap '$docker rm -f "$name" >/dev/null 2>&1 || true; rm -rf "$folder"' EXIT
+
+# Runs an image in the background and waits until it has answered a prediction.
+#   serve PORT RUN_OPTION ... IMAGE ARGUMENT ...
+serve() {
+    port=$1
+    shift
+    $docker run -d --name "$name" --read-only -p "127.0.0.1::$port" "$@" >/dev/null
+    address=$($docker port "$name" "$port" 2>/dev/null | head -n 1)  # on a free port, which the engine chose
+    python3 - "${address:-127.0.0.1:$port}" <<'P' || { $docker logs "$name"; exit 1; }
+import json, sys, time, urllib.request as u
+body = json.dumps({"model": "sunspots", "sequences": [[[96.7], [104.3], [116.7]]]}).encode()
+predict = u.Request(f"http://{sys.argv[1]}/predict", body, {"Content-Type": "application/json"})
+start = time.monotonic()
+while True:
+    try:
+        print(u.urlopen(predict, timeout=2).read().decode().strip())
+        print(f"answered {time.monotonic() - start:.1f} s after `docker run`")
+        break
+    except OSError as error:
+        if time.monotonic() - start > 60:
+            sys.exit(f"no answer after 60 seconds: {error}")
+        time.sleep(0.1)
+P
+    $docker exec "$name" python3 -m cellserve.service.cli.healthcheck
+}
+
 $docker build "$@" -t cellserve .
-trap '$docker rm -f "$name" >/dev/null 2>&1 || true' EXIT
-$docker run -d --name "$name" --read-only -p 127.0.0.1::8000 cellserve
-address=$($docker port "$name" 8000 | head -n 1)  # on a free port, which the engine chose
-tries=0
-until ask=$(python3 -c "import urllib.request as u; print(u.urlopen('http://$address/readyz', timeout=2).status)" 2>/dev/null); do
-    tries=$((tries + 1))
-    [ $tries -lt 60 ] || { $docker logs "$name"; echo "not ready after 60 seconds" >&2; exit 1; }
-    sleep 1
-done
+serve 8000 cellserve
 [ "$($docker exec "$name" id -u)" != 0 ]
 $docker exec "$name" python3 -c "
 import importlib.util as i
 assert not [n for n in ('tensorflow', 'tf2onnx') if i.find_spec(n)], 'the image holds TensorFlow'"
-python3 - "$address" <<'P'
-import json, sys, urllib.request as u
-body = json.dumps({"model": "sunspots", "sequences": [[[96.7], [104.3], [116.7]]]}).encode()
-answer = u.urlopen(u.Request(f"http://{sys.argv[1]}/predict", body, {"Content-Type": "application/json"}))
-print(answer.read().decode())
-P
+$docker cp "$name:/artifacts" "$folder/models"
 start=$(date +%s)
 $docker stop -t 10 "$name" >/dev/null
 taken=$(($(date +%s) - start))
 status=$($docker inspect -f '{{.State.ExitCode}}' "$name")
 [ "$status" = 0 ] || { echo "exit status $status" >&2; exit 1; }
 [ $taken -le 5 ] || { echo "stopping took $taken seconds" >&2; exit 1; }
+$docker rm "$name" >/dev/null
 echo "the container serves, and stopped in $taken s"
+
+$docker build "$@" --build-arg EXAMPLES=none -t cellserve-without-models .
+mkdir "$folder/new"
+chmod 777 "$folder/new"  # the image's user is another one
+$docker run --rm -v "$folder/new:/artifacts" --entrypoint sh cellserve-without-models -c 'python3 -c "
+from onnx import TensorProto as T, helper as h, save
+tensors = [h.make_tensor_value_info(n, T.FLOAT, [\"batch\", 2]) for n in (\"x\", \"h\", \"y\", \"hn\")]
+nodes = [h.make_node(\"Add\", [\"x\", \"h\"], [\"hn\"]), h.make_node(\"Tanh\", [\"hn\"], [\"y\"])]
+graph = h.make_graph(nodes, \"g\", tensors[:2], tensors[2:])
+save(h.make_model(graph, opset_imports=[h.make_opsetid(\"\", 17)], ir_version=9), \"/tmp/sum.onnx\")
+" && cellserve adopt /tmp/sum.onnx --name sum'
+cp -r "$folder/new/sum" "$folder/models/sum"
+serve 9000 -v "$folder/models:/artifacts:ro" cellserve-without-models serve --port 9000
+$docker exec "$name" cellserve models | grep -q '^sum ' || { echo "the adopted model is not served" >&2; exit 1; }
+echo "the container without models adopts one, and serves those of a mounted folder"

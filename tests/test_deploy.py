@@ -36,6 +36,23 @@ def test_the_variables_set_by_the_files_are_settings(file: Path) -> None:
     assert set(re.findall(rf"{ENV_PREFIX}[A-Z_]+", file.read_text())) <= SETTINGS
 
 
+def test_models_of_ones_own_are_mounted_where_the_image_looks_for_them() -> None:
+    (where,) = re.findall(r"CELLSERVE_MODELS=(\S+)", (DEPLOY.parent / "Dockerfile").read_text())
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    for name in ("replica-1", "replica-2"):
+        assert services[name]["volumes"] == [f"${{MODELS:-../artifacts}}:{where}:ro"]
+    for file in ("cellserve", "models"):
+        for document in yaml.safe_load_all((DEPLOY / "kubernetes" / f"{file}.yaml").read_text()):
+            if document["kind"] in ("Deployment", "Pod"):
+                spec = document["spec"] if document["kind"] == "Pod" else document["spec"]["template"]["spec"]
+                (container,) = spec["containers"]
+                mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+                assert mounts["models"]["mountPath"] == where
+                assert mounts["models"].get("readOnly", False) is (file == "cellserve")
+                claims = {volume["name"]: volume.get("persistentVolumeClaim", {}) for volume in spec["volumes"]}
+                assert claims["models"]["claimName"] == "cellserve-models"
+
+
 def test_prometheus_scrapes_the_replicas_at_their_port_for_operations() -> None:
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
     replicas = {name for name in services if name.startswith("replica")}
