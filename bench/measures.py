@@ -32,7 +32,7 @@ class Bench:
     """One run.
 
     Args:
-        folder: Folder for models, snapshots and other files of the run.
+        folder: Folder for models and other files of the run.
         rounds: How often everything is measured.
         seconds: Seconds per measurement.
         report: Called with a description of what is being done.
@@ -193,10 +193,9 @@ class Bench:
             self.figures.add("start", "wanted", Figure(2.0))
 
     def _memory(self) -> None:
-        """Measures the memory of many sessions, and how long a server takes to restore them from a snapshot."""
-        snapshot = "--snapshot", f"{self.folder}/sessions", "--snapshot-seconds", "3600"
+        """Measures the memory of many sessions."""
         with ExitStack() as stack:
-            server = self._start(stack, "cellserve", *snapshot)
+            server = self._start(stack, "cellserve")
             self.report(f"opening {MANY:,} sessions")
             before = server.resident_bytes
             with connect(f"ws://127.0.0.1:{server.port}/stream", compression=None) as socket:
@@ -208,12 +207,6 @@ class Bench:
             time.sleep(0.5)
             self.figures.add("memory", "cellserve", Figure((server.resident_bytes - before) / MANY))
             self.figures.add("memory", "states", Figure(2 * UNITS * 4))
-            self.report("writing the snapshot")
-        with ExitStack() as stack:
-            server = self._start(stack, "cellserve", *snapshot)
-        self.figures.add("restore", "restored", Figure(server.seconds_to_start))
-        started = self.figures.compare("start", "cellserve", "wanted").shown[0]  # the median one
-        self.figures.add("restore", "empty", started)
 
 
 def microseconds(figure: Figure) -> Figure:

@@ -111,9 +111,6 @@ def rows(bench: Bench) -> Iterator[Row]:
         for measure, name in (("fork of a session", "fork"), ("download of a state", "download"),
                               ("upload of a state", "upload")):  # fmt: skip
             yield Row(measure, "a step, one client", figures.compare("transfers", name, "step"), "µs", digits=1)
-    if "restore" in figures:
-        yield Row("restore of 100,000 sessions from a snapshot, to ready", "without",
-                  figures.compare("restore", "restored", "empty"), "s", digits=3)  # fmt: skip
     if "export" in figures:
         for name, beside, goal in (("tf2onnx", "tf2onnx's `Loop`", 3), ("keras", "Keras", 18)):
             compared = figures.compare("export", "ours", name, inverse=True)

@@ -142,7 +142,7 @@ class UnknownModel(NotFound):
 
 
 class UnknownSession(NotFound):
-    """No session with that id is known; a server without a store or a snapshot was restarted, say."""
+    """No session with that id is known; a server that keeps sessions in memory was restarted, say."""
 
 
 class SessionGone(Problem):

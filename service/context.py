@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +16,7 @@ from cellserve.service.access.keys import HeldKey, Keys
 from cellserve.service.access.peer_address import Address
 from cellserve.service.engine.engine import Engine
 from cellserve.service.engine.memory import MemoryTrimmer
-from cellserve.service.errors import NotAnOperator, ServerFull, Unauthorized
+from cellserve.service.errors import NotAnOperator, Unauthorized
 from cellserve.service.model_manager import ModelManager
 from cellserve.service.model_repository.model import Model
 from cellserve.service.model_repository.repository import Repository
@@ -26,10 +24,9 @@ from cellserve.service.observability.counters import Counts
 from cellserve.service.observability.prometheus import Metrics
 from cellserve.service.runtime.onnx_model import RuntimeOptions, flush_denormals
 from cellserve.service.sessions.rollout import RolloutRunner
-from cellserve.service.sessions.session import ClientLimits, Durable
+from cellserve.service.sessions.session import ClientLimits
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.stores.protocol import SessionStore
-from cellserve.service.sessions.stores.snapshot import BadSnapshot, Snapshots
 from cellserve.service.sessions.table import SessionTable
 from cellserve.service.sessions.writer import SessionWriter
 from cellserve.service.settings import Settings
@@ -40,8 +37,6 @@ if TYPE_CHECKING:
     from cellserve.service.sessions.stores.redis_client import RedisClient
 
 Headers = Iterable[tuple[bytes, bytes]]
-
-log = logging.getLogger("cellserve")
 
 _NICE = 10
 _LMDB = "lmdb:"
@@ -59,10 +54,7 @@ def _store(settings: Settings, table: SessionTable, versions: ModelManager) -> S
     bounds = settings.max_sessions, settings.when_full
     limits = ClientLimits(settings.max_sessions_per_owner, settings.max_session_bytes_per_owner)
     if settings.store == "memory":
-        durable: Durable = "none" if settings.snapshot is None else "snapshot"
-        return MemoryStore(
-            table, settings.max_sessions, settings.tombstone_seconds, settings.when_full, durable, limits
-        )
+        return MemoryStore(table, settings.max_sessions, settings.tombstone_seconds, settings.when_full, limits)
     # Here and not above: the packages are extras.
     if settings.store.startswith(_LMDB):
         from cellserve.service.sessions.stores.lmdb.folder import Folder
@@ -132,7 +124,6 @@ class ServiceContext:
         BrokenModel: There is no model to serve.
         RuntimeUnavailable: The requested provider is not available.
         BadKeysFile: The file of API keys cannot be read.
-        BadSnapshot: The snapshot cannot be restored.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -171,19 +162,9 @@ class ServiceContext:
         )
         self.observes_each_request = settings.access_log or settings.tracing  # then without the fast path
         self.keys = None if settings.api_keys_file is None else Keys(settings.api_keys_file)
-        self.snapshots: Snapshots | None = None
-        if settings.snapshot is not None and isinstance(self.sessions, MemoryStore):
-            loaded = self.versions.loaded
-            self.snapshots = Snapshots(
-                settings.snapshot, self.sessions, lambda: list(loaded.values()), self.versions.engine_for_digest_nowait
-            )
-            restored = self.snapshots.restore()
-            self.sessions.sweep()  # expired while the server was down
-            log.info("%d sessions restored from %s", restored, settings.snapshot)
         self._memory = MemoryTrimmer()
         self.ready = False
         self.stopping = False  # whether the server shuts down: connections should close as soon as possible
-        self.exit_status = 0
 
     def _engine_of(self, model: Model) -> Engine:
         return Engine(model, self.settings, self._executor, self.tracing)
@@ -277,7 +258,7 @@ class ServiceContext:
         await self.sessions.start()
 
     async def run_housekeeping(self) -> None:
-        """Expires sessions, reloads keys and models, and writes snapshots and metrics, until it is cancelled."""
+        """Expires sessions, reloads keys and models, and writes metrics, until it is cancelled."""
         watching = [asyncio.create_task(self.versions.watch(self.settings.reload_seconds))]
         if self.keys is not None:
             watching.append(asyncio.create_task(self._watch(self.keys)))
@@ -293,49 +274,20 @@ class ServiceContext:
             keys.reload_if_changed()
 
     async def _sweep_periodically(self) -> None:
-        written = time.monotonic()
         while True:
             await asyncio.sleep(min(_SWEEP_SECONDS, self.settings.session_idle_seconds))
             self.sessions.sweep()
             self.versions.sweep()
             await self._memory.sweep([engine.arena for engine in self.versions.loaded.values()])
-            if self.snapshots is not None:
-                await self._restore_waiting(self.snapshots)
-            if self.snapshots is not None and time.monotonic() - written >= self.settings.snapshot_seconds:
-                try:
-                    await self._write(self.snapshots)
-                except OSError as error:
-                    log.error("the snapshot could not be written, the previous one is kept: %s", error)
-                written = time.monotonic()
             self.metrics.publish()
 
-    async def _restore_waiting(self, snapshots: Snapshots) -> None:
-        with suppress(BadSnapshot, ServerFull):  # then they keep waiting
-            await snapshots.restore_waiting(self.versions.engine_for_digest)
-
     async def close(self) -> None:
-        """Writes the last snapshot, and stops all threads and connections."""
+        """Stops all threads and connections."""
         self.ready = False
         self.decoding.close()
         self.versions.close()
         self._executor.shutdown()
-        if self.snapshots is not None:
-            try:
-                await self._write(self.snapshots)
-            except OSError as error:
-                log.error("the snapshot could not be written, changes since the last one are lost: %s", error)
-                self.exit_status = 1
-            self.snapshots.close()
         await self.sessions.close()
         self.metrics.publish()
         if self.tracing is not None:
             await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)
-
-    async def _write(self, snapshots: Snapshots) -> None:
-        start = time.monotonic()
-        try:
-            await snapshots.write()
-        except OSError:
-            self.counts.snapshot_errors += 1
-            raise
-        self.counts.snapshots.observe(time.monotonic() - start)

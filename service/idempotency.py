@@ -86,7 +86,7 @@ def resolve(position: int, last: AppliedChange | None, key: IdempotencyKey) -> A
     if key.position > position:
         raise SessionWentBack(
             f"position: the session is at {position}, behind the position {key.position} that was sent. Either its "
-            f"store has lost acknowledged changes (a restart without a snapshot, a failover), or the position was "
+            f"store has lost acknowledged changes (a power cut, a failover), or the position was "
             f"never reached: send the steps from {position} again",
             position=position,
         )

@@ -152,13 +152,6 @@ class ModelManager:
             found = self._loaded_with(key, digest)
         return found
 
-    def engine_for_digest_nowait(self, key: VersionKey, digest: str) -> Engine | None:
-        """Returns what `engine_for_digest` returns; blocks, and is only for use before anything is served."""
-        wanted = None if self._loaded_with(key, digest) else self._in_folder_with(key, digest)
-        if wanted is not None:
-            self._install(self._open(wanted, False), self.newest)
-        return self._loaded_with(key, digest)
-
     async def reload(self, again: bool = False) -> None:
         """Rescans the folder, and loads and installs what is new.
 

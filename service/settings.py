@@ -101,8 +101,6 @@ class Settings(BaseSettings):
     store_timeout_seconds: float = Field(2, gt=0, description="seconds to wait for an answer of the store")
     store_replicas: int = Field(0, ge=0, description="store replicas that must confirm each write (WAIT)")
     arena_sessions: int = Field(100_000, ge=1, description="sessions per model held in memory with a shared store")
-    snapshot: Path | None = Field(None, description="file of all sessions, written at shutdown and periodically")
-    snapshot_seconds: float = Field(60, gt=0, description="seconds between snapshots")
     api_keys_file: Path | None = Field(None, description="accepted API keys, lines owner:sha256; unset: no keys")
     operators: str = Field(
         "",
@@ -136,8 +134,6 @@ class Settings(BaseSettings):
                 "workers",
                 "each process would have its own sessions: give them a shared store with --store lmdb:FOLDER or redis://HOST:PORT",
             )
-        if self.snapshot is not None and self.store != "memory":
-            raise _conflict("snapshot", "the shared store keeps the sessions itself: leave out --snapshot or --store")
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""uvicorn's server, whose application always gets to end: it writes the snapshot and closes the store."""
+"""uvicorn's server, whose application always gets to end: it closes the store."""
 
 from __future__ import annotations
 

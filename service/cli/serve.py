@@ -62,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cellserve.service.model_repository.errors import BrokenModel
     from cellserve.service.runtime.onnx_model import RuntimeUnavailable
     from cellserve.service.sessions.stores.protocol import StoreUnusable
-    from cellserve.service.sessions.stores.snapshot import BadSnapshot
 
     logging.configure(settings.log_format)
     for message in unknown_variables(os.environ):
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         app = create_app(settings)
     except ModuleNotFoundError as error:
         return _fail(_missing_extra(error))
-    except (BadKeysFile, BadSnapshot, BrokenModel, PortTaken, RuntimeUnavailable, StoreUnusable) as error:
+    except (BadKeysFile, BrokenModel, PortTaken, RuntimeUnavailable, StoreUnusable) as error:
         return _fail(str(error))
     if settings.workers == 1:
         return _run_one(app, settings)
@@ -96,7 +95,7 @@ def _run_one(app: ObservabilityMiddleware, settings: Settings) -> int:
     from cellserve.service.cli.orderly_server import OrderlyServer
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(app.service.exit_status)
+        raise SystemExit(0)
 
     # uvicorn raises the signal again after a graceful stop, which would end the process as if it had failed.
     for number in (signal.SIGTERM, signal.SIGINT):

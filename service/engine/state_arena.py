@@ -131,20 +131,6 @@ class Arena:
         """Copies one slot's states, by name."""
         return {spec.name: array[slot, ...].copy() for spec, array in zip(self.specs, self._arrays, strict=True)}
 
-    @property
-    def names(self) -> list[str]:
-        """The states' names."""
-        return [spec.name for spec in self.specs]
-
-    def read_many(self, slots: Slots) -> dict[str, Array]:
-        """Copies the states of slots, by name: `[len(slots), *shape]`."""
-        return {spec.name: array[slots] for spec, array in zip(self.specs, self._arrays, strict=True)}
-
-    def write_many(self, slots: Slots, states: dict[str, Array]) -> None:
-        """Writes the states of slots, in the layout that `read_many` returns."""
-        for spec, array in zip(self.specs, self._arrays, strict=True):
-            array[slots] = states[spec.name]
-
     def pack(self, slots: Slots) -> list[bytes]:
         """Returns the states of each slot as bytes, one state after the other."""
         parts = [array[slots].reshape(len(slots), -1).view(np.uint8) for array in self._arrays]

@@ -1,4 +1,4 @@
-"""Counters of a process's surfaces, sockets and snapshots: plain numbers, read by `prometheus.py` at each scrape."""
+"""Counters of a process's surfaces and sockets: plain numbers, read by `prometheus.py` at each scrape."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from cellserve.service.engine.stats import SECONDS, Histogram
 from cellserve.service.errors import Problem
 
 SURFACES = ("predict", "sessions", "stream", "inference", "operations")
-
-_SLOW_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
 
 class SurfaceCounts:
@@ -36,8 +34,6 @@ class Counts:
     def __init__(self) -> None:
         self.surfaces = {name: SurfaceCounts() for name in SURFACES}
         self.sockets = 0  # open WebSockets
-        self.snapshots = Histogram(_SLOW_SECONDS)
-        self.snapshot_errors = 0
 
     def surface(self, path: str) -> SurfaceCounts:
         """Returns the counters of the surface that serves a path."""

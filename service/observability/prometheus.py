@@ -153,7 +153,7 @@ class _ProcessCollector(Collector):
             counts = engine.counts
             _add(stages, [*values, "queue"], counts.queue)
             _add(stages, [*values, "run"], counts.run)
-            if self._sessions.durable not in ("none", "snapshot"):
+            if self._sessions.durable != "none":
                 _add(stages, [*values, "store"], counts.store)
             _add(rows, values, counts.rows)
         yield from (stages, rows)
@@ -178,7 +178,7 @@ class _ProcessCollector(Collector):
             yield family
 
     def _of_sessions(self) -> Iterator[Metric]:
-        store, counts = self._sessions, self._counts
+        store = self._sessions
         yield CounterMetricFamily("cellserve_sessions_created", "Sessions made, forks too.", store.created)
         ended = CounterMetricFamily("cellserve_sessions_ended", "Sessions that are gone.", labels=["reason"])
         for reason, count in store.ended.items():
@@ -193,12 +193,6 @@ class _ProcessCollector(Collector):
         yield errors
         yield CounterMetricFamily(
             "cellserve_unreadable_records", "Records of the store that were not those of a session.", store.unreadable
-        )
-        snapshots = HistogramMetricFamily("cellserve_snapshot_duration_seconds", "Of writing a snapshot.", labels=[])
-        _add(snapshots, [], counts.snapshots)
-        yield snapshots
-        yield CounterMetricFamily(
-            "cellserve_snapshot_errors", "Snapshots that could not be written.", counts.snapshot_errors
         )
 
 

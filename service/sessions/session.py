@@ -16,7 +16,7 @@ from cellserve.service.model_repository.model import Model
 # The address of the client whose request is handled, as `api.client_identity` tells it.
 peer: ContextVar[str] = ContextVar("peer", default="")
 
-Durable = Literal["none", "snapshot", "process", "disk", "store"]  # how sessions outlive the process
+Durable = Literal["none", "process", "disk", "store"]  # how sessions outlive the process
 
 
 @dataclass(slots=True, eq=False)

@@ -246,11 +246,11 @@ def test_an_integer_out_of_bounds_in_a_frame_moves_no_session(server: Server, st
     assert ask(stream, op="step", session=0, x=1)["position"] == 1
 
 
-@pytest.mark.parametrize("outlives", ["snapshot", "store"])
+@pytest.mark.parametrize("store", ["lmdb", "redis"])
 def test_a_repeated_step_of_any_kind_is_answered_again_after_a_restart(
-    kinds: Path, serve: Serve, redis: RedisServer, tmp_path: Path, outlives: str
+    kinds: Path, serve: Serve, redis: RedisServer, tmp_path: Path, store: str
 ) -> None:
-    kept = ("--snapshot", str(tmp_path / "sessions")) if outlives == "snapshot" else ("--store", redis.url)
+    kept = "--store", redis.url if store == "redis" else f"lmdb:{tmp_path / 'store'}"
     asked: list[tuple[str, dict[str, Any], Any]] = []  # a session, a step, its answer
     server = serve("--models", str(kinds), *kept)
     with server.client() as client:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -257,17 +258,20 @@ def test_a_server_that_has_lost_a_session_is_detected(repository: Path, serve: S
 
 
 def test_a_store_that_has_gone_back_is_detected(repository: Path, serve: Serve, tmp_path: Path) -> None:
-    snapshot = ("--snapshot", str(tmp_path / "snapshot"), "--snapshot-seconds", "1000")
-    port = ("--port", str(free_port()))
-    server = serve("--models", str(repository), *snapshot, *port)
+    store, backup = tmp_path / "store", tmp_path / "backup"
+    flags = "--models", str(repository), "--store", f"lmdb:{store}", "--port", str(free_port())
+    server = serve(*flags)
     x = inputs(6)
     with Client(server.url, retry=QUICK) as client, client.session("lstm") as session:
         session.step(x[:2])
-        assert server.stop() == 0  # writes a snapshot
-        server = serve("--models", str(repository), *snapshot, *port)
+        assert server.stop() == 0
+        shutil.copytree(store, backup)
+        server = serve(*flags)
         ys = [session.step(x[2:4], outputs="all")]
-        server.stop(signal.SIGKILL)  # writes none
-        serve("--models", str(repository), *snapshot, *port)
+        server.stop(signal.SIGKILL)
+        shutil.rmtree(store)
+        backup.rename(store)
+        serve(*flags)
         with pytest.raises(SessionWentBack) as back:
             session.step(x[4:])
         assert (back.value.position, session.position, session.refresh()) == (2, 4, 2)

@@ -109,7 +109,13 @@ def test_a_killed_server_has_lost_nothing_that_was_answered(
             answer = client.post(f"/sessions/{session}/step", json={"x": x[position], "position": position}).json()
             assert answer["durable"] == durable
             ys.append(answer["y"])
-        client.delete(f"/sessions/{create(client, 'rnn')}")
+        deleted = create(client, "rnn")
+        client.delete(f"/sessions/{deleted}")
+        large = create(client, "rnn")
+        whole = {"x": frames(3000), "outputs": "all", "position": 0}  # its answer is made again, not kept
+        large_answer = client.post(f"/sessions/{large}/step", json=whole).json()
+        client.put("/sessions/chosen", json={"model": "lstm"})
+        client.post("/sessions/chosen/reset", json={"position": 0})
     server.stop(signal.SIGKILL)
     server = serve(*flags)
     with server.client() as client:
@@ -118,8 +124,27 @@ def test_a_killed_server_has_lost_nothing_that_was_answered(
         ys += [client.post(f"/sessions/{session}/step", json={"x": row}).json()["y"] for row in x[3:]]
         body = {"model": "lstm", "sequences": [x], "outputs": "all"}
         assert ys == client.post("/predict", json=body).json()["outputs"][0]
-        assert [one["session"] for one in client.get("/sessions").json()["sessions"]] == [session]
+        assert client.post(f"/sessions/{large}/step", json=whole).json() == large_answer
+        assert client.put("/sessions/chosen", json={"model": "lstm"}).status_code == 200
+        assert client.put("/sessions/chosen", json={"model": "rnn"}).status_code == 409
+        assert client.post("/sessions/chosen/reset", json={"position": 0}).headers["idempotent-replay"] == "true"
+        assert client.get(f"/sessions/{deleted}").status_code == 410
+        listed = {one["session"] for one in client.get("/sessions").json()["sessions"]}
+        assert listed == {session, large, "chosen"}
     assert server.stop() == 0
+
+
+def test_a_session_that_expired_while_the_server_was_down_is_answered_as_expired(
+    repository: Path, serve: Serve, tmp_path: Path
+) -> None:
+    flags = "--models", str(repository), "--store", f"lmdb:{tmp_path / 'store'}", "--session-idle-seconds", "0.1"
+    server = serve(*flags)  # a restart takes longer
+    with server.client() as client:
+        session = create(client, "lstm")
+    server.stop(signal.SIGKILL)
+    with serve(*flags).client() as client:
+        answer = client.get(f"/sessions/{session}")
+        assert (answer.status_code, answer.json()["reason"]) == (410, "expired")
 
 
 def test_a_second_server_over_the_folder_is_refused(repository: Path, serve: Serve, tmp_path: Path) -> None:

@@ -377,12 +377,12 @@ def test_statistics_count_requests_and_runs(repository: Path, serve: Serve, kind
     assert sum(int(batch["compute_infer"]["count"]) for batch in told["batch_stats"]) == int(told["execution_count"])
 
 
-@pytest.mark.parametrize("store", ["snapshot", "redis"])
+@pytest.mark.parametrize("store", ["lmdb", "redis"])
 def test_a_sequence_continues_after_a_restart(
     repository: Path, serve: Serve, tmp_path: Path, redis: RedisServer, store: str
 ) -> None:
-    where = ("--snapshot", str(tmp_path / "s")) if store == "snapshot" else ("--store", redis.url)
-    flags = "--models", str(repository), "--grpc-port", "0", *where
+    where = redis.url if store == "redis" else f"lmdb:{tmp_path / 'store'}"
+    flags = "--models", str(repository), "--grpc-port", "0", "--store", where
     x = noise(1, 20, FEATURES)
     ys = []
     for half, kind in enumerate(("http", "grpc")):
@@ -400,7 +400,7 @@ def test_a_sequence_continues_after_a_restart(
                             parameters={"position": step},
                         )
                     ys.append(answer.y)
-                    assert answer.parameters["durable"] == ("store" if store == "redis" else store)
+                    assert answer.parameters["durable"] == ("store" if store == "redis" else "process")
 
         asyncio.run(ask())
         whole = predicted(server, "lstm", x)

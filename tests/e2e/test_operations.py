@@ -136,19 +136,15 @@ def test_metrics_in_json_are_the_samples_of_the_text(server: Server) -> None:
     assert abs(document["time"] - time.time()) < 60
 
 
-def test_expired_and_evicted_sessions_and_snapshots_are_counted(repository: Path, serve: Serve, tmp_path: Path) -> None:
+def test_expired_and_evicted_sessions_are_counted(repository: Path, serve: Serve) -> None:
     flags = "--max-sessions", "2", "--when-full", "evict", "--session-idle-seconds", "3"
-    snapshot = "--snapshot", str(tmp_path / "snapshot"), "--snapshot-seconds", "0.1"
-    server = serve("--models", str(repository), *flags, *snapshot)
+    server = serve("--models", str(repository), *flags)
     with server.client() as client:
         for _ in range(3):
             create(client, "lstm")
         assert Scrape(client)("cellserve_sessions_ended_total", reason="evicted") == 1
         scrape = scraped(client, lambda now: now("cellserve_sessions_ended_total", reason="expired") == 2)
         assert (scrape("cellserve_sessions"), scrape("cellserve_sessions_created_total")) == (0, 3)
-        scraped(client, lambda now: now("cellserve_snapshot_duration_seconds_count") >= 1)
-        (tmp_path / "snapshot.new").mkdir()  # where the next one would be written
-        scraped(client, lambda now: now("cellserve_snapshot_errors_total") >= 1)
 
 
 def test_sessions_of_a_shared_store_are_counted_as_they_end(

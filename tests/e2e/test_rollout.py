@@ -213,7 +213,7 @@ def test_a_repeated_stream_resumes_and_applies_no_symbol_twice(client: httpx.Cli
 
 
 def test_a_rollout_outlives_a_restart(examples: Path, serve: Serve, tmp_path: Path) -> None:
-    flags = "--models", str(examples), "--snapshot", str(tmp_path / "snapshot")
+    flags = "--models", str(examples), "--store", f"lmdb:{tmp_path / 'store'}"
     server, asked = serve(*flags), {**ASKED, "position": 0}
     with server.client() as client:
         plain, streamed = create(client, "characters"), create(client, "characters")

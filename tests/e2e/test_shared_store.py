@@ -233,7 +233,6 @@ def test_workers_share_the_store_and_stop_with_status_0(
         (("--workers", "2"), 2, "--store lmdb:FOLDER"),
         (("--store", "lmdb:/proc/store"), 1, "--store: /proc/store cannot be used"),
         (("--store", "postgres://x"), 1, "--store"),
-        (("--store", "redis://127.0.0.1:1", "--snapshot", "sessions"), 2, "--snapshot"),
     ],
 )
 def test_impossible_store_settings_are_refused_in_one_line(

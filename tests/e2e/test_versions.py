@@ -229,7 +229,7 @@ def test_only_operators_may_reload(models: Path, serve: Serve, tmp_path: Path) -
 def test_restored_sessions_keep_their_versions_and_wait_for_missing_ones(
     models: Path, serve: Serve, tmp_path: Path
 ) -> None:
-    flags = "--models", str(models), "--snapshot", str(tmp_path / "sessions"), *WATCHING
+    flags = "--models", str(models), "--store", f"lmdb:{tmp_path / 'store'}", *WATCHING
     x = frames(20)
     server = serve(*flags)
     with server.client() as client:
@@ -242,13 +242,14 @@ def test_restored_sessions_keep_their_versions_and_wait_for_missing_ones(
     (models / "rnn/1").rename(tmp_path / "rnn-1")
     server = serve(*flags)
     with server.client() as client:
-        until_states(client, "lstm", {2: "serving", 1: "draining"})
+        until_states(client, "lstm", {2: "serving", 1: "available"})
         on = client.post(f"/sessions/{sessions['lstm']}/step", json={"x": x[8:], "outputs": "all"}).json()
         assert on["y"] == truth(models / "lstm/1", x)[8:]
+        until_states(client, "lstm", {2: "serving", 1: "draining"})
         waiting = client.post(f"/sessions/{sessions['rnn']}/step", json={"x": x[8:]})
         assert (waiting.status_code, "model-version-not-here" in waiting.json()["type"]) == (503, True)
         (tmp_path / "rnn-1").rename(models / "rnn/1")
-        until_states(client, "rnn", {2: "serving", 1: "draining"})
+        until_states(client, "rnn", {2: "serving", 1: "available"})
         on = client.post(f"/sessions/{sessions['rnn']}/step", json={"x": x[8:12], "outputs": "all"}).json()
         assert on["y"] == truth(models / "rnn/1", x)[8:12]
     assert server.stop() == 0

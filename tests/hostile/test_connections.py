@@ -305,9 +305,10 @@ def test_a_stop_waits_for_no_hostage(serve: Serve, examples: Path) -> None:
         assert time.monotonic() - began < 10  # and not --shutdown-seconds
 
 
-def test_a_second_signal_still_writes_the_snapshot(serve: Serve, examples: Path, tmp_path: Path) -> None:
-    file = str(tmp_path / "snapshot")
-    server = serve("--models", str(examples), "--snapshot", file)
+def test_a_second_signal_still_closes_the_store(serve: Serve, examples: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    flags = "--models", str(examples), "--store", f"lmdb:{store}"
+    server = serve(*flags)
     with server.client() as client, connected(server) as hostage:
         session = client.post("/sessions", json={"model": "sunspots"}).json()["session"]
         hostage.sendall(HOSTAGES["a body without end"][0])
@@ -315,7 +316,7 @@ def test_a_second_signal_still_writes_the_snapshot(serve: Serve, examples: Path,
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         assert server.stop(signal.SIGINT) == 0
-    again = serve("--models", str(examples), "--snapshot", file)
+    again = serve(*flags)
     with again.client() as client:
         assert client.get(f"/sessions/{session}").status_code == 200
 

@@ -28,7 +28,7 @@ TASK_SECONDS = 0.001  # what a request that gets a task is counted as: it runs l
 
 # Connections beyond the limit, which get to ask for the server's health.
 _SPARE, _SPARE_PER_CLIENT = 64, 4
-# Open files beside connections: models, snapshots, keys, stores, listeners, gRPC.
+# Open files beside connections: models, keys, stores, listeners, gRPC.
 _OTHER_FILES = 192
 _OPERATIONS_CONNECTIONS = 64
 

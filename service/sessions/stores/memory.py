@@ -69,7 +69,6 @@ class MemoryStore:
         max_sessions: Live sessions, at most.
         tombstone_seconds: How long ended sessions are answered 410 instead of 404.
         when_full: At a limit, refuse a new session, or evict the longest idle one.
-        durable: How its sessions outlive the process.
         client_limits: What the sessions of one client may amount to.
     """
 
@@ -79,14 +78,13 @@ class MemoryStore:
         max_sessions: int,
         tombstone_seconds: float,
         when_full: WhenFull = "refuse",
-        durable: Durable = "none",
         client_limits: ClientLimits = NO_LIMITS,
     ) -> None:
-        self.table, self.durable = table, durable
+        self.table = table
+        self.durable: Durable = "none"
         self.max_sessions, self.when_full = max_sessions, when_full
         self._tombstone_seconds, self._client_limits = tombstone_seconds, client_limits
         self.tombstones: OrderedDict[str, Tombstone] = OrderedDict()  # oldest first
-        self.awaiting_model: dict[str, str] = {}  # sessions in the snapshot whose model version is not loaded
         self.created = 0
         self.ended = dict.fromkeys(("deleted", "expired", "evicted"), 0)
         self.unreadable = 0
@@ -118,9 +116,6 @@ class MemoryStore:
 
     def not_found_error(self, owner: str, session_id: str) -> Problem:
         """Returns the error for a session that is not live."""
-        model = self.awaiting_model.get(key_of(owner, session_id))
-        if model is not None:
-            return ModelVersionNotHere(f"the session belongs to model {model}, which is not here: put it back")
         tombstone = self.tombstones.get(key_of(owner, session_id))
         return (
             unknown_session_error() if tombstone is None else session_gone_error(tombstone.reason, tombstone.position)
@@ -189,15 +184,13 @@ class MemoryStore:
                     )
                 self.table.touch(known)
                 return known, False
-            if key in self.tombstones or key in self.awaiting_model:
+            if key in self.tombstones:
                 raise self.not_found_error(owner, session_id)
         return self._make(engine, states, owner, session_id or new_id(), creation_digest, position), True
 
     async def recreate(self, engine: Engine, owner: str, session_id: str, creation_digest: bytes) -> Session:
         """Creates a session from zeros, replacing any existing or ended one of that id."""
         key = key_of(owner, session_id)
-        if key in self.awaiting_model:
-            raise self.not_found_error(owner, session_id)
         while (before := self.table.live.get(key)) is not None:
             with suppress(SessionGone, UnknownSession):
                 async with self._locked(before):
