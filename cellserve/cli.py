@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "serve": ("cellserve.service.cli.serve", "serve the models of a repository over HTTP", "cpu]' or 'cellserve[gpu"),
-    "key": ("cellserve.service.cli.key", "create an API key", "cpu]' or 'cellserve[gpu"),
-    "models": ("cellserve.service.cli.models", "list the models of a repository", "cpu]' or 'cellserve[gpu"),
+    "serve": ("cellserve.service.cli.serve", "serve the models of a repository over HTTP", "cpu]' or '.[gpu"),
+    "key": ("cellserve.service.cli.key", "create an API key", "cpu]' or '.[gpu"),
+    "models": ("cellserve.service.cli.models", "list the models of a repository", "cpu]' or '.[gpu"),
     "bench": ("cellserve.benchmark.command", "measure a server with a model of yours", "bench"),
     "train": ("cellserve.models.training_cli", "train the example networks", "export"),
     "export": ("cellserve.export.cli.export", "export a saved Keras network as a model to serve", "export"),
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             command = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            print(f"cellserve {name}: {error.name} is not installed: pip install 'cellserve[{extra}]'", file=sys.stderr)
+            how = f"in a clone, pip install '.[{extra}]'"
+            print(f"cellserve {name}: {error.name} is not installed: {how}", file=sys.stderr)
             return 1
         return int(command.main(rest))
     except KeyboardInterrupt:

@@ -31,7 +31,7 @@ def import_tensorflow() -> None:
         except ImportError as error:
             raise ImportError(
                 f"training and exporting need TensorFlow, which cannot be imported here ({error}): "
-                f"pip install 'cellserve[export]'"
+                f"in a clone, pip install '.[export]'"
             ) from None
         finally:
             sys.stderr.flush()

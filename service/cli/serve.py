@@ -133,7 +133,7 @@ def _missing_extra(error: ModuleNotFoundError) -> str:
     """Returns which setting needs a missing package, and how to install it."""
     extras = {"redis": ("store", "redis"), "hiredis": ("store", "redis"), "opentelemetry": ("tracing", "tracing")}
     name, extra = extras.get((error.name or "").partition(".")[0], ("grpc_port", "grpc"))
-    return f"{flag(name)} needs {error.name}: pip install 'cellserve[{extra}]'"
+    return f"{flag(name)} needs {error.name}: in a clone, pip install '.[{extra}]'"
 
 
 def _fail(message: str, status: int = 1) -> int:

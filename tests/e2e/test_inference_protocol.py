@@ -585,7 +585,7 @@ def test_a_taken_grpc_port_and_missing_packages_are_reported_in_one_line(both: S
     hidden = "import sys; sys.modules['grpc'] = None; from cellserve.cli import main; sys.exit(main(sys.argv[1:]))"
     for start, wanted, told in (
         (["-m", "cellserve.cli"], port, f"--grpc-port {port}: Address already in use"),
-        (["-c", hidden], "0", "pip install 'cellserve[grpc]'"),
+        (["-c", hidden], "0", "in a clone, pip install '.[grpc]'"),
     ):
         done = subprocess.run([sys.executable, *start, *command, wanted], capture_output=True, text=True, timeout=60)
         assert done.returncode == 1
@@ -593,13 +593,12 @@ def test_a_taken_grpc_port_and_missing_packages_are_reported_in_one_line(both: S
         assert told in done.stderr.splitlines()[-1]
 
 
-def test_the_examples_of_the_docs_run(examples: Path, serve: Serve) -> None:
+def test_the_examples_of_the_docs_run_over_grpc_too(examples: Path, serve: Serve) -> None:
     server = serve("--models", str(examples), "--grpc-port", "0")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/inference-protocol.md").read_text(), re.S)
-    code = "\n".join(blocks).replace("localhost:8000", server.url.split("//")[1])
-    exec(code, {})
-    over_grpc = code.replace("tritonclient.http", "tritonclient.grpc").replace(server.url.split("//")[1], server.grpc)
-    exec(over_grpc.replace("once-only", "another").replace('["parameters"]["replayed"]', '.parameters["replayed"]'), {})
+    code = "\n".join(blocks).replace("tritonclient.http", "tritonclient.grpc")
+    code = code.replace('"localhost:8000"', f'"{server.grpc}"').replace("http://localhost:8000", server.url)
+    exec(code.replace('["parameters"]["replayed"]', '.parameters["replayed"]'), {})
 
 
 def test_the_openapi_document_describes_every_path(both: Server) -> None:
