@@ -30,14 +30,14 @@ test-long: $(BIN)/.dev $(BIN)/.silero setup servers
 fuzz: $(BIN)/.dev
 	$(BIN)/python -m tests.export.fuzz $(FUZZ_FLAGS)
 
-# Installs what the tests run: a real Redis, a real load balancer, a real browser, strace, and a C compiler for the
-# bench's load generator.
+# Installs what the tests run: a real Redis, a real load balancer, a real browser, strace, curl and Node for the
+# snippets of the docs, and a C compiler for the bench's load generator.
 servers:
-	@for program in redis-server strace nginx cc chromium; do \
+	@for program in redis-server strace nginx cc chromium curl node; do \
 		PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || missing=yes; \
 	done; \
 	test -z "$$missing" || { apt-get update -q \
-	&& apt-get install -qy --no-install-recommends redis-server nginx-light strace gcc libc6-dev chromium; }
+	&& apt-get install -qy --no-install-recommends redis-server nginx-light strace gcc libc6-dev chromium curl nodejs node-ws; }
 
 check: $(BIN)/.dev
 	$(BIN)/ruff check

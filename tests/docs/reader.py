@@ -45,6 +45,12 @@ class Reader:
         (folder / ".venv").mkdir()
         (folder / ".venv/bin").symlink_to(_STAND_INS)
         node = re.match(r"v(\d+)", _printed("node", "--version"))
+        assert node, "node is missing: `make test` installs it, or apt-get install nodejs node-ws"
+        if (
+            int(node[1]) < 20
+        ):  # no WebSocket of its own; Debian's node 18 finds this package beside a file that imports it
+            (folder / "node_modules").mkdir()
+            (folder / "node_modules/ws").symlink_to("/usr/share/nodejs/ws")
         self.environment = {
             **os.environ,
             "PATH": os.pathsep.join([str(_STAND_INS), str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -54,7 +60,7 @@ class Reader:
             "SERVERS": str(self.servers),
             "CELLSERVE_PORT": self._port("8000"),
             # Its WebSocket needs a flag in Node 20 and 21.
-            "NODE_OPTIONS": "--experimental-websocket" if node and node[1] in ("20", "21") else "",
+            "NODE_OPTIONS": "--experimental-websocket" if node[1] in ("20", "21") else "",
         }
 
     def read(self, page: Path) -> None:
