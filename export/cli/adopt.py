@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         adopt(AdoptRequest(**arguments), Console())
     except ModuleNotFoundError as error:
-        errors.print(f"cellserve adopt: {error.name} is not installed: in a clone, pip install '.[adopt]'", markup=False)
+        how = "in a clone, pip install '.[adopt]'"
+        errors.print(f"cellserve adopt: {error.name} is not installed: {how}", markup=False)
         return 1
     except (ExportError, OSError) as error:
         line = " ".join(str(error).split())  # a name in the graph may have line breaks
