@@ -38,13 +38,14 @@ def free_port() -> int:
             return port
 
 
-def until(ask: Callable[[], T], holds: Callable[[T], object] = bool, seconds: float = 120) -> T:
+def until(ask: Callable[[], T], holds: Callable[[T], object] = bool, seconds: float = 120, pause: float = 0.05) -> T:
     """Asks again and again until the answer holds, and returns it; a server that does not answer is asked again.
 
     Args:
         ask: What to ask; an error of HTTP or of the system counts as no.
         holds: Whether an answer is the one waited for.
         seconds: The deadline. Only a failure takes this long, however busy the machine is.
+        pause: Seconds between two questions.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -56,4 +57,4 @@ def until(ask: Callable[[], T], holds: Callable[[T], object] = bool, seconds: fl
         except (httpx.HTTPError, OSError) as error:
             answer = error
         assert time.monotonic() < deadline, f"not within {seconds} seconds; the last answer: {answer!r}"
-        time.sleep(0.05)
+        time.sleep(pause)

@@ -20,6 +20,17 @@ def create_private(path: Path) -> IO[bytes]:
     return os.fdopen(os.open(path, _FLAGS | os.O_EXCL, _MODE), "wb")
 
 
+def reserve_private(path: Path, size: int) -> None:
+    """Makes a file at least this long, with all of that on disk.
+
+    For files that are mapped: a write to a part that is not on disk ends the process (SIGBUS) when the disk is full.
+    """
+    with append_private(path) as file:
+        missing = size - os.fstat(file.fileno()).st_size
+        if missing > 0:
+            file.write(bytes(missing))
+
+
 def append_private(path: Path) -> IO[bytes]:
     """Opens a file for appending, and creates it if it is missing; others cannot read it any more.
 

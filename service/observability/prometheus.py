@@ -22,7 +22,7 @@ from cellserve.service.engine.stats import Histogram
 from cellserve.service.errors import StoreUnavailable
 from cellserve.service.observability.counters import Counts
 from cellserve.service.observability.prometheus_multiprocess import MultiprocessFiles
-from cellserve.service.sessions.stores.protocol import SessionStore
+from cellserve.service.sessions.stores.protocol import SessionStore, StoreFiles
 from cellserve.service.sessions.writer import SessionWriter
 
 log = logging.getLogger("cellserve")
@@ -88,11 +88,12 @@ class Metrics:
         versions = {"version": importlib.metadata.version("cellserve"), "runtime": _runtime_version()}
         build = GaugeMetricFamily("cellserve_build_info", "What runs here.", labels=list(versions))
         build.add_metric(list(versions.values()), 1)
+        shared = [build, *_of_files(self._sessions.files())]
         try:
             live = await self._sessions.count()
         except StoreUnavailable:
-            return [build]
-        return [build, GaugeMetricFamily("cellserve_sessions", "Live sessions; of a shared store, all of its.", live)]
+            return shared
+        return [*shared, GaugeMetricFamily("cellserve_sessions", "Live sessions; of a shared store, all of its.", live)]
 
 
 class _MergedCollector(Collector):
@@ -193,6 +194,28 @@ class _ProcessCollector(Collector):
         yield errors
         yield CounterMetricFamily(
             "cellserve_unreadable_records", "Records of the store that were not those of a session.", store.unreadable
+        )
+        files = store.files()
+        if files is not None:
+            syncs = HistogramMetricFamily(
+                "cellserve_store_sync_duration_seconds", "Of each sync of the store to disk.", labels=[]
+            )
+            _add(syncs, [], files.sync_seconds)
+            yield syncs
+
+
+def _of_files(files: StoreFiles | None) -> Iterator[Metric]:
+    """Yields what a store has on this machine's disk."""
+    if files is None:
+        return
+    yield GaugeMetricFamily("cellserve_store_used_bytes", "What holds something in the store.", files.used_bytes)
+    yield GaugeMetricFamily("cellserve_store_file_bytes", "The store's files.", files.file_bytes)
+    yield GaugeMetricFamily("cellserve_store_max_bytes", "The store's files, at most.", files.max_bytes)
+    yield GaugeMetricFamily("cellserve_store_free_bytes", "What the store's disk has left.", files.free_bytes)
+    yield GaugeMetricFamily("cellserve_store_readers", "Readers of the store's files, of all workers.", files.readers)
+    if files.checkpoint_age is not None:
+        yield GaugeMetricFamily(
+            "cellserve_store_checkpoint_age_seconds", "Since the store's last checkpoint.", files.checkpoint_age
         )
 
 

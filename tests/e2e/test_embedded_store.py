@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.helpers import create, frames
+from tests.e2e.helpers import create, frames, problem_kind
 from tests.e2e.test_replicas import SECONDS, through_chaos
 from tests.helpers import free_port, until
 from tests.server import Serve
@@ -147,9 +148,54 @@ def test_a_session_that_expired_while_the_server_was_down_is_answered_as_expired
         assert (answer.status_code, answer.json()["reason"]) == (410, "expired")
 
 
+def test_sessions_of_models_that_are_not_here_wait_for_them(repository: Path, serve: Serve, tmp_path: Path) -> None:
+    few = tmp_path / "models"
+    shutil.copytree(repository / "lstm", few / "lstm")
+    store = "--store", f"lmdb:{tmp_path / 'store'}"
+    x = frames(2)
+    with (server := serve("--models", str(repository), *store)).client() as client:
+        here, elsewhere, unwanted = create(client, "lstm"), create(client, "rnn"), create(client, "rnn")
+        for session in (here, elsewhere):
+            assert client.post(f"/sessions/{session}/step", json={"x": x[0]}).status_code == 200
+    assert server.stop() == 0
+    with (server := serve("--models", str(few), *store)).client() as client:
+        assert client.post(f"/sessions/{here}/step", json={"x": x[1]}).json()["position"] == 2
+        for answer in (
+            client.post(f"/sessions/{elsewhere}/step", json={"x": x[1]}),
+            client.get(f"/sessions/{elsewhere}"),
+        ):
+            assert (answer.status_code, problem_kind(answer)) == (503, "model-version-not-here")
+            assert "rnn" in answer.json()["detail"]
+        assert {one["session"] for one in client.get("/sessions").json()["sessions"]} == {here, elsewhere, unwanted}
+        assert client.delete(f"/sessions/{unwanted}").status_code == 204
+    assert server.stop() == 0
+    with serve("--models", str(repository), *store).client() as client:
+        assert client.post(f"/sessions/{elsewhere}/step", json={"x": x[1]}).json()["position"] == 2
+
+
 def test_a_second_server_over_the_folder_is_refused(repository: Path, serve: Serve, tmp_path: Path) -> None:
     flags = "--models", str(repository), "--store", f"lmdb:{tmp_path / 'store'}"
     serve(*flags)
+    assert "another server uses" in refusal(*flags)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(repository: Path, serve: Serve, tmp_path: Path) -> None:
+    store, reason = tmp_path / "store", "Read-only file system"
+    serve("--models", str(repository), "--store", f"lmdb:{store}").stop()
+    mounts = ["mount", "--bind", str(store), str(store)], ["mount", "-o", "remount,bind,ro", str(store)]
+    if any(subprocess.run(mount, capture_output=True).returncode for mount in mounts):
+        store, reason = Path("/sys/store"), "cannot be used"  # not even by root
+    try:
+        assert reason in refusal("--models", str(repository), "--store", f"lmdb:{store}")
+    finally:
+        subprocess.run(["umount", str(store)], capture_output=True)
+
+
+def refusal(*flags: str) -> str:
+    """Returns the one line with which a server that is started with these flags ends."""
     command = [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, "another server uses" in done.stderr.splitlines()[-1]) == (1, True)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("INFO")]
+    assert line.startswith("cellserve serve: --store: ")
+    return line

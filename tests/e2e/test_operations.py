@@ -415,7 +415,8 @@ def frames_of(count: int) -> list[list[list[float]]]:
     return [frames(2) for _ in range(count)]
 
 
-def test_the_docs_and_the_dashboard_name_existing_metrics(server: Server) -> None:
+def test_the_docs_and_the_dashboard_name_existing_metrics(repository: Path, serve: Serve, tmp_path: Path) -> None:
+    server = serve("--models", str(repository), "--store", f"lmdb:{tmp_path / 'store'}")  # it has the most of them
     with server.client() as client:
         create(client, "lstm")
         client.post("/predict", json={})

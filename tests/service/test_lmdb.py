@@ -317,21 +317,80 @@ def test_one_server_uses_a_folder(tmp_path: Path) -> None:
 
 
 def test_folders_that_cannot_be_used_are_refused_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    newer, broken, foreign, file = (tmp_path / name for name in ("newer", "broken", "foreign", "file"))
-    for folder in (newer, broken, foreign):
+    names = "newer", "unknown", "broken", "none", "foreign", "file"
+    newer, unknown, broken, none, foreign, file = (tmp_path / name for name in names)
+    for folder in (newer, unknown, broken, none, foreign):
         folder.mkdir()
     (newer / "store.json").write_text(json.dumps({"format": 99, "shards": 1}))
+    (unknown / "store.json").write_text(json.dumps({"format": 0, "shards": 1}))
     (broken / "store.json").write_text("{")
+    (none / "store.json").write_text(json.dumps({"format": 1, "shards": 0}))
     (foreign / "0").mkdir()
     (foreign / "0" / "data.mdb").write_bytes(b"something else" * 1000)
     file.write_text("")
-    reasons = {newer: "format 99, of a newer", broken: "is damaged", foreign: "cannot be used", file: "cannot be used"}
+    reasons = {
+        newer: "format 99, of a newer",
+        unknown: "format 0, which is none",
+        broken: "is damaged",
+        none: "is damaged",
+        foreign: "cannot be used",
+        file: "cannot be used",
+    }
     for folder, reason in reasons.items():
         with pytest.raises(StoreUnusable, match=reason):
             opened(folder)
     monkeypatch.setattr(folder_module, "_NETWORK", ("",))  # every file system counts as one of these
+    monkeypatch.setattr(folder_module, "_LOCAL", ())
     with pytest.raises(StoreUnusable, match=r"network file system .* local disk"):
         opened(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [("nfs4", True), ("cifs", True), ("smb3", True), ("9p", True), ("ceph", True), ("fuse.sshfs", True),
+     ("fuse.glusterfs", True), ("fuse", True), ("fuse.gcsfuse", True), ("ext4", False), ("xfs", False),
+     ("overlay", False), ("tmpfs", False), ("fuseblk", False), ("fuse.fuse-overlayfs", False)],
+)  # fmt: skip
+def test_network_file_systems_are_told_by_their_type(kind: str, refused: bool) -> None:
+    mounts = (
+        "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+        f"36 22 0:52 / /mnt/cells rw,relatime shared:2 master:1 - {kind} server:/export rw,vers=4\n"
+    )
+    assert folder_module.network_kind(mounts, "0:52") == (kind if refused else None)
+    assert folder_module.network_kind(mounts, "8:1") is None
+
+
+def test_an_older_format_is_migrated_step_by_step_and_again_after_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def write() -> None:
+        client = opened(tmp_path)
+        await client.create("kept", record(7), ROOM)
+        await client.close()
+
+    async def positions() -> dict[str, int]:
+        client = opened(tmp_path)
+        found = {name: one.stamp.position for name, one in (await read(client)).items()}
+        await client.close()
+        return found
+
+    def crashes(path: Path) -> None:
+        ran.append("crash")
+        raise OSError("no power")
+
+    asyncio.run(write())
+    ran: list[str] = []
+    first = folder_module._FORMAT
+    monkeypatch.setattr(folder_module, "_FORMAT", first + 2)
+    migrations = {first: lambda path: ran.append(f"first of {path.name}"), first + 1: crashes}
+    monkeypatch.setattr(folder_module, "_MIGRATIONS", migrations)
+    with pytest.raises(StoreUnusable, match="no power"):
+        opened(tmp_path)
+    migrations[first + 1] = lambda path: ran.append("second")
+    for _ in range(2):
+        assert asyncio.run(positions()) == {"kept": 7}
+    assert ran == [f"first of {tmp_path.name}", "crash", "second"]
+    assert json.loads((tmp_path / "store.json").read_text())["format"] == first + 2
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -90,6 +90,10 @@ class MemoryStore:
         self.unreadable = 0
         self.errors: dict[str, int] = {}  # memory does not fail
 
+    def files(self) -> None:
+        """Returns None: memory has no files."""
+        return None
+
     async def start(self) -> None:
         """Has nothing to check."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.stats import Histogram
 from cellserve.service.engine.work import Finished
 from cellserve.service.errors import Problem
 from cellserve.service.idempotency import IdempotencyKey
@@ -31,6 +33,19 @@ class StoreUnusable(Exception):
     """The configured store cannot be used; the message says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoreFiles:
+    """What a store has on this machine's disk."""
+
+    used_bytes: int  # what holds something
+    file_bytes: int  # the files' size, with what was deleted and is kept for reuse
+    max_bytes: int  # of the files, at most
+    free_bytes: int  # what the disk has left
+    readers: int  # of all processes
+    checkpoint_age: float | None  # seconds since the last checkpoint; None if none are taken
+    sync_seconds: Histogram  # of this process's syncs to disk
+
+
 class SessionStore(Protocol):
     """Keeps sessions. Those in use have a slot in the table, which is either the store itself or a cache of it.
 
@@ -50,6 +65,9 @@ class SessionStore(Protocol):
     @property
     def errors(self) -> Mapping[str, int]:
         """Calls to the store that failed so far, by reason; has all reasons from the start."""
+
+    def files(self) -> StoreFiles | None:
+        """Returns what the store has on this machine's disk; None if it keeps nothing there."""
 
     async def start(self) -> None:
         """Checks the store."""

@@ -41,7 +41,7 @@ from cellserve.service.sessions.session import (
     unknown_session_error,
 )
 from cellserve.service.sessions.stores.memory import capacity_error, new_id
-from cellserve.service.sessions.stores.protocol import Page, States, StoreClient
+from cellserve.service.sessions.stores.protocol import Page, States, StoreClient, StoreFiles
 from cellserve.service.sessions.stores.records import (
     ConditionalWrite,
     SessionRecord,
@@ -120,6 +120,10 @@ class SharedStore:
     def errors(self) -> Mapping[str, int]:
         """Calls that failed so far, by reason."""
         return self._client.errors
+
+    def files(self) -> StoreFiles | None:
+        """Returns None: what the store has is not on this machine's disk."""
+        return None
 
     async def start(self) -> None:
         """Checks the store; if it is unavailable now, later calls try again."""

@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import orjson
 
-from cellserve.service.access.private_files import create_private
+from cellserve.service.access.private_files import reserve_private
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 
 _FILE = "checkpoint"
+_BYTES = 4096  # of the file: a block
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # MDB_meta behind the header of pages 0 and 1: magic, version, address, map size, free list, main tree, last page, id of
 # the transaction. The first number of the free list is the size of a page. See mdb.c of LMDB 0.9.
@@ -38,15 +40,23 @@ class Checkpoint:
     root: str  # LMDB's root in hexadecimal; empty if the store takes no checkpoints
 
     def save(self, folder: Path) -> None:
-        """Replaces the checkpoint in a folder atomically, and syncs it."""
+        """Replaces the checkpoint in a folder atomically, and syncs it.
+
+        The next one's file is made ahead, so that there is a block for it on a full disk: the store needs checkpoints
+        to reuse its pages.
+        """
         content = orjson.dumps(asdict(self))
+        content = content.ljust(_BYTES - 2 * hashlib.sha256().digest_size - 1)
         new = folder / f"{_FILE}.new"
-        with create_private(new) as file:
+        reserve_private(new, _BYTES)
+        with new.open("r+b") as file:
             file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
             file.flush()
             os.fsync(file.fileno())
         new.replace(folder / _FILE)
         sync_folder(folder)
+        with suppress(OSError):
+            reserve_private(new, _BYTES)
 
     @classmethod
     def load(cls, folder: Path) -> Checkpoint | None:

@@ -10,17 +10,20 @@ import asyncio
 import fcntl
 import logging
 import os
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lmdb
 
-from cellserve.service.access.private_files import append_private
+from cellserve.service.access.private_files import append_private, reserve_private
 from cellserve.service.errors import Problem, StoreUnavailable
 from cellserve.service.sessions.stores.lmdb.checkpoint import (
     Checkpoint,
@@ -36,8 +39,12 @@ T = TypeVar("T")
 Job = Callable[[lmdb.Transaction], T]
 
 _READERS = 2048  # a worker needs a few
+_READER_BYTES = 64  # of LMDB's lock file; its head is smaller than a few of these
 _DATABASES = 16
 _EARLY_BYTES = 256 * 1024 * 1024  # a file that has grown by so much since the last checkpoint gets the next one early
+_FULL = tuple(os.strerror(number) for number in (ENOSPC, EDQUOT, EFBIG))  # how errors of a full disk read
+_NO_BYTES = 64 * 1024  # a disk with less is full
+_CALM_SECONDS = 5.0  # without failed writes, after which the log says that writing works again
 
 log = logging.getLogger("cellserve")
 
@@ -69,11 +76,14 @@ class Environment:
         self._write_watch: AbstractContextManager[None] = nullcontext() if watchdog is None else watchdog.watch()
         self._checkpoint_watch: AbstractContextManager[None] = nullcontext() if watchdog is None else watchdog.watch()
         self.errors = {"full": 0, "failed": 0}
-        self.syncs = 0  # commits or checkpoints that were synced to disk
-        self._failing = False
+        self._synced: deque[float] = deque()  # seconds of each sync to disk, until `take_syncs`
+        self._failing = self._no_checkpoint = False  # what was said in the log
+        self._failed_at = 0.0  # the last write, in seconds of time.monotonic
+        self._needs_pages = False  # whether the next checkpoint should come at once, so that pages can be reused
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(folder.parent)
+            reserve_private(folder / "lock.mdb", _READER_BYTES * (_READERS + 8))
             self._env = lmdb.open(
                 str(folder), map_size=max_bytes, max_dbs=_DATABASES, max_readers=_READERS, sync=sync, metasync=sync,
                 readahead=False, max_spare_txns=4, mode=0o600,
@@ -92,19 +102,29 @@ class Environment:
         self._draining: asyncio.Task[None] | None = None
 
     def begin_checkpoints(self) -> None:
-        """Makes the store good for a power cut before anything is written."""
-        if self.sync:
-            self._env.sync(True)
-            forget(self.folder)
-        elif self._checkpoint_seconds:
-            self.checkpoint()
-        else:
-            Checkpoint(boot_id(), time.time(), False, "").save(self.folder)
+        """Makes the store good for a power cut before anything is written; raises StoreUnusable."""
+        try:
+            if self.sync:
+                self._env.sync(True)
+                forget(self.folder)
+            elif self._checkpoint_seconds:
+                self.checkpoint()
+            else:
+                Checkpoint(boot_id(), time.time(), False, "").save(self.folder)
+        except (OSError, lmdb.Error) as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> StoreUnusable:
+        return StoreUnusable(f"--store: {self.folder} cannot be used: {getattr(error, 'strerror', None) or error}")
 
     def database(self, name: bytes) -> Any:
         """Returns a database in the file, after creating it if necessary."""
         # In a transaction of ours: that of `open_db` would wait for the lock without letting other threads run.
-        return self.run(lambda transaction: self._env.open_db(name, txn=transaction))
+        try:
+            with self._write_watch, self._env.begin(write=True) as transaction:
+                return self._env.open_db(name, txn=transaction)
+        except lmdb.Error as error:
+            raise self._unusable(error) from None
 
     def read(self) -> lmdb.Transaction:
         """Returns a read transaction: a context manager, whose values are views of the map."""
@@ -115,12 +135,12 @@ class Environment:
         try:
             with self._write_watch, self._env.begin(write=True, buffers=True) as transaction:
                 result = job(transaction)
-            self.syncs += self.sync
+                if self.sync:
+                    start = time.perf_counter()
+            if self.sync:
+                self._synced.append(time.perf_counter() - start)
         except lmdb.Error as error:
             raise self._failed(error) from None
-        if self._failing:
-            self._failing = False
-            log.info("the store can be written again")
         return result
 
     async def write(self, job: Job[T], large: bool = False) -> T:
@@ -160,8 +180,10 @@ class Environment:
             return [result for job in jobs for result in self._run_together([job])]
 
     def _failed(self, error: lmdb.Error) -> Problem:
-        full = isinstance(error, lmdb.MapFullError | lmdb.DiskError) or "No space left" in str(error)
+        full = isinstance(error, lmdb.MapFullError) or self._is_full(error)
         self.errors["full" if full else "failed"] += 1
+        self._needs_pages = True
+        self._failed_at = time.monotonic()
         why = "--store-max-bytes is reached" if isinstance(error, lmdb.MapFullError) else str(error)
         if not self._failing:  # logged once, not for each request
             self._failing = True
@@ -172,10 +194,34 @@ class Environment:
             else "the session store cannot be written, nothing was changed: send the request again in a second"
         )
 
+    def _is_full(self, error: Exception) -> bool:
+        """Returns whether a disk is full; if LMDB could write only a part of something, its error does not say so."""
+        return any(reason in str(error) for reason in _FULL) or self.free_bytes < _NO_BYTES
+
     @property
     def bytes_used(self) -> int:
         """Bytes of the file up to its last page in use or kept for reuse."""
         return (int(self._env.info()["last_pgno"]) + 1) * int(self._env.stat()["psize"])
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that the disk has left."""
+        disk = os.fstatvfs(self._data)
+        return disk.f_bavail * disk.f_frsize if disk.f_blocks else sys.maxsize  # 0: a file system without a bound
+
+    def take_syncs(self) -> list[float]:
+        """Returns the seconds of each sync to disk since the last call."""
+        return [self._synced.popleft() for _ in range(len(self._synced))]
+
+    @property
+    def checkpoint_age(self) -> float | None:
+        """Seconds since the last checkpoint of any process; None if none are taken, or the last one is damaged."""
+        if self.sync or not self._checkpoint_seconds:
+            return None
+        with suppress(StoreUnusable):
+            found = Checkpoint.load(self.folder)
+            return None if found is None else time.time() - found.at
+        return None
 
     @property
     def readers(self) -> int:
@@ -185,10 +231,15 @@ class Environment:
     def keep_house(self) -> None:
         """Frees what dead processes held, and starts a checkpoint if one is due."""
         self._env.reader_check()
+        # On a full disk some writes succeed, as soon as pages are free again.
+        if self._failing and time.monotonic() - self._failed_at > _CALM_SECONDS:
+            self._failing = False
+            log.info("the store %s can be written again", self.folder)
         if self.sync or not self._checkpoint_seconds or self._checkpointing.locked():
             return
         age = time.monotonic() - self._checkpointed
-        if age >= self._checkpoint_seconds or self.bytes_used - self._pages > _EARLY_BYTES:
+        if self._needs_pages or age >= self._checkpoint_seconds or self.bytes_used - self._pages > _EARLY_BYTES:
+            self._needs_pages = False
             self._checkpoints.submit(self._checkpoint_or_log)
 
     def checkpoint(self, clean: bool = False) -> None:
@@ -204,11 +255,12 @@ class Environment:
                     pin = self._env.begin()
                     root = read_root(self._data, pin.id())
                 self._pages, at = self.bytes_used, time.time()
+                start = time.perf_counter()
                 os.fdatasync(self._data)
                 Checkpoint(boot_id(), at, clean, root).save(self.folder)
+                self._synced.append(time.perf_counter() - start)
             finally:
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
-            self.syncs += 1
             if self._pin is not None:
                 self._pin.abort()
             self._pin, self._checkpointed = pin, time.monotonic()
@@ -216,9 +268,12 @@ class Environment:
     def _checkpoint_or_log(self) -> None:
         try:
             self.checkpoint()
+            self._no_checkpoint = False
         except (OSError, lmdb.Error) as error:
-            self.errors["failed"] += 1
-            log.error("no checkpoint of the store %s, the previous one stays: %s", self.folder, error)
+            self.errors["full" if self._is_full(error) else "failed"] += 1
+            if not self._no_checkpoint:
+                self._no_checkpoint = True
+                log.error("no checkpoint of the store %s, the previous one stays: %s", self.folder, error)
 
     async def close(self, last: bool) -> None:
         """Closes the file; the last process to do so leaves a checkpoint that says that nothing is missing."""

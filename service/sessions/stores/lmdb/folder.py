@@ -14,6 +14,8 @@ import multiprocessing
 import os
 import time
 import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -21,16 +23,23 @@ from typing import IO
 import orjson
 
 from cellserve.service.access.private_files import append_private, create_private
-from cellserve.service.sessions.stores.lmdb.checkpoint import recover
+from cellserve.service.sessions.stores.lmdb.checkpoint import recover, sync_folder
 from cellserve.service.sessions.stores.lmdb.environment import Environment
 from cellserve.service.sessions.stores.lmdb.watchdog import Watchdog
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 
 _FORMAT = 1
+# What makes a folder's format the next one, by the former. Each may be run again after a crash: the number in
+# store.json changes last.
+_MIGRATIONS: dict[int, Callable[[Path], None]] = {}
 _ABOUT = "store.json"
 _MOST_SHARDS = 8
 _ORPHANS_SECONDS = 10.0  # workers of a server that was killed notice and end within so long
-_NETWORK = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "gluster", "lustre", "fuse.sshfs", "fuse.gluster", "gpfs")
+_NETWORK = (
+    "9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs",
+    "ocfs2", "orangefs", "pvfs2", "smb",
+)  # fmt: skip  # and what begins with these
+_LOCAL = "fuseblk", "fuse.fuse-overlayfs", "fuse.ntfs-3g", "fusectl"
 
 log = logging.getLogger("cellserve")
 
@@ -58,10 +67,12 @@ class Folder:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             _refuse_network(path)
             self._lock()
-            count = self._read_about(1 if sync else min(workers, _MOST_SHARDS))
+            about = self._read_about(1 if sync else min(workers, _MOST_SHARDS))
+            if not self._is_worker:
+                Watchdog.reserve(path / "writers")
             watchdog = Watchdog(path / "writers") if self._is_worker else None
-            self._how = max_bytes // count, sync, checkpoint_seconds, watchdog
-            self._folders = [path / str(number) for number in range(count)]
+            self._how = max_bytes // about.shards, sync, checkpoint_seconds, watchdog
+            self._folders = [path / str(number) for number in range(about.shards)]
             if not self._is_worker:
                 for folder in self._folders:
                     _recover(folder)
@@ -119,27 +130,57 @@ class Folder:
                 time.sleep(0.1)
         fcntl.flock(workers, fcntl.LOCK_UN)
 
-    def _read_about(self, shards: int) -> int:
-        """Returns the number of shards, after creating the store if the folder is new."""
+    def _read_about(self, shards: int) -> _About:
+        """Returns what the folder says of itself, after creating a new store, or migrating an older one."""
         file = self.path / _ABOUT
         if not file.exists():
-            new = file.with_suffix(".new")
-            with create_private(new) as about:
-                about.write(orjson.dumps({"format": _FORMAT, "shards": shards}))
-                about.flush()
-                os.fsync(about.fileno())
-            new.replace(file)
+            _About(_FORMAT, shards).save(file)
+        about = _About.load(file)
+        if about.format > _FORMAT:
+            raise StoreUnusable(
+                f"--store: {self.path} has format {about.format}, of a newer Cellserve; this one reads up to "
+                f"{_FORMAT}: start the newer one, or give another folder"
+            )
+        while about.format < _FORMAT:
+            migrate = _MIGRATIONS.get(about.format)
+            if migrate is None:
+                raise StoreUnusable(
+                    f"--store: {self.path} has format {about.format}, which is none that this Cellserve reads "
+                    f"(1 to {_FORMAT}): give another folder"
+                )
+            log.info("the store %s is migrated from format %d", self.path, about.format)
+            migrate(self.path)
+            about = _About(about.format + 1, about.shards)
+            about.save(file)
+        return about
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """What store.json says."""
+
+    format: int
+    shards: int
+
+    @classmethod
+    def load(cls, file: Path) -> _About:
         try:
-            about_store = orjson.loads(file.read_bytes())
-            found, count = int(about_store["format"]), int(about_store["shards"])
+            found = orjson.loads(file.read_bytes())
+            about = cls(int(found["format"]), int(found["shards"]))
+            if not 1 <= about.shards <= _MOST_SHARDS:
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise StoreUnusable(f"--store: {file} is damaged: restore the folder from a backup") from None
-        if found > _FORMAT:
-            raise StoreUnusable(
-                f"--store: {self.path} has format {found}, of a newer Cellserve; this one reads up to {_FORMAT}: start "
-                f"the newer one, or give another folder"
-            )
-        return count
+        return about
+
+    def save(self, file: Path) -> None:
+        new = file.with_suffix(".new")
+        with create_private(new) as opened:
+            opened.write(orjson.dumps(asdict(self)))
+            opened.flush()
+            os.fsync(opened.fileno())
+        new.replace(file)
+        sync_folder(file.parent)
 
 
 def _recover(folder: Path) -> None:
@@ -166,12 +207,24 @@ def _refuse_network(path: Path) -> None:
     if not mounts.exists():
         return
     device = os.stat(path).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in mounts.read_text().splitlines():
+    kind = network_kind(mounts.read_text(), f"{os.major(device)}:{os.minor(device)}")
+    if kind is not None:
+        raise StoreUnusable(
+            f"--store: {path} is on a network file system ({kind}), where LMDB cannot work: give a folder on a "
+            f"local disk, or a shared store such as redis://HOST:PORT"
+        )
+
+
+def network_kind(mounts: str, device: str) -> str | None:
+    """Returns the type of a device's file system if it is one of a network, or may be.
+
+    Args:
+        mounts: The content of /proc/self/mountinfo.
+        device: The device's numbers, MAJOR:MINOR.
+    """
+    for line in mounts.splitlines():
         before, _, after = line.partition(" - ")
         kind = after.split()[0]
-        if before.split()[2] == wanted and kind.startswith(_NETWORK):
-            raise StoreUnusable(
-                f"--store: {path} is on a network file system ({kind}), where LMDB cannot work: give a folder on a "
-                f"local disk, or a shared store such as redis://HOST:PORT"
-            )
+        if before.split()[2] == device and kind.startswith(_NETWORK) and kind not in _LOCAL:
+            return kind
+    return None

@@ -67,6 +67,10 @@ class Records:
         )  # client, a zero byte, and the key of a session that it made
         self._totals = environment.database(b"totals")
         self._models = environment.database(b"models")
+        self._all = (
+            self._sessions, self._deadlines, self._tombstones, self._forgetting, self._of_client, self._totals,
+            self._models,
+        )  # fmt: skip
         self._known_models: dict[int, tuple[str, int, str]] = {}
 
     # Reading
@@ -121,7 +125,7 @@ class Records:
     def bytes_used(self) -> int:
         """Returns the bytes of the pages that hold something."""
         with self.environment.read() as transaction:
-            stats = [transaction.stat(one) for one in (self._sessions, self._deadlines, self._tombstones)]
+            stats = [transaction.stat(one) for one in self._all]
         return sum(one["psize"] * (one["branch_pages"] + one["leaf_pages"] + one["overflow_pages"]) for one in stats)
 
     def is_due(self, now: float) -> bool:

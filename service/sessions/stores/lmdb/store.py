@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.stats import SECONDS, Histogram
 from cellserve.service.engine.work import Finished
 from cellserve.service.errors import Problem, ServerFull, SessionUnreadable, StaleSession, StoreUnavailable
 from cellserve.service.idempotency import IdempotencyKey
 from cellserve.service.sessions.session import Durable, Room, Session, SessionSummary, key_of
 from cellserve.service.sessions.stores.lmdb.folder import Folder
 from cellserve.service.sessions.stores.lmdb.records import Found, Records, from_key, to_key
+from cellserve.service.sessions.stores.protocol import StoreFiles
 from cellserve.service.sessions.stores.records import (
     ConditionalWrite,
     SessionRecord,
@@ -59,6 +62,7 @@ class LmdbClient:
         self._idle_seconds, self._clock = idle_seconds, clock
         self._shards = [Records(shard, idle_seconds, tombstone_seconds) for shard in folder.shards]
         self._shard_bytes = max_bytes // len(self._shards)
+        self._sync_seconds = Histogram(SECONDS)
         self._expired = 0  # sessions that have expired since the last call of `count`
         self._sweeping: asyncio.Task[None] | None = None
         for shard in folder.shards:
@@ -69,6 +73,25 @@ class LmdbClient:
         """Writes that failed so far, by reason."""
         each = [shard.errors for shard in self.folder.shards]
         return {reason: sum(errors[reason] for errors in each) for reason in each[0]}
+
+    def files(self) -> StoreFiles:
+        """Returns what the store has on this machine's disk."""
+        self._note_syncs()
+        shards = self.folder.shards
+        ages = [age for shard in shards if (age := shard.checkpoint_age) is not None]
+        return StoreFiles(
+            used_bytes=sum(records.bytes_used() for records in self._shards),
+            file_bytes=sum(shard.bytes_used for shard in shards),
+            max_bytes=self._shard_bytes * len(shards),
+            free_bytes=shards[0].free_bytes,
+            readers=sum(shard.readers for shard in shards),
+            checkpoint_age=max(ages, default=None),
+            sync_seconds=self._sync_seconds,
+        )
+
+    def _note_syncs(self) -> None:
+        for shard in self.folder.shards:
+            self._sync_seconds.observe_all(shard.take_syncs())
 
     async def start(self) -> None:
         """Has nothing to check."""
@@ -100,7 +123,8 @@ class LmdbClient:
         found, now, stored = self.find(key), self._clock(), to_key(key)
         if isinstance(found.record, SessionRecord) and found.deadline - now < self._idle_seconds:
             records = self._of(stored)
-            await records.environment.write(lambda transaction: records.touch(transaction, stored, now))
+            with suppress(StoreUnavailable):  # on a full disk, reading goes on
+                await records.environment.write(lambda transaction: records.touch(transaction, stored, now))
         return found.record
 
     async def count(self) -> tuple[int, int]:
@@ -138,9 +162,7 @@ class LmdbClient:
     async def _create(self, key: str, session: SessionRecord, room: Room, replace: bool) -> WriteOutcome:
         stored, now = to_key(key), self._clock()
         records = self._of(stored)
-        bound = _NEARLY_FULL * self._shard_bytes
-        if records.environment.bytes_used > bound and records.bytes_used() > bound:
-            raise ServerFull("the sessions have nearly reached --store-max-bytes: delete some, or try again later")
+        self._check_room(records)
         if not self.folder.sync:
             self._sweep_due()  # expired sessions make room
         rest = [one for one in self._shards if one is not records]
@@ -149,6 +171,15 @@ class LmdbClient:
         return await records.environment.write(
             lambda transaction: records.create(transaction, stored, session, now, replace, room, others)
         )
+
+    def _check_room(self, records: Records) -> None:
+        """Raises ServerFull where a new session would leave too little for the steps of the others."""
+        file = records.environment.bytes_used
+        on_disk = file + records.environment.free_bytes // len(self._shards)
+        bound = _NEARLY_FULL * min(self._shard_bytes, on_disk)
+        if file > bound and records.bytes_used() > bound:
+            what = "reached --store-max-bytes" if self._shard_bytes < on_disk else "filled the disk of --store"
+            raise ServerFull(f"the sessions have nearly {what}: delete some, or try again later")
 
     async def write(
         self, writes: Sequence[ConditionalWrite], touched: Sequence[str] = ()
@@ -203,6 +234,7 @@ class LmdbClient:
         """Expires sessions, forgets tombstones, takes checkpoints; a part of it if there is much."""
         for shard in self.folder.shards:
             shard.keep_house()
+        self._note_syncs()
         if not self.folder.sync:
             until = time.monotonic() + _SWEEP_SECONDS
             while self._sweep_due() and time.monotonic() < until:
@@ -285,6 +317,10 @@ class LmdbStore(SharedStore):
             return False  # its refresh says so
         self._fill(session, found, *content)
         return True
+
+    def files(self) -> StoreFiles:
+        """Returns what the store has on this machine's disk."""
+        return self._client.files()
 
     def _find(self, key: str) -> SessionRecord | TombstoneRecord | None:
         """Reads a session or its tombstone as they are; raises SessionUnreadable."""

@@ -14,7 +14,10 @@ import threading
 import time
 from pathlib import Path
 
+from cellserve.service.access.private_files import reserve_private
+
 _PLACES, _WATCHES = 512, 32  # processes, and watches of each
+_BYTES = 4 * _PLACES * (1 + _WATCHES)
 _PATIENCE_SECONDS = 1.5  # a write takes microseconds
 _PERIOD_SECONDS = 0.5
 
@@ -39,17 +42,19 @@ class Watchdog:
     """Notes in a file that all workers map which of them is in a write, and watches how long this one waits.
 
     Args:
-        file: The file; created if necessary.
+        file: The file, made by `reserve`.
     """
 
+    @staticmethod
+    def reserve(file: Path) -> None:
+        """Makes the file, before there are workers."""
+        reserve_private(file, _BYTES)
+
     def __init__(self, file: Path) -> None:
-        size = _PLACES * (1 + _WATCHES)
         self._watches: list[Watch] = []
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(file, flags, 0o600), "r+b") as opened:
+        with os.fdopen(os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b") as opened:
             fcntl.flock(opened, fcntl.LOCK_EX)
-            opened.truncate(4 * size)
-            cells = memoryview(mmap.mmap(opened.fileno(), 4 * size)).cast("I")
+            cells = memoryview(mmap.mmap(opened.fileno(), _BYTES)).cast("I")
             self._owners, self._writing = cells[:_PLACES], cells[_PLACES:]
             place = next(place for place, pid in enumerate(self._owners) if not pid or not _is_sibling(pid))
             self._own = self._writing[place * _WATCHES : (place + 1) * _WATCHES]
