@@ -24,8 +24,10 @@ from cellserve.export.keras_model.unservable import refuse_unservable
 from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 from cellserve.export.publish import compatibility, repository_writer
 from cellserve.export.publish.request import ExportRequest
+from cellserve.export.publish.samples import samples_of
 from cellserve.export.report import html
 from cellserve.export.report.console import Results, show
+from cellserve.export.report.network_layers import layers_of
 from cellserve.export.report.page import REPORT_NAME
 from cellserve.export.verify.benchmark import NO_ALTERNATIVES, alternatives
 from cellserve.export.verify.evaluation import TestData
@@ -36,7 +38,9 @@ from cellserve.models.signature import (
     Exactness,
     ModelDocument,
     checked_labels,
+    natural_task,
     rollout_misfit,
+    task_misfit,
 )
 from cellserve.service.runtime.onnx_model import Runtime
 
@@ -114,6 +118,8 @@ def _write_model(request: ExportRequest, progress: Callable[[str], None]) -> tup
                 "tf2onnx": beside.operators,
                 **timings,
             },
+            "samples": samples_of(data, document.labels) if data else (),
+            "drawing": layers_of(network),
             "metrics": {**card.get("metrics", {}), **{name: ours for name, (ours, _) in metrics.items()}},
         }
     )
@@ -124,7 +130,7 @@ def _write_model(request: ExportRequest, progress: Callable[[str], None]) -> tup
     warning = compatibility.warning(request.models, request.name, document.signature)
     size = sum(map(len, files.values()))
     results = Results(document, chosen, tried, size, timings, beside.operators, metrics, quantized, warning)
-    files[REPORT_NAME] = html.render(results, network).encode()
+    files[REPORT_NAME] = html.render(results).encode()
     return repository_writer.write(request.models, request.name, request.version, files), results
 
 
@@ -206,6 +212,11 @@ def _document(
         misfit = rollout_misfit(network.signature, rollout)
         if misfit:
             raise ExportError(f"rollout {rollout!r}: {misfit}")
+    task = request.task or card.get("task") or natural_task(network.signature, labels, rollout)
+    sample_rate = request.sample_rate or card.get("sample_rate")
+    misfit = task_misfit(task, sample_rate, network.signature, labels, rollout)
+    if misfit:
+        raise ExportError(f"task {task or 'none'}: {misfit}")
     default = request.default_output or card.get("default_output")
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return ModelDocument(
@@ -213,6 +224,8 @@ def _document(
         description=card.get("description", "") if request.description is None else request.description,
         labels=labels,
         rollout=rollout,
+        task=task,
+        sample_rate=sample_rate,
         signature=network.signature.model_copy(update={"default_output": default} if default else {}),
         exactness=Exactness(proved=False, why="not proved yet"),
         provenance={

@@ -20,6 +20,8 @@ FORMAT: Literal[1] = 1
 MODEL_NAME, STEP_NAME, MANIFEST_NAME = "model.onnx", "step.onnx", "manifest.json"
 Precision = Literal["float32", "float16", "int8"]
 Rollout = Literal["probabilities", "logits", "value"]
+Task = Literal["forecast", "classify", "text", "audio"]
+SAMPLES_BYTES = 64 * 1024  # of a model's samples as JSON, at most
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
@@ -106,6 +108,23 @@ def rollout_misfit(signature: Signature, rollout: Rollout) -> str | None:
     return None
 
 
+class Sample(_Frozen):
+    """A sequence of the test data."""
+
+    x: list[Any] | dict[str, list[Any]]  # as in `sequences` of `POST /predict`
+    label: str | None = None  # its true class
+
+
+class Layer(_Frozen):
+    """A layer of the network, an input or an output, to be drawn."""
+
+    name: str
+    label: str  # its type and shape
+    kind: Literal["input", "layer", "recurrent", "output"]
+    sources: tuple[int, ...] = ()  # the layers before it, by their places in the drawing
+    states: tuple[str, ...] = ()  # what it carries from step to step, with shapes
+
+
 class Exactness(_Frozen):
     """Whether a row's bits were proved independent of batch, chunking, padding and threads."""
 
@@ -124,6 +143,10 @@ class ModelDocument(_Frozen):
     labels: tuple[str, ...] | None = None  # names of the entries of the last axis of the output
     # How an output becomes the next input in a rollout: a symbol sampled from a distribution, or the output itself.
     rollout: Rollout | None = None
+    task: Task | None = None  # what the model is for
+    sample_rate: int | None = None  # samples a second, of an audio model
+    samples: tuple[Sample, ...] = ()  # of the test data, at most SAMPLES_BYTES
+    drawing: tuple[Layer, ...] = ()  # the network, from its inputs to its outputs
     metrics: dict[str, float] = Field(default_factory=dict)  # on the test data: {"accuracy": 0.98}
     precision: Precision = "float32"  # precision of the weights; inputs, outputs and states stay float32
     form: str = ""  # how time is run over: "LSTM", "Scan", ...
@@ -132,3 +155,45 @@ class ModelDocument(_Frozen):
     exactness: Exactness
     timings: dict[str, Any] = Field(default_factory=dict)  # microseconds per run, by batch x time
     provenance: dict[str, str] = Field(default_factory=dict)  # source digest, library versions, time of the export
+
+
+def natural_task(signature: Signature, labels: tuple[str, ...] | None, rollout: Rollout | None) -> Task | None:
+    """The task that a model is for by its outputs; None if they do not tell."""
+    if len(signature.outputs) != 1 or len(signature.outputs[0].shape) > 1:
+        return None
+    if rollout == "value":
+        return "forecast"
+    if rollout is None:
+        return "classify" if labels else None
+    return "text" if labels and _are_characters(labels) else None
+
+
+def task_misfit(
+    task: Task | None,
+    sample_rate: int | None,
+    signature: Signature,
+    labels: tuple[str, ...] | None,
+    rollout: Rollout | None,
+) -> str | None:
+    """The reason why a model cannot be for that task; None if it can."""
+    if (sample_rate is None) == (task == "audio"):
+        return "an audio model has a sample rate (16000, say), and no other model has one"
+    if task is None:
+        return None
+    if len(signature.outputs) != 1 or len(signature.outputs[0].shape) > 1:
+        return "the model must have one output of one axis"
+    if task == "forecast" and rollout != "value":
+        return "the model's output must be its next input (rollout: value)"
+    if task == "text" and (rollout in (None, "value") or not labels or not _are_characters(labels)):
+        return "a symbol must be drawn from its output (rollout: probabilities or logits), each label a character"
+    if task == "classify" and not labels:
+        return "the classes need labels"
+    if task == "audio":
+        (x, *others) = signature.inputs
+        if others or len(x.shape) != 1 or x.dtype != "float32" or signature.predict_only:
+            return "the model must be stepped with one input of one axis, the samples of a step"
+    return None
+
+
+def _are_characters(labels: tuple[str, ...]) -> bool:
+    return all(len(label) == 1 for label in labels)

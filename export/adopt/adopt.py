@@ -26,7 +26,17 @@ from cellserve.export.errors import ExportError, first_line
 from cellserve.export.publish import compatibility, repository_writer
 from cellserve.export.report.page import REPORT_NAME
 from cellserve.export.report.progress import Stages
-from cellserve.models.signature import MODEL_NAME, Exactness, ModelDocument, Rollout, Signature, rollout_misfit
+from cellserve.models.signature import (
+    MODEL_NAME,
+    Exactness,
+    ModelDocument,
+    Rollout,
+    Signature,
+    Task,
+    natural_task,
+    rollout_misfit,
+    task_misfit,
+)
 from cellserve.service.runtime.batch_invariance import (
     FULL_PLAN,
     QUICK_PLAN,
@@ -62,6 +72,8 @@ class AdoptRequest:
     description: str = ""
     default_output: Literal["last", "all"] = "all"
     rollout: Rollout | None = None
+    task: Task | None = None  # None for what the outputs tell
+    sample_rate: int | None = None
 
 
 def adopt(request: AdoptRequest, console: Console) -> Path:
@@ -119,6 +131,8 @@ def _adopt(request: AdoptRequest, console: Console, trial: Trial) -> Path:
             description=request.description,
             labels=request.labels,
             rollout=request.rollout,
+            task=request.task or natural_task(signature, request.labels, request.rollout),
+            sample_rate=request.sample_rate,
             form="ONNX made elsewhere",
             operators=graph.operators,
             parity={"original": difference, "time_steps": reference_loop.STEPS},
@@ -148,6 +162,10 @@ def _check_flags(request: AdoptRequest, signature: Signature) -> None:
     misfit = request.rollout and rollout_misfit(signature, request.rollout)
     if misfit:
         raise ExportError(f"--rollout {request.rollout}: {misfit}")
+    task = request.task or natural_task(signature, request.labels, request.rollout)
+    misfit = task_misfit(task, request.sample_rate, signature, request.labels, request.rollout)
+    if misfit:
+        raise ExportError(f"--task {task or 'none'}: {misfit}")
 
 
 def _proved(model: ServableGraph) -> tuple[Signature, Exactness]:

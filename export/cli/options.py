@@ -38,6 +38,12 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     add("--labels", type=_labels, help="names of the output's entries, separated by commas")
     add("--rollout", choices=("probabilities", "logits", "value"),
         help="how an output becomes the next input in a rollout")  # fmt: skip
+    add(
+        "--task",
+        choices=("forecast", "classify", "text", "audio"),
+        help="what the model is for: how the server's page lets people try it (default: what its outputs tell)",
+    )
+    add("--sample-rate", type=positive, metavar="HZ", help="samples a second, for --task audio")
 
 
 def positive(text: str) -> int:

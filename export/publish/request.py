@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from cellserve.export.errors import ExportError, did_you_mean
 from cellserve.export.keras_model.network_file import check_network_file
 from cellserve.export.publish import repository_writer
-from cellserve.models.signature import Precision, Rollout
+from cellserve.models.signature import Precision, Rollout, Task
 
 DefaultOutput = Literal["last", "all"]
 
@@ -24,10 +24,12 @@ class ExportRequest:
     name: str
     models: Path = Path("artifacts")
     version: int | None = None
-    labels: tuple[str, ...] | None = None  # labels, description, default_output and rollout override the network's card
+    labels: tuple[str, ...] | None = None  # what is in the network's card too overrides it
     description: str | None = None
     default_output: DefaultOutput | None = None
     rollout: Rollout | None = None
+    task: Task | None = None  # None for what the outputs tell
+    sample_rate: int | None = None
     data: Path | None = None
     imports: tuple[Path, ...] = ()
     precision: Precision = "float32"
@@ -77,7 +79,11 @@ class ExportRequest:
             raise ExportError(f"{path}: invalid JSON: {error}") from None
         if not isinstance(card, dict):
             raise ExportError(f'{path}: a JSON object is wanted, such as {{"labels": ["no", "yes"]}}')
-        for key, values in (("rollout", get_args(Rollout)), ("default_output", get_args(DefaultOutput))):
+        for key, values in (
+            ("rollout", get_args(Rollout)),
+            ("default_output", get_args(DefaultOutput)),
+            ("task", get_args(Task)),
+        ):
             if card.get(key) not in (None, *values):
                 raise ExportError(f"{path}: {key} is {card[key]!r}: one of {', '.join(values)} is wanted")
         return card

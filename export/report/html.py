@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
 from cellserve.export.report.console import RUNS, Results, slower_than_float32, tf2onnx_words
 from cellserve.export.report.network_svg import draw_network
 from cellserve.export.report.page import (
@@ -22,11 +20,11 @@ from cellserve.export.report.page import (
 from cellserve.export.verify.parity import TOLERANCE
 
 
-def render(results: Results, network: StatefulNetwork | SequenceNetwork) -> str:
+def render(results: Results) -> str:
     """Returns the page."""
     document = results.document
     sections = {
-        "Network": draw_network(network),
+        "Network": draw_network(document.drawing),
         "Signature": signature_table(document.signature),
         "Forms and time": _forms(results) + _times(results),
         "Operators": operator_list(document.operators),

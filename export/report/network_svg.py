@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
-from typing import Any
 
-import keras
-from keras import tree
-
-from cellserve.export.keras_model.keras_private import calls, graph_of, has_graph
-from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
+from cellserve.models.signature import Layer
 
 _WIDTH, _HEIGHT, _STATE, _DOWN, _BESIDE = 176, 44, 118, 34, 26  # box width and height, state width, gaps
 _LETTERS = 24  # letters that fit into a box
+_END = "end", _HEIGHT / 2
+_SHAPES = {"input": _END, "output": _END, "layer": ("box", 6), "recurrent": ("box recurrent", 6)}  # class and radius
 _ARROW = (
     '<marker id="{id}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
     'orient="auto-start-reverse"><path d="M0 0 8 4 0 8Z" style="fill:var({colour})"/></marker>'
@@ -24,24 +21,20 @@ _ARROW = (
 
 @dataclass(slots=True)
 class _Box:
-    name: str
-    label: str
-    kind: str
-    sources: list[int]
-    states: list[str] = field(default_factory=list)
+    layer: Layer
     rank: int = 0
     left: float = 0.0
 
 
-def draw_network(network: StatefulNetwork | SequenceNetwork) -> str:
+def draw_network(layers: Sequence[Layer]) -> str:
     """Returns the drawing as SVG; all names from the network are escaped."""
-    boxes = _boxes(network)
+    boxes = [_Box(layer) for layer in layers]
     ranks: dict[int, list[_Box]] = defaultdict(list)
     for box in boxes:
-        box.rank = 1 + max((boxes[source].rank for source in box.sources), default=-1)
+        box.rank = 1 + max((boxes[source].rank for source in box.layer.sources), default=-1)
         ranks[box.rank].append(box)
     chain = all(len(row) == 1 for row in ranks.values())
-    long = any(box.rank - boxes[source].rank > 1 for box in boxes for source in box.sources)
+    long = any(box.rank - boxes[source].rank > 1 for box in boxes for source in box.layer.sources)
     margin = 46 if long else 4  # for edges that go around boxes
     width = max(_row_width(row, chain) for row in ranks.values()) + 2 * margin
     for row in ranks.values():
@@ -51,10 +44,11 @@ def draw_network(network: StatefulNetwork | SequenceNetwork) -> str:
         for box in row:
             box.left, left = left, left + _room(box) + _BESIDE
     height = len(ranks) * (_HEIGHT + _DOWN) - _DOWN + 8
-    parts = [_edge(boxes[source], box, ranks) for box in boxes for source in box.sources]
+    parts = [_edge(boxes[source], box, ranks) for box in boxes for source in box.layer.sources]
     parts += [_drawn(box) for box in boxes]
     told = "; ".join(
-        f"{box.name} ({box.label}{', carries ' + ', '.join(box.states) if box.states else ''})" for box in boxes
+        f"{layer.name} ({layer.label}{', carries ' + ', '.join(layer.states) if layer.states else ''})"
+        for layer in layers
     )
     return (
         f'<div class="wide network"><svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img" '
@@ -66,48 +60,8 @@ def draw_network(network: StatefulNetwork | SequenceNetwork) -> str:
     )
 
 
-def _boxes(network: StatefulNetwork | SequenceNetwork) -> list[_Box]:
-    signature = network.signature
-    states: dict[str, list[str]] = defaultdict(list)
-    if isinstance(network, StatefulNetwork):
-        for recurrence in network.recurrences:
-            sizes = (f"{state.name} {list(state.shape)}" for state in recurrence.states)
-            states[recurrence.layer] += [text for text in sizes if text not in states[recurrence.layer]]
-    boxes = [_Box(spec.name, f"input {list(spec.shape)}", "end", []) for spec in signature.inputs]
-    ends = _layers(network.model, list(range(len(boxes))), boxes, states)
-    for spec, end in zip(signature.outputs, ends, strict=True):
-        boxes.append(_Box(spec.name, f"output {list(spec.shape)}", "end", [end]))
-    return boxes
-
-
-def _layers(model: Any, inputs: list[int], boxes: list[_Box], states: dict[str, list[str]]) -> list[int]:
-    """Adds the layers of a model and of models within it; returns the boxes that its outputs come from."""
-    graph = graph_of(model)
-    places = {id(tensor): place for tensor, place in zip(graph.inputs, inputs, strict=True)}
-    for node in calls(model):
-        layer = node.operation
-        inner = [t for t in tree.flatten((node.arguments.args, node.arguments.kwargs)) if id(t) in places]
-        sources = list(dict.fromkeys(places[id(tensor)] for tensor in inner))
-        if isinstance(layer, keras.Model) and has_graph(layer):
-            results = _layers(layer, [places[id(tensor)] for tensor in inner], boxes, states)
-        else:
-            kind = "box recurrent" if states.get(layer.name) else "box"
-            shape = list(tree.flatten(node.outputs)[0].shape[1:])
-            label = f"{_type(layer)} {str(shape).replace('None', 'time')}"
-            boxes.append(_Box(layer.name, label, kind, sources, states.get(layer.name, [])))
-            results = [len(boxes) - 1] * len(node.outputs)
-        places.update(zip(map(id, node.outputs), results, strict=True))
-    return [places[id(tensor)] for tensor in graph.outputs]
-
-
-def _type(layer: Any) -> str:
-    cell = getattr(layer, "cell", None)
-    own = type(layer).__name__
-    return f"{own}({type(cell).__name__})" if own == "RNN" and cell is not None else own
-
-
 def _room(box: _Box) -> float:
-    return _WIDTH + (_STATE + _BESIDE if box.states else 0)
+    return _WIDTH + (_STATE + _BESIDE if box.layer.states else 0)
 
 
 def _row_width(row: list[_Box], packed: bool) -> float:
@@ -137,14 +91,16 @@ def _edge(start: _Box, end: _Box, ranks: dict[int, list[_Box]]) -> str:
 def _drawn(box: _Box) -> str:
     left, top = box.left, _top(box)
     middle = left + _WIDTH / 2
-    radius = _HEIGHT / 2 if box.kind == "end" else 6
+    kind, radius = _SHAPES[box.layer.kind]
     parts = [
-        f'<rect class="{box.kind}" x="{left}" y="{top}" width="{_WIDTH}" height="{_HEIGHT}" rx="{radius}"/>',
-        f'<text x="{middle}" y="{top + 18}" text-anchor="middle">{_fits(box.name)}</text>',
-        f'<text class="dim" x="{middle}" y="{top + 34}" text-anchor="middle">{_fits(box.label, 4)}</text>',
+        f'<rect class="{kind}" x="{left}" y="{top}" width="{_WIDTH}" height="{_HEIGHT}" rx="{radius}"/>',
+        f'<text x="{middle}" y="{top + 18}" text-anchor="middle">{_fits(box.layer.name)}</text>',
+        f'<text class="dim" x="{middle}" y="{top + 34}" text-anchor="middle">{_fits(box.layer.label, 4)}</text>',
     ]
-    count = len(box.states)
-    for place, state in enumerate(box.states[:2] if count < 4 else [*box.states[:1], f"and {count - 1} more states"]):
+    count = len(box.layer.states)
+    for place, state in enumerate(
+        box.layer.states[:2] if count < 4 else [*box.layer.states[:1], f"and {count - 1} more states"]
+    ):
         rows = min(count, 2)
         each = _HEIGHT / rows
         x, y = left + _WIDTH + _BESIDE, top + place * each

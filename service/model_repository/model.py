@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from cellserve.models.signature import Exactness, ModelDocument
+from cellserve.models.signature import Exactness, ModelDocument, natural_task
 from cellserve.service.errors import CannotBeStepped
 from cellserve.service.runtime.batch_invariance import QUICK_PLAN, find_shapes
 from cellserve.service.runtime.onnx_model import Runtime
@@ -80,10 +80,13 @@ class Model:
 
     def described(self) -> dict[str, Any]:
         """Returns everything that is known of it, for JSON."""
+        document = self.document
         return {
             "name": self.name,
             "version": self.version,
-            **self.document.model_dump(mode="json", exclude={"format", "name", "exactness"}),
+            **document.model_dump(mode="json", exclude={"format", "name", "exactness"}),
+            # Files of earlier exports do not say it.
+            "task": document.task or natural_task(document.signature, document.labels, document.rollout),
             "digest": self.digest,
             "exact": self.exactness.proved,
             "exactness": self.exactness.why,

@@ -12,7 +12,9 @@ export class Problem extends Error {
     super(document.detail || document.title || `status ${status}`);
     this.status = status;
     this.problem = document;
-    this.kind = String(document.type ?? "").split(":").pop();
+    this.kind = String(document.type ?? "")
+      .split(":")
+      .pop();
   }
 }
 
@@ -42,7 +44,10 @@ export async function request(method, path, { json, body, type, headers = {}, si
       answer = await fetch(new URL(path, BASE), { method, headers: sent, body, signal, credentials: "omit" });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new Problem(0, { title: "No answer", detail: "The server did not answer: is it running, and this page's network up?" });
+      throw new Problem(0, {
+        title: "No answer",
+        detail: "The server did not answer: is it running, and this page's network up?",
+      });
     }
     if (answer.ok) return answer;
     const problem = await problemOf(answer);
@@ -74,7 +79,7 @@ export function path(...parts) {
   return parts.map(encodeURIComponent).join("/");
 }
 
-/** Yields the server-sent events of a POST as `{id, event, data}`, data parsed; throws a Problem for an event `problem`. */
+/** Yields a POST's server-sent events as `{id, event, data}`, data parsed; throws a Problem for an event `problem`. */
 export async function* events(path, json, { signal, headers } = {}) {
   const answer = await request("POST", path, { json, signal, headers: { Accept: "text/event-stream", ...headers } });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -125,14 +130,15 @@ export async function openStream({ signal } = {}) {
     if (frame.op === "error") asked?.reject(new Problem(frame.problem.status, frame.problem));
     else asked?.resolve(frame);
   };
-  const ask = (frame) => new Promise((resolve, reject) => {
-    if (socket.readyState !== WebSocket.OPEN) {
-      reject(new Problem(0, { detail: "The stream is closed." }));
-      return;
-    }
-    waiting.set(++ref, { resolve, reject });
-    socket.send(JSON.stringify({ ...frame, ref }));
-  });
+  const ask = (frame) =>
+    new Promise((resolve, reject) => {
+      if (socket.readyState !== WebSocket.OPEN) {
+        reject(new Problem(0, { detail: "The stream is closed." }));
+        return;
+      }
+      waiting.set(++ref, { resolve, reject });
+      socket.send(JSON.stringify({ ...frame, ref }));
+    });
   const close = () => socket.close();
   signal?.addEventListener("abort", close);
   await opened;

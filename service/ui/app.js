@@ -10,7 +10,12 @@ import * as play from "./play.js";
 import * as server from "./server.js";
 import * as sessions from "./sessions.js";
 
-const TABS = { models: ["Models", models], play: ["Play", play], sessions: ["Sessions", sessions], server: ["Server", server] };
+const TABS = {
+  models: ["Models", models],
+  play: ["Play", play],
+  sessions: ["Sessions", sessions],
+  server: ["Server", server],
+};
 
 const view = document.getElementById("view");
 const problem = document.getElementById("problem");
@@ -22,9 +27,14 @@ export function showProblem(error) {
   if (error?.name === "AbortError") return;
   if (!(error instanceof Problem)) console.error(error);
   problem.replaceChildren(
-    h("p", {}, error?.problem?.title && error.problem.title !== error.message ? h("b", {}, `${error.problem.title}: `) : null,
-      error?.message ?? String(error)),
-    h("button", { type: "button", class: "quiet", "aria-label": "Dismiss this message", onclick: hideProblem }, "×"));
+    h(
+      "p",
+      {},
+      error?.problem?.title && error.problem.title !== error.message ? h("b", {}, `${error.problem.title}: `) : null,
+      error?.message ?? String(error),
+    ),
+    h("button", { type: "button", class: "quiet", "aria-label": "Dismiss this message", onclick: hideProblem }, "×"),
+  );
   problem.hidden = false;
 }
 

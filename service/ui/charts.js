@@ -1,8 +1,10 @@
 // Charts of this page: lines over steps, bars, and strips of colour. Each is an object with an `element`.
 //
-// They take their colours from style.css (`--s1` to `--s4`, `--negative`, `--positive`), so they follow its two schemes.
+// They take their colours from style.css (`--s1` to `--s4`), so they follow its two schemes.
 
 import { h, short, svg } from "./dom.js";
+
+export { HeatStrip } from "./heat_strip.js";
 
 const MARGIN = { left: 52, right: 14, top: 10, bottom: 26 };
 
@@ -12,19 +14,32 @@ const MARGIN = { left: 52, right: 14, top: 10, bottom: 26 };
  * @param label What it shows, for those who do not see it.
  * @param series A list of `{name, kind}`; kind is "line" (default), "dashed", "dots" or "area".
  * @param options `height` in pixels; `min` and `max` fix the vertical axis; `steps` is the least width in steps;
- *   `x` names the horizontal axis and `at` turns a step into its text.
+ *   `x` names the horizontal axis, `scale` is its length of a step, and `at` turns a place on it into its text.
  */
 export class LineChart {
-  constructor(label, series, { height = 240, min, max, steps = 1, x = "step", at = String } = {}) {
-    Object.assign(this, { label, series, height, min, max, steps, x, at });
+  constructor(label, series, { height = 240, min, max, steps = 1, x = "step", scale = 1, at = short } = {}) {
+    Object.assign(this, { label, series, height, min, max, steps, x, scale, at });
     this.lists = series.map(() => []);
     this.from = 0;
     this.cursor = null;
     this.svg = svg("svg", { class: "chart", role: "img", tabindex: 0, height });
     this.readout = h("p", { class: "readout" }, " ");
-    const legend = h("ul", { class: "legend" }, series.map(({ name, kind = "line" }, place) =>
-      h("li", {}, svg("svg", { width: 22, height: 10, "aria-hidden": "true" },
-        svg("line", { x1: 1, x2: 21, y1: 5, y2: 5, class: `stroke s${place + 1} ${kind}` })), name)));
+    const legend = h(
+      "ul",
+      { class: "legend" },
+      series.map(({ name, kind = "line" }, place) =>
+        h(
+          "li",
+          {},
+          svg(
+            "svg",
+            { width: 22, height: 10, "aria-hidden": "true" },
+            svg("line", { x1: 1, x2: 21, y1: 5, y2: 5, class: `stroke s${place + 1} ${kind}` }),
+          ),
+          name,
+        ),
+      ),
+    );
     this.element = h("figure", { class: "line-chart" }, series.length > 1 ? legend : null, this.svg, this.readout);
     this.svg.addEventListener("pointermove", (event) => this.#point(this.#stepAt(event.offsetX)));
     this.svg.addEventListener("pointerleave", () => this.#point(null));
@@ -67,13 +82,15 @@ export class LineChart {
     const across = (step) => MARGIN.left + ((right - MARGIN.left) * step) / last;
     const down = (value) => bottom - ((bottom - MARGIN.top) * (value - low)) / (high - low);
     Object.assign(this, { across, down, width });
-    const parts = ticks.filter((tick) => tick >= low && tick <= high).flatMap((tick) => [
-      svg("line", { class: "grid", x1: MARGIN.left, x2: right, y1: down(tick), y2: down(tick) }),
-      svg("text", { x: MARGIN.left - 7, y: down(tick) + 4, "text-anchor": "end" }, short(tick)),
-    ]);
-    for (const step of stepTicks(last, width)) {
-      const anchor = step === 0 ? "start" : step === last ? "end" : "middle";
-      parts.push(svg("text", { x: across(step), y: this.height - 8, "text-anchor": anchor }, this.at(step + this.from)));
+    const parts = ticks
+      .filter((tick) => tick >= low && tick <= high)
+      .flatMap((tick) => [
+        svg("line", { class: "grid", x1: MARGIN.left, x2: right, y1: down(tick), y2: down(tick) }),
+        svg("text", { x: MARGIN.left - 7, y: down(tick) + 4, "text-anchor": "end" }, short(tick)),
+      ]);
+    for (const tick of this.#placeTicks(last, width)) {
+      const x = across(tick / this.scale - this.from);
+      parts.push(svg("text", { x, y: this.height - 8, "text-anchor": "middle" }, this.at(tick)));
     }
     this.lists.forEach((list, place) => parts.push(...this.#line(list, place, across, down, bottom)));
     this.mark = svg("g", {});
@@ -92,26 +109,38 @@ export class LineChart {
       if (Number.isFinite(value)) runs.at(-1).push([across(step).toFixed(1), down(value).toFixed(1)]);
       else if (runs.at(-1).length) runs.push([]);
     });
-    return runs.filter((run) => run.length).flatMap((run) => {
-      if (kind === "dots" || run.length === 1) {
-        return run.map(([x, y]) => svg("circle", { class: `fill s${place + 1}`, cx: x, cy: y, r: 2.5 }));
-      }
-      const points = run.map((point) => point.join(",")).join(" ");
-      const drawn = [svg("polyline", { class: stroke, points })];
-      if (kind === "area") {
+    return runs
+      .filter((run) => run.length)
+      .flatMap((run) => {
+        if (kind === "dots" || run.length === 1) {
+          return run.map(([x, y]) => svg("circle", { class: `fill s${place + 1}`, cx: x, cy: y, r: 2.5 }));
+        }
+        const points = run.map((point) => point.join(",")).join(" ");
+        if (kind !== "area") return [svg("polyline", { class: stroke, points })];
         const ends = ` ${run.at(-1)[0]},${bottom} ${run[0][0]},${bottom}`;
-        drawn.unshift(svg("polygon", { class: `shade s${place + 1}`, points: points + ends }));
-      }
-      return drawn;
-    });
+        return [svg("polygon", { class: `shade s${place + 1}`, points: points + ends })];
+      });
+  }
+
+  #placeTicks(last, width) {
+    const [first, end] = [this.from * this.scale, (this.from + last) * this.scale];
+    const ticks = niceTicks(first, end, Math.max(2, Math.floor(width / 130)));
+    return ticks.filter((tick) => tick >= first && tick <= end && (this.scale !== 1 || Number.isInteger(tick)));
+  }
+
+  #text(step) {
+    return this.at(Number(((step + this.from) * this.scale).toPrecision(6)));
   }
 
   #told() {
-    const latest = this.series.map(({ name }, place) => {
-      const step = this.lists[place].findLastIndex((value) => Number.isFinite(value));
-      return step < 0 ? null : `${name} ${short(this.lists[place][step])} at ${this.x} ${this.at(step + this.from)}`;
-    }).filter(Boolean);
-    return `${this.label}. ${latest.length ? `Latest: ${latest.join("; ")}.` : "Nothing drawn yet."} Arrow keys read values.`;
+    const latest = this.series
+      .map(({ name }, place) => {
+        const step = this.lists[place].findLastIndex((value) => Number.isFinite(value));
+        return step < 0 ? null : `${name} ${short(this.lists[place][step])} at ${this.x} ${this.#text(step)}`;
+      })
+      .filter(Boolean);
+    const what = latest.length ? `Latest: ${latest.join("; ")}.` : "Nothing drawn yet.";
+    return `${this.label}. ${what} Arrow keys read values.`;
   }
 
   #stepAt(pixels) {
@@ -137,16 +166,25 @@ export class LineChart {
       this.readout.textContent = " ";
       return;
     }
-    const parts = [svg("line", { class: "cursor", x1: this.across(step), x2: this.across(step), y1: MARGIN.top,
-      y2: this.height - MARGIN.bottom })];
+    const parts = [
+      svg("line", {
+        class: "cursor",
+        x1: this.across(step),
+        x2: this.across(step),
+        y1: MARGIN.top,
+        y2: this.height - MARGIN.bottom,
+      }),
+    ];
     const told = [];
     this.lists.forEach((list, place) => {
       if (!Number.isFinite(list[step])) return;
       told.push(`${this.series[place].name} ${short(list[step])}`);
-      parts.push(svg("circle", { class: `fill s${place + 1}`, cx: this.across(step), cy: this.down(list[step]), r: 4 }));
+      parts.push(
+        svg("circle", { class: `fill s${place + 1}`, cx: this.across(step), cy: this.down(list[step]), r: 4 }),
+      );
     });
     this.mark.replaceChildren(...parts);
-    this.readout.textContent = `${this.x} ${this.at(step + this.from)}: ${told.join(", ") || "no value"}`;
+    this.readout.textContent = `${this.x} ${this.#text(step)}: ${told.join(", ") || "no value"}`;
   }
 }
 
@@ -158,11 +196,6 @@ export function niceTicks(low, high, about) {
   const first = Math.floor(low / step + 1e-9);
   const last = Math.ceil(high / step - 1e-9);
   return Array.from({ length: last - first + 1 }, (_, place) => Number(((first + place) * step).toPrecision(12)));
-}
-
-function stepTicks(last, width) {
-  const ticks = niceTicks(0, last, Math.max(2, Math.floor(width / 130))).filter((tick) => Number.isInteger(tick) && tick <= last);
-  return ticks;
 }
 
 /**
@@ -178,7 +211,11 @@ export class Bars {
     Object.assign(this, { names, max, top, text });
     this.element = h("ul", { class: "bars", "aria-label": label });
     this.rows = Array.from({ length: Math.min(top ?? names.length, names.length) }, () => {
-      const row = { name: h("span", { class: "name" }), fill: h("span", { class: "bar" }), value: h("span", { class: "value" }) };
+      const row = {
+        name: h("span", { class: "name" }),
+        fill: h("span", { class: "bar" }),
+        value: h("span", { class: "value" }),
+      };
       row.item = h("li", {}, row.name, h("span", { class: "track", "aria-hidden": "true" }, row.fill), row.value);
       return row;
     });
@@ -200,92 +237,4 @@ export class Bars {
       row.item.classList.toggle("largest", order[place] === largest && value > 0);
     });
   }
-}
-
-/**
- * A strip of colour: time to the right, one row for each entry of a tensor; values are read by pointer or arrow keys.
- *
- * @param label What it shows, such as a state's name.
- * @param rows Entries of the tensor.
- * @param options `columns` that are kept, the oldest go first; `name` turns a row into its text.
- */
-export class HeatStrip {
-  constructor(label, rows, { columns = 200, name = String, height = Math.min(Math.max(rows * 2, 24), 256) } = {}) {
-    Object.assign(this, { label, rows, columns, name });
-    this.held = []; // {at, values}
-    this.canvas = h("canvas", { role: "img", tabindex: 0, "aria-label": label });
-    this.canvas.style.height = `${height}px`;
-    this.readout = h("p", { class: "readout" }, " ");
-    this.element = h("figure", { class: "heat" }, h("figcaption", {}, label), this.canvas, this.readout);
-    this.place = null; // [column, row] that is read
-    this.canvas.addEventListener("pointermove", (event) => this.#read(
-      Math.floor((event.offsetX / this.canvas.clientWidth) * this.columns),
-      Math.floor((event.offsetY / this.canvas.clientHeight) * this.rows)));
-    this.canvas.addEventListener("pointerleave", () => (this.readout.textContent = " "));
-    this.canvas.addEventListener("keydown", (event) => this.#key(event));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#soon());
-    new ResizeObserver(() => this.#soon()).observe(this.canvas);
-  }
-
-  /** Adds a column of values; `at` is its step's number. */
-  push(values, at = (this.held.at(-1)?.at ?? -1) + 1) {
-    this.held.push({ at, values: Float32Array.from(values) });
-    if (this.held.length > this.columns) this.held.shift();
-    this.#soon();
-  }
-
-  /** Removes the columns after a step, or all of them. */
-  clear(after = -Infinity) {
-    this.held = this.held.filter(({ at }) => at <= after);
-    this.#soon();
-  }
-
-  #soon() {
-    this.frame ??= requestAnimationFrame(() => {
-      this.frame = undefined;
-      this.#draw();
-    });
-  }
-
-  #draw() {
-    const style = getComputedStyle(this.canvas);
-    const [none, negative, positive] = ["--card", "--negative", "--positive"].map((name) => rgb(style.getPropertyValue(name)));
-    let full = 1e-30;
-    for (const { values } of this.held) for (const value of values) if (Math.abs(value) > full) full = Math.abs(value);
-    const image = new ImageData(this.columns, this.rows);
-    this.held.forEach(({ values }, column) => values.forEach((value, row) => {
-      const end = value < 0 ? negative : positive;
-      const share = Math.sqrt(Math.min(Math.abs(value) / full, 1)); // small values are seen too
-      const place = 4 * (row * this.columns + column);
-      for (let part = 0; part < 3; part++) image.data[place + part] = none[part] + share * (end[part] - none[part]);
-      image.data[place + 3] = 255;
-    }));
-    [this.canvas.width, this.canvas.height] = [this.columns, this.rows]; // style.css scales it, pixel by pixel
-    this.canvas.getContext("2d").putImageData(image, 0, 0);
-    const latest = this.held.at(-1);
-    this.canvas.setAttribute("aria-label", `${this.label}: ${this.rows} values over ${this.held.length} steps` +
-      `${latest ? `, the latest ${latest.at}; the largest size is ${short(full)}` : ""}. Arrow keys read values.`);
-  }
-
-  #key(event) {
-    const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-    if (!(event.key in moves)) return;
-    event.preventDefault();
-    this.readout.setAttribute("aria-live", "polite");
-    const [column, row] = this.place ?? [this.held.length - 1, 0];
-    this.#read(column + moves[event.key][0], row + moves[event.key][1]);
-  }
-
-  #read(column, row) {
-    const held = this.held[Math.min(Math.max(column, 0), this.held.length - 1)];
-    if (!held) return;
-    this.place = [this.held.indexOf(held), Math.min(Math.max(row, 0), this.rows - 1)];
-    this.readout.textContent = `step ${held.at}, ${this.name(this.place[1])}: ${short(held.values[this.place[1]])}`;
-  }
-}
-
-function rgb(text) {
-  const digits = text.trim().slice(1);
-  const parts = digits.length === 3 ? [...digits].map((digit) => digit + digit) : digits.match(/../g);
-  return parts.map((part) => parseInt(part, 16));
 }

@@ -8,7 +8,9 @@ function fill(element, attributes, children) {
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value);
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -38,13 +40,36 @@ export function field(label, control, hint) {
 /** Returns a table: `head` are texts, `rows` lists of texts or nodes, the first of which names its row. */
 export function table(head, rows, { caption, numbers = Infinity } = {}) {
   const kind = (place) => (place >= numbers ? "number" : null);
-  return h("div", { class: "wide", tabindex: 0, role: "group", "aria-label": caption ?? head.join(", ") },
-    h("table", {},
+  return h(
+    "div",
+    { class: "wide", tabindex: 0, role: "group", "aria-label": caption ?? head.join(", ") },
+    h(
+      "table",
+      {},
       caption && h("caption", {}, caption),
-      h("thead", {}, h("tr", {}, head.map((text, place) => h("th", { scope: "col", class: kind(place) }, text)))),
-      h("tbody", {}, rows.map(([first, ...others]) => h("tr", {},
-        h("th", { scope: "row" }, first),
-        others.map((cell, place) => h("td", { class: kind(place + 1) }, cell)))))));
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          head.map((text, place) => h("th", { scope: "col", class: kind(place) }, text)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        rows.map(([first, ...others]) =>
+          h(
+            "tr",
+            {},
+            h("th", { scope: "row" }, first),
+            others.map((cell, place) => h("td", { class: kind(place + 1) }, cell)),
+          ),
+        ),
+      ),
+    ),
+  );
 }
 
 /** Says something to a screen reader, and leaves what it was doing alone. */

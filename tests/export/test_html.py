@@ -21,6 +21,7 @@ from keras import layers  # isort: skip
 from cellserve.export.candidates import candidates
 from cellserve.export.exporter import export, network_of
 from cellserve.export.publish.request import ExportRequest
+from cellserve.export.report.network_layers import layers_of
 from cellserve.export.report.network_svg import draw_network
 from cellserve.export.report.page import REPORT_NAME
 from cellserve.models.cells import LSTMCell
@@ -104,7 +105,7 @@ def test_names_of_layers_states_and_inputs_are_only_text() -> None:
     x = keras.Input((None, 4), name=HOSTILE)
     h = layers.RNN([LSTMCell(3), LSTMCell(3), LSTMCell(3)], return_sequences=True, name=f"rnn {HOSTILE}")(x)
     model = keras.Model(x, layers.Add(name=f"add {HOSTILE}")([h, layers.Dense(3, name=f"dense {HOSTILE}")(x)]))
-    text = draw_network(network_of(model))
+    text = draw_network(layers_of(network_of(model)))
     page = Page(text)
     assert {tag for tag, _ in page.tags} <= {"div", "svg", "title", "desc", "defs", "marker", "path", "rect", "text"}
     assert f"dense {HOSTILE} (Dense [time, 3])" in page.text
@@ -113,4 +114,4 @@ def test_names_of_layers_states_and_inputs_are_only_text() -> None:
 
 def test_a_network_that_cannot_be_stepped_is_drawn_too() -> None:
     model = keras.Sequential([keras.Input((None, 4)), layers.Bidirectional(layers.LSTM(3), name="both")])
-    assert "both (Bidirectional [6])" in Page(draw_network(network_of(model))).text
+    assert "both (Bidirectional [6])" in Page(draw_network(layers_of(network_of(model)))).text

@@ -17,6 +17,7 @@ import pytest
 from cellserve.export.exporter import network_of
 from cellserve.export.keras_model.load import load
 from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.report.network_layers import layers_of
 from cellserve.export.report.network_svg import draw_network
 from cellserve.models.cells import LSTMCell, RNNCell
 from cellserve.models.signature import Signature
@@ -59,7 +60,7 @@ def test_a_layer_is_called_in_reports_and_errors_as_its_states_are(tmp_path: Pat
     assert [recurrence.layer for recurrence in network.recurrences] == ["lstm", "lstm_2"]
     assert [state.name for state in network.states] == ["lstm.h", "lstm.c", "lstm_2.h", "lstm_2.c"]
     assert {"mine (Dense", "lstm (LSTM", "add (Add", "lstm_2 (LSTM"} <= {
-        text.rpartition(" [")[0] for text in re.findall(r"[a-z_0-9]+ \(.*?\]", draw_network(network))
+        text.rpartition(" [")[0] for text in re.findall(r"[a-z_0-9]+ \(.*?\]", draw_network(layers_of(network)))
     }
 
 
