@@ -59,6 +59,14 @@ def examples() -> Path:
 
 
 @pytest.fixture(scope="session")
+def vad(once: Callable[[str, Callable[[Path], Path]], Path]) -> Path:
+    """A repository of Silero VAD, adopted."""
+    from tests.silero import adopt
+
+    return once("vad", adopt)
+
+
+@pytest.fixture(scope="session")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A real Redis."""
     redis = RedisServer(tmp_path_factory.mktemp("redis"))
