@@ -6,6 +6,7 @@ ONNX is needed to do either.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -73,6 +74,11 @@ class StateSpec(_Frozen):
     dtype: Literal["float32", "int32", "int64"] = "float32"
     shape: tuple[int, ...]  # without the batch axis
     batch_axis: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one session's state."""
+        return math.prod(self.shape) * int(self.dtype.removeprefix("float").removeprefix("int")) // 8
 
 
 class Signature(_Frozen):

@@ -22,7 +22,8 @@ from cellserve.service.model_repository.model import Model
 from cellserve.service.model_repository.repository import Repository
 from cellserve.service.observability.counters import Counts
 from cellserve.service.observability.prometheus import Metrics
-from cellserve.service.runtime.onnx_model import RuntimeOptions, flush_denormals
+from cellserve.service.runtime.onnx_model import RuntimeOptions
+from cellserve.service.runtime.providers import flush_denormals
 from cellserve.service.sessions.rollout import RolloutRunner
 from cellserve.service.sessions.session import ClientLimits
 from cellserve.service.sessions.stores.memory import MemoryStore
@@ -138,6 +139,7 @@ class ServiceContext:
             settings.when_inexact,
             settings.precision,
             settings.cuda_tf32,
+            settings.state_memory,
         )
         self._executor = ThreadPoolExecutor(1, "tick", _lower_priority)
         table = SessionTable(settings.session_idle_seconds)

@@ -15,7 +15,7 @@ from cellserve.service.errors import RepositoryUnusable, ServerFull, UnknownMode
 from cellserve.service.model_repository.errors import BrokenModel, Stopping
 from cellserve.service.model_repository.model import Model, VersionKey
 from cellserve.service.model_repository.repository import Repository, run_failure
-from cellserve.service.runtime.onnx_model import RuntimeUnavailable
+from cellserve.service.runtime.providers import RuntimeUnavailable
 from cellserve.service.sessions.table import SessionTable
 
 T = TypeVar("T")

@@ -14,7 +14,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from cellserve.service.runtime.onnx_model import Optimization, Precision, Provider, WhenInexact
+from cellserve.service.runtime.onnx_model import Optimization, Precision, StateMemory, WhenInexact
+from cellserve.service.runtime.providers import Provider
 
 LogFormat = Literal["text", "json"]
 WhenFull = Literal["refuse", "evict"]
@@ -24,7 +25,9 @@ ENV_PREFIX = "CELLSERVE_"
 _LEAST_EXCHANGE_BYTES = 1024 * 1024
 _OF_CLIENTS = ("api_key",)  # of a variable that is none of the server's: `cellserve bench` reads it
 # Left out of --help: only measurements justify changing them. docs/settings.md has them all.
-TUNING = frozenset({"spinning", "memory_arena", "optimization", "quantum", "inline_microseconds", "store_replicas"})
+TUNING = frozenset(
+    {"spinning", "memory_arena", "optimization", "state_memory", "quantum", "inline_microseconds", "store_replicas"}
+)
 
 
 class Settings(BaseSettings):
@@ -44,6 +47,9 @@ class Settings(BaseSettings):
     provider: Provider = Field("auto", description="where models run: auto (CUDA if it can be opened), cpu or cuda")
     precision: Precision = Field("float32", description="precision of products on CUDA: float32, or float16")
     cuda_tf32: bool = Field(False, description="whether CUDA may multiply float32 matrices as TF32")
+    state_memory: StateMemory = Field(
+        "auto", description="where states are kept: host, device, or auto (on CUDA: device)"
+    )
     threads: int = Field(1, ge=1, le=256, description="ONNX Runtime threads per run")
     spinning: bool = Field(False, description="whether idle ONNX Runtime threads spin while they wait")
     memory_arena: bool = Field(True, description="whether ONNX Runtime keeps freed memory for the next run")

@@ -24,7 +24,8 @@ from cellserve.export.adopt.trial import CannotOpen, CannotRun, Trial
 from cellserve.export.errors import ExportError
 from cellserve.models.signature import Exactness, ModelDocument, Signature, StateSpec, TensorSpec
 from cellserve.service.runtime.batch_invariance import random_inputs
-from cellserve.service.runtime.onnx_model import Runtime, RuntimeUnavailable
+from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.providers import RuntimeUnavailable
 from cellserve.service.runtime.tensor_layout import unpack
 
 Dtype = Literal["float32", "int32", "int64"]

@@ -29,7 +29,8 @@ from cellserve.export.verify.reference import STEPS, Reference
 from cellserve.export.verify.sequence_reference import SequenceReference
 from cellserve.models.signature import METADATA_KEY, Exactness, ModelDocument, Signature
 from cellserve.service.runtime.batch_invariance import FULL_PLAN, find_shapes
-from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions, RuntimeUnavailable
+from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions
+from cellserve.service.runtime.providers import RuntimeUnavailable
 from cellserve.service.runtime.shape_policy import ANY_SHAPE, CHEAP_POLICIES, POLICIES
 
 THREADS = (1, 2)  # exactness is proved across these thread counts

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cellserve.models.signature import MODEL_NAME, Signature, StateSpec, TensorSpec
 from cellserve.service.runtime.onnx_file import BadModelFile, scan
-from cellserve.service.runtime.onnx_model import RuntimeUnavailable, parse_document
+from cellserve.service.runtime.onnx_model import parse_document
+from cellserve.service.runtime.providers import RuntimeUnavailable
 
 
 def warning(models: Path, name: str, signature: Signature) -> str:

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cellserve.service.app import create_app
     from cellserve.service.context import check_store
     from cellserve.service.model_repository.errors import BrokenModel
-    from cellserve.service.runtime.onnx_model import RuntimeUnavailable
+    from cellserve.service.runtime.providers import RuntimeUnavailable
     from cellserve.service.sessions.stores.protocol import StoreUnusable
 
     logging.configure(settings.log_format)

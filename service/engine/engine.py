@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cellserve.service.engine.batch_run import BatchResult, is_finite, record_row_problems, run_batch
+from cellserve.service.engine.batch_run import BatchResult, States, is_finite, record_row_problems, run_batch
+from cellserve.service.engine.device_arena import DeviceArena
 from cellserve.service.engine.queue_bound import QueueBound
 from cellserve.service.engine.run_errors import run_failed
 from cellserve.service.engine.scheduler import CostModel, RequestQueue, Tick
@@ -43,6 +44,12 @@ _LONG_WAIT_SECONDS = 0.02
 log = logging.getLogger("cellserve")
 
 
+def make_arena(model: Model, limit: int) -> Arena:
+    """Returns an arena for a model's states, where its runtime keeps them."""
+    states, on_device = model.runtime.signature.states, model.runtime.on_device
+    return Arena(states, limit) if on_device is None else DeviceArena(states, limit, on_device.tables())
+
+
 class Engine:
     """Runs the work items of one model, tick after tick.
 
@@ -59,7 +66,7 @@ class Engine:
     ) -> None:
         self.model = model
         # Sequences in flight need slots too, beside those of sessions.
-        self.arena = Arena(model.runtime.signature.states, settings.held_sessions + settings.max_queued_steps)
+        self.arena = make_arena(model, settings.held_sessions + settings.max_queued_steps)
         self.max_batch = settings.max_batch if model.runs_batches else 1
         self.counts = TickCounts()
         self.bound = QueueBound(model.name, settings.max_queued_steps, settings.max_queued_steps_per_client)
@@ -256,14 +263,14 @@ class Engine:
         loop.run_in_executor(self._executor, self._run, x, lengths, states).add_done_callback(finish)
         return False
 
-    def _run(self, x: Array, lengths: NDArray[np.int32], states: list[Array]) -> BatchResult:
+    def _run(self, x: Array, lengths: NDArray[np.int32], states: States) -> BatchResult:
         result = run_batch(self.model, x, lengths, states)
         if not result.rerun:
             self._cost.update(x.shape[0], x.shape[1], result.seconds)
         return result
 
     def _postprocess(
-        self, tick: Tick, slots: Slots, lengths: NDArray[np.int32], before: list[Array], result: BatchResult
+        self, tick: Tick, slots: Slots, lengths: NDArray[np.int32], before: States, result: BatchResult
     ) -> None:
         """Stores the next states and completes items; rows that failed or were cancelled keep their old states."""
         y = result.y
@@ -283,9 +290,11 @@ class Engine:
         except Exception as error:
             # A cancelled item has given its slots back: they may be another's by now.
             owned = np.repeat([not item.done.cancelled() for item in tick.items], [item.rows for item in tick.items])
-            self._scatter_rows(slots, before, np.flatnonzero(owned).tolist())
+            self.arena.restore(slots, before, np.flatnonzero(owned).tolist())
             self._fail(tick, error)
             return
+        finally:
+            self.arena.done(before)
         if tick.is_complete:
             if self.bound.by_client:
                 for item in tick.items:
@@ -401,13 +410,7 @@ class Engine:
             if not item.done.cancelled():
                 record_row_problems(self.model, item, rows, length, result)
                 good += [row for row in rows if row - rows.start not in (item.errors_by_row or ())]
-        self._scatter_rows(slots, result.states, good)
-
-    def _scatter_rows(self, slots: Slots, states: list[Array], rows: Sequence[int]) -> None:
-        if rows:
-            specs = self.arena.specs
-            taken = [np.take(state, rows, spec.batch_axis) for state, spec in zip(states, specs, strict=True)]
-            self.arena.scatter(slots[rows], taken)
+        self.arena.scatter_rows(slots, result.states, good)
 
     def _record_progress(self, item: WorkItem, y: Array, steps: int) -> Array | None:
         """Records what one tick did for an item; returns its whole y if it is finished."""

@@ -115,17 +115,30 @@ class Arena:
         self._free = self._free[:0].copy()
         self.capacity = self.limit = self._free_count = self._least_free = 0
 
-    def gather(self, slots: Slots) -> list[Array]:
+    def gather(self, slots: Slots) -> Any:
         """Copies the states of slots: `[len(slots), *shape]` per state, with the batch at its batch axis."""
         return [
             array[slots] if spec.batch_axis == 0 else _gathered(array, slots, spec)
             for array, spec in zip(self._arrays, self.specs, strict=True)
         ]
 
-    def scatter(self, slots: Slots, states: list[Array]) -> None:
+    def scatter(self, slots: Slots, states: Any) -> None:
         """Writes the states of slots, in the layout that `gather` returns."""
         for array, order, rows in zip(self._arrays, self._orders, states, strict=True):
             array[slots] = rows if order is None else rows.transpose(order)
+
+    def scatter_rows(self, slots: Slots, states: Any, rows: list[int]) -> None:
+        """Writes the states of some rows of a batch: `slots[rows]`."""
+        if rows:
+            taken = [np.take(state, rows, spec.batch_axis) for state, spec in zip(states, self.specs, strict=True)]
+            self.scatter(slots[rows], taken)
+
+    def restore(self, slots: Slots, before: Any, rows: list[int]) -> None:
+        """Writes the states of some rows of a batch as `gather` returned them."""
+        self.scatter_rows(slots, before, rows)
+
+    def done(self, states: Any) -> None:
+        """Takes back what `gather` returned: here, nothing."""
 
     def read(self, slot: int) -> dict[str, Array]:
         """Copies one slot's states, by name."""

@@ -95,4 +95,5 @@ class Model:
             "provider": self.runtime.provider,
             "arithmetic": self.runtime.options.arithmetic(self.runtime.provider),
             "off_cpu": self.off_cpu,
+            "state_memory": "host" if self.runtime.on_device is None else "device",
         }

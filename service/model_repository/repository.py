@@ -24,8 +24,9 @@ from cellserve.service.model_repository.errors import BrokenModel
 from cellserve.service.model_repository.model import VERSION_NUMBER, Model, VersionKey
 from cellserve.service.model_repository.trial import Trial
 from cellserve.service.runtime.onnx_file import BadModelFile, validate
-from cellserve.service.runtime.onnx_model import CPU, Runtime, RuntimeOptions, RuntimeUnavailable, parse_document
+from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions, parse_document
 from cellserve.service.runtime.provider_parity import NotWithinTolerance, check_parity
+from cellserve.service.runtime.providers import CPU, RuntimeUnavailable
 
 log = logging.getLogger("cellserve")
 

@@ -25,12 +25,14 @@ class GraphAdapter:
     Args:
         signature: The model's signature.
         call: Calls the graph: takes the inputs, lengths and states, returns the outputs and next states.
+        batch_axes: The batch axes of what is given as states, if not the signature's. What is added to fill a batch is
+            zeros.
     """
 
-    def __init__(self, signature: Signature, call: Call) -> None:
+    def __init__(self, signature: Signature, call: Call, batch_axes: Sequence[int] | None = None) -> None:
         self._signature, self._call = signature, call
         self._outputs = TensorLayout(signature.outputs)
-        self._axes = [spec.batch_axis for spec in signature.states]
+        self._axes = [spec.batch_axis for spec in signature.states] if batch_axes is None else batch_axes
 
     @property
     def is_passthrough(self) -> bool:

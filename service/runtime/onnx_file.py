@@ -101,7 +101,9 @@ def scan(content: bytes) -> ModelFile:
         kind, message = pending.pop()
         inside, texts = _INSIDE[kind], _TEXTS.get(kind, {})
         values = dict.fromkeys(texts.values(), "")
-        for number, value in _fields(message):
+        for number, value, _ in raw_fields(message):
+            if value is None:
+                continue
             if isinstance(value, int):
                 external |= kind == "TensorProto" and number == _DATA_LOCATION and value != 0
             elif number in inside:
@@ -120,27 +122,34 @@ def scan(content: bytes) -> ModelFile:
     return ModelFile(metadata, operators, functions, external)
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yields the numbers and values (integers or bytes) of a message's fields; fixed-width fields are skipped."""
+def raw_fields(message: memoryview) -> Iterator[tuple[int, int | memoryview | None, memoryview]]:
+    """Yields the numbers, the values (integers or bytes; None for fixed-width fields) and all bytes of fields.
+
+    Raises:
+        BadModelFile: The message is damaged.
+    """
     place, end = 0, len(message)
     while place < end:
+        start = place
+        value: int | memoryview | None
         tag, place = _varint(message, place, _TAG_BYTES)
         number, wire = tag >> 3, tag & 7
         if not 0 < number < 1 << 29:
             raise _damaged()
         if wire == _VARINT:
             value, place = _varint(message, place, _VARINT_BYTES)
-            yield number, value
         elif wire == _LENGTH:
             size, place = _varint(message, place, _VARINT_BYTES)
             if size > end - place:
                 raise _damaged()
-            yield number, message[place : place + size]
+            value = message[place : place + size]
             place += size
         else:
+            value = None
             place += _SIZES.get(wire, end)
             if place > end:
                 raise _damaged()
+        yield number, value, message[start:place]
 
 
 def _varint(message: memoryview, place: int, max_bytes: int) -> tuple[int, int]:

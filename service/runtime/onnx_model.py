@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
-import io
 import json
-import logging
-import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,31 +19,27 @@ from pydantic import ValidationError
 from cellserve.models.signature import METADATA_KEY, ModelDocument, Signature
 from cellserve.service.runtime.float16 import CannotConvert, in_float16
 from cellserve.service.runtime.graph_adapter import GraphAdapter
-from cellserve.service.runtime.shape_policy import ANY_SHAPE, Padding
+from cellserve.service.runtime.onnx_file import BadModelFile, scan
+from cellserve.service.runtime.providers import CUDA, DEVICES, FLUSH_DENORMALS, Provider, RuntimeUnavailable, providers
+from cellserve.service.runtime.shape_policy import ANY_SHAPE, Padding, ShapePolicy
+from cellserve.service.runtime.state_graphs import SOURCES, around_tables, can_keep, own_tensor
+from cellserve.service.runtime.state_tables import TableRuns
 from cellserve.service.runtime.tensor_layout import TensorLayout
 
 Array = NDArray[Any]
-Provider = Literal["auto", "cpu", "cuda"]
 Optimization = Literal["all", "extended", "basic", "off"]
 WhenInexact = Literal["one-row", "batch"]
 Precision = Literal["float32", "float16"]
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+StateMemory = Literal["auto", "host", "device"]
+Run = Callable[[Array, NDArray[np.int32], Sequence[Array]], tuple[Array, list[Array]]]
 
 _MEASURED_RUNS = 4
-_FLUSH_DENORMALS = "session.set_denormal_as_zero", "1"
-_WARNING, _FATAL = 2, 4  # ONNX Runtime's log severities; the default is warning
 _LEVELS: dict[Optimization, Any] = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
-
-log = logging.getLogger("cellserve")
-
-
-class RuntimeUnavailable(Exception):
-    """The requested provider cannot be used here, or the file cannot be opened as a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,99 +54,17 @@ class RuntimeOptions:
     when_inexact: WhenInexact = "one-row"  # how to run a model that no shape policy makes batch invariant
     precision: Precision = "float32"  # of CUDA's arithmetic; the CPU's is float32
     cuda_tf32: bool = False  # whether CUDA may multiply float32 matrices as TF32
+    state_memory: StateMemory = "auto"  # where states are kept between runs
+
+    def on_device(self, provider: str) -> bool:
+        """Whether states are kept in the memory of the device, which on the CPU is only good for tests."""
+        return self.state_memory == "device" or (self.state_memory == "auto" and provider == CUDA)
 
     def arithmetic(self, provider: str) -> str:
         """Returns the precision of products on a provider: float32, tf32 or float16."""
         if provider != CUDA:
             return "float32"
         return "tf32" if self.precision == "float32" and self.cuda_tf32 else self.precision
-
-
-def providers(requested: Provider, tf32: bool = False) -> list[str]:
-    """Returns the names of the ONNX Runtime execution providers to use, in order.
-
-    Args:
-        requested: Which.
-        tf32: Whether CUDA may use TF32. What the first call in a process says holds for all.
-
-    Raises:
-        RuntimeUnavailable: `cuda` is requested, and cannot be used here.
-    """
-    if requested == "cpu":
-        return [CPU]
-    offered = ort.get_available_providers()
-    if CUDA in offered:
-        if not tf32:
-            os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # cuDNN's recurrences use TF32 otherwise, see `_open`
-        missing = _missing_for_cuda()
-        if missing is None:
-            return [CUDA, CPU]
-        if requested == "auto":
-            _warn_once(f"CUDA cannot be used here ({missing}): models run on the CPU")
-            return [CPU]
-    elif requested == "auto":
-        return [CPU]
-    else:
-        missing = f"this ONNX Runtime only offers {', '.join(offered)}"
-    raise RuntimeUnavailable(
-        f"the CUDA execution provider was requested, but {missing}: "
-        f"install '.[gpu]' in a clone on a machine with an NVIDIA GPU, or use --provider cpu"
-    )
-
-
-# `y = Identity(x)` of one float: the smallest model that shows whether a provider can be opened.
-_SMALLEST = (
-    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
-    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
-)
-
-
-@functools.cache
-def flush_denormals() -> None:
-    """Makes the calling thread, and those that it will start, take denormal numbers for zeros.
-
-    Denormals in a decaying state slow a run many times over. ONNX Runtime sets the processor's flag for the thread that
-    opens the first session of a process, if that session asks for it, and never again. So this comes before any other
-    session, in the main thread.
-    """
-    settings = ort.SessionOptions()
-    settings.add_session_config_entry(*_FLUSH_DENORMALS)
-    ort.InferenceSession(_SMALLEST, settings, providers=[CPU])
-
-
-@functools.cache
-def _missing_for_cuda() -> str | None:
-    """Returns what keeps the CUDA provider from being opened, or None if it opens.
-
-    ONNX Runtime falls back to the CPU without an error, but logs several lines for every model.
-    """
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the libraries that it does not find
-        ort.preload_dlls()  # from NVIDIA's wheels, if the gpu extra is installed
-    ort.set_default_logger_severity(_FATAL)
-    try:
-        opened = ort.InferenceSession(_SMALLEST, providers=[CUDA, CPU]).get_providers()[0] == CUDA
-    except Exception as error:  # ONNX Runtime raises various errors if a driver is present but does not work
-        opened, missing = False, str(error).splitlines()[0]
-    else:
-        missing = _library_missing_for_cuda() or "no GPU was found that it can use"
-    finally:
-        ort.set_default_logger_severity(_WARNING)
-    return None if opened else missing
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
-
-
-def _library_missing_for_cuda() -> str | None:
-    """Returns the linker's message about a shared library that the CUDA provider needs and does not find, if any."""
-    try:
-        ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"))
-    except OSError as error:
-        # Even with all libraries found, it lacks symbols that ONNX Runtime itself would provide.
-        return str(error) if "shared object file" in str(error) else None
-    return None
 
 
 class Runtime:
@@ -182,14 +91,32 @@ class Runtime:
         self._inputs = [spec.name for spec in signature.inputs]
         self._states = [spec.name for spec in signature.states]
         self._fetches = [spec.name for spec in signature.outputs] + [spec.next_name for spec in signature.states]
-        adapter = GraphAdapter(signature, self.call)
-        self._adapter = None if adapter.is_passthrough else adapter
         self._bindings = threading.local()  # one per thread, for concurrent runs
-        self.shapes = ANY_SHAPE  # how runs are padded
+        self._shapes = ANY_SHAPE
+        adapter = GraphAdapter(signature, self.call)
+        self._adapter: Run | None = None if adapter.is_passthrough else adapter
+        # Runs on states that stay on the device; None if the model has none, or they are kept in host memory.
+        self.on_device: TableRuns | None = None
+        if any(tensor.name == SOURCES for tensor in self._session.get_inputs()):
+            copying = replace(options, memory_arena=False)  # on the CPU, tables that are replaced are freed at once
+            self._adapter = self.on_device = TableRuns(
+                signature, self._bound_to, lambda graph: _session(graph, copying), DEVICES[self.provider]
+            )
+
+    @property
+    def shapes(self) -> ShapePolicy:
+        """How runs are padded."""
+        return self._shapes
+
+    @shapes.setter
+    def shapes(self, policy: ShapePolicy) -> None:
+        self._shapes = policy
+        if self.on_device is not None:
+            self.on_device.shapes = policy
 
     def close(self) -> None:
         """Frees ONNX Runtime's memory; the model cannot be run any more."""
-        self._session = self._step = self._adapter = None
+        self._session = self._step = self._adapter = self.on_device = None
         self._bindings = threading.local()
 
     @property
@@ -217,8 +144,8 @@ class Runtime:
 
     def call(self, inputs: Sequence[Array], lengths: NDArray[np.int32], states: Sequence[Array]) -> list[Array]:
         """Runs the graph once, with one array per input; returns its outputs and next states."""
-        if self.shapes is not ANY_SHAPE:
-            padded = Padding(self.shapes, self.signature, inputs[0].shape)
+        if self._shapes is not ANY_SHAPE:
+            padded = Padding(self._shapes, self.signature, inputs[0].shape)
             return padded.remove(self._call_as_is(*padded.add(inputs, lengths, states)))
         return self._call_as_is(inputs, lengths, states)
 
@@ -238,6 +165,11 @@ class Runtime:
         outputs: list[Array] = binding.copy_outputs_to_cpu()
         return outputs
 
+    def _bound_to(self, inputs: Sequence[Array]) -> tuple[ort.InferenceSession, ort.IOBinding, bool]:
+        """Returns the graph to run on these inputs, this thread's binding of it, and whether it takes lengths."""
+        single = self._step is not None and inputs[0].shape[1] == 1
+        return *self._bound(single), self.signature.lengths is not None and not single
+
     def _bound(self, single: bool) -> tuple[ort.InferenceSession, ort.IOBinding]:
         """Returns the graph to run and this thread's binding of it, with inputs and outputs in host memory."""
         name = "step" if single else "sequence"
@@ -252,11 +184,14 @@ class Runtime:
         """Measures a run on zeros, in seconds: the shortest of a few."""
         time_steps = max(time_steps, self.signature.min_steps)
         x = TensorLayout(self.signature.inputs).zeros(batch, time_steps)
-        inputs = x, np.full(batch, time_steps, np.int32), self.zeros(batch)
+        lengths = np.full(batch, time_steps, np.int32)
+        run: Callable[[], object] = functools.partial(self.run, x, lengths, self.zeros(batch))
+        if self.on_device is not None:
+            run = self.on_device.trial_run(x, lengths)
         taken = []
         for _ in range(_MEASURED_RUNS):
             start = time.perf_counter()
-            self.run(*inputs)
+            run()
             taken.append(time.perf_counter() - start)
         return min(taken)
 
@@ -269,26 +204,38 @@ class Runtime:
 
 
 def _open(model: Path | bytes, options: RuntimeOptions) -> ort.InferenceSession:
+    """Opens a file as the options want it: in float16, and with its states in tables."""
+    provider = providers(options.provider, options.cuda_tf32)[0]
+    content = model if isinstance(model, bytes) else model.read_bytes()
+    if provider == CUDA and options.precision == "float16":
+        try:
+            content = in_float16(content)
+        except CannotConvert as error:
+            raise RuntimeUnavailable(str(error)) from None
+    if options.on_device(provider):
+        try:
+            signature = parse_document(scan(content).metadata).signature
+        except BadModelFile as error:
+            raise RuntimeUnavailable(str(error)) from None
+        if can_keep(content, signature):
+            content = around_tables(content, signature)
+    return _session(content, options)
+
+
+def _session(content: bytes, options: RuntimeOptions) -> ort.InferenceSession:
     names = providers(options.provider, options.cuda_tf32)
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
-    settings.add_session_config_entry(*_FLUSH_DENORMALS)  # for its own threads, if there are several
+    settings.add_session_config_entry(*FLUSH_DENORMALS)  # for its own threads, if there are several
     settings.enable_cpu_mem_arena = options.memory_arena
     settings.graph_optimization_level = _LEVELS[options.optimization]
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
-    source = model if isinstance(model, bytes) else str(model)
-    if names[0] == CUDA:
-        settings.use_deterministic_compute = True
-        if options.precision == "float16":
-            try:
-                source = in_float16(source)
-            except CannotConvert as error:
-                raise RuntimeUnavailable(str(error)) from None
+    settings.use_deterministic_compute = names[0] == CUDA
     of_providers = [_cuda_options(options) if provider == CUDA else {} for provider in names]
     try:
-        session = ort.InferenceSession(source, settings, providers=names, provider_options=of_providers)
+        session = ort.InferenceSession(content, settings, providers=names, provider_options=of_providers)
     except Exception as error:
         raise RuntimeUnavailable(f"ONNX Runtime cannot open the model: {str(error).splitlines()[0]}") from None
     if options.provider == "cuda" and session.get_providers()[0] != CUDA:
@@ -312,7 +259,8 @@ def _cuda_options(options: RuntimeOptions) -> dict[str, str]:
 def read_document(session: ort.InferenceSession) -> ModelDocument:
     """Reads an open model's description of itself; raises RuntimeUnavailable if it is missing or wrong."""
     document = parse_document(session.get_modelmeta().custom_metadata_map)
-    names = {tensor.name for tensor in session.get_inputs()} | {tensor.name for tensor in session.get_outputs()}
+    tensors = (own_tensor(tensor.name) for tensor in (*session.get_inputs(), *session.get_outputs()))
+    names = {name for name in tensors if name is not None}
     signature = document.signature
     declared = {spec.name for specs in (signature.inputs, signature.outputs, signature.states) for spec in specs}
     declared |= {spec.next_name for spec in signature.states} | ({signature.lengths} if signature.lengths else set())

@@ -74,10 +74,14 @@ class Padding:
         policy: Says by how much.
         signature: The graph's tensors.
         shape: Shape of its inputs, `[rows, ...]` or `[rows, steps, ...]`.
+        batch_axes: The batch axes of what is given as states, if not the signature's.
     """
 
-    def __init__(self, policy: ShapePolicy, signature: Signature, shape: Sequence[int]) -> None:
+    def __init__(
+        self, policy: ShapePolicy, signature: Signature, shape: Sequence[int], batch_axes: Sequence[int] | None = None
+    ) -> None:
         self._rows, self._signature = shape[0], signature
+        self._axes = [spec.batch_axis for spec in signature.states] if batch_axes is None else batch_axes
         # The graph must know where a row ends, or the added steps would change its state.
         self._steps = shape[1] if policy.step_sizes and signature.lengths is not None else None
         rows, steps = policy.padded(self._rows, self._steps or 1)
@@ -89,11 +93,10 @@ class Padding:
         """Returns the arguments of `Runtime.call`, padded."""
         if self._more_steps:
             inputs = [_repeat(x, -1, self._more_steps, axis=1) for x in inputs]
-        axes = [spec.batch_axis for spec in self._signature.states]
         return (
             [_repeat(x, 0, self._more_rows, axis=0) for x in inputs],
             _repeat(lengths, 0, self._more_rows, axis=0),
-            [_repeat(state, 0, self._more_rows, axis) for state, axis in zip(states, axes, strict=True)],
+            [_repeat(state, 0, self._more_rows, axis) for state, axis in zip(states, self._axes, strict=True)],
         )
 
     def remove(self, results: Sequence[Array]) -> list[Array]:
@@ -102,10 +105,9 @@ class Padding:
         outputs = [y[: self._rows] for y in results[:count]]
         if self._more_steps:
             outputs = [y[:, : self._steps] for y in outputs]
-        axes = [spec.batch_axis for spec in self._signature.states]
         states = [
             state[(slice(None),) * axis + (slice(self._rows),)]
-            for state, axis in zip(results[count:], axes, strict=True)
+            for state, axis in zip(results[count:], self._axes, strict=True)
         ]
         return [np.ascontiguousarray(each) for each in (*outputs, *states)]
 

@@ -34,6 +34,17 @@ def server(kinds: Path) -> Iterator[Server]:
     assert server.stop() == 0
 
 
+@pytest.fixture(scope="module", params=["host", "device"])
+def kept_in(request: pytest.FixtureRequest) -> Iterator[tuple[Server, str]]:
+    """A server and where it keeps states: the module's, and one that takes a GPU's way on the CPU."""
+    if request.param == "host":
+        yield request.getfixturevalue("server"), "host"
+        return
+    server = start_server("--models", str(request.getfixturevalue("kinds")), "--state-memory", "device")
+    yield server, "device"
+    assert server.stop() == 0
+
+
 def as_json(array: Any) -> Any:
     """What a client sends of inputs `[time, ...]`: of several an object of arrays."""
     names = array.dtype.names
@@ -57,15 +68,19 @@ def same(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_in_chunks_give_one_run_over_the_sequence_and_the_graph_run_by_hand(server: Server, kind: str) -> None:
-    made, told = KINDS[kind]
+def test_steps_in_chunks_give_one_run_over_the_sequence_and_the_graph_run_by_hand(
+    kept_in: tuple[Server, str], kind: str
+) -> None:
+    (server, state_memory), (made, told) = kept_in, KINDS[kind]
     x, _ = random_inputs(told, 3, STEPS, np.random.default_rng(5))
     lengths = (STEPS, 4, 6)
     sequences = [as_json(row[:length]) for row, length in zip(x, lengths, strict=True)]
     with server.client() as client:
         body = {"model": kind, "sequences": sequences, "outputs": "all", "return_states": True}
         whole = client.post("/predict", json=body).json()
-        assert client.get(f"/models/{kind}").json()["exact"] is True
+        print(whole)
+        described = client.get(f"/models/{kind}").json()
+        assert (described["exact"], described["state_memory"]) == (True, state_memory)
         session = client.post("/sessions", json={"model": kind}).json()["session"]
         steps = [at(sequences[0], 0), at(sequences[0], slice(1, 4)), at(sequences[0], slice(4, 5))]
         answers = [client.post(f"/sessions/{session}/step", json={"x": s, "outputs": "all"}).json()["y"] for s in steps]

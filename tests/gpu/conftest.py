@@ -10,15 +10,8 @@ from pathlib import Path
 import pytest
 
 from cellserve.models.signature import MODEL_NAME, STEP_NAME
-from cellserve.service.runtime.onnx_model import (
-    CPU,
-    CUDA,
-    Provider,
-    Runtime,
-    RuntimeOptions,
-    RuntimeUnavailable,
-    providers,
-)
+from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions
+from cellserve.service.runtime.providers import CPU, CUDA, Provider, RuntimeUnavailable, providers
 from tests.gpu import machine
 from tests.gpu.references import Reference, model_folder, names
 from tests.gpu.report import Report

@@ -10,7 +10,8 @@ import pytest
 
 from cellserve import Client
 from cellserve.service.runtime.batch_invariance import FULL_PLAN, QUICK_PLAN, find_shapes, random_inputs
-from cellserve.service.runtime.onnx_model import Provider, Runtime
+from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.providers import Provider
 from cellserve.service.runtime.shape_policy import ANY_SHAPE
 from cellserve.service.settings import Settings
 from tests.gpu.conftest import Open

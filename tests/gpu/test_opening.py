@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from cellserve.models.signature import MODEL_NAME, STEP_NAME
-from cellserve.service.runtime.onnx_model import Provider, providers
+from cellserve.service.runtime.providers import Provider, providers
 from tests.gpu.conftest import Open
 from tests.gpu.references import Array, Reference, model_folder
 from tests.gpu.report import Report

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellserve.service.runtime.onnx_model import Provider, Runtime
+from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.providers import Provider
 from tests.gpu.conftest import Open
 from tests.gpu.references import ROWS, STEPS, Array, Reference, worst
 from tests.gpu.report import Report

@@ -13,7 +13,7 @@ import numpy as np
 
 from cellserve import Client
 from cellserve.service.runtime.batch_invariance import random_inputs
-from cellserve.service.runtime.onnx_model import Provider
+from cellserve.service.runtime.providers import Provider
 from tests.gpu.conftest import Open
 from tests.gpu.references import Array, Reference
 from tests.gpu.report import Report

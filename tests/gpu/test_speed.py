@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from cellserve.service.runtime.batch_invariance import random_inputs
-from cellserve.service.runtime.onnx_model import Provider, Runtime
+from cellserve.service.runtime.onnx_model import Runtime
+from cellserve.service.runtime.providers import Provider
 from tests.gpu.conftest import Open
 from tests.gpu.report import Report
 

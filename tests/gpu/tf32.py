@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from cellserve.service.runtime.onnx_model import CPU, CUDA, read_document
+from cellserve.service.runtime.onnx_model import read_document
+from cellserve.service.runtime.providers import CPU, CUDA
 from tests.gpu.references import Reference, model_folder, names
 
 

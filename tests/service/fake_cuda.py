@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 
 from cellserve.service.runtime import onnx_model
-from cellserve.service.runtime.onnx_model import CPU, CUDA
+from cellserve.service.runtime.providers import CPU, CUDA, DEVICES
 
 
 class FakeCuda:
@@ -41,6 +41,7 @@ class FakeCuda:
             return [CPU] if requested == "cpu" else [CUDA, CPU]
 
         monkeypatch.setattr(onnx_model, "providers", providers)
+        monkeypatch.setitem(DEVICES, CUDA, "cpu")
         monkeypatch.setattr(ort, "InferenceSession", Session)
 
 

@@ -42,6 +42,7 @@ class Halving:
         self.gate = threading.Event()
         self.gate.set()
         self.step_seconds = 1e-6
+        self.on_device: OnDevice | None = None
 
     def seconds(self, batch: int, time_steps: int) -> float:
         return 1e-6 + batch * time_steps * self.step_seconds
@@ -61,6 +62,43 @@ class Halving:
             y[:, t] = state
             final[lengths == t + 1] = state[lengths == t + 1]
         return y, [final]
+
+
+class OnDevice:
+    """Runs the halving model on states in memory of its own, which only what a device offers can read or write."""
+
+    def __init__(self, runtime: Halving) -> None:
+        self._runtime = runtime
+        self.capacity = 2
+        self._memory = np.zeros((2, 2), np.float32)
+        self.read_rows = self.written_rows = 0  # so many crossed between the host and the device
+
+    def tables(self) -> OnDevice:
+        return self
+
+    def run(
+        self, x: NDArray[Any], lengths: NDArray[np.int32], sources: NDArray[Any], targets: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        assert targets.min() > 0 and not np.intersect1d(sources, targets).size
+        y, (following,) = self._runtime.run(x, lengths, [self._memory[sources]])
+        self._memory[targets] = following
+        return y, np.isfinite(following).all(axis=1)
+
+    def read(self, rows: NDArray[Any]) -> list[NDArray[Any]]:
+        self.read_rows += len(rows)
+        return [self._memory[rows]]
+
+    def write(self, rows: NDArray[Any], states: list[NDArray[Any]]) -> None:
+        assert rows.min() > 1
+        self.written_rows += len(rows)
+        self._memory[rows] = states[0]
+
+    def resize(self, sources: NDArray[Any]) -> None:
+        self._memory = self._memory[sources]
+        self.capacity = len(sources)
+
+    def close(self) -> None:
+        self._memory, self.capacity = self._memory[:0], 0
 
 
 class Model:
@@ -97,11 +135,14 @@ def machinery(
     step_seconds: float = 1e-6,
     clock: Callable[[], float] = time.monotonic,
     max_sessions: int | None = None,
+    on_device: bool = False,
     **more: Any,
 ) -> tuple[Engine, MemoryStore, SessionWriter]:
     """Makes an engine over the model, the store of its sessions, and what writer them."""
     model: Any = Model(exact)
     model.runtime.step_seconds = step_seconds
+    if on_device:
+        model.runtime.on_device = OnDevice(model.runtime)
     engine = Engine(model, Settings(**more), ThreadPoolExecutor(1))
     table = SessionTable(100, clock)
     table.register(engine)

@@ -24,7 +24,7 @@ from cellserve.service.errors import (
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.writer import SessionWriter
 from tests.budgets import examples
-from tests.service.helpers import BROKEN, INFINITE, OUTSIDE, halving, truth
+from tests.service.helpers import BROKEN, INFINITE, OUTSIDE, halving, machinery, truth
 
 Make = Callable[..., tuple[Engine, MemoryStore, SessionWriter]]
 
@@ -403,3 +403,24 @@ def test_a_clients_work_is_counted_until_it_is_done(make: Make, every_output: bo
             assert (engine.queued, engine.bound.by_client) == (0, {})
 
     asyncio.run(scenario())
+
+
+def test_steps_of_sessions_on_a_device_bring_no_state_to_the_host_or_back() -> None:
+    engine, store, writer = machinery(on_device=True, max_batch=8, quantum=4)
+    device = halving(engine).on_device
+    assert device is not None
+
+    async def client(number: int) -> None:
+        session = store.create_now(engine, None)[0]
+        x = drawn(30, number)
+        ys = [(await writer.submit(session, x[start : start + 6], True))[0] for start in range(0, 30, 6)]
+        assert np.concatenate(ys).tobytes() == truth(x).tobytes()
+
+    async def everyone() -> None:
+        await asyncio.gather(*(client(number) for number in range(12)))
+
+    asyncio.run(everyone())
+    assert (device.read_rows, device.written_rows) == (0, 0)
+    (one, *_) = store.table.live.values()
+    assert np.isfinite(engine.arena.read(one.slot)["s"]).all()
+    assert (device.read_rows, device.written_rows) == (1, 0)

@@ -16,7 +16,8 @@ from cellserve.service.model_repository.model import Model
 from cellserve.service.model_repository.repository import load
 from cellserve.service.runtime import onnx_model
 from cellserve.service.runtime.float16 import in_float16
-from cellserve.service.runtime.onnx_model import CUDA, RuntimeOptions, RuntimeUnavailable
+from cellserve.service.runtime.onnx_model import RuntimeOptions
+from cellserve.service.runtime.providers import CUDA, RuntimeUnavailable
 from tests import foreign
 from tests.kinds import KINDS
 from tests.service.fake_cuda import FakeCuda, fake_cuda

@@ -53,6 +53,7 @@ class Expected:
 class Sessions(RuleBasedStateMachine):
     """All that can be done to sessions, one after the other, against `Expected`."""
 
+    on_device = False  # whether the states stay on a device
     known = Bundle("known")
 
     def __init__(self) -> None:
@@ -65,7 +66,8 @@ class Sessions(RuleBasedStateMachine):
         self.origins: dict[str, bytes] = {}
 
     def begin(self) -> list[Replica]:
-        return [machinery(clock=lambda: self.now, max_sessions=LIMIT, max_batch=4, quantum=8)]
+        on_device = self.on_device
+        return [machinery(True, 1e-6, lambda: self.now, LIMIT, on_device, max_batch=4, quantum=8)]
 
     def teardown(self) -> None:
         for _, store, _ in self.replicas:
@@ -370,8 +372,8 @@ class SharedSessions(Sessions):
         redis.flushall()
         redis.close()
         replicas: list[Replica] = []
-        for _ in range(2):
-            engine, _, _ = machinery(max_batch=4, quantum=8)
+        for on_device in (False, True):
+            engine, _, _ = machinery(on_device=on_device, max_batch=4, quantum=8)
             table = SessionTable(3600)
             table.register(engine)
             store = SharedStore(RedisClient(self.url, 3600, 3600, 5, 0), table, 3, LIMIT)
@@ -393,8 +395,8 @@ class EmbeddedSessions(SharedSessions):
         (Path(self.folder.name) / "store.json").write_text('{"format": 1, "shards": 3}')
         folder = Folder(Path(self.folder.name), 2**24, self.sync, 10, workers=2)
         replicas: list[Replica] = []
-        for _ in range(2):
-            engine, _, _ = machinery(max_batch=4, quantum=8)
+        for on_device in (False, True):
+            engine, _, _ = machinery(on_device=on_device, max_batch=4, quantum=8)
             table = SessionTable(IDLE, lambda: self.now)
             table.register(engine)
             client = LmdbClient(folder, IDLE, 86400, 2**24, lambda: self.now)
@@ -432,6 +434,16 @@ async def swept(store: SessionStore) -> None:
 Sessions.TestCase.settings = settings(max_examples=examples(30, 300), stateful_step_count=40)
 SharedSessions.TestCase.settings = settings(max_examples=examples(8, 80), stateful_step_count=30)
 TestSessions = Sessions.TestCase
+
+
+class SessionsOnDevice(Sessions):
+    """The same, with states that stay on a device."""
+
+    on_device = True
+
+
+SessionsOnDevice.TestCase.settings = settings(max_examples=examples(10, 300), stateful_step_count=40)
+TestSessionsOnDevice = SessionsOnDevice.TestCase
 
 
 @pytest.mark.hypothesis

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import helper
 
-from cellserve.models.signature import StateSpec
+from cellserve.models.signature import Signature, StateSpec, TensorSpec
+from cellserve.service.engine.device_arena import DeviceArena
 from cellserve.service.engine.memory import resident_bytes
 from cellserve.service.engine.state_arena import Arena
+from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions
+from tests import foreign
+from tests.foreign import Info
+
+MakeArena = Callable[[int], Arena]
 
 SPECS = (
     StateSpec(name="h", next_name="h.next", shape=(3,)),
@@ -17,9 +28,28 @@ SPECS = (
 )
 
 
-@given(st.lists(st.one_of(st.just("take"), st.tuples(st.just("give"), st.integers(0, 1000))), max_size=300))
-def test_a_new_slot_is_zero_and_others_keep_what_they_have(acts: list) -> None:
-    arena = Arena(SPECS, 100)
+def on_device(limit: int) -> DeviceArena:
+    """An arena whose states are in a device's memory, as far as there is one here."""
+    shapes: dict[str, list[Any]] = {"x": ["batch"], "h": ["batch", 3], "c": [2, "batch", 2]}
+    following = {"x": "y", "h": "h.next", "c": "c.next"}
+    passed_on = [helper.make_node("Identity", [name], [following[name]]) for name in shapes]
+    told: list[Info] = [(name, 1, shape) for name, shape in shapes.items()]
+    given: list[Info] = [(following[name], 1, shape) for name, shape in shapes.items()]
+    x, y = TensorSpec(name="x", shape=()), TensorSpec(name="y", shape=())
+    signature = Signature(inputs=(x,), outputs=(y,), states=SPECS, lengths=None, time_axis=False)
+    content = foreign.described(foreign.model(passed_on, told, given), signature)
+    runtime = Runtime(content, RuntimeOptions(provider="cpu", state_memory="device"))
+    assert runtime.on_device is not None
+    return DeviceArena(SPECS, limit, runtime.on_device.tables())
+
+
+ARENAS = pytest.mark.parametrize("make_arena", [partial(Arena, SPECS), on_device], ids=["host", "device"])
+
+
+@ARENAS
+@given(acts=st.lists(st.one_of(st.just("take"), st.tuples(st.just("give"), st.integers(0, 1000))), max_size=300))
+def test_a_new_slot_is_zero_and_others_keep_what_they_have(make_arena: MakeArena, acts: list) -> None:
+    arena = make_arena(100)
     held: dict[int, float] = {}
     for number, act in enumerate(acts, start=1):
         if act == "take":
@@ -40,8 +70,9 @@ def test_a_new_slot_is_zero_and_others_keep_what_they_have(acts: list) -> None:
         assert all((state == value).all() for state in arena.read(slot).values())
 
 
-def test_growing_keeps_states_positions_and_holds() -> None:
-    arena = Arena(SPECS, 1000)
+@ARENAS
+def test_growing_keeps_states_positions_and_holds(make_arena: MakeArena) -> None:
+    arena = make_arena(1000)
     first = arena.allocate()
     assert first is not None
     arena.write(first, {"h": np.arange(3), "c": np.ones((2, 2))})
@@ -126,3 +157,24 @@ def test_a_state_that_is_looked_at_does_not_keep_the_arena_from_growing() -> Non
     view = arena._arrays[0][:]
     assert arena.allocate_many(500) is not None
     assert arena.read(slot)["h"].tolist() == [0, 1, 2] == view[slot].tolist()
+
+
+def test_slots_on_a_device_share_rows_until_one_of_them_moves() -> None:
+    arena = on_device(100)
+    slots = arena.allocate_many(4)
+    assert slots is not None
+    arena.write(int(slots[0]), {"h": np.arange(3), "c": np.ones((2, 2))})
+    arena.copy(slots[[0, 0]], slots[1:3])
+    assert arena.rows == 1
+    batch = arena.gather(slots[[0, 3]])
+    _, finite = batch.run(np.zeros((2, 1), np.float32), np.ones(2, np.int32))
+    assert finite.all()
+    arena.scatter_rows(slots[[0, 3]], batch, [0])
+    arena.done(batch)
+    assert arena.rows == 2, "the row that the batch did not keep was not given back"
+    assert [arena.read(int(slot))["h"].tolist() for slot in slots] == [[0, 1, 2]] * 3 + [[0, 0, 0]]
+    arena.release(slots[[0, 1]])
+    assert arena.read(int(slots[2]))["h"].tolist() == [0, 1, 2]
+    arena.release(slots[2:])
+    assert arena.rows == 0
+    assert not arena.read(int(arena.allocate_many(1)[0]))["h"].any()  # type: ignore[index]
