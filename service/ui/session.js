@@ -78,7 +78,8 @@ class Session extends EventTarget {
       await new Promise((resolve) => setTimeout(resolve, wait));
       if (signal.aborted || document.hidden || this.paused) continue;
       try {
-        wait = (await this.read(signal)) ? SOON : Math.min(wait * 1.5, LATE);
+        const moved = await this.#inTurn(() => !this.paused && this.#read(signal));
+        wait = moved ? SOON : Math.min(wait * 1.5, LATE);
       } catch (error) {
         if (error.status !== 0 && error.status !== 503) throw error;
         wait = LATE; // it may come back
@@ -131,8 +132,11 @@ class Session extends EventTarget {
     return id;
   }
 
-  async remove() {
-    await request("DELETE", path("sessions", this.id));
-    known.delete(this.id);
+  remove() {
+    return this.#inTurn(async () => {
+      await request("DELETE", path("sessions", this.id));
+      known.delete(this.id);
+      this.paused = true; // there is nothing to follow any more
+    });
   }
 }

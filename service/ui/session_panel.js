@@ -12,7 +12,6 @@ import { samplesOf, sizeOf } from "./time_steps.js";
 
 const DURABLE = {
   none: "in the server's memory: it ends with the process",
-  snapshot: "in the server's memory, written to a snapshot now and then",
   process: "on this machine: it outlives every crash of the server",
   disk: "on this machine's disk: it outlives a power cut",
   store: "in the shared store: it outlives this machine",

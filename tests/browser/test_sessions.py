@@ -222,6 +222,7 @@ def test_the_lines_to_copy_do_what_the_buttons_do(page: Page, client: httpx.Clie
     for name in ("With curl", "In Python"):
         session = create(client, "vowels")
         panel = opened(page, session)
+        panel.get_by_label("Follow it").uncheck()  # to its end
         panel.get_by_text("The same with curl and in Python").click()
         panel.get_by_role("button", name=f"Copy: {name}").click()
         expect(page.locator("#status")).to_have_text(f"{name}: copied.")
