@@ -75,12 +75,22 @@ export function table(head, rows, { caption, numbers = Infinity } = {}) {
 /** Asks before what cannot be undone; resolves to whether the answer is yes. */
 export function confirmed(question, text, yes) {
   return new Promise((resolve) => {
-    const dialog = h("dialog", { "aria-labelledby": "question" }, h("form", { method: "dialog" },
-      h("h2", { id: "question" }, question),
-      h("p", {}, text),
-      h("p", { class: "row" },
-        h("button", { value: "yes", class: "danger" }, yes),
-        h("button", { value: "", autofocus: true }, "Cancel"))));
+    const dialog = h(
+      "dialog",
+      { "aria-labelledby": "question" },
+      h(
+        "form",
+        { method: "dialog" },
+        h("h2", { id: "question" }, question),
+        h("p", {}, text),
+        h(
+          "p",
+          { class: "row" },
+          h("button", { value: "yes", class: "danger" }, yes),
+          h("button", { value: "", autofocus: true }, "Cancel"),
+        ),
+      ),
+    );
     dialog.addEventListener("close", () => {
       dialog.remove();
       resolve(dialog.returnValue === "yes");

@@ -9,8 +9,11 @@ export class Reading {
 
   /** Returns the samples of a name whose labels have these values; a function is asked about a value. */
   samples(name, labels = {}) {
-    return (this.metrics[name] ?? []).filter((sample) => Object.entries(labels).every(([label, wanted]) =>
-      (typeof wanted === "function" ? wanted(sample.labels[label]) : sample.labels[label] === wanted)));
+    return (this.metrics[name] ?? []).filter((sample) =>
+      Object.entries(labels).every(([label, wanted]) =>
+        typeof wanted === "function" ? wanted(sample.labels[label]) : sample.labels[label] === wanted,
+      ),
+    );
   }
 
   /** Returns the sum of the samples; null if there are none. */
@@ -22,7 +25,10 @@ export class Reading {
   /** Returns a histogram's buckets as `[[upper bound, cumulative count], ...]`. */
   buckets(name, labels) {
     const counts = new Map();
-    for (const { labels: { le }, value } of this.samples(`${name}_bucket`, labels)) {
+    for (const {
+      labels: { le },
+      value,
+    } of this.samples(`${name}_bucket`, labels)) {
       const bound = le === "+Inf" ? Infinity : Number(le);
       counts.set(bound, (counts.get(bound) ?? 0) + value);
     }
@@ -64,7 +70,7 @@ export class Span {
     const before = new Map(this.before.buckets(name, labels));
     const after = this.after.buckets(name, labels);
     const anew = after.some(([bound, count]) => count < (before.get(bound) ?? 0));
-    const counts = after.map(([bound, count]) => [bound, count - (anew ? 0 : before.get(bound) ?? 0)]);
+    const counts = after.map(([bound, count]) => [bound, count - (anew ? 0 : (before.get(bound) ?? 0))]);
     const total = counts.at(-1)?.[1];
     if (!total) return null;
     const rank = share * total;

@@ -9,7 +9,13 @@ export function readState(buffer) {
   const header = new TextDecoder().decode(new Uint8Array(buffer, 8, start - 8));
   const { __metadata__: metadata, ...described } = JSON.parse(header);
   const tensors = {};
-  for (const [name, { dtype, data_offsets: [from, to] }] of Object.entries(described)) {
+  for (const [
+    name,
+    {
+      dtype,
+      data_offsets: [from, to],
+    },
+  ] of Object.entries(described)) {
     tensors[name] = Array.from(new ARRAYS[dtype](buffer.slice(start + from, start + to)), Number);
   }
   return { metadata, tensors };

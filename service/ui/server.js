@@ -13,33 +13,58 @@ const LATE = 3; // periods without a reading before there is a gap
 const TO_CLIENTS = { surface: (name) => name !== "operations" };
 const STORE = "Writes to the store, milliseconds"; // only where there is a shared one
 
-const ELSEWHERE = "This address does not have the server's metrics. They are on its operations port "
-  + "(--operations-port), or a proxy keeps them to itself.";
+const ELSEWHERE =
+  "This address does not have the server's metrics. They are on its operations port " +
+  "(--operations-port), or a proxy keeps them to itself.";
 
 const history = []; // {tick, reading}: still there when the tab is opened again
 
 /** Each chart: its title, whether it is of one model if one is chosen, and its series by what happened in a span. */
 const CHARTS = [
-  ["Time steps a second", true, {
-    steps: (span, model) => span.rate("cellserve_steps_total", model),
-    padding: (span, model) => span.rate("cellserve_padding_steps_total", model),
-  }],
-  ["Batch size, rows", true, {
-    mean: (span, model) => span.mean("cellserve_tick_rows", model),
-    p99: (span, model) => span.quantile(0.99, "cellserve_tick_rows", model),
-  }],
+  [
+    "Time steps a second",
+    true,
+    {
+      steps: (span, model) => span.rate("cellserve_steps_total", model),
+      padding: (span, model) => span.rate("cellserve_padding_steps_total", model),
+    },
+  ],
+  [
+    "Batch size, rows",
+    true,
+    {
+      mean: (span, model) => span.mean("cellserve_tick_rows", model),
+      p99: (span, model) => span.quantile(0.99, "cellserve_tick_rows", model),
+    },
+  ],
   ["Time steps that wait", true, { queued: ({ after }, model) => after.sum("cellserve_queued_steps", model) ?? 0 }],
-  ["Wait and run, milliseconds", true, {
-    "wait p50": stage("queue", 0.5), "wait p99": stage("queue", 0.99),
-    "run p50": stage("run", 0.5), "run p99": stage("run", 0.99),
-  }],
-  ["Requests a second", false, {
-    requests: answers(""), "refused (4xx)": answers("4"), "failed (5xx)": answers("5"),
-  }],
-  ["From request to answer, milliseconds", false, {
-    p50: (span) => milliseconds(span.quantile(0.5, "cellserve_request_duration_seconds", TO_CLIENTS)),
-    p99: (span) => milliseconds(span.quantile(0.99, "cellserve_request_duration_seconds", TO_CLIENTS)),
-  }],
+  [
+    "Wait and run, milliseconds",
+    true,
+    {
+      "wait p50": stage("queue", 0.5),
+      "wait p99": stage("queue", 0.99),
+      "run p50": stage("run", 0.5),
+      "run p99": stage("run", 0.99),
+    },
+  ],
+  [
+    "Requests a second",
+    false,
+    {
+      requests: answers(""),
+      "refused (4xx)": answers("4"),
+      "failed (5xx)": answers("5"),
+    },
+  ],
+  [
+    "From request to answer, milliseconds",
+    false,
+    {
+      p50: (span) => milliseconds(span.quantile(0.5, "cellserve_request_duration_seconds", TO_CLIENTS)),
+      p99: (span) => milliseconds(span.quantile(0.99, "cellserve_request_duration_seconds", TO_CLIENTS)),
+    },
+  ],
   ["Live sessions", false, { sessions: ({ after }) => after.sum("cellserve_sessions") }],
   [STORE, true, { p50: stage("store", 0.5), p99: stage("store", 0.99) }],
 ];
@@ -57,8 +82,11 @@ export async function show(view, parts, signal) {
   const models = h("div", {});
   const written = first.samples("cellserve_stage_duration_seconds_count", { stage: "store" }).length > 0;
   const charts = CHARTS.filter(([title]) => written || title !== STORE).map(([title, byModel, series]) => {
-    const chart = new LineChart(title, Object.keys(series).map((name) => ({ name })),
-      { height: 170, min: 0, x: "time", at: (point) => ago(pointsToDraw() - 1 - point) });
+    const chart = new LineChart(
+      title,
+      Object.keys(series).map((name) => ({ name })),
+      { height: 170, min: 0, x: "time", at: (point) => ago(pointsToDraw() - 1 - point) },
+    );
     return { title, byModel, series: Object.values(series), chart, heading: h("h2", {}, title) };
   });
   const draw = () => {
@@ -72,11 +100,18 @@ export async function show(view, parts, signal) {
     showFacts(facts);
     showModels(models, spans.at(-1));
   };
-  view.append(facts, h("div", { class: "row" }, field("Charts of", chosen)),
+  view.append(
+    facts,
+    h("div", { class: "row" }, field("Charts of", chosen)),
     h("p", { class: "dim" }, "The last five minutes, while this tab was seen."),
-    h("div", { class: "columns" },
-      charts.map(({ heading, chart }) => h("section", { class: "card" }, heading, chart.element))),
-    h("h2", {}, "By model"), models);
+    h(
+      "div",
+      { class: "columns" },
+      charts.map(({ heading, chart }) => h("section", { class: "card" }, heading, chart.element)),
+    ),
+    h("h2", {}, "By model"),
+    models,
+  );
   draw();
   poll(draw, signal);
 }
@@ -160,17 +195,28 @@ function showFacts(facts) {
 function showModels(element, span) {
   const { reading } = history.at(-1);
   const cell = (value) => (value === null ? "–" : short(Number(value.toPrecision(3))));
-  const rows = reading.samples("cellserve_steps_total").map(({ labels, value }) => [
-    `${labels.model}:${labels.version}`, short(value),
-    ...(span ? [
-      span.rate("cellserve_steps_total", labels), span.mean("cellserve_tick_rows", labels),
-      ...["queue", "run"].flatMap((name) => [0.5, 0.99].map((share) => stage(name, share)(span, labels))),
-    ].map(cell) : Array(6).fill("–")),
-    reading.sum("cellserve_queued_steps", labels), reading.sum("cellserve_slots", labels)]);
+  const rows = reading
+    .samples("cellserve_steps_total")
+    .map(({ labels, value }) => [
+      `${labels.model}:${labels.version}`,
+      short(value),
+      ...(span
+        ? [
+            span.rate("cellserve_steps_total", labels),
+            span.mean("cellserve_tick_rows", labels),
+            ...["queue", "run"].flatMap((name) => [0.5, 0.99].map((share) => stage(name, share)(span, labels))),
+          ].map(cell)
+        : Array(6).fill("–")),
+      reading.sum("cellserve_queued_steps", labels),
+      reading.sum("cellserve_slots", labels),
+    ]);
   const latencies = ["Wait p50, ms", "Wait p99, ms", "Run p50, ms", "Run p99, ms"];
-  element.replaceChildren(table(
-    ["Model", "Steps", "Steps/s", "Batch", ...latencies, "Queued", "Slots"], rows,
-    { caption: "The last seconds of each version", numbers: 1 }));
+  element.replaceChildren(
+    table(["Model", "Steps", "Steps/s", "Batch", ...latencies, "Queued", "Slots"], rows, {
+      caption: "The last seconds of each version",
+      numbers: 1,
+    }),
+  );
 }
 
 function stage(name, share) {

@@ -10,11 +10,14 @@ export function curlLines(base, id, x, key) {
   const of = (path) => quoted(`${base}sessions/${id}/${path}`);
   const curl = key ? 'curl -H "Authorization: Bearer $CELLSERVE_API_KEY"' : "curl";
   return [
-    "# where it is, and a step", `${curl} ${url}`,
+    "# where it is, and a step",
+    `${curl} ${url}`,
     `${curl} -H 'Content-Type: application/json' -d ${quoted(JSON.stringify({ x }))} ${of("step")}`,
-    "# its state: to a file, and back", `${curl} -o state.safetensors ${of("state")}`,
+    "# its state: to a file, and back",
+    `${curl} -o state.safetensors ${of("state")}`,
     `${curl} -X PUT -H 'Content-Type: application/x-safetensors' --data-binary @state.safetensors ${of("state")}`,
-    "# a fork, a reset to zeros, the end", `${curl} -X POST ${of("fork")}`,
+    "# a fork, a reset to zeros, the end",
+    `${curl} -X POST ${of("fork")}`,
     `${curl} -X POST ${of("reset")}`,
     `${curl} -X DELETE ${url}`,
   ].join("\n");

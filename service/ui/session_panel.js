@@ -2,10 +2,11 @@
 
 import { showProblem } from "./app.js";
 import { BASE, currentKey } from "./api.js";
-import { HeatStrip } from "./charts.js";
+import { HeatStrip } from "./heat_strip.js";
 import { announce, confirmed, field, h } from "./dom.js";
 import { copyable, curlLines, pythonLines } from "./session_lines.js";
 import { KEPT } from "./session.js";
+import { dropZone } from "./source.js";
 import { StepControls } from "./step_controls.js";
 import { outputView } from "./step_outputs.js";
 import { samplesOf, sizeOf } from "./time_steps.js";
@@ -26,17 +27,26 @@ export class SessionPanel {
     this.facts = h("dl", { class: "facts" });
     this.strips = session.model.signature.states.map((spec) => this.#strip(spec));
     this.output = outputView(session.model);
-    this.element = h("section", { class: "card session", "aria-label": title },
+    this.element = h(
+      "section",
+      { class: "card session", "aria-label": title },
       h("h2", {}, `${title} `, h("code", {}, session.id)),
       this.facts,
       DURABLE[session.told.durable] && h("p", { class: "dim" }, `It is ${DURABLE[session.told.durable]}.`),
-      h("h3", {}, "Step it"), this.controls.element, this.output.element,
+      h("h3", {}, "Step it"),
+      this.controls.element,
+      this.output.element,
       h("h3", {}, "Its state"),
       this.#followed(),
-      h("div", { class: "columns" }, this.strips.map((strip) => strip.chart.element)),
+      h(
+        "div",
+        { class: "columns" },
+        this.strips.map((strip) => strip.chart.element),
+      ),
       this.#rewind(),
       this.#actions(),
-      this.#lines());
+      this.#lines(),
+    );
     session.addEventListener("moved", () => this.#moved(), { signal });
     for (const state of session.states) this.#push(state);
     this.#moved(false);
@@ -74,22 +84,40 @@ export class SessionPanel {
   #followed() {
     const box = h("input", { type: "checkbox", checked: true, onchange: () => (this.session.paused = !box.checked) });
     this.session.paused = false;
-    return h("p", {},
-      h("label", {}, box, " Follow it, whoever steps it"), h("small", {}, " (that counts as use: it does not expire)"));
+    return h(
+      "p",
+      {},
+      h("label", {}, box, " Follow it, whoever steps it"),
+      h("small", {}, " (that counts as use: it does not expire)"),
+    );
   }
 
   #rewind() {
     this.chosen = null; // the newest
     this.slider = h("input", { type: "range", min: 0, max: 0, value: 0, oninput: () => this.#choose() });
-    this.back = h("button", { type: "button", onclick: () => this.#act(async () => {
-      const { position } = this.session.states[this.slider.value];
-      await this.session.put(this.session.states[this.slider.value]);
-      announce(`The state of position ${position} is back, at position ${this.session.told.position}.`);
-    }) });
-    return h("div", { class: "row rewind" },
-      h("div", { class: "wide-field field" }, field("Rewind to", this.slider,
-        "These are the states that this page has seen. One that is put back gets a new position: none is used twice.")),
-      this.back);
+    this.back = h("button", {
+      type: "button",
+      onclick: () =>
+        this.#act(async () => {
+          const { position } = this.session.states[this.slider.value];
+          await this.session.put(this.session.states[this.slider.value]);
+          announce(`The state of position ${position} is back, at position ${this.session.told.position}.`);
+        }),
+    });
+    return h(
+      "div",
+      { class: "row rewind" },
+      h(
+        "div",
+        { class: "wide-field field" },
+        field(
+          "Rewind to",
+          this.slider,
+          "These are the states that this page has seen. One that is put back gets a new position: none is used twice.",
+        ),
+      ),
+      this.back,
+    );
   }
 
   #choose() {
@@ -115,28 +143,31 @@ export class SessionPanel {
   #actions() {
     const { session } = this;
     const file = h("input", { type: "file", accept: ".safetensors", onchange: () => this.#upload(file.files[0]) });
-    const upload = h("div", { class: "drop" }, field("Upload a state", file, "Or drop a file of safetensors here."));
-    upload.addEventListener("dragover", (event) => {
-      event.preventDefault();
-      upload.classList.add("over");
-    });
-    upload.addEventListener("dragleave", () => upload.classList.remove("over"));
-    upload.addEventListener("drop", (event) => {
-      event.preventDefault();
-      upload.classList.remove("over");
-      this.#upload(event.dataTransfer.files[0]);
-    });
+    const upload = dropZone((dropped) => this.#upload(dropped), field("Upload a state", file, "Or drop a file here."));
     const act = (work) => () => this.#act(work);
-    return h("div", { class: "actions" },
-      h("div", { class: "row" },
+    return h(
+      "div",
+      { class: "actions" },
+      h(
+        "div",
+        { class: "row" },
         h("button", { type: "button", onclick: act(() => this.#fork()) }, "Fork and compare"),
-        h("button", { type: "button", onclick: act(async () => {
-          await session.reset();
-          announce(`Reset to zeros, at position ${session.told.position}.`);
-        }) }, "Reset to zeros"),
+        h(
+          "button",
+          {
+            type: "button",
+            onclick: act(async () => {
+              await session.reset();
+              announce(`Reset to zeros, at position ${session.told.position}.`);
+            }),
+          },
+          "Reset to zeros",
+        ),
         h("button", { type: "button", onclick: act(() => this.#download()) }, "Download its state"),
-        h("button", { type: "button", class: "danger", onclick: act(() => this.#remove()) }, "Delete…")),
-      upload);
+        h("button", { type: "button", class: "danger", onclick: act(() => this.#remove()) }, "Delete…"),
+      ),
+      upload,
+    );
   }
 
   async #act(work) {
@@ -181,8 +212,13 @@ export class SessionPanel {
   #lines() {
     this.curl = copyable("With curl", "");
     this.python = copyable("In Python", "");
-    return h("details", { ontoggle: () => this.#renewLines() },
-      h("summary", {}, "The same with curl and in Python"), this.curl.element, this.python.element);
+    return h(
+      "details",
+      { ontoggle: () => this.#renewLines() },
+      h("summary", {}, "The same with curl and in Python"),
+      this.curl.element,
+      this.python.element,
+    );
   }
 
   #renewLines() {
@@ -209,7 +245,12 @@ function indexes(place, shape) {
 }
 
 function duration(seconds) {
-  for (const [size, name] of [[86400, "day"], [3600, "hour"], [60, "minute"], [1, "second"]]) {
+  for (const [size, name] of [
+    [86400, "day"],
+    [3600, "hour"],
+    [60, "minute"],
+    [1, "second"],
+  ]) {
     if (seconds >= size) {
       const count = Number((seconds / size).toPrecision(2));
       return `${count} ${name}${count === 1 ? "" : "s"}`;

@@ -13,8 +13,10 @@ const LINES = 4; // states, at most, whose distances are drawn
 /** Fills the tab. */
 export async function show(view, [id, other], signal) {
   if (id === undefined) return showList(view, signal);
-  view.append(h("p", {}, h("a", { href: "#/sessions" }, "All sessions")),
-    h("h1", {}, other === undefined ? "A session" : "Two futures"));
+  view.append(
+    h("p", {}, h("a", { href: "#/sessions" }, "All sessions")),
+    h("h1", {}, other === undefined ? "A session" : "Two futures"),
+  );
   const sessions = await Promise.all([id, other].filter(Boolean).map((one) => openSession(one, signal)));
   if (sessions.length === 1) view.append(new SessionPanel(sessions[0], "Session", signal).element);
   else view.append(...compared(sessions, signal));
@@ -29,7 +31,11 @@ async function showList(view, signal) {
 async function newSession(signal) {
   const { models } = await get("models", { signal });
   const served = models.filter(({ version }) => version !== null);
-  const model = h("select", {}, served.map(({ name }) => h("option", {}, name)));
+  const model = h(
+    "select",
+    {},
+    served.map(({ name }) => h("option", {}, name)),
+  );
   const create = async (event) => {
     event.preventDefault();
     try {
@@ -38,8 +44,12 @@ async function newSession(signal) {
       showProblem(error);
     }
   };
-  return h("form", { class: "row", onsubmit: create },
-    field("Model", model), h("button", { type: "submit", class: "first" }, "New session"));
+  return h(
+    "form",
+    { class: "row", onsubmit: create },
+    field("Model", model),
+    h("button", { type: "submit", class: "first" }, "New session"),
+  );
 }
 
 function byId() {
@@ -48,8 +58,12 @@ function byId() {
     event.preventDefault();
     open(id.value.trim());
   };
-  return h("form", { class: "row", onsubmit: submit },
-    field("Session's id", id), h("button", { type: "submit" }, "Open"));
+  return h(
+    "form",
+    { class: "row", onsubmit: submit },
+    field("Session's id", id),
+    h("button", { type: "submit" }, "Open"),
+  );
 }
 
 function open(id) {
@@ -69,14 +83,23 @@ async function showPage(list, after, signal) {
     }
   };
   const rows = sessions.map(({ session, model, version, position }) => [
-    h("a", { class: "id", href: `#/sessions/${encodeURIComponent(session)}` }, session), model, version, position]);
+    h("a", { class: "id", href: `#/sessions/${encodeURIComponent(session)}` }, session),
+    model,
+    version,
+    position,
+  ]);
   list.replaceChildren(
-    rows.length ? table(["Session", "Model", "Version", "Position"], rows, { caption: "Your sessions", numbers: 2 })
+    rows.length
+      ? table(["Session", "Model", "Version", "Position"], rows, { caption: "Your sessions", numbers: 2 })
       : h("p", {}, after ? "No further sessions." : "You have no sessions. Begin one here, or with the API."),
-    h("div", { class: "row pages" },
+    h(
+      "div",
+      { class: "row pages" },
       h("button", { type: "button", onclick: () => turn(after) }, "Refresh"),
       after && h("button", { type: "button", onclick: () => turn(null) }, "First page"),
-      next && h("button", { type: "button", onclick: () => turn(next) }, "Next page")));
+      next && h("button", { type: "button", onclick: () => turn(next) }, "Next page"),
+    ),
+  );
 }
 
 /** Returns what compares two sessions: their panels side by side, and how far apart their states are. */
@@ -88,21 +111,37 @@ function compared(sessions, signal) {
   };
   const button = h("button", { type: "button", class: "first", onclick: both }, "Step both");
   const told = h("p", {}, h("small", {}, "Each as its own controls say: give them different inputs or seeds."));
-  const card = h("section", { class: "card", "aria-label": "How far apart" },
+  const card = h(
+    "section",
+    { class: "card", "aria-label": "How far apart" },
     h("h2", {}, "How far apart their states are"),
-    ...(sessions[0].model.digest === sessions[1].model.digest ? distances(sessions, signal)
+    ...(sessions[0].model.digest === sessions[1].model.digest
+      ? distances(sessions, signal)
       : [h("p", {}, "Their models differ, so their states cannot be compared.")]),
-    h("div", { class: "row" }, button), told);
-  return [card, h("div", { class: "pair" }, panels.map(({ element }) => element))];
+    h("div", { class: "row" }, button),
+    told,
+  );
+  return [
+    card,
+    h(
+      "div",
+      { class: "pair" },
+      panels.map(({ element }) => element),
+    ),
+  ];
 }
 
 function distances(sessions, signal) {
   const names = sessions[0].model.signature.states.map(({ name }) => name).slice(0, LINES);
-  const chart = new LineChart("Root mean square of the differences of their states", names.map((name) => ({ name })),
-    { height: 180, x: "position", min: 0 });
+  const chart = new LineChart(
+    "Root mean square of the differences of their states",
+    names.map((name) => ({ name })),
+    { height: 180, x: "position", min: 0 },
+  );
   const draw = () => {
-    const [one, other] = sessions.map(({ states }) => (
-      new Map(states.map(({ position, tensors }) => [position, tensors]))));
+    const [one, other] = sessions.map(
+      ({ states }) => new Map(states.map(({ position, tensors }) => [position, tensors])),
+    );
     const both = [...one.keys()].filter((position) => other.has(position));
     const first = Math.min(...both);
     const apart = (name) => {

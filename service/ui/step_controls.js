@@ -25,10 +25,24 @@ export class StepControls {
     this.seed = h("input", { type: "number", min: 0, value: 0 });
     this.button = h("button", { type: "submit", class: "first" }, "Step");
     this.drawing = [field("Temperature", this.temperature), field("Seed", this.seed)];
-    this.typing = h("div", { class: "field wide-field" }, field(text ? "Text" : "x, in JSON", this.typed,
-      text ? "Each character is a time step." : "One time step, or a list of them."));
-    this.element = h("form", { class: "row steps", onsubmit: (event) => this.#submit(event) },
-      field("Input", this.source), field("Time steps", this.count), this.drawing, this.typing, this.button);
+    this.typing = h(
+      "div",
+      { class: "field wide-field" },
+      field(
+        text ? "Text" : "x, in JSON",
+        this.typed,
+        text ? "Each character is a time step." : "One time step, or a list of them.",
+      ),
+    );
+    this.element = h(
+      "form",
+      { class: "row steps", onsubmit: (event) => this.#submit(event) },
+      field("Input", this.source),
+      field("Time steps", this.count),
+      this.drawing,
+      this.typing,
+      this.button,
+    );
     this.#choose();
   }
 
@@ -85,8 +99,10 @@ export class StepControls {
       }
       return;
     }
-    const steps = source === "typed" ? typedSteps(session.model, this.typed.value, count)
-      : Array.from({ length: count }, (_, step) => this.#given(source, step));
+    const steps =
+      source === "typed"
+        ? typedSteps(session.model, this.typed.value, count)
+        : Array.from({ length: count }, (_, step) => this.#given(source, step));
     for (const x of steps) {
       if (signal.aborted) return;
       await session.feed(x, this.#options);

@@ -1,7 +1,8 @@
 // What the steps made on the page gave: a text, lines of a few outputs, or a strip of many.
 
-import { HeatStrip, LineChart } from "./charts.js";
+import { LineChart } from "./charts.js";
 import { h } from "./dom.js";
+import { HeatStrip } from "./heat_strip.js";
 import { KEPT } from "./session.js";
 import { namedOutputs, sizeOf, takesText } from "./time_steps.js";
 
@@ -26,7 +27,11 @@ function lineView(size, { labels }) {
   const names = namedOutputs(Array(size).fill(0), labels).map(([name]) => name);
   const series = names.map((name) => ({ name }));
   const chart = new LineChart("The outputs of the steps made here", series, { height: 160, steps: 20 });
-  const show = (steps) => chart.draw(names.map((_, place) => steps.map(({ y }) => namedOutputs(y)[place][1])), 1);
+  const show = (steps) =>
+    chart.draw(
+      names.map((_, place) => steps.map(({ y }) => namedOutputs(y)[place][1])),
+      1,
+    );
   return { element: h("div", {}, h("h3", {}, "Outputs"), chart.element), show };
 }
 
@@ -40,7 +45,10 @@ function stripView(size, { labels }) {
     for (const { position, y } of steps.slice(steps.indexOf(shown) + 1)) {
       const named = namedOutputs(y, labels);
       names = named.map(([name]) => name);
-      chart.push(named.map(([, value]) => value), position);
+      chart.push(
+        named.map(([, value]) => value),
+        position,
+      );
     }
     shown = steps.at(-1);
     label.replaceChildren(...(shown?.label === undefined ? [] : ["The latest: ", h("b", {}, shown.label)]));

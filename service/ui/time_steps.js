@@ -6,13 +6,18 @@ const SYMBOLS = 64; // an integer without bounds is drawn below this
 
 /** Returns whether the model takes one symbol in a time step, each of whose labels is a character. */
 export function takesText({ signature: { inputs }, labels }) {
-  return inputs.length === 1 && inputs[0].dtype !== "float32" && !inputs[0].shape.length && Boolean(labels?.length)
-    && labels.every((label) => [...label].length === 1);
+  return (
+    inputs.length === 1 &&
+    inputs[0].dtype !== "float32" &&
+    !inputs[0].shape.length &&
+    Boolean(labels?.length) &&
+    labels.every((label) => [...label].length === 1)
+  );
 }
 
 /** Returns the samples of the test data in the model file: `[{name, x}]`, x a list of time steps. */
 export function samplesOf({ samples }) {
-  return (samples ?? []).map(({ x, label }, place) => {
+  return samples.map(({ x, label }, place) => {
     const name = label ? `${place + 1}, ${label}` : `sample ${place + 1}`;
     return { name, x: Array.isArray(x) ? x : eachStep(x) };
   });
@@ -25,7 +30,7 @@ function eachStep(inputs) {
 
 /** Returns one time step of zeros, or of the lowest integers. */
 export function zeroStep(signature) {
-  return eachInput(signature, ({ bounds, dtype }) => (dtype === "float32" ? 0 : bounds?.[0] ?? 0));
+  return eachInput(signature, ({ bounds, dtype }) => (dtype === "float32" ? 0 : (bounds?.[0] ?? 0)));
 }
 
 /** Returns one time step of random numbers within the bounds. */
@@ -80,8 +85,8 @@ function named(values, name) {
 }
 
 function eachInput({ inputs }, value) {
-  const array = (spec, [size, ...others]) => (
-    size === undefined ? value(spec) : Array.from({ length: size }, () => array(spec, others)));
+  const array = (spec, [size, ...others]) =>
+    size === undefined ? value(spec) : Array.from({ length: size }, () => array(spec, others));
   const arrays = inputs.map((spec) => [spec.name, array(spec, spec.shape)]);
   return arrays.length === 1 ? arrays[0][1] : Object.fromEntries(arrays);
 }
