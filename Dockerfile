@@ -2,7 +2,7 @@
 # docker build -t cellserve --build-arg EXAMPLES=none .     without models: mount yours at /artifacts
 # docker build -t cellserve --build-arg EXAMPLES=folder .   with the models of artifacts/
 # docker build -t cellserve --build-arg RUNTIME=gpu .       with onnxruntime-gpu (untested on a GPU); run it with --gpus all
-# docker run -p 8000:8000 cellserve
+# docker run -v cells:/sessions -p 8000:8000 cellserve      sessions are kept in the volume
 ARG BASE=python:3.12-slim
 ARG EXAMPLES=train
 
@@ -38,14 +38,16 @@ COPY . .
 RUN uv pip install -q --no-deps .
 
 FROM ${BASE}
-RUN useradd --uid 10001 --no-create-home cellserve
+# A new volume at /sessions takes its owner from here. There is no VOLUME: it would make one for each container.
+RUN useradd --uid 10001 --no-create-home cellserve && install -d -m 700 -o 10001 -g 10001 /sessions
 COPY --from=install /venv /venv
 COPY --from=models /artifacts /artifacts
+COPY deploy/entrypoint.sh /entrypoint.sh
 ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1 \
     CELLSERVE_MODELS=/artifacts CELLSERVE_HOST=0.0.0.0
 USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
     CMD ["python3", "-m", "cellserve.service.cli.healthcheck"]
-ENTRYPOINT ["cellserve"]
+ENTRYPOINT ["/entrypoint.sh"]
 CMD ["serve"]

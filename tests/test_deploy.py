@@ -18,12 +18,15 @@ DEPLOY = Path(__file__).parent.parent / "deploy"
 SETTINGS = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
 
 
-def test_the_compose_file_is_valid() -> None:
+def test_the_compose_files_are_valid() -> None:
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
-    subprocess.run([*command, str(DEPLOY / "compose.yaml")], check=True)
+    subprocess.run([*command, *map(str, DEPLOY.rglob("compose.yaml"))], check=True)
 
 
-@pytest.mark.parametrize("file", sorted((DEPLOY / "kubernetes").glob("*.yaml")), ids=lambda file: file.name)
+MANIFESTS = [*sorted((DEPLOY / "kubernetes").glob("*.yaml")), DEPLOY / "one-machine" / "kubernetes.yaml"]
+
+
+@pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: file.name)
 def test_the_kubernetes_manifests_are_valid(file: Path) -> None:
     documents = list(yaml.safe_load_all(file.read_text()))
     assert documents
@@ -51,6 +54,20 @@ def test_models_of_ones_own_are_mounted_where_the_image_looks_for_them() -> None
                 assert mounts["models"].get("readOnly", False) is (file == "cellserve")
                 claims = {volume["name"]: volume.get("persistentVolumeClaim", {}) for volume in spec["volumes"]}
                 assert claims["models"]["claimName"] == "cellserve-models"
+
+
+def test_on_one_machine_the_sessions_are_in_the_volume_that_the_image_keeps_them_in() -> None:
+    entry = (DEPLOY / "entrypoint.sh").read_text()
+    (folder,) = re.findall(r"CELLSERVE_STORE=lmdb:(\S+)", entry)
+    service = yaml.safe_load((DEPLOY / "one-machine" / "compose.yaml").read_text())["services"]["cellserve"]
+    assert f"cells:{folder}" in service["volumes"]
+    pod = next(yaml.safe_load_all((DEPLOY / "one-machine" / "kubernetes.yaml").read_text()))["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    store = next(one["value"] for one in container["env"] if one["name"] == "CELLSERVE_STORE")
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert store.startswith(f"lmdb:{mounts['sessions']}/") and mounts["sessions"] == folder
+    user = re.findall(r"^USER (\d+)", (DEPLOY.parent / "Dockerfile").read_text(), re.M)
+    assert user == [str(pod["securityContext"]["runAsUser"])] == [str(pod["securityContext"]["fsGroup"])]
 
 
 def test_prometheus_scrapes_the_replicas_at_their_port_for_operations() -> None:
