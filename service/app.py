@@ -72,7 +72,7 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
         gc.set_threshold(_GC_THRESHOLD, 20, 100)
         if operations_listener is not None:
             await operations_listener.open(_operations(service))
-        service.ready = True
+        service.started = True
         if grpc_server is not None:
             await grpc_server.start()
         yield

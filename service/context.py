@@ -165,11 +165,16 @@ class ServiceContext:
         self.observes_each_request = settings.access_log or settings.tracing  # then without the fast path
         self.keys = None if settings.api_keys_file is None else Keys(settings.api_keys_file)
         self._memory = MemoryTrimmer()
-        self.ready = False
+        self.started = False  # whether requests are taken: after the start, and before the end
         self.stopping = False  # whether the server shuts down: connections should close as soon as possible
 
     def _engine_of(self, model: Model) -> Engine:
         return Engine(model, self.settings, self._executor, self.tracing)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken, and models can be run on them."""
+        return self.started and not any(one.model.runtime.lost_device for one in self.versions.loaded.values())
 
     def owner(self, headers: Headers, client: Address) -> str:
         """Returns the owner whose key is in a request's headers, empty if no keys are needed.
@@ -285,7 +290,7 @@ class ServiceContext:
 
     async def close(self) -> None:
         """Stops all threads and connections."""
-        self.ready = False
+        self.started = False
         self.decoding.close()
         self.versions.close()
         self._executor.shutdown()

@@ -372,6 +372,21 @@ class StoreUnavailable(Problem):
         super().__init__(detail)
 
 
+class DeviceLost(Problem):
+    """The GPU does not answer this process any more; nothing was applied."""
+
+    status = 503
+    title = "The GPU was lost"
+    retry_after = 10
+
+    def __init__(
+        self,
+        detail: str = "the GPU of this server does not answer any more: nothing was applied; the server must be "
+        "restarted, or send the request to another",
+    ) -> None:
+        super().__init__(detail)
+
+
 class SessionUnreadable(Problem):
     """What the session store has of the session is not a session; other sessions are not affected."""
 

@@ -57,6 +57,8 @@ def run_batch(model: Model, x: Array, lengths: NDArray[np.int32], states: States
         else:
             y, following = model.runtime.run(x, lengths, states)
     except Exception as error:
+        if model.runtime.has_lost_device(error):
+            return BatchResult(model.outputs.zeros(*x.shape[:2]), states, dict.fromkeys(range(len(x)), error))
         log.error("model %s failed: %s", model.name, error)
         result = _run_rows(model, x, lengths, states, error)
         result.steps, result.rerun = int(lengths.sum()), True
@@ -99,7 +101,7 @@ def record_row_problems(model: Model, item: WorkItem, rows: range, length: int, 
         if place in errors:
             continue
         if row in result.failed:
-            errors[place] = run_failed(model.name, result.failed[row])
+            errors[place] = run_failed(model, result.failed[row])
             continue
         each = (np.isfinite(part).reshape(length, -1).all(axis=1) for part in unpack(result.y[row, :length]))
         finite = np.logical_and.reduce(list(each))

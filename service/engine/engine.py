@@ -396,10 +396,11 @@ class Engine:
 
     def _fail(self, tick: Tick, error: Exception) -> None:
         """Fails all items of a tick that could not be run; none has advanced."""
-        log.error("a tick of model %s failed", self.model.name, exc_info=error)
+        if not self.model.runtime.has_lost_device(error):
+            log.error("a tick of model %s failed", self.model.name, exc_info=error)
         self.counts.failed += 1
         for item in tick.items:
-            item.errors_by_row = dict.fromkeys(range(item.rows), run_failed(self.model.name))
+            item.errors_by_row = dict.fromkeys(range(item.rows), run_failed(self.model))
             self._complete_one(item)
 
     def _scatter_finite_rows(self, tick: Tick, slots: Slots, result: BatchResult) -> None:

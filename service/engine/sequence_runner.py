@@ -262,8 +262,9 @@ class WholeSequences:
         try:
             y, _ = runtime.run(x, np.full(len(x), x.shape[1], np.int32), runtime.zeros(len(x)))
         except Exception as error:
-            log.error("model %s failed: %s", self._model.name, error)
-            raise run_failed(self._model.name, error) from None
+            if not runtime.has_lost_device(error):
+                log.error("model %s failed: %s", self._model.name, error)
+            raise run_failed(self._model, error) from None
         for row, number in enumerate(numbers):
             if not all(np.isfinite(part).all() for part in unpack(y[row])):
                 place = f"{name}[{number}]"

@@ -20,7 +20,17 @@ from cellserve.models.signature import METADATA_KEY, ModelDocument, Signature
 from cellserve.service.runtime.float16 import CannotConvert, in_float16
 from cellserve.service.runtime.graph_adapter import GraphAdapter
 from cellserve.service.runtime.onnx_file import BadModelFile, scan
-from cellserve.service.runtime.providers import CUDA, DEVICES, FLUSH_DENORMALS, Provider, RuntimeUnavailable, providers
+from cellserve.service.runtime.providers import (
+    CUDA,
+    DEVICES,
+    FLUSH_DENORMALS,
+    Provider,
+    RuntimeUnavailable,
+    cuda_answers,
+    is_of_cuda,
+    providers,
+    say_once,
+)
 from cellserve.service.runtime.shape_policy import ANY_SHAPE, Padding, ShapePolicy
 from cellserve.service.runtime.state_graphs import SOURCES, around_tables, can_keep, own_tensor
 from cellserve.service.runtime.state_tables import TableRuns
@@ -95,6 +105,7 @@ class Runtime:
         self._shapes = ANY_SHAPE
         adapter = GraphAdapter(signature, self.call)
         self._adapter: Run | None = None if adapter.is_passthrough else adapter
+        self.lost_device = False
         # Runs on states that stay on the device; None if the model has none, or they are kept in host memory.
         self.on_device: TableRuns | None = None
         if any(tensor.name == SOURCES for tensor in self._session.get_inputs()):
@@ -113,6 +124,14 @@ class Runtime:
         self._shapes = policy
         if self.on_device is not None:
             self.on_device.shapes = policy
+
+    def has_lost_device(self, error: Exception) -> bool:
+        """Whether the GPU is gone for this process, as an error of a run may show; says so once."""
+        if not self.lost_device and self.provider == CUDA and is_of_cuda(error) and not cuda_answers():
+            self.lost_device = True
+            reason = str(error).partition(" ; ")[0].splitlines()[0]
+            say_once(f"the GPU does not answer any more ({reason}): not ready until this process is restarted")
+        return self.lost_device
 
     def close(self) -> None:
         """Frees ONNX Runtime's memory; the model cannot be run any more."""

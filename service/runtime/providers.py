@@ -8,9 +8,11 @@ import functools
 import io
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnxruntime as ort
 
 Provider = Literal["auto", "cpu", "cuda"]
@@ -97,6 +99,30 @@ def _missing_for_cuda() -> str | None:
     finally:
         ort.set_default_logger_severity(_WARNING)
     return None if opened else missing
+
+
+def is_of_cuda(error: Exception) -> bool:
+    """Whether an error of a run is one of NVIDIA's libraries: `CUDA failure 719: unspecified launch failure ; ...`."""
+    return re.search(r"\b(CUDA|CUDNN|CUBLAS)\w* failure \d+", str(error)) is not None
+
+
+def cuda_answers() -> bool:
+    """Whether CUDA can still be used by this process. After an error that it does not recover from, all calls fail."""
+    ort.set_default_logger_severity(_FATAL)
+    try:
+        session = ort.InferenceSession(_SMALLEST, providers=[CUDA, CPU])
+        session.run(None, {"x": np.zeros(1, np.float32)})
+        return bool(session.get_providers()[0] == CUDA)
+    except Exception:
+        return False
+    finally:
+        ort.set_default_logger_severity(_WARNING)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Logs an error that concerns the whole process, once."""
+    log.error(message)
 
 
 @functools.cache

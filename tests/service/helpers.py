@@ -19,6 +19,7 @@ from cellserve.service.model_manager import ModelManager, VersionState
 from cellserve.service.model_repository.repository import Repository
 from cellserve.service.model_repository.trial import Trial
 from cellserve.service.runtime.onnx_model import RuntimeOptions
+from cellserve.service.runtime.providers import is_of_cuda
 from cellserve.service.runtime.tensor_layout import TensorLayout
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.table import SessionTable
@@ -26,6 +27,7 @@ from cellserve.service.sessions.writer import SessionWriter
 from cellserve.service.settings import Settings
 
 BROKEN, INFINITE = 666.0, 777.0  # inputs at which the model raises, or gives infinity
+LOST = 999.0  # at which it raises as ONNX Runtime does when the driver is gone
 OUTSIDE = 888.0  # at which it raises as ONNX Runtime does for an index outside a table
 
 
@@ -43,6 +45,11 @@ class Halving:
         self.gate.set()
         self.step_seconds = 1e-6
         self.on_device: OnDevice | None = None
+        self.lost_device = False
+
+    def has_lost_device(self, error: Exception) -> bool:
+        self.lost_device |= is_of_cuda(error)
+        return self.lost_device
 
     def seconds(self, batch: int, time_steps: int) -> float:
         return 1e-6 + batch * time_steps * self.step_seconds
@@ -52,6 +59,10 @@ class Halving:
     ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
         self.gate.wait()
         self.runs.append(x.shape[:2])
+        if (x == LOST).any():
+            raise RuntimeError(
+                "[ONNXRuntimeError] : 1 : FAIL : CUDA failure 719: unspecified launch failure ; GPU=0 ; ..."
+            )
         if (x == OUTSIDE).any():
             raise RuntimeError("indices element out of data bounds, idx=24 must be within the inclusive range [-24,23]")
         if (x == BROKEN).any():
