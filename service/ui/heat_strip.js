@@ -59,7 +59,7 @@ export class HeatStrip {
     const [none, negative, positive] = ["--card", "--negative", "--positive"].map((name) =>
       rgb(style.getPropertyValue(name)),
     );
-    let full = 1e-30;
+    let full = 0;
     for (const { values } of this.held) for (const value of values) if (Math.abs(value) > full) full = Math.abs(value);
     // Few steps are drawn wide.
     this.columns = [FEW, 2 * FEW, 4 * FEW].find((count) => count >= this.held.length && count < this.most) ?? this.most;
@@ -67,7 +67,7 @@ export class HeatStrip {
     this.held.forEach(({ values }, column) =>
       values.forEach((value, row) => {
         const end = value < 0 ? negative : positive;
-        const share = Math.sqrt(Math.min(Math.abs(value) / full, 1)); // small values are seen too
+        const share = Math.sqrt(full ? Math.abs(value) / full : 0); // small values are seen too
         const place = 4 * (row * this.columns + column);
         for (let part = 0; part < 3; part++) image.data[place + part] = none[part] + share * (end[part] - none[part]);
         image.data[place + 3] = 255;

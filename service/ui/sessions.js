@@ -105,6 +105,7 @@ async function showPage(list, after, signal) {
 /** Returns what compares two sessions: their panels side by side, and how far apart their states are. */
 function compared(sessions, signal) {
   const panels = sessions.map((session, place) => new SessionPanel(session, "AB"[place], signal));
+  panels[1].controls.differ();
   const both = async () => {
     const ends = await Promise.allSettled(panels.map((panel) => panel.controls.run()));
     for (const { reason } of ends) if (reason) showProblem(reason);

@@ -52,6 +52,13 @@ export class StepControls {
     return session.last ?? samples[0]?.x[0] ?? zeroStep(session.model.signature);
   }
 
+  /** Chooses another input or seed than at first, so that a fork has a future of its own. */
+  differ() {
+    if (this.drawing.some(({ hidden }) => !hidden)) this.seed.value = 1;
+    else this.source.selectedIndex = 1;
+    this.#choose();
+  }
+
   #choose() {
     const draws = this.source.value === "itself" && this.session.model.rollout !== "value";
     for (const one of this.drawing) one.hidden = !draws;

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +12,8 @@ from websockets.sync.client import connect
 from websockets.typing import Origin
 
 from tests.e2e.helpers import ask
-from tests.helpers import ROOT, free_port, until
+from tests.nginx import PREFIX, published
 from tests.server import Server, start_server
-
-PREFIX = "/cellserve"
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +26,8 @@ def behind(repository: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def nginx(behind: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its URL; the server is there under the prefix, and under `/` as deploy/nginx.conf has it."""
-    folder, port = tmp_path_factory.mktemp("nginx"), free_port()
-    (location,) = re.findall(r"^```nginx\n(.*?)^```", (ROOT / "docs/deployment.md").read_text(), re.M | re.S)
-    text = (ROOT / "deploy/nginx.conf").read_text().replace("/tmp/nginx", str(folder / "nginx"))
-    text = re.sub(r"replica-\d:8000", behind.url.removeprefix("http://"), text)
-    text = text.replace("listen 8080", f"listen 127.0.0.1:{port}").replace("location / {", f"{location}location / {{")
-    (folder / "nginx.conf").write_text(text)
-    program = shutil.which("nginx") or "/usr/sbin/nginx"
-    nginx = subprocess.Popen([program, "-p", folder, "-c", folder / "nginx.conf", "-g", "daemon off;"])
-    url = f"http://127.0.0.1:{port}"
-    until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
-    yield url
-    nginx.terminate()
-    nginx.wait()
+    with published(behind.url, tmp_path_factory.mktemp("nginx")) as url:
+        yield url
 
 
 def test_every_address_that_an_answer_names_leads_back_through_the_proxy(nginx: str) -> None:
@@ -86,8 +71,8 @@ def test_the_scheme_is_what_a_trusted_proxy_forwards(behind: Server) -> None:
 
 
 def test_the_shipped_configuration_publishes_nothing_for_operators(nginx: str) -> None:
-    with httpx.Client(base_url=nginx) as client:
-        for prefix in ("", PREFIX):
+    with httpx.Client(follow_redirects=True) as client:
+        for base in (nginx, nginx + PREFIX):
             for path in ("/metrics", "//metrics", "/%6detrics", "/./metrics", "/x/../metrics", "/metrics/"):
-                assert client.get(prefix + path, follow_redirects=True).status_code == 404, path
-            assert client.post(f"{prefix}/models/reload").status_code == 404
+                assert client.get(base + path).status_code == 404, path
+            assert client.post(f"{base}/models/reload").status_code == 404
