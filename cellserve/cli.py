@@ -11,6 +11,7 @@ COMMANDS = {
     "serve": ("cellserve.service.cli.serve", "serve the models of a repository over HTTP", "cpu]' or '.[gpu"),
     "key": ("cellserve.service.cli.key", "create an API key", "cpu]' or '.[gpu"),
     "models": ("cellserve.service.cli.models", "list the models of a repository", "cpu]' or '.[gpu"),
+    "sessions": ("cellserve.sessions.command", "look into a store, move sessions, make backups", "cpu"),
     "bench": ("cellserve.benchmark.command", "measure a server with a model of yours", "bench"),
     "train": ("cellserve.models.training_cli", "train the example networks", "export"),
     "export": ("cellserve.export.cli.export", "export a saved Keras network as a model to serve", "export"),

@@ -104,7 +104,7 @@ class SessionRecord:
     def fields(self) -> list[bytes | str | int]:
         """Encodes a new session as alternating field names and values."""
         values: list[bytes | str | int] = [self.model, self.version, self.digest, self.creation_digest]
-        values += [bytes(self.stamp), self.states, b""]
+        values += [bytes(self.stamp), self.states, b"" if self.last is None else bytes(self.last)]
         return [part for pair in zip(self.FIELDS, values, strict=True) for part in pair]
 
     @classmethod

@@ -36,7 +36,9 @@ def connect(url: str, timeout_seconds: float) -> Redis | RedisCluster:
         parts = urlsplit(url)
         scheme, _, kind = parts.scheme.partition("+")
         if parts.scheme not in _SCHEMES:
-            raise StoreUnusable(f"--store: send memory or a URL that starts with {', '.join(_SCHEMES)}, and ://")
+            raise StoreUnusable(
+                f"--store: send memory, lmdb:FOLDER, or a URL that starts with {', '.join(_SCHEMES)}, and ://"
+            )
         if any("@" in part for part in (parts.path, parts.query, parts.fragment)):
             raise ValueError  # the password ends where one of its characters is taken for the end of the host
         if kind == "sentinel":

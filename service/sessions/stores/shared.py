@@ -52,6 +52,7 @@ from cellserve.service.sessions.stores.records import (
     WriteOutcome,
     new_revisions,
 )
+from cellserve.service.sessions.stores.state_bytes import pack_states, unpack_states
 from cellserve.service.sessions.table import SessionTable
 from cellserve.service.settings import WhenFull
 
@@ -312,14 +313,14 @@ class SharedStore:
             content = (
                 (StoredAnswer.NOTHING,)
                 if before is None
-                else (StoredAnswer.BEFORE, _packed(session.engine.arena, before))
+                else (StoredAnswer.BEFORE, pack_states(session.engine.arena.specs, before))
             )
             last = StoredAnswer(key.digest, key.position, position, *content)
         write = ConditionalWrite(
             key_of(session.owner, session.id),
             VersionStamp(session.position, session.revision or b""),
             VersionStamp(position, *new_revisions(1)),
-            _packed(session.engine.arena, states),
+            pack_states(session.engine.arena.specs, states),
             last,
         )
         session.revision = None
@@ -417,13 +418,13 @@ class SharedStore:
         """Decodes a record's states and last change; raises SessionUnreadable if they do not fit the model."""
         last, outputs, y, before = stored.last, engine.model.outputs, None, None
         try:
-            states = _unpacked(engine.arena, stored.states)
+            states = unpack_states(engine.arena.specs, stored.states)
             if last is None:
                 return states, None
             if last.kind == StoredAnswer.ANSWER:
                 y = np.frombuffer(last.content, outputs.dtype).reshape(-1, *outputs.shape)
             elif last.kind == StoredAnswer.BEFORE:
-                before = _unpacked(engine.arena, last.content)
+                before = unpack_states(engine.arena.specs, last.content)
         except ValueError:
             raise self._unreadable(UnreadableRecord("its states or last answer do not fit its model")) from None
         return states, AppliedChange(IdempotencyKey(last.position, last.digest), last.position_after, y, before)
@@ -504,35 +505,16 @@ def _stored_answer(arena: Arena, item: WorkItem, row: int, y: Array, stamp: Vers
     key = item.idempotency_keys[row]
     change = key.digest, key.position, stamp.position
     if item.states_before is not None:
-        return StoredAnswer(*change, StoredAnswer.BEFORE, _packed(arena, item.states_before[row]))
+        return StoredAnswer(*change, StoredAnswer.BEFORE, pack_states(arena.specs, item.states_before[row]))
     return StoredAnswer(*change, StoredAnswer.ANSWER, y[row].tobytes())
 
 
 def _new_record(engine: Engine, states: States | None, creation_digest: bytes, position: int = 0) -> SessionRecord:
     """Builds the record of a new session."""
     model, stamp = engine.model, VersionStamp(position, *new_revisions(1))
-    return SessionRecord(model.name, model.version, model.digest, creation_digest, stamp, _packed(engine.arena, states))
-
-
-def _packed(arena: Arena, states: States | None) -> bytes:
-    """Encodes one session's states, one after the other; None for zeros."""
-    parts = (np.zeros(spec.shape, spec.dtype) if states is None else states[spec.name] for spec in arena.specs)
-    return b"".join(part.tobytes() for part in parts)
-
-
-def _unpacked(arena: Arena, content: bytes) -> States:
-    """Decodes what `_packed` encodes; raises ValueError if it is none, or if a number is not finite."""
-    states, start = {}, 0
-    for spec in arena.specs:
-        size = int(np.prod(spec.shape))
-        state = np.frombuffer(content, spec.dtype, size, start).reshape(spec.shape)
-        if state.dtype.kind == "f" and not np.isfinite(state).all():
-            raise ValueError
-        states[spec.name] = state
-        start += state.nbytes
-    if start != len(content):
-        raise ValueError
-    return states
+    return SessionRecord(
+        model.name, model.version, model.digest, creation_digest, stamp, pack_states(engine.arena.specs, states)
+    )
 
 
 def _went_back(session: Session, seen: int) -> SessionWentBack:

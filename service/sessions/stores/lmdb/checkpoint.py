@@ -69,6 +69,11 @@ class Checkpoint:
             raise StoreUnusable(f"--store: {folder / _FILE} is damaged: restore the folder from a backup")
         return cls(**orjson.loads(content))
 
+    @property
+    def went_down(self) -> bool:
+        """Whether the machine went down while the store was in use: changes since this checkpoint may be in part."""
+        return not self.clean and self.boot != boot_id()
+
 
 def boot_id() -> str:
     """Returns what identifies this run of the machine: another one after each start."""
@@ -98,7 +103,7 @@ def recover(folder: Path) -> Checkpoint | None:
         StoreUnusable: There is nothing to go back to.
     """
     found = Checkpoint.load(folder)
-    if found is None or found.clean or found.boot == boot_id():
+    if found is None or not found.went_down:
         return None
     if not found.root:
         raise StoreUnusable(

@@ -38,9 +38,9 @@ from cellserve.service.sessions.stores.protocol import StoreUnusable
 T = TypeVar("T")
 Job = Callable[[lmdb.Transaction], T]
 
-_READERS = 2048  # a worker needs a few
+READERS = 2048  # a worker needs a few
 _READER_BYTES = 64  # of LMDB's lock file; its head is smaller than a few of these
-_DATABASES = 16
+DATABASES = 16
 _EARLY_BYTES = 256 * 1024 * 1024  # a file that has grown by so much since the last checkpoint gets the next one early
 _FULL = tuple(os.strerror(number) for number in (ENOSPC, EDQUOT, EFBIG))  # how errors of a full disk read
 _NO_BYTES = 64 * 1024  # a disk with less is full
@@ -83,9 +83,9 @@ class Environment:
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(folder.parent)
-            reserve_private(folder / "lock.mdb", _READER_BYTES * (_READERS + 8))
+            reserve_private(folder / "lock.mdb", _READER_BYTES * (READERS + 8))
             self._env = lmdb.open(
-                str(folder), map_size=max_bytes, max_dbs=_DATABASES, max_readers=_READERS, sync=sync, metasync=sync,
+                str(folder), map_size=max_bytes, max_dbs=DATABASES, max_readers=READERS, sync=sync, metasync=sync,
                 readahead=False, max_spare_txns=4, mode=0o600,
             )  # fmt: skip
         except lmdb.Error as error:

@@ -15,7 +15,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -44,6 +44,10 @@ _LOCAL = "fuseblk", "fuse.fuse-overlayfs", "fuse.ntfs-3g", "fusectl"
 log = logging.getLogger("cellserve")
 
 
+class FolderInUse(StoreUnusable):
+    """Another server uses the folder."""
+
+
 class Folder:
     """A store's folder, open in this process.
 
@@ -70,6 +74,9 @@ class Folder:
             about = self._read_about(1 if sync else min(workers, _MOST_SHARDS))
             if not self._is_worker:
                 Watchdog.reserve(path / "writers")
+            behind = about.behind
+            # Returns the time by the store's clock, in seconds since the epoch.
+            self.clock: Callable[[], float] = (lambda: time.time() - behind) if behind else time.time
             watchdog = Watchdog(path / "writers") if self._is_worker else None
             self._how = max_bytes // about.shards, sync, checkpoint_seconds, watchdog
             self._folders = [path / str(number) for number in range(about.shards)]
@@ -94,7 +101,7 @@ class Folder:
 
     def shard_of(self, key: bytes) -> int:
         """Returns the number of the shard that a key belongs to."""
-        return 0 if len(self.shards) == 1 else zlib.crc32(key) % len(self.shards)
+        return shard_number(key, len(self.shards))
 
     async def leave_to_workers(self) -> None:
         """Closes the shards, and keeps the folder from other servers until `close`."""
@@ -123,25 +130,25 @@ class Folder:
             until = time.monotonic() + patience
             while not _locked(lock):
                 if time.monotonic() >= until:
-                    raise StoreUnusable(
+                    raise FolderInUse(
                         f"--store: another server uses {self.path}: stop it, start this one with more --workers "
                         f"instead, or give it a folder of its own (several machines share redis://...)"
                     )
                 time.sleep(0.1)
         fcntl.flock(workers, fcntl.LOCK_UN)
 
-    def _read_about(self, shards: int) -> _About:
+    def _read_about(self, shards: int) -> About:
         """Returns what the folder says of itself, after creating a new store, or migrating an older one."""
-        file = self.path / _ABOUT
-        if not file.exists():
-            _About(_FORMAT, shards).save(file)
-        about = _About.load(file)
-        if about.format > _FORMAT:
-            raise StoreUnusable(
-                f"--store: {self.path} has format {about.format}, of a newer Cellserve; this one reads up to "
-                f"{_FORMAT}: start the newer one, or give another folder"
-            )
-        while about.format < _FORMAT:
+        about = About.load(self.path)
+        if about is None:
+            if (self.path / "0").exists():
+                raise StoreUnusable(
+                    f"--store: {self.path} cannot be used: it has a part of a store, but no {_ABOUT} (a copy that was "
+                    f"interrupted?): copy it again, or give another folder"
+                )
+            about = About(_FORMAT, shards)
+            about.save(self.path)
+        while about.is_older:
             migrate = _MIGRATIONS.get(about.format)
             if migrate is None:
                 raise StoreUnusable(
@@ -150,37 +157,71 @@ class Folder:
                 )
             log.info("the store %s is migrated from format %d", self.path, about.format)
             migrate(self.path)
-            about = _About(about.format + 1, about.shards)
-            about.save(file)
+            about = replace(about, format=about.format + 1)
+            about.save(self.path)
+        if about.stopped is not None and not self._is_worker:  # the parent starts the clock
+            about = replace(about, behind=time.time() - about.stopped, stopped=None)
+            about.save(self.path)
         return about
 
 
 @dataclass(frozen=True, slots=True)
-class _About:
+class About:
     """What store.json says."""
 
     format: int
     shards: int
+    behind: float = 0.0  # seconds that the store's clock is behind the system's
+    stopped: float | None = None  # where the clock of a backup stands still, until a server uses it
 
     @classmethod
-    def load(cls, file: Path) -> _About:
+    def load(cls, folder: Path) -> About | None:
+        """Reads a folder's file; returns None if there is none. Raises StoreUnusable if it is damaged or newer."""
+        file = folder / _ABOUT
         try:
             found = orjson.loads(file.read_bytes())
-            about = cls(int(found["format"]), int(found["shards"]))
+            stopped = found.get("stopped")
+            about = cls(
+                int(found["format"]), int(found["shards"]), float(found.get("behind", 0)),
+                None if stopped is None else float(stopped),
+            )  # fmt: skip
             if not 1 <= about.shards <= _MOST_SHARDS:
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise StoreUnusable(f"--store: {file} is damaged: restore the folder from a backup") from None
+        if about.format > _FORMAT:
+            raise StoreUnusable(
+                f"--store: {folder} has format {about.format}, of a newer Cellserve; this one reads up to {_FORMAT}: "
+                f"use the newer one, or give another folder"
+            )
         return about
 
-    def save(self, file: Path) -> None:
+    def save(self, folder: Path) -> None:
+        """Replaces a folder's file atomically, and syncs it."""
+        file = folder / _ABOUT
         new = file.with_suffix(".new")
         with create_private(new) as opened:
             opened.write(orjson.dumps(asdict(self)))
             opened.flush()
             os.fsync(opened.fileno())
         new.replace(file)
-        sync_folder(file.parent)
+        sync_folder(folder)
+
+    @property
+    def is_older(self) -> bool:
+        """Whether the folder is migrated when a server uses it."""
+        return self.format < _FORMAT
+
+    def now(self) -> float:
+        """Returns the time by the store's clock, in seconds since the epoch."""
+        return time.time() - self.behind if self.stopped is None else self.stopped
+
+
+def shard_number(key: bytes, shards: int) -> int:
+    """Returns the number of the shard, of so many, that a key belongs to."""
+    return 0 if shards == 1 else zlib.crc32(key) % shards
 
 
 def _recover(folder: Path) -> None:

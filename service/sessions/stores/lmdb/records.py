@@ -104,16 +104,16 @@ class Records:
             )
             return Found(record, deadline)
 
-    def page(self, prefix: bytes, start: bytes, limit: int, now: float) -> list[tuple[bytes, str, int, int]]:
-        """Returns the first sessions from a key on: key, model, version and position."""
-        found: list[tuple[bytes, str, int, int]] = []
+    def page(self, prefix: bytes, start: bytes, limit: int, now: float) -> list[tuple[bytes, str, int, int, float]]:
+        """Returns the first sessions from a key on: key, model, version, position and deadline."""
+        found: list[tuple[bytes, str, int, int, float]] = []
         with self.environment.read() as transaction, transaction.cursor(db=self._sessions) as cursor:
             more = cursor.set_range(start)
             while more and len(found) < limit and (key := bytes(cursor.key())).startswith(prefix):
                 position, _, deadline, _, model, *_ = _HEADER.unpack_from(cursor.value())
                 if deadline > now:
                     name, version, _ = self._model(transaction, model)
-                    found.append((key, name, version, position))
+                    found.append((key, name, version, position, deadline))
                 more = cursor.next()
         return found
 

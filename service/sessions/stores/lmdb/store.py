@@ -46,7 +46,7 @@ class LmdbClient:
         idle_seconds: A session not written or read for so long expires.
         tombstone_seconds: How long ended sessions are answered 410 instead of 404.
         max_bytes: Bytes of the folder's files, at most.
-        clock: Returns seconds since the epoch.
+        clock: Returns seconds since the epoch; by default, the folder's clock does.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class LmdbClient:
         idle_seconds: float,
         tombstone_seconds: float,
         max_bytes: int,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.folder = folder
         self.durable: Durable = "disk" if folder.sync else "process"
-        self._idle_seconds, self._clock = idle_seconds, clock
+        self._idle_seconds, self._clock = idle_seconds, clock or folder.clock
         self._shards = [Records(shard, idle_seconds, tombstone_seconds) for shard in folder.shards]
         self._shard_bytes = max_bytes // len(self._shards)
         self._sync_seconds = Histogram(SECONDS)
@@ -142,7 +142,7 @@ class LmdbClient:
         found: list[SessionSummary | UnreadableRecord] = []
         for number in range(place[0], len(self._shards)):
             start = own + (place[1:] if number == place[0] else b"")
-            for key, model, version, position in self._shards[number].page(own, start, limit + 1 - len(found), now):
+            for key, model, version, position, _ in self._shards[number].page(own, start, limit + 1 - len(found), now):
                 name = key[len(own) :]
                 if len(found) == limit:
                     return found, int.from_bytes(b"\1" + bytes([number]) + name, "big")

@@ -1,0 +1,149 @@
+"""The file of an exported session: its states in safetensors, everything else about it in the metadata.
+
+The tensors are those of `GET /sessions/{id}/state`, so that the file can be uploaded to a session of the same model, or
+read by anything that reads safetensors.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import msgspec
+import numpy as np
+import orjson
+from msgspec import Meta
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from cellserve.models.signature import NAME_PATTERN
+from cellserve.service.access.private_files import create_private
+from cellserve.service.sessions.stores.records import StoredAnswer, UnreadableRecord
+from cellserve.service.validation.safetensors_header import BadHeader, read_header
+from cellserve.sessions.errors import SessionFailed, SessionsError
+
+Array = NDArray[Any]
+
+SUFFIX = ".safetensors"
+_FORMAT = 1
+_LONGEST_NAME = 200  # of a file, in bytes, without what makes it unique
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSession:
+    """A session outside of a store."""
+
+    id: str
+    owner: str | None  # empty where no keys are used; None if it is not known
+    model: str
+    version: int
+    digest: str  # SHA-256 of the model file
+    position: int
+    states: dict[str, Array]  # in the model's order
+    creation_digest: bytes = b""
+    last: StoredAnswer | None = None  # what answers the repetition of its last change
+
+    @property
+    def name(self) -> str:
+        """The id, behind its owner and a slash if it has one."""
+        return f"{self.owner}/{self.id}" if self.owner else self.id
+
+    def write(self, file: Path) -> None:
+        """Writes a file that only its owner can read; raises SessionFailed if there is one, or if it cannot."""
+        metadata = {
+            "cellserve_session": str(_FORMAT),
+            "session": self.id,
+            "model": self.model,
+            "version": str(self.version),
+            "digest": self.digest,
+            "position": str(self.position),
+            "states": orjson.dumps(list(self.states)).decode(),
+        }
+        if self.owner is not None:
+            metadata["owner"] = self.owner
+        if self.creation_digest:
+            metadata["creation_digest"] = self.creation_digest.hex()
+        if self.last is not None:
+            metadata["last_change"] = base64.b64encode(bytes(self.last)).decode()
+        new = file.with_name(f".{hashlib.sha256(file.name.encode()).hexdigest()[:16]}.new")
+        try:
+            if file.exists():
+                raise SessionFailed(f"{file} exists already: move it away, or give another --to")
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with create_private(new) as opened:
+                opened.write(save(self.states, metadata))
+            new.replace(file)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise SessionFailed(f"{file}: {error.strerror}") from None
+
+
+class _Metadata(msgspec.Struct):
+    """The metadata of a file, as input."""
+
+    session: Annotated[str, Meta(pattern=r"^[^\x00-\x1f/]{1,512}\Z")]
+    model: Annotated[str, Meta(pattern=NAME_PATTERN)]
+    version: Annotated[int, Meta(ge=1, lt=10**9)]
+    digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    position: Annotated[int, Meta(ge=0, lt=10**18)]
+    states: str
+    owner: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}\Z")] | None = None
+    creation_digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{0,128}\Z")] = ""
+    last_change: str = ""
+
+
+def read(file: Path) -> SavedSession:
+    """Reads the file of an exported session; raises SessionFailed if it is none."""
+    try:
+        content = file.read_bytes()
+        tensors = dict(load(content))
+        metadata = read_header(content).get("__metadata__") or {}
+        if "cellserve_session" not in metadata:
+            raise SessionFailed(f"{file} is not an exported session: give files that `cellserve sessions export` wrote")
+        if metadata["cellserve_session"] != str(_FORMAT):
+            raise SessionFailed(
+                f"{file} has format {metadata['cellserve_session'][:20]!r}, of a newer Cellserve; this one reads "
+                f"{_FORMAT}: use the newer one"
+            )
+        told = msgspec.convert(metadata, _Metadata, strict=False)
+        names = msgspec.json.decode(told.states, type=list[str])
+        if sorted(names) != sorted(tensors):
+            raise ValueError("its tensors are not the states that it names")
+        if any(one.dtype.kind == "f" and not np.isfinite(one).all() for one in tensors.values()):
+            raise ValueError("a state has a number that is not finite")
+        last = StoredAnswer.read(base64.b64decode(told.last_change, validate=True))
+    except OSError as error:
+        raise SessionFailed(f"{file}: {error.strerror}") from None
+    except (SafetensorError, BadHeader, msgspec.ValidationError, ValueError, binascii.Error, UnreadableRecord) as error:
+        raise SessionFailed(f"{file} is not an exported session, or is damaged: {error}") from None
+    return SavedSession(
+        told.session, told.owner, told.model, told.version, told.digest, told.position,
+        {name: tensors[name] for name in names}, bytes.fromhex(told.creation_digest), last,
+    )  # fmt: skip
+
+
+def name_of(session_name: str) -> str:
+    """Returns the name of a session's file in a folder, below one of its owner's if it has one."""
+    owner, _, session_id = session_name.rpartition("/")
+    if owner.strip(".") == "":
+        owner = owner.replace(".", "%2E")  # a folder's parent is no name
+    quoted = quote(session_id, safe="~")
+    if len(quoted) > _LONGEST_NAME or quoted.startswith("."):
+        quoted = f"{quoted[:_LONGEST_NAME].lstrip('.')}-{hashlib.sha256(session_id.encode()).hexdigest()[:16]}"
+    return f"{owner}/{quoted}{SUFFIX}" if owner else f"{quoted}{SUFFIX}"
+
+
+def files_in(given: Path) -> list[Path]:
+    """Returns a file, or all files of sessions in a folder; raises SessionsError if there are none."""
+    if not given.is_dir():
+        return [given]
+    found = sorted(given.rglob(f"*{SUFFIX}"))
+    if not found:
+        raise SessionsError(f"there are no exported sessions in {given} (*{SUFFIX})")
+    return found

@@ -1,0 +1,167 @@
+"""Reading a store's folder from outside: beside the server that uses it, or while none does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import lmdb
+
+from cellserve.service.sessions.session import Durable
+from cellserve.service.sessions.stores.lmdb.checkpoint import Checkpoint
+from cellserve.service.sessions.stores.lmdb.environment import DATABASES, READERS, Environment
+from cellserve.service.sessions.stores.lmdb.folder import About, shard_number
+from cellserve.service.sessions.stores.lmdb.records import Found, Records, from_key, to_key
+from cellserve.service.sessions.stores.protocol import StoreUnusable
+
+_PAGE = 1000  # sessions that are read in one transaction: a long one would keep pages from being reused
+_TRIES = 2000  # to begin transactions at one moment, while workers commit
+
+
+class Shard:
+    """An LMDB file that is only read. Other processes may write it meanwhile.
+
+    Args:
+        folder: Holds the file.
+
+    Raises:
+        StoreUnusable: The file cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        checkpoint = Checkpoint.load(folder)
+        if checkpoint is not None and checkpoint.went_down:
+            raise StoreUnusable(
+                f"--store: the machine went down while {folder.parent} was in use: start a server on it first, which "
+                f"takes it back to its last checkpoint"
+            )
+        self.synced = checkpoint is None
+        try:
+            # A map of size 0 is as large as that of the server, so that the file may grow.
+            self._env = lmdb.open(
+                str(folder), map_size=0, readonly=True, max_dbs=DATABASES, max_readers=READERS, readahead=False,
+                mode=0o600,
+            )  # fmt: skip
+        except lmdb.Error as error:
+            raise StoreUnusable(f"--store: {folder} cannot be read: {error}") from None
+
+    def database(self, name: bytes) -> Any:
+        """Returns a database in the file."""
+        try:
+            return self._env.open_db(name, create=False)
+        except lmdb.Error as error:
+            raise StoreUnusable(f"--store: there is no store of sessions in this folder: {error}") from None
+
+    def read(self) -> lmdb.Transaction:
+        """Returns a read transaction: a context manager, whose values are views of the map."""
+        return self._env.begin(buffers=True)
+
+    def is_newest(self, transaction: lmdb.Transaction) -> bool:
+        """Returns whether nothing was committed since a transaction began."""
+        return bool(self._env.info()["last_txnid"] == transaction.id())
+
+    def copy(self, transaction: lmdb.Transaction, folder: Path) -> None:
+        """Copies the file, as a transaction sees it and without its free pages, to a folder, and syncs it."""
+        self._env.copy(str(folder), compact=True, txn=transaction)
+        file = folder / "data.mdb"
+        file.chmod(0o600)
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._env.close()
+
+
+class ListedRecord(NamedTuple):
+    """A session in a list."""
+
+    key: str
+    model: str
+    version: int
+    position: int
+    expires_in: float  # seconds
+
+
+class FolderReader:
+    """The sessions of a folder, read without changing them.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        StoreUnusable: There is no store in it, or none that can be read as it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        about = About.load(path)
+        if about is None:
+            raise StoreUnusable(f"--store: there is no store of sessions in {path}")
+        if about.is_older:
+            raise StoreUnusable(f"--store: {path} has an older format: start a server on it first, which migrates it")
+        self.path, self.about = path, about
+        self.shards: list[Shard] = []
+        try:
+            for number in range(about.shards):
+                self.shards.append(Shard(path / str(number)))
+            # Of an environment it uses what a shard has too, as long as it only reads.
+            self._records = [Records(cast(Environment, shard), 0, 0) for shard in self.shards]
+        except StoreUnusable:
+            self.close()
+            raise
+
+    @property
+    def durable(self) -> Durable:
+        """What its sessions outlive, by how the folder was written last."""
+        return "disk" if all(shard.synced for shard in self.shards) else "process"
+
+    def now(self) -> float:
+        """Returns the time by the store's clock."""
+        return self.about.now()
+
+    def sessions(self) -> Iterator[ListedRecord]:
+        """Iterates over the live sessions of all owners."""
+        for records in self._records:
+            start = b""
+            while True:
+                page = records.page(b"", start, _PAGE, self.now())
+                for key, model, version, position, deadline in page:
+                    yield ListedRecord(from_key(key), model, version, position, deadline - self.now())
+                if len(page) < _PAGE:
+                    break
+                start = page[-1][0] + b"\0"
+
+    def count(self) -> int:
+        """Returns the number of sessions, with those that have expired and are not removed yet."""
+        return sum(records.count() for records in self._records)
+
+    def find(self, key: str) -> Found:
+        """Reads a session, or its tombstone; raises UnreadableRecord."""
+        stored = to_key(key)
+        return self._records[shard_number(stored, len(self._records))].load(stored, self.now())
+
+    def begin_together(self, stack: ExitStack) -> tuple[list[lmdb.Transaction], bool]:
+        """Begins a read transaction in each shard; also returns whether all see the store at one moment.
+
+        They do if nothing was committed to any shard between the first beginning and the last. While workers commit
+        all the time, that takes some tries.
+        """
+        for left in reversed(range(_TRIES)):
+            transactions = [shard.read() for shard in self.shards]
+            one_moment = all(map(Shard.is_newest, self.shards, transactions))
+            if one_moment or not left:
+                return [stack.enter_context(one) for one in transactions], one_moment
+            for one in transactions:
+                one.abort()
+        raise AssertionError
+
+    def close(self) -> None:
+        """Closes the files."""
+        for shard in self.shards:
+            shard.close()
