@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status, 2 if there is no such command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {name:8}{what}" for name, (_, what, _) in COMMANDS.items())
+        lines = "\n".join(f"  {name:10}{what}" for name, (_, what, _) in COMMANDS.items())
         print(HELP.format(commands=lines), end="")
         return 0 if arguments else 2
     name, *rest = arguments

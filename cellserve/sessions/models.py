@@ -8,7 +8,8 @@ from cellserve.models.signature import MODEL_NAME, StateSpec
 from cellserve.service.model_repository.errors import BrokenModel
 from cellserve.service.model_repository.repository import Repository, read_files
 from cellserve.service.runtime.onnx_file import BadModelFile, validate
-from cellserve.service.runtime.onnx_model import RuntimeOptions, RuntimeUnavailable, parse_document
+from cellserve.service.runtime.onnx_model import RuntimeOptions, parse_document
+from cellserve.service.runtime.providers import RuntimeUnavailable
 from cellserve.service.sessions.stores.records import SessionRecord
 from cellserve.sessions.errors import SessionFailed
 
