@@ -111,7 +111,7 @@ function parts(box) {
   const drawn = [
     svg("rect", { class: `box ${box.kind}`, x: left, y: top, width: WIDTH, height: HEIGHT, rx: radius }),
     svg("text", { class: "strong", x: middle, y: top + 19, "text-anchor": "middle" }, fits(box.name, 25)),
-    svg("text", { x: middle, y: top + 36, "text-anchor": "middle" }, fits(box.label, 31)),
+    svg("text", { x: middle, y: top + 36, "text-anchor": "middle" }, fits(box.label, 29)),
   ];
   const shown = states.length < 4 ? states.slice(0, 2) : [states[0], `and ${states.length - 1} more states`];
   const each = HEIGHT / Math.min(Math.max(states.length, 1), 2);

@@ -28,7 +28,12 @@ async function showList(view, signal) {
       model.versions
         .filter(({ reason }) => reason)
         .map(({ version, reason }) => h("p", { class: "bad" }, `version ${version}: ${reason}`)),
-      model.version !== null && h("p", {}, h("a", { href: `#/${path("play", model.name)}` }, "Play with it")),
+      model.version !== null &&
+        h(
+          "p",
+          {},
+          h("a", { href: `#/${path("play", model.name)}`, "aria-label": `Play with ${model.name}` }, "Play with it"),
+        ),
     ),
   );
   view.append(

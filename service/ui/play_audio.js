@@ -1,13 +1,12 @@
 // Plays an audio model: the microphone or a file, resampled here, streamed over `WS /stream`, its output drawn live.
 
-import { openStream } from "./api.js";
 import { LineChart } from "./charts.js";
 import { announce, field, h, short } from "./dom.js";
 import { Resampler } from "./resample.js";
+import { SoundStream } from "./sound_stream.js";
 import { dropZone } from "./source.js";
 
 const SHOWN_SECONDS = 20; // of the microphone
-const IN_FLIGHT = 32; // frames that are not answered yet
 
 export function playAudio(view, model, signal) {
   const rate = model.sample_rate;
@@ -23,7 +22,7 @@ export function playAudio(view, model, signal) {
     { height: 280, min: 0, max: 1, x: "second", scale: chunk / rate },
   );
   const state = h("p", { class: "verdict" }, " ");
-  let running = null; // what is played: {stop, abort}
+  let running = null; // ends what is played
   let lists;
   let from;
 
@@ -43,56 +42,33 @@ export function playAudio(view, model, signal) {
     chart.draw(lists, from);
   };
 
-  /** Streams samples as they come; `feed` is called with `push(samples)` and ends when no more come. */
-  const stream = async (what, most, feed) => {
+  /** Plays what `feed(push, ended)` pushes, until it is done or stopped, and draws the last `most` steps. */
+  const play = async (what, most, feed) => {
     running?.abort();
     const ours = new AbortController();
     const ended = AbortSignal.any([ours.signal, signal]);
     running = ours;
     update();
-    let socket;
+    clear(most);
+    let steps = 0;
+    let largest = -Infinity;
+    const onstep = (y, samples) => {
+      if (running !== ours) return; // another sound is shown by now
+      steps += 1;
+      largest = Math.max(largest, y[0]);
+      show(y, loudness(samples), most);
+      const told = shown.map((name, place) => `${name} ${short(y[place])}`).join(", ");
+      state.textContent = `${what}, ${((steps * chunk) / rate).toFixed(1)} s: ${told}`;
+    };
     try {
-      socket = await openStream({ signal: ended });
-      const { handle } = await socket.ask({ op: "open", model: `${model.name}:${model.version}` });
-      const waiting = new Set();
-      let rest = new Float32Array(0);
-      let steps = 0;
-      let failed = null;
-      const push = async (samples) => {
-        const joined = new Float32Array(rest.length + samples.length);
-        joined.set(rest);
-        joined.set(samples, rest.length);
-        let at = 0;
-        for (; at + chunk <= joined.length && !ended.aborted; at += chunk) {
-          const x = joined.subarray(at, at + chunk);
-          const loudness = Math.min(1, 4 * Math.sqrt(x.reduce((sum, value) => sum + value * value, 0) / chunk));
-          const answered = socket
-            .ask({ op: "step", session: handle, x: Array.from(x) })
-            .then(({ y }) => {
-              steps += 1;
-              const values = Array.isArray(y) ? y : [y];
-              show(values, loudness, most);
-              const told = shown.map((name, place) => `${name} ${short(values[place])}`).join(", ");
-              state.textContent = `${what}, ${((steps * chunk) / rate).toFixed(1)} s: ${told}`;
-            })
-            .catch((error) => (failed ??= error))
-            .finally(() => waiting.delete(answered));
-          waiting.add(answered);
-          if (waiting.size >= IN_FLIGHT) await Promise.race(waiting);
-        }
-        rest = joined.slice(at);
-        if (failed) throw failed;
-      };
-      await feed(push, ended);
-      await Promise.all(waiting);
-      if (failed && !ended.aborted) throw failed;
-      await socket.ask({ op: "close", session: handle });
-      const most_ = Math.max(...lists[0]);
-      announce(`${what}: ${steps} steps, the largest ${shown[0]} is ${short(most_)}.`);
-    } catch (error) {
-      if (!ended.aborted) throw error;
+      const stream = await SoundStream.open(model, onstep);
+      try {
+        await feed((samples) => stream.push(samples, ended), ended);
+      } finally {
+        await stream.end();
+      }
+      if (steps) announce(`${what}: ${steps} steps, the largest ${shown[0]} is ${short(largest)}.`);
     } finally {
-      socket?.close();
       if (running === ours) running = null;
       update();
     }
@@ -109,9 +85,7 @@ export function playAudio(view, model, signal) {
       return;
     }
     try {
-      const steps = Math.ceil((SHOWN_SECONDS * rate) / chunk);
-      clear(steps);
-      await stream("microphone", steps, async (push, ended) => {
+      await play("microphone", Math.ceil((SHOWN_SECONDS * rate) / chunk), async (push, ended) => {
         await context.audioWorklet.addModule(new URL("microphone.js", import.meta.url));
         const resampler = new Resampler(context.sampleRate, rate);
         const node = new AudioWorkletNode(context, "microphone", { numberOfOutputs: 0 });
@@ -120,6 +94,7 @@ export function playAudio(view, model, signal) {
         await new Promise((resolve, reject) => {
           let pushed = Promise.resolve();
           node.port.onmessage = ({ data }) => (pushed = pushed.then(() => push(resampler.push(data))).catch(reject));
+          if (ended.aborted) resolve();
           ended.addEventListener("abort", resolve);
         });
       });
@@ -129,7 +104,7 @@ export function playAudio(view, model, signal) {
     }
   };
 
-  const play = async (file) => {
+  const load = async (file) => {
     if (!file) return;
     let sound;
     try {
@@ -143,12 +118,11 @@ export function playAudio(view, model, signal) {
     for (let channel = 0; channel < sound.numberOfChannels; channel++) {
       sound.getChannelData(channel).forEach((value, place) => (samples[place] += value / sound.numberOfChannels));
     }
-    clear(Math.floor(samples.length / chunk));
-    await stream(file.name, Infinity, (push) => push(samples));
+    await play(file.name, Math.floor(samples.length / chunk), (push) => push(samples));
   };
 
   const file = h("input", { type: "file", accept: "audio/*,.wav" });
-  file.addEventListener("change", () => play(file.files[0]));
+  file.addEventListener("change", () => load(file.files[0]));
   const button = h("button", { type: "button", class: "first", onclick: () => (running ? running.abort() : listen()) });
   const heard = isSecureContext && navigator.mediaDevices;
   const update = () => {
@@ -176,8 +150,13 @@ export function playAudio(view, model, signal) {
           `${location.origin}. Files can be played all the same.`,
         ),
       h("div", { class: "row" }, button),
-      dropZone(play, field("A sound file: choose it, or drop it here", file)),
+      dropZone(load, field("A sound file: choose it, or drop it here", file)),
     ),
     h("section", { class: "card" }, h("h2", {}, "What it says"), state, chart.element),
   );
+}
+
+/** Returns the loudness of samples, from 0 to 1. */
+function loudness(samples) {
+  return Math.min(1, 4 * Math.sqrt(samples.reduce((sum, value) => sum + value * value, 0) / samples.length));
 }

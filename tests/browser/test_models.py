@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import httpx
 from playwright.sync_api import Page, expect
 
+from cellserve.models.signature import SAMPLES_BYTES
 from tests.server import Server
 
 
 def test_the_list_leads_to_what_a_model_is_and_how_it_was_proved(page: Page, server: Server) -> None:
     page.goto("/")
     told = httpx.get(f"{server.url}/models/vowels").json()
-    page.get_by_role("link", name="vowels").click()
+    page.get_by_role("link", name="vowels", exact=True).click()
     expect(page.get_by_role("heading", level=1)).to_have_text("vowels")
     main = page.locator("main")
     for text in (
@@ -29,6 +32,16 @@ def test_the_list_leads_to_what_a_model_is_and_how_it_was_proved(page: Page, ser
     expect(page.get_by_role("heading", level=1)).to_have_text("vowels:1")
     page.get_by_role("link", name="Play with it").click()
     expect(page).to_have_title("Play · Cellserve")
+
+
+def test_samples_are_of_every_class_and_small(server: Server) -> None:
+    told = httpx.get(f"{server.url}/models/vowels").json()
+    assert [sample["label"] for sample in told["samples"][:9]] == told["labels"]
+    for name in ("vowels", "sunspots", "characters"):
+        samples = httpx.get(f"{server.url}/models/{name}").json()["samples"]
+        assert samples and len(json.dumps(samples, separators=(",", ":"))) <= SAMPLES_BYTES
+        predicted = httpx.post(f"{server.url}/predict", json={"model": name, "sequences": [x["x"] for x in samples]})
+        assert predicted.status_code == 200, predicted.text
 
 
 def test_a_problem_is_told_and_can_be_dismissed(page: Page, errors: list[str]) -> None:

@@ -147,6 +147,18 @@ def test_a_text_model_says_what_comes_next_and_writes_on(page: Page, server: Ser
     assert text.input_value()[:known] == ("Alice was v" + whole)[:known]
 
 
+def test_a_model_of_an_earlier_export_is_played_with_a_csv(page: Page) -> None:
+    def earlier(told: dict[str, Any]) -> dict[str, Any]:
+        return {**told, "samples": [], "drawing": []}
+
+    page.route("**/models/sunspots", lambda route: route.fulfill(json=earlier(route.fetch().json())))
+    page.goto("/#/play/sunspots")
+    page.get_by_label("CSV", exact=True).fill("6.5\n7.25\n")
+    page.get_by_role("button", name="Use it").click()
+    page.get_by_role("button", name="Step", exact=True).click()
+    expect(page.locator("#status")).to_contain_text("Step 1 of 2: given 6.5")
+
+
 @pytest.mark.parametrize("width", [400, 1600])
 @pytest.mark.parametrize("path", ["models", "models/vowels", "play/sunspots", "play/vowels", "play/characters"])
 def test_nothing_is_wider_than_the_window(page: Page, width: int, path: str) -> None:

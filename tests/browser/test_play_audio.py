@@ -95,6 +95,7 @@ def test_the_microphone_is_heard_live(page: Page) -> None:
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     page.get_by_role("link", name="Models").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Models")
+    page.wait_for_function("() => fetch('sessions').then((a) => a.json()).then((a) => a.sessions.length === 0)")
 
 
 def test_without_https_the_page_says_why_there_is_no_microphone(page: Page) -> None:
