@@ -6,7 +6,8 @@ EXAMPLES := vowels sunspots sunspots-jordan characters
 # Builds and runs images. Any engine with the same subcommands works (DOCKER=podman).
 DOCKER ?= docker
 
-.PHONY: setup serve test test-long fuzz check servers lock bench gpu-references gpu-test container-test
+# `docs` is a folder too.
+.PHONY: setup serve test test-long fuzz check docs release-check release-draft servers lock bench gpu-references gpu-test container-test
 .DELETE_ON_ERROR:
 
 serve: setup
@@ -39,7 +40,7 @@ servers:
 	test -z "$$missing" || { apt-get update -q \
 	&& apt-get install -qy --no-install-recommends redis-server nginx-light strace gcc libc6-dev chromium curl nodejs node-ws; }
 
-check: $(BIN)/.dev
+check: $(BIN)/.dev docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -50,6 +51,18 @@ check: $(BIN)/.dev
 # Writes the pinned versions. Those that still fit are kept; `make lock UPGRADE=1` takes the newest.
 lock: $(BIN)/.dev
 	UV=$(BIN)/uv sh requirements/lock.sh $(UPGRADE:%=--upgrade)
+
+# Builds the site of docs/ in site/, and fails for a link that leads nowhere.
+docs: $(BIN)/.docs
+	$(BIN)/mkdocs build --quiet
+
+# What would be published, built in dist/ and checked. RELEASE_FLAGS=--unreleased: the changelog may have no date yet.
+release-check: $(BIN)/.release
+	$(BIN)/python scripts/release_check.py $(RELEASE_FLAGS)
+
+# A draft of the release TAG with what `release-check` built. A person publishes it.
+release-draft:
+	gh release create $(TAG) --draft --verify-tag --notes-from-tag dist/*
 
 # Measures Cellserve beside other servers and prints the table, within ten minutes.
 bench: $(BIN)/.dev .venv-triton/.done servers

@@ -29,7 +29,9 @@ lock dev pyproject.toml --extra dev
 for flavour in cpu gpu; do
     lock $flavour pyproject.toml --extra $flavour --extra grpc --extra onnx --extra redis --extra tracing -c "$folder/dev.txt"
 done
-lock all pyproject.toml --extra all -c "$folder/dev.txt"
+for extra in all docs release; do
+    lock $extra pyproject.toml --extra $extra -c "$folder/dev.txt"
+done
 lock silero requirements/silero.in --no-deps
 lock triton requirements/triton.in --no-deps
 
