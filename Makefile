@@ -54,7 +54,7 @@ lock: $(BIN)/.dev
 
 # Builds the site of docs/ in site/, and fails for a link that leads nowhere.
 docs: $(BIN)/.docs
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # What would be published, built in dist/ and checked. RELEASE_FLAGS=--unreleased: the changelog may have no date yet.
 release-check: $(BIN)/.release
@@ -78,7 +78,7 @@ gpu-references: setup
 	rm -rf $@
 	$(BIN)/python -m tests.gpu.prepare $@
 
-# The GPU tests, in an environment of their own, or with GPU_PYTHON=python3 in an existing one: docs/gpu.md.
+# The GPU tests, in an environment of their own, or with GPU_PYTHON=python3 in an existing one: docs/how-to/gpu.md.
 GPU_PYTHON ?= .venv-gpu/bin/python
 gpu-test: $(if $(filter .venv-gpu/%,$(GPU_PYTHON)),.venv-gpu/.done)
 	$(GPU_PYTHON) -m pytest tests/gpu $(GPU_FLAGS)

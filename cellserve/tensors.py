@@ -1,4 +1,7 @@
-"""Arrays as callers give and get them, and how several tensors share one array in a binary frame (docs/protocol.md)."""
+"""Arrays as callers give and get them, and how several tensors share one array in a binary frame.
+
+docs/reference/protocol.md has the frame's layout.
+"""
 
 from __future__ import annotations
 

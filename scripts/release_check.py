@@ -119,7 +119,8 @@ def main() -> int:
     for line in wrong:
         print(line)
     if not wrong:
-        print(f"version {project['version']} can be released: {', '.join(sorted(f.name for f in arguments.dist.iterdir()))}")
+        files = ", ".join(sorted(file.name for file in arguments.dist.iterdir()))
+        print(f"version {project['version']} can be released: {files}")
     return bool(wrong)
 
 

@@ -24,14 +24,14 @@ StoreSync = Literal["checkpoints", "always"]
 ENV_PREFIX = "CELLSERVE_"
 _LEAST_EXCHANGE_BYTES = 1024 * 1024
 _OF_CLIENTS = ("api_key",)  # of a variable that is none of the server's: `cellserve bench` reads it
-# Left out of --help: only measurements justify changing them. docs/settings.md has them all.
+# Left out of --help: only measurements justify changing them. docs/reference/settings.md has them all.
 TUNING = frozenset(
     {"spinning", "memory_arena", "optimization", "state_memory", "quantum", "inline_microseconds", "store_replicas"}
 )
 
 
 class Settings(BaseSettings):
-    """All settings; `docs/settings.md` says when to change each."""
+    """All settings; `docs/reference/settings.md` says when to change each."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
@@ -214,7 +214,8 @@ def unknown_variables(environment: Collection[str]) -> list[str]:
         name = variable.lower().removeprefix(ENV_PREFIX.lower())  # in any case, as pydantic-settings reads them
         if variable.upper().startswith(ENV_PREFIX) and name not in (*Settings.model_fields, *_OF_CLIENTS):
             nearest = get_close_matches(name, Settings.model_fields, 1)
-            advice = f"did you mean {ENV_PREFIX}{nearest[0].upper()}?" if nearest else "docs/settings.md lists them"
+            meant = f"did you mean {ENV_PREFIX}{nearest[0].upper()}?" if nearest else None
+            advice = meant or "docs/reference/settings.md lists them"
             messages.append(f"{variable[:100]} is no setting: {advice}")
     return messages
 

@@ -1,4 +1,4 @@
-"""A real nginx that publishes a server under a path, as docs/deployment.md shows it."""
+"""A real nginx that publishes a server under a path, as docs/how-to/deployment.md shows it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PREFIX = "/cellserve"
 def published(server_url: str, folder: Path) -> Iterator[str]:
     """Runs nginx, and yields its URL: the server is there under PREFIX, and under `/` as deploy/nginx.conf has it."""
     port = free_port()
-    (location,) = re.findall(r"^```nginx\n(.*?)^```", (ROOT / "docs/deployment.md").read_text(), re.M | re.S)
+    (location,) = re.findall(r"^```nginx\n(.*?)^```", (ROOT / "docs/how-to/deployment.md").read_text(), re.M | re.S)
     text = (ROOT / "deploy/nginx.conf").read_text().replace("/tmp/nginx", str(folder / "nginx"))
     text = re.sub(r"replica-\d:8000", server_url.removeprefix("http://"), text)
     text = text.replace("listen 8080", f"listen 127.0.0.1:{port}").replace("location / {", f"{location}location / {{")

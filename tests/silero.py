@@ -58,7 +58,7 @@ def in_a_plain_loop(samples: np.ndarray) -> np.ndarray:
 
 
 def adopt(folder: Path) -> Path:
-    """Adopts the model as `vad` into a new repository, as docs/page.md shows it; returns the repository."""
+    """Adopts the model as `vad` into a new repository, as docs/how-to/page.md shows it; returns the repository."""
     flags = ["--constant", "sr=16000", "--dim", "input.1=576", "--context", "input=64"]
     task = ["--task", "audio", "--sample-rate", "16000", "--models", str(folder)]
     command = [sys.executable, "-m", "cellserve.cli", "adopt", str(silero()), "--name", "vad", *flags, *task]

@@ -10,11 +10,12 @@ import pytest
 from cellserve.service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_every_setting_stands_in_the_table_as_it_is() -> None:
-    rows = re.findall(r"^\| `--(\S+)` \| `(\S+)` \| `(.*?)` \| (.*?) \|", (ROOT / "docs/settings.md").read_text(), re.M)
+    page = (ROOT / "docs/reference/settings.md").read_text()
+    rows = re.findall(r"^\| `--(\S+)` \| `(\S+)` \| `(.*?)` \| (.*?) \|", page, re.M)
     told = {flag: (variable, default, what) for flag, variable, default, what in rows}
     settings = {
         name.replace("_", "-"): (f"CELLSERVE_{name.upper()}", str(field.default), field.description)

@@ -20,7 +20,7 @@ example:
   cellserve bench my_model --url http://triton:8000 --protocol v2 --json -
 
 Without --url it starts a server by itself, with the flags of `cellserve serve` that follow `--`, and tries settings
-that may serve better. docs/benchmark.md says how to read the figures.
+that may serve better. docs/how-to/benchmark.md says how to read the figures.
 """
 
 

@@ -230,7 +230,7 @@ class Connection(asyncio.Protocol):
         self._answered(status, why)
 
     def _read_rows(self, data: bytes, at: int) -> None:
-        """Reads the answer to a binary frame, whose rows have statuses of their own (docs/protocol.md)."""
+        """Reads the answer to a binary frame, whose rows have statuses of their own (docs/reference/protocol.md)."""
         rows = int.from_bytes(data[at + 8 : at + 12], "little")
         statuses: NDArray[np.uint32] = np.frombuffer(data, "<u4", rows, at + 16 + 8 * rows)
         failed = statuses[statuses > _LARGEST_STATUS]

@@ -1,1 +1,1 @@
-"""What client and server send each other, as bytes and dicts, without I/O (docs/protocol.md)."""
+"""What client and server send each other, as bytes and dicts, without I/O (docs/reference/protocol.md)."""

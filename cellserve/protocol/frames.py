@@ -1,4 +1,4 @@
-"""Frames of `WS /stream`, and which pending request each answer belongs to, without a socket (docs/protocol.md)."""
+"""Frames of `WS /stream` (docs/reference/protocol.md), and which request each answer belongs to, without a socket."""
 
 from __future__ import annotations
 

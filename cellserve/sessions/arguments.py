@@ -16,7 +16,7 @@ examples:
   cellserve sessions show ID --store lmdb:/var/lib/cellserve
   cellserve sessions backup /backups/monday --store lmdb:/var/lib/cellserve
 
-docs/store.md says what a backup promises, and what an exported session keeps.
+docs/explanation/store.md says what a backup promises, and what an exported session keeps.
 """,
     "list": """\
 examples:

@@ -21,7 +21,7 @@ example:
 
 States are found by names and shapes: h and hn, state and stateN, past_x and present_x, x_in and x_out. Nothing is
 written unless the model agrees with the original graph, and it is known how its bits stay the same.
-docs/adopt.md explains all of this.
+docs/how-to/adopt.md explains all of this.
 """
 
 

@@ -72,7 +72,7 @@ def _refuse_given_states(model: Any) -> None:
                     raise ExportError(
                         f"{_named(layer)} starts from the states of {_named(source)}: export the two as networks of "
                         f"their own, an encoder and a decoder, without return_state and initial_state; the service "
-                        f"returns the states of the one and starts the other from them (docs/export.md shows how)"
+                        f"returns the states of the one and starts the other from them (see docs/explanation/export.md)"
                     )
                 if id(source) in inputs:
                     raise ExportError(

@@ -78,7 +78,7 @@ def install(app: FastAPI, service: ServiceContext) -> None:
 
 def _predict() -> dict[str, Any]:
     operation = _predict_json()
-    operation["description"] = "Also in safetensors, with the options in the query: see docs/protocol.md."
+    operation["description"] = "Also in safetensors, with the options in the query: see docs/reference/protocol.md."
     tensors = {"schema": _BYTES}
     operation["requestBody"]["content"] |= {kind.decode(): tensors for kind in MEDIA_TYPES}
     operation["responses"]["200"]["content"][_SAFETENSORS] = tensors
@@ -159,7 +159,7 @@ def _rollout() -> dict[str, Any]:
     return {
         **step,
         "summary": "Generate autoregressively: a session's outputs become its next inputs",
-        "description": "With `stream`, or Accept: text/event-stream, in server-sent events: see docs/protocol.md.",
+        "description": "With `stream`, or Accept: text/event-stream, in events: see docs/reference/protocol.md.",
         "operationId": "rollout",
         "parameters": [*step["parameters"], last_event],
         "requestBody": _body(

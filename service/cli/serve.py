@@ -26,7 +26,7 @@ example:
   cellserve serve --port 9000 --provider cpu
   CELLSERVE_PORT=9000 CELLSERVE_PROVIDER=cpu cellserve serve
 
-docs/settings.md describes when to change each setting, and further settings for tuning.
+docs/reference/settings.md describes when to change each setting, and further settings for tuning.
 """
 
 

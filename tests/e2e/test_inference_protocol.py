@@ -595,7 +595,7 @@ def test_a_taken_grpc_port_and_missing_packages_are_reported_in_one_line(both: S
 
 def test_the_examples_of_the_docs_run_over_grpc_too(examples: Path, serve: Serve) -> None:
     server = serve("--models", str(examples), "--grpc-port", "0")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/inference-protocol.md").read_text(), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/reference/inference-protocol.md").read_text(), re.S)
     code = "\n".join(blocks).replace("tritonclient.http", "tritonclient.grpc")
     code = code.replace('"localhost:8000"', f'"{server.grpc}"').replace("http://localhost:8000", server.url)
     exec(code.replace('["parameters"]["replayed"]', '.parameters["replayed"]'), {})

@@ -426,7 +426,7 @@ def test_the_docs_and_the_dashboard_name_existing_metrics(repository: Path, serv
         for name, family in families.items()
         if not name.startswith("process_")
     }
-    page = re.findall(r"^\| `(cellserve_\w+)` \| (\w+) \|", (ROOT / "docs/operations.md").read_text(), re.M)
+    page = re.findall(r"^\| `(cellserve_\w+)` \| (\w+) \|", (ROOT / "docs/reference/operations.md").read_text(), re.M)
     assert dict(page) == named
     dashboard = json.loads((ROOT / "deploy/grafana/cellserve.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]

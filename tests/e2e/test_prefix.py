@@ -1,4 +1,4 @@
-"""Behind a real nginx that publishes the server under a path, as docs/deployment.md shows it."""
+"""Behind a real nginx that publishes the server under a path, as docs/how-to/deployment.md shows it."""
 
 from __future__ import annotations
 

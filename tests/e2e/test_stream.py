@@ -1,4 +1,4 @@
-"""`WS /stream` over a real socket, as docs/protocol.md has it: JSON frames, binary frames, errors, back-pressure."""
+"""`WS /stream` over a real socket, as docs/reference/protocol.md has it: JSON, binary frames, errors, back-pressure."""
 
 from __future__ import annotations
 

@@ -409,8 +409,8 @@ def test_a_row_of_a_network_of_whole_sequences_is_keras_row_whatever_it_is_batch
 
 @functools.cache
 def cell_of_the_docs() -> dict[str, Any]:
-    """Runs the example of docs/export.md."""
-    text = (Path(__file__).parent.parent.parent / "docs/export.md").read_text()
+    """Runs the example of docs/explanation/export.md."""
+    text = (Path(__file__).parent.parent.parent / "docs/explanation/export.md").read_text()
     (example,) = re.findall(r"```python\n# my_cells.py\n(.*?)```", text, re.S)
     names: dict[str, Any] = {}
     exec(example, names)

@@ -95,7 +95,7 @@ def test_an_encoder_and_a_decoder_taken_apart_as_the_docs_say_give_keras_numbers
     keras.utils.set_random_seed(1)
     model = translator()
     names: dict[str, Any] = {"model": model}
-    text = (Path(__file__).parent.parent.parent / "docs/export.md").read_text()
+    text = (Path(__file__).parent.parent.parent / "docs/explanation/export.md").read_text()
     (example,) = re.findall(r"```python\n# apart.py\n(.*?)```", text, re.S)
     exec(example, names)
     first, second = (next(iter(Proof(names[name], most=1).forms.values())) for name in ("encoder", "decoder"))

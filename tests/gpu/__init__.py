@@ -1,1 +1,1 @@
-"""The tests on a GPU: a suite of its own, made for a machine without network and without TensorFlow (docs/gpu.md)."""
+"""The tests on a GPU (docs/how-to/gpu.md): a suite of its own, for a machine without network and without TensorFlow."""

@@ -1,4 +1,4 @@
-"""What a run of the tests saw, printed as it is seen and kept as Markdown: docs/gpu.md is written from it."""
+"""What a run of the tests saw, printed as it is seen and kept as Markdown: docs/how-to/gpu.md is written from it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Steps a second on the provider beside the CPU, in one run, from host memory to host memory as the service runs them.
 
-Nothing here is asserted: machines differ. The table is what docs/gpu.md is written from.
+Nothing here is asserted: machines differ. The table is what docs/how-to/gpu.md is written from.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from tests.redis_server import RedisServer
 
 DIGEST = "0" * 64
 STAMP = VersionStamp(3, bytes(range(16)))
-_DOCS = (ROOT / "docs/deployment.md").read_text()
+_DOCS = (ROOT / "docs/how-to/deployment.md").read_text()
 COMMANDS = " ".join(re.findall(r"[+]\S+", _DOCS.partition("~cellserve:* ")[2].partition("```")[0]))
 
 

@@ -97,7 +97,7 @@ def _infer(operation_id: str) -> dict[str, Any]:
             "application/octet-stream": binary,
         },
     )
-    operation["description"] = "docs/inference-protocol.md describes tensors as bytes, sequences and positions."
+    operation["description"] = "docs/reference/inference-protocol.md: tensors as bytes, sequences and positions."
     operation["requestBody"] = {
         "required": True,
         "content": {"application/json": {"schema": _INFER, "example": _EXAMPLE}, "application/octet-stream": binary},

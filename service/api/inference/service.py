@@ -1,6 +1,6 @@
 """Open Inference Protocol requests, over any transport: whole sequences, or steps of a sequence kept as a session.
 
-Triton's sequence extension defines which requests belong together; docs/inference-protocol.md defines the rest.
+Triton's sequence extension defines which requests belong together; docs/reference/inference-protocol.md, the rest.
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_sequence.md
 """
 

@@ -1,4 +1,4 @@
-"""The binary frames of `WS /stream`: steps of many sessions in one; `docs/protocol.md` specifies them."""
+"""The binary frames of `WS /stream`: steps of many sessions in one; `docs/reference/protocol.md` specifies them."""
 
 from __future__ import annotations
 

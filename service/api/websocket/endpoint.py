@@ -1,6 +1,6 @@
 """`WS /stream`: many sessions over one socket, in JSON frames or in binary frames of many steps each.
 
-`docs/protocol.md` specifies the frames byte by byte.
+`docs/reference/protocol.md` specifies the frames byte by byte.
 """
 
 from __future__ import annotations
@@ -84,5 +84,5 @@ class StreamEndpoint:
 async def reject_plain_http(scope: Scope, receive: Receive, send: Send) -> None:
     """Raises UpgradeRequired: the endpoint for plain HTTP requests to the socket's path."""
     raise UpgradeRequired(
-        "this path is a WebSocket: open ws://HOST:PORT/stream with a WebSocket client (docs/protocol.md)"
+        "this path is a WebSocket: open ws://HOST:PORT/stream with a WebSocket client (docs/reference/protocol.md)"
     )
