@@ -45,6 +45,10 @@ COPY --from=models /artifacts /artifacts
 COPY deploy/entrypoint.sh /entrypoint.sh
 ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1 \
     CELLSERVE_MODELS=/artifacts CELLSERVE_HOST=0.0.0.0
+LABEL org.opencontainers.image.title="cellserve" \
+    org.opencontainers.image.description="Serves stateful recurrent models: Keras cells, exported to fast and exact ONNX, stepped in sessions." \
+    org.opencontainers.image.licenses="MIT" \
+    org.opencontainers.image.version="0.1.0"
 USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
