@@ -84,7 +84,11 @@ document.getElementById("skip").onclick = (event) => {
 document.getElementById("key-button").onclick = async () => {
   if (await wantKey()) route();
 };
-addEventListener("hashchange", route);
+addEventListener("hashchange", async () => {
+  await route();
+  // What had the focus may be gone with what was shown before.
+  if (document.activeElement === document.body) document.getElementById("content").focus({ preventScroll: true });
+});
 // What a tab's event handlers do not catch themselves.
 addEventListener("unhandledrejection", (event) => {
   event.preventDefault();

@@ -119,8 +119,9 @@ def test_a_fork_has_another_future(page: Page, client: httpx.Client) -> None:
     panel.get_by_role("button", name="Step", exact=True).click()
     expect(fact(panel, "Position")).to_have_text("9")
     expect(panel.get_by_label("The text that it was fed")).to_have_text("Alice was")
-    panel.get_by_role("button", name="Fork and compare").click()
+    panel.get_by_role("button", name="Fork and compare").press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text("Two futures")
+    expect(page.locator("main")).to_be_focused()  # the button is gone
     one, other = (page.get_by_role("region", name=name, exact=True) for name in "AB")
     apart = page.get_by_role("region", name="How far apart").get_by_role("img")
     expect(apart).to_have_attribute("aria-label", re.compile(r"lstm\.0\.h 0 at position 9"))
@@ -192,6 +193,7 @@ def test_a_state_is_rewound_downloaded_uploaded_and_reset(
     (tmp_path / "none.safetensors").write_bytes(b"nothing")
     panel.get_by_label("Upload a state").set_input_files(tmp_path / "none.safetensors")
     expect(page.locator("#problem")).to_contain_text("send what safetensors.numpy.save returns")
+    expect(page.locator("#problem")).to_be_in_viewport()  # although it stands at the top of a long page
     assert "400" in errors.pop()
 
 
