@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from bench import load, table
+from bench import device, load, table
 from bench.answers import DifferentAnswers
 from bench.measures import SECTIONS, Bench
 from bench.servers import LOAD_CORE, pin
@@ -26,6 +26,7 @@ EXAMPLE = """\
 examples:
   python -m bench --json bench.json
   python -m bench --rounds 1 --seconds 0.5 --only http,websocket    a first look
+  python -m bench --provider cuda --references gpu-references       Cellserve on a GPU
 """
 
 
@@ -114,7 +115,10 @@ def main() -> int:
     parser.add_argument("--only", type=sections, default=SECTIONS, metavar="SECTIONS",
                         help=f"some of {','.join(SECTIONS)}, separated by commas (default: all)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
+    device.add_arguments(parser)
     arguments = parser.parse_args()
+    if arguments.provider:
+        return device.main(arguments)
     try:
         if reason := missing_requirement():
             raise RuntimeError(reason)

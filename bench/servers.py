@@ -34,9 +34,10 @@ class Server:
         name: Key of the server in `DIALECTS`.
         command: Arguments of the Python interpreter; `{port}` is replaced.
         ready: Path that answers 200 once the server accepts requests; None if it does as soon as it listens.
+        core: The core it is pinned to; None leaves it all.
     """
 
-    def __init__(self, name: str, *command: str, ready: str | None = None) -> None:
+    def __init__(self, name: str, *command: str, ready: str | None = None, core: int | None = SERVER_CORE) -> None:
         self.name = name
         self.port = free_port()
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  open as long as the process runs
@@ -47,7 +48,7 @@ class Server:
             stdout=self._log,
             stderr=self._log,
             # Pinned before it starts: thread pools are sized for the cores that a process has at its start.
-            preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
+            preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
         )
         while not is_ready(self.port, ready):
             if self.process.poll() is not None:

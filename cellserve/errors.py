@@ -211,6 +211,10 @@ class ModelFailed(ServerProblem):
     """Running the model failed on this request; nothing was applied."""
 
 
+class DeviceLost(ServerProblem):
+    """The server's GPU is gone until it is restarted; nothing was applied."""
+
+
 _BY_TYPE = {
     "not-finite": NotFinite,
     "cannot-be-stepped": CannotBeStepped,
@@ -230,6 +234,7 @@ _BY_TYPE = {
     "session-unreadable": SessionUnreadable,
     "queue-full": QueueFull,
     "model-failed": ModelFailed,
+    "device-lost": DeviceLost,
 }
 _BY_STATUS: dict[int, type[Problem]] = {
     400: InvalidInput,

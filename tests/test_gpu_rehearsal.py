@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -39,9 +40,27 @@ def test_the_gpu_tests_pass_on_the_cpu_and_write_their_report(references: Path, 
     assert "skipped" not in ran.stdout.splitlines()[-1]
     text = report.read_text()
     assert text.startswith("# Cellserve rehearsed on the CPU: nothing here is of a GPU")
-    for section in ("Machine", "Where nodes run", "Parity", "TF32", "batch invariance", "served", "Steps a second"):
+    sections = ("Machine", "Where nodes run", "Parity", "TF32", "batch invariance", "served", "Two processes")
+    for section in (*sections, "Memory of states", "Steps a second"):
         assert section in text, section
     assert f"| lstm-{UNITS} | whole |" in text and "| sunspots-unproved | False |" in text
+
+
+@pytest.mark.long
+def test_the_benchmark_of_a_gpu_runs_on_the_cpu(references: Path, tmp_path: Path) -> None:
+    few = "--units", str(UNITS), "--sessions", "1", "4", "--seconds", "0.05"
+    told = tmp_path / "bench.json"
+    ran = run("bench", "--provider", "cpu", "--references", references, *few, "--json", told)
+    assert ran.returncode == 0, ran.stderr
+    rows = json.loads(told.read_text())
+    measured = {(row["what"].partition(",")[0], row["sessions"], row["where"]) for row in rows if row["steps_per_s"]}
+    assert {("steps", 4, "Cellserve, cpu"), ("steps", 1, "bare ONNX Runtime, cpu, states bound")} <= measured
+    assert any(what == "/predict" for what, _, _ in measured)
+    nothing = run("bench", "--provider", "cpu", "--references", tmp_path)
+    assert nothing.returncode == 2
+    assert [line.partition(": make it")[0] for line in nothing.stderr.splitlines()] == [
+        f"python -m bench: {tmp_path}/artifacts has no lstm-128, lstm-1024"
+    ]
 
 
 @pytest.mark.long

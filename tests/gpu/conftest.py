@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cellserve.models.signature import MODEL_NAME, STEP_NAME
-from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions
+from cellserve.service.runtime.onnx_model import Runtime, RuntimeOptions, StateMemory
 from cellserve.service.runtime.providers import CPU, CUDA, Provider, RuntimeUnavailable, providers
 from tests.gpu import machine
 from tests.gpu.references import Reference, model_folder, names
@@ -18,7 +18,7 @@ from tests.gpu.report import Report
 from tests.server import Server, start_server
 
 # What is learned first where the time runs out.
-ORDER = ("test_opening", "test_parity", "test_exactness", "test_sessions", "test_speed")
+ORDER = ("test_opening", "test_parity", "test_exactness", "test_sessions", "test_device", "test_speed")
 
 Open = Callable[..., Runtime]  # of a model's name and a provider, and threads where they are not one
 
@@ -83,22 +83,31 @@ def report(pytestconfig: pytest.Config, provider: Provider) -> Report:
 
 
 @pytest.fixture(scope="session")
-def opened(folder: Path) -> Open:
+def opened(folder: Path, provider: Provider) -> Open:
     """Opens a model on a provider, once, as the service does."""
 
     @cache
     def opened(name: str, on: Provider, threads: int = 1) -> Runtime:
         files = model_folder(folder, name)
         step = files / STEP_NAME if (files / STEP_NAME).exists() else None
-        return Runtime(files / MODEL_NAME, RuntimeOptions(provider=on, threads=threads), step)
+        # The tested provider takes a GPU's way in a rehearsal too.
+        state_memory: StateMemory = "device" if on == provider and threads == 1 else "host"
+        options = RuntimeOptions(provider=on, threads=threads, state_memory=state_memory)
+        return Runtime(files / MODEL_NAME, options, step)
 
     return opened
+
+
+def start_gpu_server(folder: Path, provider: Provider, *more: str) -> Server:
+    """Starts a server process of all models on the provider, their states on the device."""
+    models = "--models", str(folder / "artifacts"), "--provider", provider
+    return start_server(*models, "--state-memory", "device", *more)
 
 
 @pytest.fixture(scope="session")
 def server(folder: Path, provider: Provider) -> Iterator[Server]:
     """A server process of all models on the provider."""
-    server = start_server("--models", str(folder / "artifacts"), "--provider", provider)
+    server = start_gpu_server(folder, provider)
     yield server
     assert server.stop() == 0
 

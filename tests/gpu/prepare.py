@@ -1,8 +1,9 @@
 """Makes what the tests on a GPU compare with, at home: `python -m tests.gpu.prepare FOLDER` (it needs TensorFlow).
 
-FOLDER gets `artifacts/`, a repository of the example models and an LSTM of 1,024 units, and beside it Keras's numbers
-for each. The LSTM is there in both its forms, since which is the faster one was never asked of a GPU; one example is
-there once more as a model that says of itself that it is not exact.
+FOLDER gets `artifacts/`, a repository of the example models, LSTMs of 128 and 1,024 units, a GRU and a ConvLSTM, and
+beside it Keras's numbers for each. These networks are there in both their forms, as operators and as loops, since which
+is the faster one was never asked of a GPU; one example is there once more as a model that says of itself that it is not
+exact.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from cellserve.export.keras_model.load import load, with_dtype  # noqa: E402
 from cellserve.export.keras_model.step_network import StatefulNetwork  # noqa: E402
 from cellserve.export.publish import repository_writer  # noqa: E402
 from cellserve.models.cells import LSTMCell  # noqa: E402
-from cellserve.service.runtime.batch_invariance import QUICK_PLAN, check_batch_invariance, random_inputs  # noqa: E402
+from cellserve.service.runtime.batch_invariance import QUICK_PLAN, find_shapes, random_inputs  # noqa: E402
 from cellserve.service.runtime.onnx_model import Runtime  # noqa: E402
 
 FEATURES, OUTPUTS, SEED = 16, 4, 1024
@@ -44,7 +45,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to make; there must be nothing yet")
     parser.add_argument("--trained", type=Path, default=Path("trained"), help="the examples' networks")
     parser.add_argument("--models", type=Path, default=Path("artifacts"), help="the examples' models")
-    parser.add_argument("--units", type=int, default=1024, help="of the large LSTM")
+    parser.add_argument("--units", type=int, nargs="+", default=[128, 1024], help="of the LSTMs")
     told = parser.parse_args()
     if told.folder.exists():
         return _refused(f"{told.folder} is there already: remove it first")
@@ -60,7 +61,10 @@ def main() -> int:
         if source != hashlib.sha256(network.read_bytes()).hexdigest():
             return _refused(f"{told.models / name} was not exported from {network}: remove it and run `make setup`")
         keep_reference(unfinished, name, keras_run(StatefulNetwork(load(network))))
-    write_large(unfinished, told.units)
+    for units in told.units:
+        write_network(unfinished, f"lstm-{units}", lstm(units))
+    write_network(unfinished, "gru", gru())
+    write_network(unfinished, "conv-lstm", conv_lstm())
     write_unproved(unfinished, "sunspots")
     unfinished.rename(told.folder)
     size = sum(path.stat().st_size for path in told.folder.rglob("*") if path.is_file())
@@ -68,30 +72,49 @@ def main() -> int:
     return 0
 
 
-def large_lstm(units: int) -> keras.Model:
-    """Makes an LSTM that is worth a GPU, with random weights that are the same each time."""
-    keras.utils.set_random_seed(SEED)
-    return keras.Sequential(
-        [
-            keras.Input((None, FEATURES), name="x"),
-            keras.layers.RNN(LSTMCell(units, bias_initializer="random_normal"), return_sequences=True, name="lstm"),
-            keras.layers.Dense(OUTPUTS, name="out"),
-        ]
+def lstm(units: int) -> keras.Model:
+    """An LSTM with random weights that are the same each time; of 1,024 units it is worth a GPU."""
+    return _network(
+        keras.Input((None, FEATURES), name="x"),
+        keras.layers.RNN(LSTMCell(units, bias_initializer="random_normal"), return_sequences=True, name="lstm"),
+        keras.layers.Dense(OUTPUTS, name="out"),
     )
 
 
-def write_large(folder: Path, units: int) -> None:
-    """Writes the large LSTM as its operator and as a loop over its step, which has a graph for single steps too."""
-    network = StatefulNetwork(large_lstm(units))
+def gru() -> keras.Model:
+    """Keras's GRU of 64 units."""
+    return _network(
+        keras.Input((None, FEATURES), name="x"),
+        keras.layers.GRU(64, return_sequences=True, name="gru"),
+        keras.layers.Dense(OUTPUTS, name="out"),
+    )
+
+
+def conv_lstm() -> keras.Model:
+    """A ConvLSTM over rows of 8 places with 3 channels."""
+    return _network(
+        keras.Input((None, 8, 3), name="x"),
+        keras.layers.ConvLSTM1D(4, 3, padding="same", return_sequences=True, name="conv"),
+    )
+
+
+def _network(*layers: keras.Layer) -> keras.Model:
+    keras.utils.set_random_seed(SEED)
+    return keras.Sequential(layers)
+
+
+def write_network(folder: Path, name: str, made: keras.Model) -> None:
+    """Writes a network as operators, and as a loop over its step, which may have a graph for single steps too."""
+    network = StatefulNetwork(made)
     reference = keras_run(network)
     for form, operators in operator_choices(network):
         graph, step = build(network, network.signature, operators)
-        name, step = (f"lstm-{units}", None) if operators else (f"lstm-{units}-scan", step)
-        told = ModelDocument(name=name, signature=network.signature, form=form, exactness=NOT_PROVED)
-        exactness = check_batch_invariance([open_model(graph, step, told)], QUICK_PLAN)
-        print(f"{name} ({form}): {exactness.why}")
+        own, step = (name, None) if operators else (f"{name}-scan", step)
+        told = ModelDocument(name=own, signature=network.signature, form=form, exactness=NOT_PROVED)
+        exactness = find_shapes([open_model(graph, step, told)], QUICK_PLAN)
+        print(f"{own} ({form}): {exactness.why}")
         write(folder, told.model_copy(update={"exactness": exactness}), {MODEL_NAME: graph, STEP_NAME: step})
-        keep_reference(folder, name, reference)
+        keep_reference(folder, own, reference)
 
 
 def write_unproved(folder: Path, name: str) -> None:

@@ -16,7 +16,7 @@ from tests.gpu.references import Array, Reference, model_folder
 from tests.gpu.report import Report
 
 # What takes the time of a run, under the names that ONNX Runtime gives it when it has optimised a graph.
-HEAVY = ("LSTM", "GRU", "RNN", "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "GemmFloat8")
+HEAVY = ("LSTM", "GRU", "RNN", "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "GemmFloat8", "Conv", "FusedConv")
 ROWS, STEPS = 4, 3
 
 

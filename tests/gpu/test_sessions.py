@@ -38,8 +38,10 @@ def test_sessions_stepped_in_chunks_among_others_give_the_bits_of_one_run(
             ys, start = [], 0
             while start < STEPS:
                 end = min(start + sizes.choice(SIZES), STEPS)
-                chunk = x[row, start] if end == start + 1 else x[row, start:end]
-                ys.append(np.atleast_2d(session.step(chunk, outputs="all")))
+                if end == start + 1:
+                    ys.append(np.asarray(session.step(x[row, start]))[None])
+                else:
+                    ys.append(np.asarray(session.step(x[row, start:end], outputs="all")))
                 start = end
             return np.concatenate(ys), dict(session.state())
 
