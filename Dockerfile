@@ -17,10 +17,7 @@ FROM uv AS models-train
 RUN uv pip install -q -r requirements/all.txt
 COPY . .
 RUN uv pip install -q --no-deps .
-RUN set -e; /venv/bin/cellserve train; \
-    for name in vowels sunspots sunspots-jordan characters; do \
-        /venv/bin/cellserve export trained/$name.keras --name $name --models /artifacts; \
-    done
+RUN /venv/bin/cellserve examples --models /artifacts
 
 FROM ${BASE} AS models-folder
 COPY artifacts /artifacts

@@ -2,7 +2,6 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-EXAMPLES := vowels sunspots sunspots-jordan characters
 # Builds and runs images. Any engine with the same subcommands works (DOCKER=podman).
 DOCKER ?= docker
 
@@ -10,10 +9,12 @@ DOCKER ?= docker
 .PHONY: setup serve test test-long fuzz check docs release-check release-draft servers lock bench gpu-references gpu-test container-test
 .DELETE_ON_ERROR:
 
-serve: setup
-	exec $(BIN)/cellserve serve
+# Serves from the first model on, while the other examples are being made.
+serve: $(BIN)/.all
+	exec $(BIN)/cellserve examples --serve
 
-setup: $(BIN)/.all $(EXAMPLES:%=artifacts/%/1/model.onnx)
+setup: $(BIN)/.all
+	$(BIN)/cellserve examples
 
 # Half as many processes again as there are cores: tests wait for servers.
 TEST_PROCESSES ?= $(shell echo $$(( ($$(nproc) * 3 + 1) / 2 )))
@@ -93,11 +94,6 @@ gpu-test: $(if $(filter .venv-gpu/%,$(GPU_PYTHON)),.venv-gpu/.done)
 # Builds the image and checks that it serves, as another user, on a read-only file system.
 container-test:
 	DOCKER="$(DOCKER)" sh tests/container.sh
-
-# An existing version is not made again: versions never change.
-artifacts/%/1/model.onnx: | $(BIN)/.all
-	$(BIN)/cellserve train $*
-	$(BIN)/cellserve export trained/$*.keras --name $* --version 1
 
 # Debian's Python lacks the part of venv that installs pip. uv installs in seconds what takes pip minutes; pip is the
 # fallback.

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import tensorflow as tf
 from rich.console import Console
 
 from cellserve.export.candidates import candidates
@@ -44,7 +45,7 @@ from cellserve.models.signature import (
 )
 from cellserve.service.runtime.onnx_model import Runtime
 
-LIBRARIES = ("keras", "onnx", "onnxruntime", "tensorflow", "tf2onnx")
+LIBRARIES = ("keras", "onnx", "onnxruntime", "tf2onnx")
 
 
 def export(request: ExportRequest, console: Console, progress: Callable[[str], None] = lambda stage: None) -> Path:
@@ -219,6 +220,7 @@ def _document(
         raise ExportError(f"task {task or 'none'}: {misfit}")
     default = request.default_output or card.get("default_output")
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    versions["tensorflow"] = tf.__version__  # of the package `tensorflow`, `tensorflow-cpu` or another
     return ModelDocument(
         name=request.name,
         description=card.get("description", "") if request.description is None else request.description,

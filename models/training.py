@@ -175,8 +175,8 @@ def train_characters(progress: Progress) -> Trained:
 
 
 EXAMPLES: dict[str, Callable[[Progress], Trained]] = {
-    "vowels": train_vowels,
     "sunspots": train_sunspots,
+    "vowels": train_vowels,
     "sunspots-jordan": train_sunspots_jordan,
     "characters": train_characters,
 }

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-EXAMPLES = ("vowels", "sunspots", "sunspots-jordan", "characters")  # as in models.training, whose import takes seconds
+# As in models.training, whose import takes seconds. The README begins with the first ones.
+EXAMPLES = ("sunspots", "vowels", "sunspots-jordan", "characters")
 
 EPILOG = """\
 example:

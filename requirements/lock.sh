@@ -24,12 +24,14 @@ lock() {
         --custom-compile-command "make lock" $upgrade -o "$file" "$@"
 }
 
-lock dev pyproject.toml --extra dev
+training="requirements/tensorflow.in --overrides requirements/overrides.in"
+lock dev pyproject.toml --extra dev $training
 # The others take the same versions: what is served is what was tested.
 for flavour in cpu gpu; do
     lock $flavour pyproject.toml --extra $flavour --extra grpc --extra onnx --extra redis --extra tracing -c "$folder/dev.txt"
 done
-for extra in all docs release; do
+lock all pyproject.toml --extra all $training -c "$folder/dev.txt"
+for extra in docs release; do
     lock $extra pyproject.toml --extra $extra -c "$folder/dev.txt"
 done
 lock silero requirements/silero.in --no-deps

@@ -21,6 +21,7 @@ from cellserve.service.api.asgi import ClientGone, ProblemMiddleware, as_problem
 from cellserve.service.api.browser_rules import BrowserRules, BrowserRulesMiddleware
 from cellserve.service.api.connections.operations_listener import OperationsListener
 from cellserve.service.api.connections.ports import check_port
+from cellserve.service.api.curl_newline import CurlNewlineMiddleware
 from cellserve.service.api.fast_path import FastPath
 from cellserve.service.api.inference.http import HttpInference
 from cellserve.service.api.inference.service import Inference
@@ -111,7 +112,7 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
     hot_paths = HotPaths(app, predict, step, HttpInference(inference), settings.root_path)
     rules = BrowserRules(settings.allowed_hosts, settings.allowed_origins)
     fast_path = FastPath(service, rules)
-    return ObservabilityMiddleware(BrowserRulesMiddleware(hot_paths, rules), service, fast_path)
+    return ObservabilityMiddleware(CurlNewlineMiddleware(BrowserRulesMiddleware(hot_paths, rules)), service, fast_path)
 
 
 async def _docs(request: Request) -> Response:
@@ -131,7 +132,8 @@ def _operations(service: ServiceContext) -> ObservabilityMiddleware:
     app.include_router(operations.operations_port_router())
     app.state.service = service
     _answer_problems(app)
-    return ObservabilityMiddleware(BrowserRulesMiddleware(app, BrowserRules(service.settings.allowed_hosts)), service)
+    rules = BrowserRules(service.settings.allowed_hosts)
+    return ObservabilityMiddleware(CurlNewlineMiddleware(BrowserRulesMiddleware(app, rules)), service)
 
 
 class HotPaths:

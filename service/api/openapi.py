@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
+from starlette.routing import Route
 
 from cellserve.service.api.inference import openapi as inference
 from cellserve.service.api.safetensors import MEDIA_TYPES
@@ -12,7 +15,8 @@ from cellserve.service.context import ServiceContext
 
 _SESSION = {"session": "0b54b1fd5d2a4f3f9d63a3a1e6a1c0de", "model": "sunspots", "version": 1, "position": 0,
             "expires_in": 3600.0, "durable": "none"}  # fmt: skip
-_NUMBERS = {"description": "numbers, nested as deep as the model's input and output have axes", "type": "array"}
+# How deep numbers are nested, and where an object keyed by tensor stands for an array, differs between models.
+_SEQUENCE = {"type": ["array", "object"], "items": {"type": ["array", "integer", "number"], "items": {}}}
 _STATES = {"type": ["object", "null"], "description": "one array per state, by tensor name: see GET /models/{name}"}
 _OUTPUTS = {"enum": ["last", "all", None], "description": "outputs of the last or of all time steps; by default "
             "the model's own"}  # fmt: skip
@@ -43,10 +47,9 @@ def install(app: FastAPI, service: ServiceContext) -> None:
             paths["/sessions/{session_id}/rollout"] = {"post": _rollout()}
             paths["/sessions"]["post"]["requestBody"] = _body(
                 {"model": _MODEL, "states": _STATES}, {"model": "sunspots"}, required=[]
-            )
+            ) | {"required": False}
             paths["/sessions"]["post"]["responses"]["201"] = _answer("the session", _SESSION)
-            create = paths["/sessions"]["post"]["requestBody"]
-            paths["/sessions/{session_id}"]["put"]["requestBody"] = {**create, "required": False}
+            paths["/sessions/{session_id}"]["put"]["requestBody"] = paths["/sessions"]["post"]["requestBody"]
             for status in ("200", "201"):
                 paths["/sessions/{session_id}"]["put"]["responses"][status] = _answer("the session", _SESSION)
                 paths["/sessions/{session_id}/fork"]["post"]["responses"][status] = _answer("the session", _SESSION)
@@ -70,10 +73,22 @@ def install(app: FastAPI, service: ServiceContext) -> None:
                         "Nothing was applied; Retry-After says when to try again."
                     )
             paths |= inference.paths()
+            if service.settings.root_path:
+                document["servers"] = [{"url": service.settings.root_path}]
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = whole  # type: ignore[method-assign]
+    written = cache(lambda: json.dumps(whole(), separators=(",", ":")).encode())
+
+    async def send(request: Request) -> Response:
+        return Response(written(), media_type="application/json")
+
+    # FastAPI's own route would write the document anew for each request.
+    routes = app.router.routes
+    routes[:] = [
+        Route("/openapi.json", send) if getattr(route, "path", "") == "/openapi.json" else route for route in routes
+    ]
 
 
 def _predict() -> dict[str, Any]:
@@ -97,7 +112,12 @@ def _predict_json() -> dict[str, Any]:
         "requestBody": _body(
             {
                 "model": _MODEL,
-                "sequences": {**_NUMBERS, "description": "[sequence][time][feature]; sequences may differ in length"},
+                "sequences": {
+                    "type": "array",
+                    "items": _SEQUENCE,
+                    "description": "[sequence][time][feature]; sequences may differ in length; an object keyed "
+                    "by tensor in place of [time][feature] if the model has several inputs",
+                },
                 "outputs": _OUTPUTS,
                 "states": {
                     "type": ["array", "null"],
@@ -128,6 +148,7 @@ def _step() -> dict[str, Any]:
             {
                 "x": {
                     "type": ["array", "integer", "number", "object"],
+                    "items": {"type": ["array", "integer", "number"], "items": {}},
                     "description": "one time step [feature], or several [time][feature], all or none; a number if "
                     "a time step is one number, an object keyed by tensor if the model has several inputs",
                 },

@@ -17,6 +17,7 @@ from cellserve.service.api.asgi import (
     ClientGone,
     as_problem,
     cancel_on_disconnect,
+    check_json,
     content_type,
     read_body,
     read_json_body,
@@ -100,7 +101,7 @@ router = APIRouter(tags=["sessions"], dependencies=[Depends(_check_query)])
 async def post(request: Request, response: Response) -> dict[str, Any]:
     """Creates a session, of zeros or of given states."""
     service, _ = _caller(request)
-    body = await read_json_body(request.scope, request.receive, service.settings.max_body_bytes)
+    body = await _optional_body(request, service.settings.max_body_bytes)
     return await _create(request, response, body)
 
 
@@ -207,9 +208,10 @@ async def _find(request: Request, session_id: str) -> tuple[ServiceContext, Sess
 
 async def _optional_body(request: Request, limit: int) -> bytes:
     """Reads a JSON body that may be left out; `{}` then."""
-    if content_type(request.scope):
-        return await read_json_body(request.scope, request.receive, limit)
-    return await read_body(request.scope, request.receive, limit) or b"{}"
+    body = await read_body(request.scope, request.receive, limit)
+    if body:
+        check_json(content_type(request.scope))
+    return body or b"{}"
 
 
 async def _create(request: Request, response: Response, body: bytes, session_id: str | None = None) -> dict[str, Any]:

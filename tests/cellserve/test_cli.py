@@ -1,10 +1,13 @@
-"""The command `cellserve`: an unknown command is told with the one that was meant."""
+"""The command `cellserve`: what it prints without a command, and with one that there is not."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
+
 import pytest
 
-from cellserve.cli import main
+from cellserve.cli import COMMANDS, main
 
 
 @pytest.mark.parametrize(
@@ -17,3 +20,15 @@ def test_an_unknown_command_is_told_with_the_one_that_was_meant(
     line = capsys.readouterr().err
     assert said in line
     assert line.count("\n") == 1
+
+
+def test_without_a_command_it_prints_commands_to_begin_with(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    named = re.findall(r"^  cellserve (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert named == ["examples", "export", "adopt", "serve"]
+    assert set(named) <= set(COMMANDS)
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"cellserve {importlib.metadata.version('cellserve')}\n"

@@ -152,6 +152,20 @@ def test_a_wrong_content_type_method_path_or_session_is_answered_with_advice(ser
             assert answer.headers["content-type"] == "application/problem+json"
 
 
+def test_a_body_that_may_be_left_out_is_not_missed_whatever_the_content_type(server: Server) -> None:
+    with server.client() as client:
+        session = client.post("/sessions", json={"model": "lstm"}).json()["session"]
+        for path, status in ((f"/sessions/{session}/fork", 201), (f"/sessions/{session}/reset", 200)):
+            for headers in ({}, {"content-type": "application/json"}, {"content-type": "application/octet-stream"}):
+                answer = client.post(path, headers=headers)
+                assert answer.status_code == status, answer.text
+            assert client.post(path, content=b"{}").status_code == 415
+        # There are several models: which one is the only thing that is missing.
+        empty, nothing = client.post("/sessions", json={}), client.post("/sessions")
+        assert (nothing.status_code, nothing.json()["detail"]) == (empty.status_code, empty.json()["detail"])
+        assert nothing.status_code == 404
+
+
 def test_wrong_methods_and_upgrades_are_answered_with_what_the_path_takes(server: Server) -> None:
     with server.client() as client:
         for path, allowed in (

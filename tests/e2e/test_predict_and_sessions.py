@@ -37,6 +37,29 @@ def test_sequences_of_unequal_lengths_are_answered_in_order(server: Server) -> N
     assert last["outputs"] == [y[-1] for y in alone]
 
 
+def test_json_answers_to_curl_end_with_a_line_break_and_to_others_do_not(server: Server) -> None:
+    x = frames(3)
+    with server.client() as client:
+        session = create(client, "lstm")
+        for method, path, body in (
+            ("POST", "/predict", {"model": "lstm", "sequences": [x]}),  # on the fast path
+            ("POST", "/predict", {"model": "lstm", "sequences": [x, x]}),
+            ("POST", f"/sessions/{session}/step", {"x": x[0]}),
+            ("POST", f"/sessions/{session}/step", {"x": "wrong"}),
+            ("GET", "/models", None),
+            ("GET", "/nothing", None),
+        ):
+            plain, line = (
+                client.request(method, path, json=body, headers={"user-agent": agent})
+                for agent in ("python-httpx", "curl/8.5.0")
+            )
+            assert line.content.endswith(b"}\n"), path
+            assert int(line.headers["content-length"]) == len(line.content)
+            assert plain.content.endswith(b"}")
+        state = client.get(f"/sessions/{session}/state", headers={"user-agent": "curl/8.5.0"})
+        assert state.content == client.get(f"/sessions/{session}/state").content
+
+
 def test_a_prediction_continues_from_the_states_that_another_returned(server: Server) -> None:
     x = frames(20)
     ask = {"model": "lstm", "outputs": "all", "return_states": True}

@@ -47,5 +47,5 @@ def test_the_examples_are_those_that_can_be_trained() -> None:
 def test_an_unknown_example_is_named_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert training_cli.main(["vowel"]) == 2
     assert capsys.readouterr().err == (
-        "cellserve train: no example 'vowel': one of vowels, sunspots, sunspots-jordan, characters\n"
+        "cellserve train: no example 'vowel': one of sunspots, vowels, sunspots-jordan, characters\n"
     )

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from cellserve.service.api.asgi import JSON, RESUMABLE
 from cellserve.service.api.connections.bounded_http import BoundedHttp
 from cellserve.service.api.connections.limits import MAX_HEADERS, Place
+from cellserve.service.api.curl_newline import is_curl
 from cellserve.service.api.fast_path import Exchange, FastPath, Headers
 from cellserve.service.observability.request_context import HEADER
 
@@ -22,7 +23,12 @@ _MORE_TO_IT = frozenset((HEADER, b"content-encoding", b"transfer-encoding"))  # 
 def _is_simple(headers: list[tuple[bytes, bytes]]) -> bool:
     """Whether no header is there twice or needs more than the fast path does."""
     named = dict(headers)
-    return len(named) == len(headers) <= MAX_HEADERS and b"host" in named and _MORE_TO_IT.isdisjoint(named)
+    return (
+        len(named) == len(headers) <= MAX_HEADERS
+        and b"host" in named
+        and _MORE_TO_IT.isdisjoint(named)
+        and not is_curl(named.get(b"user-agent", b""))
+    )
 
 
 class _SimplePost:

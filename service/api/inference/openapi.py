@@ -25,7 +25,7 @@ _INPUT = {
         "name": {"type": "string"},
         "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
         "datatype": {"enum": ["FP32", "INT32", "INT64"]},
-        "data": {"type": "array", "description": "numbers, flat row by row or nested"},
+        "data": {"type": "array", "items": {}, "description": "numbers, flat row by row or nested"},
         "parameters": {"type": "object", "properties": {"binary_data_size": {"type": "integer", "minimum": 0}}},
     },
 }
@@ -59,7 +59,7 @@ _INFERRED = {
     "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 1], "data": [77.05228]}],
 }  # fmt: skip
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
-_DOCUMENT = {"application/json": {"schema": {"type": ["object", "array"]}}}
+_DOCUMENT = {"application/json": {"schema": {"type": ["object", "array"], "items": {}}}}
 
 
 def paths() -> dict[str, Any]:
