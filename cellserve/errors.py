@@ -4,6 +4,7 @@
 CellserveError
 ├── RetriesExhausted        no attempt was left; the cause is the error of the last one
 ├── ConnectionLost          no answer, or part of one (the cause of a RetriesExhausted)
+│   └── NeverReached        no connection, and there never was one
 ├── UnexpectedAnswer        the URL does not speak the protocol of Cellserve
 ├── StepsFailed             some sessions of a frame could not be stepped
 └── Problem                 the server's problem document (RFC 9457)
@@ -54,6 +55,10 @@ GaveUp = RetriesExhausted  # the former name
 
 class ConnectionLost(CellserveError):
     """There was no connection, no answer in time, or only part of an answer."""
+
+
+class NeverReached(ConnectionLost):
+    """No connection could be made, and this client has never had an answer of the server."""
 
 
 class UnexpectedAnswer(CellserveError):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from cellserve.errors import CellserveError, ConnectionLost, Problem, RetriesExhausted, StepInFlight
+from cellserve.errors import CellserveError, ConnectionLost, NeverReached, Problem, RetriesExhausted, StepInFlight
+
+log = logging.getLogger("cellserve.client")
 
 _TRANSIENT = (429, 502, 503, 504)  # RFC 9110; 502 and 504 come from a load balancer
 
@@ -22,7 +25,7 @@ class Timeout:
         answer: Seconds without a byte of an answer.
     """
 
-    connect: float = 5
+    connect: float = 2
     answer: float = 30
 
 
@@ -38,12 +41,15 @@ class Retry:
         attempts: Most attempts, the first included; None for as many as the time allows.
         first: Longest delay in seconds before the second attempt; it doubles with each further attempt.
         longest: Longest delay in seconds between two attempts, unless the server's `Retry-After` asks for more.
+        unreached: In place of `seconds` as long as no connection to the server could ever be made: it may not run, or
+            the URL may be wrong.
     """
 
     seconds: float = 60
     attempts: int | None = None
     first: float = 0.1
     longest: float = 5
+    unreached: float = 1
 
 
 ONCE = Retry(attempts=1)
@@ -75,8 +81,11 @@ class Backoff:
         wait = random.uniform(0, min(retry.longest, retry.first * 2 ** min(self.failed - 1, 30)))
         if isinstance(error, Problem) and error.retry_after is not None:
             wait += error.retry_after  # keeps the jitter, so that clients told the same do not return together
-        if self.failed == retry.attempts or spent + wait > retry.seconds:
+        seconds = min(retry.seconds, retry.unreached) if isinstance(error, NeverReached) else retry.seconds
+        if self.failed == retry.attempts or spent + wait > seconds:
             raise RetriesExhausted(self.failed, spent, error)
+        level = logging.WARNING if isinstance(error, ConnectionLost) else logging.INFO
+        log.log(level, "attempt %d failed: %s; the next follows in %.2f seconds", self.failed, error, wait)
         return wait
 
 

@@ -47,6 +47,11 @@ class Signature:
             tuple(document.get("labels") or ()),
         )
 
+    def sequence_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of a time step of each input by name; a single input is named `x`."""
+        names = ["x"] if len(self.inputs.tensors) == 1 else self.inputs.names
+        return {name: tensor.shape for name, tensor in zip(names, self.inputs.tensors, strict=True)}
+
     def cast_to_signature(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """Casts named integer arrays to float32 where the signature is float. A single input is named `x`."""
         names = ["x"] if len(self.inputs.tensors) == 1 else self.inputs.names

@@ -109,9 +109,9 @@ class AsyncClient:
             try:
                 response = await self._transport.send(batch.request(model, outputs, return_states, signature))
                 break
-            except InvalidInput:
+            except InvalidInput as error:
                 if name is None or signature is None or not await self._has_newer_version(name, signature):
-                    raise
+                    raise await self._explained(error, batch, name) from None
         tensors, metadata = read_safetensors(response.content)
         answered, version = metadata["model"], int(metadata["version"])
         self._transport.signatures.forget_if_outdated(model or answered, version)
@@ -176,6 +176,12 @@ class AsyncClient:
             return (await self._transport.send_once(HttpRequest("GET", "/readyz"))).status == 200
         except CellserveError:
             return False
+
+    async def _explained(self, error: InvalidInput, batch: SequenceBatch, model: str | None) -> InvalidInput:
+        """Returns an error that tells of the caller's sequences, if their shapes are what was wrong."""
+        name = model or await self._only_model()
+        misfit = None if name is None else batch.misfit(await self._transport.signature(name))
+        return error if misfit is None else InvalidInput(error.status, misfit, error.type, error.title)
 
     async def _only_model(self) -> str | None:
         """Returns the name of the model that is served; None if there are several."""

@@ -149,8 +149,7 @@ class AsyncStream:
         async with self._opening:
             socket = self._open_socket()
             if socket is None:
-                transport = self._transport
-                socket = self._socket = await AsyncSocket.open(transport.url, transport.headers, transport.timeout)
+                socket = self._socket = await self._transport.open_socket()
         if expected not in (None, socket):
             raise ConnectionLost("the socket was reopened meanwhile")
         return socket, await socket.ask(frames)

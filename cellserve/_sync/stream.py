@@ -146,8 +146,7 @@ class Stream:
         with self._opening:
             socket = self._open_socket()
             if socket is None:
-                transport = self._transport
-                socket = self._socket = Socket.open(transport.url, transport.headers, transport.timeout)
+                socket = self._socket = self._transport.open_socket()
         if expected not in (None, socket):
             raise ConnectionLost("the socket was reopened meanwhile")
         return socket, socket.ask(frames)

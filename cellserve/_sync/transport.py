@@ -9,11 +9,14 @@ import httpx
 
 from cellserve._sync.concurrency import SessionLocks, sleep
 from cellserve._sync.event_stream import EventStream
-from cellserve.errors import CellserveError, ConnectionLost
+from cellserve._sync.socket import Socket
+from cellserve.errors import CellserveError, ConnectionLost, NeverReached
 from cellserve.protocol.http import HttpRequest, HttpResponse, path_of
 from cellserve.protocol.session import SessionRecord
 from cellserve.retry import Backoff, Retry, Timeout
 from cellserve.signatures import Signature, SignatureCache
+
+_NEVER = "the server was never reached: does it run, and is this its URL?"
 
 
 class Transport:
@@ -34,6 +37,7 @@ class Transport:
         self.headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self.timeout = timeout
         self.retry = retry
+        self.reached = False  # whether there has ever been a connection to the server
         self.signatures = SignatureCache()
         self.locks = SessionLocks()
         self._http = httpx.Client(
@@ -68,19 +72,33 @@ class Transport:
         try:
             response = self._http.send(self._build(request))
         except httpx.TransportError as error:
-            raise _connection_lost(error, self.url) from error
+            raise self._lost(error) from error
+        self.reached = True
         return HttpResponse(response.status_code, response.headers, response.content)
 
     def open_events(self, request: HttpRequest) -> EventStream | HttpResponse:
         """Sends a request once; returns the response if its status is not a success. Raises ConnectionLost."""
         try:
             response = self._http.send(self._build(request), stream=True)
+            self.reached = True
             if response.status_code < 300:
                 return EventStream(response)
             response.read()
         except httpx.TransportError as error:
-            raise _connection_lost(error, self.url) from error
+            raise self._lost(error) from error
         return HttpResponse(response.status_code, response.headers, response.content)
+
+    def open_socket(self) -> Socket:
+        """Opens a WebSocket; raises ConnectionLost, or the Problem that the server answered with."""
+        try:
+            socket = Socket.open(self.url, self.headers, self.timeout)
+        except ConnectionLost as error:
+            cause = error.__cause__
+            if self.reached or not isinstance(cause, OSError) or isinstance(cause, ConnectionResetError):
+                raise
+            raise NeverReached(f"{error}; {_NEVER}") from cause
+        self.reached = True
+        return socket
 
     def describe(self, model: str) -> dict[str, Any]:
         """Returns the answer to `GET /models/{name}`."""
@@ -115,8 +133,11 @@ class Transport:
             headers=headers | dict(request.headers),
         )
 
-
-def _connection_lost(error: httpx.TransportError, url: str) -> Exception:
-    if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
-        return ValueError(f"the request cannot be sent: {error}")  # a key with a line break in it, say
-    return ConnectionLost(f"{url}: {str(error) or type(error).__name__}")
+    def _lost(self, error: httpx.TransportError) -> Exception:
+        """Returns what to raise when there was no answer."""
+        if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
+            return ValueError(f"the request cannot be sent: {error}")  # a key with a line break in it, say
+        told = f"{self.url}: {str(error) or type(error).__name__}"
+        if self.reached or not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return ConnectionLost(told)
+        return NeverReached(f"{told}; {_NEVER}")

@@ -56,6 +56,7 @@ class SequenceBatch:
         self._single = isinstance(sequences, np.ndarray | Mapping)
         listed: Sequence[Any] = [sequences] if self._single else list(sequences)
         named = [_by_name(sequence) for sequence in listed]
+        self._shapes = [{name: tensor.shape for name, tensor in sequence.items()} for sequence in named]
         self._tensors, self._lengths = _concatenate(named)
         if states is not None:
             self._tensors |= _stack([states] if isinstance(states, Mapping) else states, len(named))
@@ -70,6 +71,22 @@ class SequenceBatch:
         tensors = self._tensors if signature is None else signature.cast_to_signature(self._tensors)
         body = write_safetensors({**tensors, "lengths": np.array(self._lengths)})
         return HttpRequest("POST", "/predict", body, SAFETENSORS, params)
+
+    def misfit(self, signature: Signature) -> str | None:
+        """Returns which sequence does not have the shape of the model's input, and what to give; None if all have."""
+        for number, shapes in enumerate(self._shapes):
+            for name, wanted in signature.sequence_shapes().items():
+                shape = shapes.get(name)
+                if shape is None or shape[1:] == wanted:
+                    continue
+                place = "sequences" if self._single else f"sequences[{number}]"
+                if len(self._shapes[number]) > 1:
+                    place += f"[{name!r}]"
+                told = f"{place}: its shape is {list(shape)}: give [{', '.join(['time', *map(str, wanted)])}]"
+                if self._single and len(shape) == 2 + len(wanted):
+                    told += ": one array is one sequence, and several are a list of arrays (list(x))"
+                return told
+        return None
 
     def split(
         self, answer: dict[str, Array], model: str, version: int, states: Iterable[str] | None

@@ -7,7 +7,7 @@ from email.utils import formatdate
 
 import pytest
 
-from cellserve.errors import ConnectionLost, Problem, RetriesExhausted, problem_of
+from cellserve.errors import ConnectionLost, NeverReached, Problem, RetriesExhausted, problem_of
 from cellserve.retry import Backoff, Retry, retry_after
 
 
@@ -37,6 +37,29 @@ def test_a_retry_after_beyond_the_time_limit_raises_at_once() -> None:
     with pytest.raises(RetriesExhausted) as exhausted:
         Backoff(Retry(seconds=10)).delay_after(problem(503, "model-version-not-here", 60))
     assert isinstance(exhausted.value.__cause__, Problem)
+
+
+def test_a_server_that_was_never_reached_is_given_up_long_before_one_that_was() -> None:
+    for error, is_given_up in ((NeverReached("nobody there"), True), (ConnectionLost("lost"), False)):
+        backoff = Backoff(Retry())
+        backoff.delay_after(error)
+        backoff._began -= 1.1  # seconds ago
+        if is_given_up:
+            with pytest.raises(RetriesExhausted, match="after 2 attempts in 1"):
+                backoff.delay_after(error)
+        else:
+            backoff.delay_after(error)
+
+
+def test_failed_attempts_are_logged_as_warnings_if_there_was_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "cellserve.client"):
+        backoff = Backoff(Retry())
+        backoff.delay_after(ConnectionLost("http://a: refused"))
+        backoff.delay_after(problem(503, "server-full", 7))
+    first, second = caplog.records
+    assert (first.levelname, second.levelname) == ("WARNING", "INFO")
+    assert first.getMessage().startswith("attempt 1 failed: http://a: refused; the next follows in 0.")
+    assert second.getMessage().startswith("attempt 2 failed: 503")
 
 
 def test_attempts_are_counted_and_limited() -> None:

@@ -55,6 +55,20 @@ def test_sequences_of_different_lengths_are_predicted_from_given_states(client: 
     assert (mixed.y[0] == wholes.y[0][5:]).all() and (mixed.y[1] == wholes.y[1]).all()
 
 
+def test_a_sequence_of_a_wrong_shape_is_told_by_its_place_and_what_to_give(client: Client) -> None:
+    x = inputs(3, 7)
+    for sequences, told in (
+        (x, r"sequences: its shape is \[3, 7, 5\]: give \[time, 5\]: one array is one sequence.*list\(x\)"),
+        (x[0, :, :4], r"sequences: its shape is \[7, 4\]: give \[time, 5\]$"),
+        ([x[0, :, :4], x[1, :2, :4]], r"sequences\[0\]: its shape is \[7, 4\]: give \[time, 5\]$"),
+        (x[0].astype(int)[:, :1], r"sequences: its shape is \[7, 1\]: give"),
+    ):
+        with pytest.raises(InvalidInput, match=told):
+            client.predict("lstm", sequences)
+    with pytest.raises(InvalidInput, match="finite"):  # nothing is wrong with its shape
+        client.predict("lstm", x[0] * np.nan)
+
+
 def test_one_sequence_gives_one_prediction(client: Client) -> None:
     x = inputs(9)
     one = client.predict("lstm", x, outputs="all", return_states=True)

@@ -15,6 +15,7 @@ import pytest
 from cellserve import AsyncClient, Client, Retry
 from cellserve.errors import (
     ConnectionLost,
+    NeverReached,
     PositionConflict,
     RetriesExhausted,
     ServerProblem,
@@ -63,6 +64,29 @@ def test_each_step_is_applied_once_through_all_faults(server: Server, proxy: Fau
         with Client(server.url) as plain:
             assert plain.attach(session.id).refresh() == 40
             assert np.concatenate(ys).tobytes() == predict_all(plain, x).tobytes()
+
+
+def test_a_server_that_was_never_reached_is_given_up_within_3_seconds_on_every_surface() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    told = f"{url}: .*; the server was never reached: does it run, and is this its URL"
+
+    async def main() -> None:
+        async with AsyncClient(url) as client:
+            await client.models()
+
+    with Client(url) as client:
+        stream = client.stream()
+        calls: list[Callable[[], object]] = [
+            client.models,
+            client.session("lstm").refresh,
+            lambda: stream.step([stream.open("lstm")], inputs(1)),
+            lambda: asyncio.run(main()),
+        ]
+        for call in calls:
+            with pytest.raises(RetriesExhausted, match=told) as exhausted:
+                call()
+            assert isinstance(exhausted.value.__cause__, NeverReached)
+            assert exhausted.value.seconds < 3
 
 
 def test_the_asyncio_client_steps_a_session_once_whatever_happens_on_the_way(
