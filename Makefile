@@ -103,8 +103,8 @@ $(BIN)/python:
 	|| { rm -rf .venv; apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv .venv; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check 'uv>=0.9,<1' || echo "uv is not available: installing with pip"
 
-install_to = if test -x $(BIN)/uv; then $(BIN)/uv pip install -q --python $(1)/bin/python $(2); \
-	else $(1)/bin/python -m pip install -q --disable-pip-version-check $(2); fi
+install_to = if test -x $(BIN)/uv; then $(BIN)/uv pip install --python $(1)/bin/python $(2); \
+	else $(1)/bin/python -m pip install --disable-pip-version-check $(2); fi
 install = $(call install_to,.venv,$(1))
 
 # $(BIN)/.all and $(BIN)/.dev are stamps: the file of that name in requirements/ is installed.
