@@ -18,6 +18,7 @@ from typing import Any
 
 from tests.docs.snippets import Snippet, same, snippets
 from tests.helpers import ROOT, free_port
+from tests.redis_server import RedisServer
 
 _ADDRESS = re.compile(r"(localhost:|127\.0\.0\.1:|--(?:grpc-|operations-)?port[ =]|listen )(\d{4})\b")
 _STAND_INS = Path(__file__).parent / "stand_ins"
@@ -35,13 +36,14 @@ class Reader:
     def __init__(self, folder: Path, models: Path, not_run: dict[str, str]) -> None:
         self.folder, self.not_run = folder, not_run
         self.ports: dict[str, str] = {}
+        self.redis: RedisServer | None = None
         self.servers = folder / ".servers"
         self.servers.mkdir()
         shutil.copytree(models, folder / "artifacts")
         (folder / "trained").symlink_to(ROOT / "trained")
         shutil.copytree(ROOT / "deploy", folder / "deploy")
         for file in (folder / "deploy").rglob("*.conf"):
-            file.write_text(self._here(file.read_text()))
+            file.write_text(self._here(file.read_text()).replace("/tmp/nginx", str(folder / "nginx")))
         (folder / ".venv").mkdir()
         (folder / ".venv/bin").symlink_to(_STAND_INS)
         node = re.match(r"v(\d+)", _printed("node", "--version"))
@@ -78,8 +80,12 @@ class Reader:
                     self._check(where, snippet, shell.run(self._runnable(text), where))
 
     def _all(self, page: Path, shell: _Shell) -> list[Snippet]:
-        """A page's snippets, once a server runs for those of a page that starts none."""
+        """A page's snippets, once the servers run that it does not start itself."""
         found = snippets(page)
+        if not self.redis and any("redis://" in snippet.text for snippet in found if snippet.language == "sh"):
+            (self.folder / ".redis").mkdir()
+            self.redis = RedisServer(self.folder / ".redis")
+            self.ports["6379"] = str(self.redis.port)
         starts = any(re.search(r"^\S*(cellserve|make) serve", snippet.text, re.M) for snippet in found)
         runs = any(snippet.language in ("python", "sh") and not snippet.file for snippet in found)
         if runs and not starts and not list(self.servers.glob("*.log")):
@@ -88,6 +94,8 @@ class Reader:
 
     def close(self) -> None:
         """Ends what the page has started."""
+        if self.redis:
+            self.redis.stop()
         for server in self.servers.iterdir():
             if server.suffix != ".log":
                 with contextlib.suppress(ProcessLookupError):

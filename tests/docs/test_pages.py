@@ -18,7 +18,17 @@ from tests.helpers import ROOT
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 # These export, adopt or measure.
-SLOW = {"adopt", "benchmark", "export", "several-inputs", "production", "from-triton", "from-tf-serving", "from-flask"}
+SLOW = {
+    "adopt",
+    "benchmark",
+    "export",
+    "several-inputs",
+    "production",
+    "from-triton",
+    "from-tf-serving",
+    "from-flask",
+    "store",
+}
 
 # Lines of shell snippets that no test of this machine runs, and why.
 NOT_RUN = {
