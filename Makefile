@@ -6,7 +6,8 @@ BIN := .venv/bin
 DOCKER ?= docker
 
 # `docs` is a folder too.
-.PHONY: setup serve test test-long fuzz check docs release-check release-draft servers lock bench gpu-references gpu-test container-test
+.PHONY: setup serve test pytest coverage test-long fuzz check docs release-check release-draft servers lock bench
+.PHONY: gpu-references gpu-test container-test
 .DELETE_ON_ERROR:
 
 # Serves from the first model on, while the other examples are being made.
@@ -18,13 +19,19 @@ setup: $(BIN)/.all
 
 # Half as many processes again as there are cores: tests wait for servers.
 TEST_PROCESSES ?= $(shell echo $$(( ($$(nproc) * 3 + 1) / 2 )))
+# mypy runs beside the tests: alone it would leave the other cores idle.
+test: $(BIN)/.dev $(BIN)/.silero setup servers
+	$(MAKE) -j2 check pytest
+
 # COVERAGE=yes counts the branches that the tests take, for half as much processor time again on Python 3.11.
-test: $(BIN)/.dev $(BIN)/.silero setup check servers
+pytest:
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal $(COVERAGE:%=--cov)
 
-# The long tests: minutes of kills and fuzzing, then the image's test if an engine is available.
+# The long tests: minutes of kills, exports and fuzzing; the attacks, which measure, alone; then the image's test if an
+# engine is available.
 test-long: $(BIN)/.dev $(BIN)/.silero setup servers
-	$(BIN)/pytest -m long -n 0
+	$(BIN)/pytest -m long -n $(shell nproc) --dist worksteal --ignore tests/hostile
+	$(BIN)/pytest -m long -n 0 tests/hostile
 	@if $(DOCKER) info >/dev/null 2>&1; then $(MAKE) container-test; \
 	else echo "no container was built: '$(DOCKER) info' finds no engine here; name another with DOCKER=..."; fi
 

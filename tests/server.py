@@ -13,12 +13,14 @@ from typing import Any
 
 import httpx
 
+from tests.fork_server import Forked, fork
+
 
 @dataclass
 class Server:
     """A `cellserve serve` process of its own."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
     url: str
     log: list[str] = field(default_factory=list)
 
@@ -45,23 +47,28 @@ class Server:
                 self.process.send_signal(number)
         out, _ = self.process.communicate(timeout=60)
         self.log.append(out)
-        return self.process.returncode
+        return self.process.wait()
 
 
 Serve = Callable[..., Server]  # the fixture `serve`: `start_server`, whose server ends with the test
 
 
-def start_server(*flags: str, environment: dict[str, str] | None = None, files: int | None = None) -> Server:
-    """Starts a server on a free port and waits until it listens; it may open `files` files."""
-    limited = [] if files is None else ["prlimit", f"--nofile={files}"]
-    process = subprocess.Popen(
-        [*limited, sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, **(environment or {})},
-    )
+def start_server(
+    *flags: str, environment: dict[str, str] | None = None, files: int | None = None, fresh: bool = False
+) -> Server:
+    """Starts a server on a free port and waits until it listens.
+
+    Args:
+        flags: Its flags.
+        environment: Variables beside this process's own.
+        files: How many files it may open.
+        fresh: Start an interpreter that imports everything itself: where its memory, its limits or its start matter.
+    """
+    arguments = ["serve", "--port", "0", *flags]
+    if fresh or files is not None:
+        process = _start_interpreter(arguments, environment or {}, files)
+    else:
+        process = fork(*arguments, environment=environment)
     assert process.stdout
     log = []
     for line in process.stdout:
@@ -70,3 +77,17 @@ def start_server(*flags: str, environment: dict[str, str] | None = None, files: 
         if found:
             return Server(process, found[1], log)
     raise AssertionError("the server did not start:\n" + "".join(log))
+
+
+def _start_interpreter(
+    arguments: list[str], environment: dict[str, str], files: int | None
+) -> subprocess.Popen[str] | Forked:
+    limited = [] if files is None else ["prlimit", f"--nofile={files}"]
+    return subprocess.Popen(
+        [*limited, sys.executable, "-m", "cellserve.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    )

@@ -88,6 +88,7 @@ def test_an_sdist_holds_all_that_the_wheel_does(wheel: Path, tmp_path: Path) -> 
     assert {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("cellserve/")} <= names
 
 
+@pytest.mark.long
 def test_everything_works_beside_files_of_the_same_names(installed: Path, tmp_path: Path) -> None:
     for name in OWN:
         (tmp_path / f"{name}.py").write_text("mine = 'mine'\n")

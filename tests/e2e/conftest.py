@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     """A Redis that a test may stop, truncate and fill."""
     redis = RedisServer(tmp_path)
     yield redis
-    redis.stop()
+    redis.stop(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

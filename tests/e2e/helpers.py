@@ -6,8 +6,6 @@ import json
 import re
 import signal
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from websockets.sync.client import ClientConnection
 from cellserve import Client, Retry, Timeout
 from cellserve.tensors import Array
 from tests.faulty_proxy import DELAY_SECONDS
+from tests.fork_server import run
 from tests.helpers import FEATURES, OUTPUTS, free_port
 from tests.redis_server import RedisServer
 from tests.server import Serve, Server
@@ -71,8 +70,9 @@ def is_busy(client: httpx.Client) -> bool:
 
 def new_key(owner: str, file: Path) -> str:
     """Makes an API key with `cellserve key`, adds it to the file and returns it."""
-    command = [sys.executable, "-m", "cellserve.cli", "key", owner, "--file", str(file)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    made = run("key", owner, "--file", str(file))
+    assert made.returncode == 0, made.stderr
+    return made.stdout.strip()
 
 
 def bearer(key: str) -> dict[str, str]:

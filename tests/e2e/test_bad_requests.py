@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from tests.e2e.helpers import create
+from tests.fork_server import run
 from tests.server import Serve, Server
 
 GOOD = [[0.5] * 5, [0.25] * 5]
@@ -243,9 +242,8 @@ def test_a_bad_page_is_answered_with_how_to_ask_for_one(server: Server, query: s
 
 def test_a_taken_port_is_reported_before_any_model_is_loaded(server: Server, repository: Path) -> None:
     port = server.url.rpartition(":")[2]
-    command = [sys.executable, "-m", "cellserve.cli", "serve", "--models", str(repository)]
     for flags in (("--port", port), ("--port", "0", "--operations-port", port), ("--port", "0", "--grpc-port", port)):
-        failed = subprocess.run([*command, *flags], capture_output=True, text=True)
+        failed = run("serve", "--models", str(repository), *flags)
         told = f"cellserve serve: {flags[-2]} {port}: Address already in use\n"
         assert (failed.returncode, failed.stderr) == (1, told)
 
@@ -259,7 +257,7 @@ def test_a_taken_port_is_reported_before_any_model_is_loaded(server: Server, rep
     ],
 )
 def test_equal_ports_are_refused_in_one_line(flags: tuple[str, ...], told: str) -> None:
-    failed = subprocess.run([sys.executable, "-m", "cellserve.cli", "serve", *flags], capture_output=True, text=True)
+    failed = run("serve", *flags)
     assert failed.returncode == 2
     assert failed.stderr.startswith(f"cellserve serve: {told}") and failed.stderr.count("\n") == 1
 
@@ -274,8 +272,7 @@ def test_equal_ports_are_refused_in_one_line(flags: tuple[str, ...], told: str) 
     ],
 )
 def test_a_server_that_cannot_start_says_why_in_one_line(repository: Path, flags: list[str], told: str) -> None:
-    command = [sys.executable, "-m", "cellserve.cli", "serve", "--models", str(repository), "--port", "0", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run("serve", "--models", str(repository), "--port", "0", *flags)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert told in [line for line in done.stderr.splitlines() if not line.startswith("INFO")][-1]
@@ -287,8 +284,7 @@ def test_a_damaged_model_is_not_served(repository: Path, tmp_path: Path) -> None
     shutil.copytree(repository / "lstm", tmp_path / "lstm")
     with (tmp_path / "lstm/1/model.onnx").open("ab") as file:
         file.write(b"\0")
-    command = [sys.executable, "-m", "cellserve.cli", "serve", "--models", str(tmp_path), "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run("serve", "--models", str(tmp_path), "--port", "0")
     assert done.returncode == 1
     assert "changed or damaged" in done.stderr
 

@@ -6,11 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from xml.etree import ElementTree
 
 import httpx
@@ -18,6 +19,7 @@ import pytest
 
 from cellserve.benchmark.arguments import KEY_VARIABLE
 from tests.e2e.helpers import bearer
+from tests.fork_server import Forked, fork, run
 from tests.helpers import until
 from tests.server import Serve, Server, start_server
 
@@ -28,13 +30,8 @@ def bench(
     *arguments: str, serve: tuple[str, ...] = (), environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command with short loads; `serve` are flags of the server that it starts."""
-    return subprocess.run(
-        [sys.executable, "-m", "cellserve.cli", "bench", *arguments, *SHORT, *(("--", *serve) if serve else ())],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **(environment or {})},
-    )
+    more = ("--", *serve) if serve else ()
+    return run("bench", *arguments, *SHORT, *more, environment=environment, timeout=300)
 
 
 def figures(*arguments: str, **options: Any) -> dict[str, Any]:
@@ -113,6 +110,8 @@ def test_models_of_every_signature_are_measured(kinds: Path, serve: Serve) -> No
     everywhere = "http,websocket,frames,predict,predict-safetensors"
     for model, surfaces in (("symbols", everywhere), ("letters", "http,frames,predict-safetensors")):
         checked(figures(model, "--url", server.url, "--sessions", "3", "--surfaces", surfaces))
+    flags = ("symbols", "--url", server.url, "--protocol", "v2", "--sessions", "3")
+    assert set(checked(figures(*flags, "--surfaces", "sequences,stateless"))) == {("sequences", 3), ("stateless", 3)}
     whole = checked(figures("both-ways", "--url", server.url, "--sessions", "3"))
     assert set(whole) == {("predict", 3)}  # it cannot be stepped
     assert sessions(server) == []
@@ -134,12 +133,6 @@ def test_another_server_is_measured_by_the_inference_protocol(server: Server) ->
         whole = checked(figures(*flags, "--surfaces", "stateless", *more))["stateless", 4]
         assert whole["steps_per_s"] / whole["requests_per_s"] == pytest.approx(steps)
     assert sessions(server) == []
-
-
-def test_integers_are_sent_by_the_inference_protocol(kinds: Path, serve: Serve) -> None:
-    server = serve("--models", str(kinds))
-    flags = ("symbols", "--url", server.url, "--protocol", "v2", "--sessions", "3")
-    assert set(checked(figures(*flags, "--surfaces", "sequences,stateless"))) == {("sequences", 3), ("stateless", 3)}
 
 
 def test_keys_are_sent_and_wanted(keys: tuple[Path, str, str], repository: Path, serve: Serve) -> None:
@@ -181,28 +174,30 @@ def test_a_load_that_cannot_begin_is_told_in_one_line_and_leaves_nothing(small: 
     assert sessions(small) == []
 
 
-def begun(server: Server, count: int, *arguments: str) -> subprocess.Popen[str]:
-    """Starts the command with so many sessions and returns when all of them have been stepped."""
-    command = [sys.executable, "-m", "cellserve.cli", "bench", "lstm", "--url", server.url]
-    process = subprocess.Popen(
-        [*command, "--sessions", str(count), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    until(lambda: sessions(server), lambda found: len(found) == count and all(one["position"] for one in found))
-    return process
+@contextmanager
+def begun(server: Server, count: int, *arguments: str) -> Iterator[tuple[Forked, TextIO]]:
+    """Starts the command with so many sessions; gives it, and its stderr, when all of them have been stepped."""
+    with tempfile.TemporaryFile("w+") as errors:
+        command = "bench", "lstm", "--url", server.url, "--sessions", str(count), *arguments
+        process = fork(*command, errors=errors.fileno())
+        until(lambda: sessions(server), lambda found: len(found) == count and all(one["position"] for one in found))
+        yield process, errors
+
+
+def ended(process: Forked, errors: TextIO) -> tuple[str, str]:
+    """Returns what the command has written when it has ended."""
+    out, _ = process.communicate(timeout=120)
+    errors.seek(0)
+    return out, errors.read()
 
 
 @pytest.mark.parametrize("surface", ["http", "websocket", "frames"])
 def test_errors_are_counted_by_status(surface: str, server: Server) -> None:
-    process = begun(server, 3, "--surfaces", surface, "--seconds", "3", "--json", "-")
-    lost = sessions(server)[0]["session"]
-    with server.client() as client:
+    flags = ("--surfaces", surface, "--seconds", "2", "--json", "-")
+    with begun(server, 3, *flags) as (process, errors), server.client() as client:
+        lost = sessions(server)[0]["session"]
         assert client.delete(f"/sessions/{lost}").status_code == 204
-    out, err = process.communicate(timeout=120)
+        out, err = ended(process, errors)
     assert process.returncode == 0, err
     (load,) = json.loads(out)["loads"]
     assert load["errors"].keys() == {"410"}
@@ -222,9 +217,9 @@ def test_sequences_that_are_refused_are_counted(repository: Path, serve: Serve) 
 
 @pytest.mark.parametrize(("number", "surface"), [(signal.SIGINT, "http"), (signal.SIGTERM, "frames")])
 def test_interrupted_it_deletes_its_sessions_and_ends(server: Server, number: int, surface: str) -> None:
-    process = begun(server, 8, "--surfaces", surface, "--seconds", "60")
-    os.killpg(process.pid, number)  # as a terminal does: its generators get it too
-    out, err = process.communicate(timeout=60)
+    with begun(server, 8, "--surfaces", surface, "--seconds", "60") as (process, errors):
+        os.killpg(process.pid, number)  # as a terminal does: its generators get it too
+        out, err = ended(process, errors)
     assert process.returncode == 130
     assert (out, err.splitlines()[-1]) == ("", "cellserve bench: interrupted")
     assert "Traceback" not in err
@@ -233,10 +228,10 @@ def test_interrupted_it_deletes_its_sessions_and_ends(server: Server, number: in
 
 def test_a_server_that_dies_is_counted_as_connections_that_are_lost(repository: Path, serve: Serve) -> None:
     server = serve("--models", str(repository))
-    process = begun(server, 2, "--surfaces", "http", "--seconds", "4", "--json", "-")
-    time.sleep(1)  # past the warm-up
-    server.stop(signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
+    with begun(server, 2, "--surfaces", "http", "--seconds", "4", "--json", "-") as (process, errors):
+        time.sleep(1)  # past the warm-up
+        server.stop(signal.SIGKILL)
+        out, err = ended(process, errors)
     assert process.returncode == 0, err
     (load,) = json.loads(out)["loads"]
     assert load["errors"]["no connection"] > 0

@@ -18,6 +18,7 @@ import pytest
 
 from tests.e2e.helpers import create, frames, problem_kind
 from tests.e2e.test_replicas import SECONDS, through_chaos
+from tests.fork_server import run
 from tests.helpers import free_port, until
 from tests.server import Serve
 
@@ -193,8 +194,7 @@ def test_a_folder_that_cannot_be_written_is_refused(repository: Path, serve: Ser
 
 def refusal(*flags: str) -> str:
     """Returns the one line with which a server that is started with these flags ends."""
-    command = [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run("serve", "--port", "0", *flags)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("INFO")]
     assert line.startswith("cellserve serve: --store: ")

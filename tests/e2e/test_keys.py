@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from websockets.sync.client import connect
 from websockets.typing import Origin
 
 from tests.e2e.helpers import bearer, new_key
+from tests.fork_server import run
 from tests.helpers import FEATURES, until
 from tests.server import Serve
 
@@ -111,25 +110,14 @@ def test_a_server_does_not_start_with_an_invalid_key_file(
     file = tmp_path / "keys"
     if content is not None:
         file.write_text(content)
-    command = [
-        sys.executable,
-        "-m",
-        "cellserve.cli",
-        "serve",
-        "--models",
-        str(repository),
-        "--api-keys-file",
-        str(file),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run("serve", "--models", str(repository), "--api-keys-file", str(file))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("cellserve serve: ")
     assert "Traceback" not in done.stderr
 
 
 def test_a_failing_key_command_says_why_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cellserve.cli", "key"]
-    bad = subprocess.run([*command, "a b", "--file", str(tmp_path / "k")], capture_output=True, text=True)
+    bad = run("key", "a b", "--file", str(tmp_path / "k"))
     assert bad.returncode == 2
-    nowhere = subprocess.run([*command, "a", "--file", str(tmp_path / "no" / "k")], capture_output=True, text=True)
+    nowhere = run("key", "a", "--file", str(tmp_path / "no" / "k"))
     assert (nowhere.returncode, nowhere.stderr.count("\n")) == (1, 1)

@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from websockets.sync.client import connect
 
 from tests.e2e.helpers import answered, ask, bearer, binary, create, frames, new_key
+from tests.fork_server import run
 from tests.helpers import ROOT, free_port, until
 from tests.redis_server import RedisServer
 from tests.server import Serve, Server
@@ -233,8 +232,7 @@ def test_metrics_need_an_operators_key_or_the_operations_port(repository: Path, 
         Scrape(client)
         assert [client.get(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
         assert [client.get(path).status_code for path in ("/models", "/sessions", "/docs")] == [404, 404, 404]
-        second = [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", "--models", str(repository), *both]
-        failed = subprocess.run(second, capture_output=True, text=True)
+        failed = run("serve", "--port", "0", "--models", str(repository), *both)
         last = failed.stderr.splitlines()[-1]
         assert (failed.returncode, last) == (1, f"cellserve serve: --operations-port {port}: Address already in use")
         assert server.stop() == 0

@@ -203,14 +203,9 @@ async def through_chaos(
     for client in clients:
         runtime = runtimes[MODELS[client.number % len(MODELS)]]
         x = client.x[: client.position]
-        if not len(x):
-            continue
         whole = runtime.run(x[None], np.array([len(x)], np.int32), runtime.zeros(1))[0][0]
         assert np.array(client.ys, np.float32).tobytes() == np.asarray(whole).tobytes(), f"session {client.number}"
-    return kills
-    assert sum(client.position > 0 for client in clients) == SESSIONS
-    positions = {}
-    with httpx.Client(base_url=cluster.url, timeout=20) as http:
+    with httpx.Client(base_url=url, timeout=20) as server:
         for client in clients[:20]:
-            positions[client.number] = http.get(client.url).json()["position"]
-    assert positions == {client.number: client.position for client in clients[:20]}
+            assert server.get(client.url).json()["position"] == client.position > 0
+    return kills

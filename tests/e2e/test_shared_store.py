@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from tests.e2e.helpers import create, frames
+from tests.fork_server import run
 from tests.helpers import free_port, until
 from tests.redis_server import RedisServer
 from tests.server import Serve
@@ -238,8 +238,7 @@ def test_workers_share_the_store_and_stop_with_status_0(
 def test_impossible_store_settings_are_refused_in_one_line(
     repository: Path, flags: tuple[str, ...], status: int, told: str
 ) -> None:
-    command = [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", "--models", str(repository), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run("serve", "--port", "0", "--models", str(repository), *flags)
     assert done.returncode == status
     assert told in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

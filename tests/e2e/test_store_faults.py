@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from tests.e2e.helpers import create, frames, problem_kind
+from tests.fork_server import run
 from tests.helpers import free_port, until
 from tests.redis_server import RedisServer
 from tests.server import Serve, Server
@@ -172,7 +173,7 @@ def test_a_replicas_clock_that_is_two_hours_ahead_ends_no_session_and_lets_no_fu
         "JUMPED": str(tmp_path / "jumped"),
     }
     flags = "--models", str(repository), "--store", own_redis.url, "--max-sessions", "10"
-    one, other = serve(*flags), serve(*flags, environment=environment)
+    one, other = serve(*flags), serve(*flags, environment=environment, fresh=True)
     with one.client() as at_one, other.client() as at_other:
         sessions = {create(at_one, "rnn") for _ in range(10)}
         (tmp_path / "jumped").touch()
@@ -215,8 +216,7 @@ def test_a_wrong_store_ends_the_start_with_one_line(repository: Path, own_redis:
         f"redis://:top:SECRET/x@127.0.0.1:{own_redis.port}",
         f"redis://someone:SECRET@127.0.0.1:{own_redis.port}/0",
     ):
-        command = [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", "--models", str(repository)]
-        done = subprocess.run([*command, "--store", store], capture_output=True, text=True, timeout=60)
+        done = run("serve", "--port", "0", "--models", str(repository), "--store", store)
         assert done.returncode == 1
         assert done.stderr.startswith("cellserve serve: --store: ")
         assert done.stderr.count("\n") == 1
@@ -248,8 +248,7 @@ def test_a_store_speaks_tls_and_its_certificate_is_checked(
     redis = RedisServer(tmp_path, *flags.split())
     url = f"rediss://127.0.0.1:{port}/0"
     try:
-        command = [sys.executable, "-m", "cellserve.cli", "serve", "--port", "0", "--models", str(repository)]
-        done = subprocess.run([*command, "--store", url], capture_output=True, text=True, timeout=60)
+        done = run("serve", "--port", "0", "--models", str(repository), "--store", url)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "TLS fails" in done.stderr
         server = serve("--models", str(repository), "--store", f"{url}?ssl_ca_certs={certificates / 'ca.crt'}")
@@ -275,7 +274,7 @@ def sentinel(own_redis: RedisServer, tmp_path: Path) -> Iterator[tuple[int, Redi
     yield port, own_redis, replica
     process.kill()
     process.wait()
-    replica.stop()
+    replica.stop(signal.SIGKILL)
 
 
 def test_sentinels_name_the_primary_also_after_a_failover(

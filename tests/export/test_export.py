@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tests.budgets import examples
+from tests.helpers import ROOT
 from tests.networks import DecayingCell, network
 
 import keras  # isort: skip  after TensorFlow has been imported quietly
@@ -58,6 +60,9 @@ def opened(folder: Path) -> Runtime:
     return Runtime(folder / MODEL_NAME, step=step if step.exists() else None)
 
 
+SIZES = {"lstm": (33, 16), "elman": (7, 3), "jordan": (1, 1), "decaying": (7, 3)}  # units, features
+
+
 @functools.cache
 def example(kind: str, units: int, features: int) -> tuple[StatefulNetwork, Runtime]:
     """A network of random weights and its export, made once."""
@@ -67,13 +72,19 @@ def example(kind: str, units: int, features: int) -> tuple[StatefulNetwork, Runt
     return StatefulNetwork(model), opened(exported(model, folder))
 
 
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize(
+    ("kind", "units", "features"),
+    [
+        pytest.param(kind, *size, marks=() if SIZES[kind] == size else pytest.mark.long)
+        for kind in CELLS
+        for size in ((1, 1), (7, 3), (33, 16))
+    ],
+)
 @settings(max_examples=examples(4, 50))
 @given(data=st.data())
 def test_any_batch_lengths_chunks_and_padding_give_the_bits_of_single_steps_and_keras_numbers(
-    kind: str, data: st.DataObject
+    kind: str, units: int, features: int, data: st.DataObject
 ) -> None:
-    units, features = data.draw(st.sampled_from([(1, 1), (7, 3), (33, 16)]), "units, features")
     keras_network, runtime = example(kind, units, features)
     lengths = np.array(data.draw(st.lists(st.integers(1, 24), min_size=1, max_size=20), "lengths"), np.int32)
     padding = data.draw(st.integers(0, 3), "padding")
@@ -103,7 +114,7 @@ def test_any_batch_lengths_chunks_and_padding_give_the_bits_of_single_steps_and_
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_an_exported_step_contains_no_loop(kind: str) -> None:
-    _, runtime = example(kind, 7, 3)
+    _, runtime = example(kind, *SIZES[kind])
     operators = runtime.document.operators
     assert "Loop" not in operators
     assert operators.keys() & {"Scan", "LSTM"}
@@ -173,9 +184,8 @@ def test_versions_count_on_and_are_never_written_over(tmp_path: Path) -> None:
 
 
 def test_a_next_version_with_another_signature_warns_and_one_with_the_same_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
     told = []
     for units in (3, 3, 4):  # a layer named by Keras: `rnn`, `rnn_1`...
         sequential(layers.RNN(RNNCell(units)), layers.Dense(2)).save(tmp_path / "mine.keras")
@@ -327,18 +337,13 @@ class LeakyCell(keras.layers.Layer):
     def get_config(self):
         return {**super().get_config(), "units": self.units}
 """
-MAKE = """
-from cellserve.models.tensorflow_import import import_tensorflow
-import_tensorflow()
-import keras
-from leaky import LeakyCell
-keras.Sequential([keras.Input((None, 2)), keras.layers.RNN(LeakyCell(4), return_sequences=True)]).save("mine.keras")
-"""
 
 
 def test_a_cell_of_the_users_own_is_exported_by_the_script_without_a_word_of_tensorflow(tmp_path: Path) -> None:
     (tmp_path / "leaky.py").write_text(CELL)
-    subprocess.run([sys.executable, "-c", MAKE], cwd=tmp_path, check=True, env=_environment(tmp_path))
+    names: dict[str, Any] = {}
+    exec(CELL, names)
+    sequential(layers.RNN(names["LeakyCell"](4), return_sequences=True)).save(tmp_path / "mine.keras")
     command = [sys.executable, "-m", "cellserve.export", "mine.keras", "--name", "mine"]
     lost = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=_environment())
     assert (lost.returncode, lost.stderr.count("\n")) == (1, 1)
@@ -354,11 +359,8 @@ def test_a_cell_of_the_users_own_is_exported_by_the_script_without_a_word_of_ten
     assert (tmp_path / "artifacts/mine/1" / MODEL_NAME).is_file()
 
 
-def _environment(*paths: Path) -> dict[str, str]:
-    import os
-
-    root = Path(__file__).parent.parent.parent
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, *paths)))}
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.parametrize(
@@ -405,8 +407,7 @@ def test_labels_of_a_card_are_checked_too(tmp_path: Path) -> None:
         exported(network(RNNCell(3)), tmp_path)
 
 
-def test_arguments_override_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
+def test_arguments_override_the_card(tmp_path: Path) -> None:
     sequential(layers.RNN(RNNCell(3), return_sequences=True)).save(tmp_path / "mine.keras")
     (tmp_path / "mine.card.json").write_text(json.dumps({"description": "of the card", "default_output": "all"}))
     command = [str(tmp_path / "mine.keras"), "--name", "mine", "--models", str(tmp_path)]

@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 
 from tests.export.pages import Page
+from tests.export.unmeasured import unmeasured
 from tests.helpers import FEATURES
 from tests.networks import network
 
 import keras  # isort: skip  after TensorFlow has been imported quietly
 from keras import layers  # isort: skip
 
-from cellserve.export.candidates import candidates
 from cellserve.export.exporter import export, network_of
 from cellserve.export.publish.request import ExportRequest
 from cellserve.export.report.network_layers import layers_of
@@ -26,7 +26,6 @@ from cellserve.export.report.network_svg import draw_network
 from cellserve.export.report.page import REPORT_NAME
 from cellserve.models.cells import LSTMCell
 from cellserve.models.signature import MODEL_NAME
-from cellserve.service.runtime.batch_invariance import QUICK_PLAN
 from cellserve.service.runtime.onnx_model import Runtime
 
 HOSTILE = "<img src=x onerror=\"alert(1)\"> & 'more'"
@@ -44,8 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     x = rng.normal(size=(20, 6, FEATURES)).astype(np.float32)
     y = np.asarray(model(x))[:, -1].argmax(axis=-1)
     np.savez(home / "test.npz", x=x, lengths=np.full(20, 6, np.int32), y=y)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
+    with unmeasured():
         yield export(ExportRequest(path, "mine", home / "artifacts", data=home / "test.npz"), Console(quiet=True))
 
 

@@ -32,12 +32,6 @@ from cellserve.service.runtime.onnx_model import Runtime
 UNITS, CLASSES, STEPS, SEQUENCES = 24, 3, 20, 200
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proves with the service's effort: the whole one takes its seconds for each of many forms."""
-    monkeypatch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
-
-
 def saved(folder: Path, model: Any) -> tuple[Path, Path]:
     """Saves a network, and test data that it gets right."""
     rng = np.random.default_rng(0)
@@ -97,7 +91,7 @@ def test_every_scheme_is_exact_and_close_to_float32(tmp_path: Path, precision: A
 
 @pytest.mark.parametrize("arguments", [["--quantize", "int8"], ["--precision", "float16"]], ids=lambda given: given[1])
 def test_a_model_of_less_precision_is_smaller_exact_within_tolerance_and_says_what_it_is(
-    arguments: list[str], tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, data = saved(tmp_path, network(LSTMCell(UNITS * 2), outputs=CLASSES))
     common = ["--models", str(tmp_path / "artifacts"), "--data", str(data), "--name", "mine"]
@@ -121,7 +115,7 @@ def test_a_model_of_less_precision_is_smaller_exact_within_tolerance_and_says_wh
 
 
 def test_what_costs_more_than_the_tolerance_is_refused_in_one_line_with_the_metric(
-    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = np.random.default_rng(0)
     model = network(LSTMCell(UNITS), outputs=CLASSES)

@@ -1,4 +1,4 @@
-"""Exports without the measuring that takes them their seconds and lets the machine's mood choose the form."""
+"""Exports with the short proof and without measuring: that takes seconds, and lets the machine choose the form."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from cellserve.export import exporter
+from cellserve.export.adopt import adopt
 from cellserve.export.candidates import candidates
 from cellserve.export.verify import benchmark
+from cellserve.service.runtime.batch_invariance import QUICK_PLAN
 
 
 @contextmanager
@@ -31,5 +33,7 @@ def unmeasured(without_step: Collection[str] = ()) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "microseconds", microseconds)
         patch.setattr(exporter, "alternatives", unmade)
+        patch.setattr(candidates, "FULL_PLAN", QUICK_PLAN)
+        patch.setattr(adopt, "FULL_PLAN", QUICK_PLAN)
         patch.setattr(candidates, "_step_is_faster", lambda model, step, document: document.name not in without_step)
         yield

@@ -101,7 +101,7 @@ def opened(folder: Path, provider: Provider) -> Open:
 def start_gpu_server(folder: Path, provider: Provider, *more: str) -> Server:
     """Starts a server process of all models on the provider, their states on the device."""
     models = "--models", str(folder / "artifacts"), "--provider", provider
-    return start_server(*models, "--state-memory", "device", *more)
+    return start_server(*models, "--state-memory", "device", *more, fresh=True)
 
 
 @pytest.fixture(scope="session")

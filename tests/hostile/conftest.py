@@ -44,7 +44,7 @@ def resident_bytes(pid: int) -> int:
 @pytest.fixture(scope="module")
 def server(examples: Path) -> Iterator[Server]:
     """A server of the example models, for one module's tests."""
-    server = start_server("--models", str(examples))
+    server = start_server("--models", str(examples), fresh=True)
     yield server
     assert server.stop() == 0
 

@@ -55,6 +55,7 @@ def guarded(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     server = start_server(
         "--models", str(models), "--api-keys-file", str(keys), "--trusted-proxies", "127.0.0.1",
         "--reload-seconds", "0.5",
+        fresh=True,
     )  # fmt: skip
     yield Guarded(server, models, keys, bearer(key))
     assert server.stop() == 0

@@ -161,7 +161,7 @@ ATTACKS: dict[str, tuple[str, bytes, dict[str, str], tuple[int, ...]]] = {
 @pytest.fixture(scope="module")
 def server(examples: Any) -> Iterator[Server]:
     """A server of the example models that speaks gRPC too."""
-    server = start_server("--models", str(examples), "--grpc-port", "0")
+    server = start_server("--models", str(examples), "--grpc-port", "0", fresh=True)
     yield server
     assert server.stop() == 0
     assert "Traceback" not in "".join(server.log)

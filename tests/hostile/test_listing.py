@@ -33,7 +33,7 @@ def shared(examples: Path, keys: tuple[Path, str, str], tmp_path: Path) -> Itera
     """A server over a Redis of its own."""
     (tmp_path / "redis").mkdir()
     redis = RedisServer(tmp_path / "redis", "--appendonly", "no")
-    server = start_server("--models", str(examples), "--store", redis.url, "--api-keys-file", str(keys[0]))
+    server = start_server("--models", str(examples), "--store", redis.url, "--api-keys-file", str(keys[0]), fresh=True)
     yield server, redis
     assert server.stop() == 0
     redis.stop()

@@ -101,6 +101,7 @@ def test_every_matrix_begins_with_numbers_of_its_own(kind: str) -> None:
     assert len(set(arrays)) == len(arrays)
 
 
+@pytest.mark.long
 def test_saved_networks_give_the_same_numbers_in_a_new_process(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(BATCH, STEPS, FEATURES)).astype("float32")
     networks = {
