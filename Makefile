@@ -23,9 +23,13 @@ TEST_PROCESSES ?= $(shell echo $$(( ($$(nproc) * 3 + 1) / 2 )))
 test: $(BIN)/.dev $(BIN)/.silero setup servers
 	$(MAKE) -j2 check pytest
 
-# COVERAGE=yes counts the branches that the tests take, for half as much processor time again on Python 3.11.
+# COVERAGE=yes counts the branches that all of them take, in servers too, for twice the processor time on Python 3.11.
 pytest:
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal $(COVERAGE:%=--cov)
+
+# The branches that the tests without a server take: a minute or two, for CI's log.
+coverage: $(BIN)/.dev setup servers
+	$(BIN)/pytest -q -n $(TEST_PROCESSES) --cov=service --cov=cellserve tests/service tests/cellserve
 
 # The long tests: minutes of kills, exports and fuzzing; the attacks, which measure, alone; then the image's test if an
 # engine is available.

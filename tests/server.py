@@ -65,7 +65,7 @@ def start_server(
         fresh: Start an interpreter that imports everything itself: where its memory, its limits or its start matter.
     """
     arguments = ["serve", "--port", "0", *flags]
-    if fresh or files is not None:
+    if fresh or files is not None or "COVERAGE_PROCESS_CONFIG" in os.environ:  # which measures whole interpreters
         process = _start_interpreter(arguments, environment or {}, files)
     else:
         process = fork(*arguments, environment=environment)
