@@ -105,6 +105,7 @@ def test_an_open_loop_sends_at_its_rate(server: Server) -> None:
         assert load["sessions"] == 3
 
 
+@pytest.mark.long
 def test_models_of_every_signature_are_measured(kinds: Path, serve: Serve) -> None:
     server = serve("--models", str(kinds))
     everywhere = "http,websocket,frames,predict,predict-safetensors"

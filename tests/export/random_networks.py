@@ -188,6 +188,8 @@ def _inputs(kind: str) -> tuple[Any, Any]:
 def _pointwise(name: str, x: Any) -> Any:
     if name == "select":
         return ops.where(x > 0.5, x, ops.zeros_like(x))
+    if name == "time_distributed" and len(x.shape) == 2:  # behind a layer that gives its last output
+        name = "dense"
     if name == "log_energy":
         return ops.log(ops.square(x) + 1e-6)
     return {

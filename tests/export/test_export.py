@@ -339,6 +339,7 @@ class LeakyCell(keras.layers.Layer):
 """
 
 
+@pytest.mark.long
 def test_a_cell_of_the_users_own_is_exported_by_the_script_without_a_word_of_tensorflow(tmp_path: Path) -> None:
     (tmp_path / "leaky.py").write_text(CELL)
     names: dict[str, Any] = {}
