@@ -5,6 +5,9 @@ BIN := .venv/bin
 # Builds and runs images. Any engine with the same subcommands works (DOCKER=podman).
 DOCKER ?= docker
 
+# TensorFlow's import takes four times as long where Python may not keep what it compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 # `docs` is a folder too.
 .PHONY: setup serve test pytest coverage test-long fuzz check docs release-check release-draft servers lock bench
 .PHONY: gpu-references gpu-test container-test

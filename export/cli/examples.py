@@ -105,7 +105,7 @@ def _make_side_by_side(waiting: list[str], folder: Path, models: Path, serve: bo
 
 
 def _start(*command: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "cellserve.cli", *command])
+    return subprocess.Popen([sys.executable, "-P", "-m", "cellserve.cli", *command])
 
 
 def _make(name: str, folder: Path, models: Path) -> int:
