@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -109,6 +109,11 @@ def _measured(arguments: argparse.Namespace, servers: dict[str, Server], models:
         yield Row(units, f"/predict, {SEQUENCES} sequences of {STEPS}", CLIENTS, f"Cellserve, {where}", rate)
 
 
+def frame_of(handles: Sequence[int], x: np.ndarray) -> bytes:
+    """Returns a binary frame that steps sessions by x `[sessions, time, features]`."""
+    return struct.pack("<4I", 1, 0, *x.shape[:2]) + np.array(handles, "<u4").tobytes() + x.astype("<f4").tobytes()
+
+
 def frames_per_s(server: Server, model: str, count: int, seconds: float) -> float:
     """Steps sessions in binary frames on one WebSocket, two in flight, each of all of its own sessions."""
     rng = np.random.default_rng(0)
@@ -119,9 +124,8 @@ def frames_per_s(server: Server, model: str, count: int, seconds: float) -> floa
             handles.append(json.loads(socket.recv())["handle"])
         frames = []
         for place in range(2):
-            own = np.array(handles[place * count : (place + 1) * count], "<u4")
-            x = rng.normal(size=(count, 1, FEATURES)).astype("<f4")
-            frames.append(struct.pack("<4I", 1, place, count, 1) + own.tobytes() + x.tobytes())
+            own = handles[place * count : (place + 1) * count]
+            frames.append(frame_of(own, rng.normal(size=(count, 1, FEATURES))))
         socket.send(frames[0])
         turn = 0
 

@@ -95,15 +95,25 @@ def sockets(server: Server) -> Workload:
     return Workload(server, [client] * SESSIONS)
 
 
-def binary_frames(server: Server) -> Workload:
-    """Returns one WebSocket with two binary frames in flight, each for 256 sessions of its own."""
+def binary_frames(
+    server: Server, sessions: int = FRAME, model: str | None = None, features: int = FEATURES
+) -> Workload:
+    """Returns one WebSocket with two binary frames in flight, each for so many sessions of its own.
+
+    Args:
+        server: The server.
+        sessions: Sessions of a frame.
+        model: The sessions' model; None for the server's only one.
+        features: Its input features.
+    """
     requests = []
     for place in range(8):
-        handles = np.arange(FRAME, dtype="<u4") + FRAME * (place % 2)
-        x = rng.normal(size=(FRAME, 1, FEATURES)).astype("<f4")
-        body = struct.pack("<4I", 1, place, FRAME, 1) + handles.tobytes() + x.tobytes()
-        requests.append(Request(frame(body, 2), FRAME))
-    leads = [UPGRADE, *[frame(b'{"op":"open"}', 1)] * (2 * FRAME)]
+        handles = np.arange(sessions, dtype="<u4") + sessions * (place % 2)
+        x = rng.normal(size=(sessions, 1, features)).astype("<f4")
+        body = struct.pack("<4I", 1, place, sessions, 1) + handles.tobytes() + x.tobytes()
+        requests.append(Request(frame(body, 2), sessions))
+    opening = json.dumps({"op": "open"} if model is None else {"op": "open", "model": model})
+    leads = [UPGRADE, *[frame(opening.encode(), 1)] * (2 * sessions)]
     return Workload(server, [Client(requests, leads, depth=2)])
 
 
