@@ -7,8 +7,10 @@ before the next 512.
 from __future__ import annotations
 
 import importlib.util
+import io
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,17 @@ def speech(seed: int, seconds: float = 3.0) -> np.ndarray:
             signal[n] += one
     loud = np.clip(np.sin(2 * np.pi * 3.3 * times), 0, 1) * (np.sin(2 * np.pi * 0.4 * times + 1) > -0.3)
     return np.asarray(0.3 * signal * loud / np.abs(signal).max(), np.float32)
+
+
+def wav(samples: np.ndarray, rate: int) -> bytes:
+    """Samples from -1 to 1 as a WAV file of 16 bits."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setnchannels(1)
+        writer.setsampwidth(2)
+        writer.setframerate(rate)
+        writer.writeframes((samples * 32767).round().astype("<i2").tobytes())
+    return file.getvalue()
 
 
 def in_a_plain_loop(samples: np.ndarray) -> np.ndarray:

@@ -29,11 +29,11 @@ export function setKey(value) {
 }
 
 /**
- * Sends a request and returns the answer. Options: `json` or `body` with `type`, `headers`, `signal`.
+ * Sends a request and returns the answer. Options: `json` or `body` with `type`, `headers`, `signal`, `keepalive`.
  * Where a key is missing or wrong, the user is asked for one and the request is sent again.
  * Throws a Problem for an error's answer, and AbortError when the signal is aborted.
  */
-export async function request(method, path, { json, body, type, headers = {}, signal } = {}) {
+export async function request(method, path, { json, body, type, headers = {}, signal, keepalive } = {}) {
   for (;;) {
     const sent = { ...headers };
     if (json !== undefined) [body, type] = [JSON.stringify(json), "application/json"];
@@ -41,7 +41,14 @@ export async function request(method, path, { json, body, type, headers = {}, si
     if (key) sent.Authorization = `Bearer ${key}`;
     let answer;
     try {
-      answer = await fetch(new URL(path, BASE), { method, headers: sent, body, signal, credentials: "omit" });
+      answer = await fetch(new URL(path, BASE), {
+        method,
+        headers: sent,
+        body,
+        signal,
+        keepalive,
+        credentials: "omit",
+      });
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new Problem(0, {

@@ -83,7 +83,8 @@ export function playClassifier(view, model, signal) {
     },
     "Predict the whole sequence",
   );
-  const source = sequenceSource(model, (chosen, from) => {
+  const source = sequenceSource(model, async (chosen, from) => {
+    await player.stop();
     [steps, name.textContent] = [chosen, from];
     restart();
     player.update();

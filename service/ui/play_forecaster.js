@@ -118,7 +118,8 @@ export function playForecaster(view, model, signal) {
   slide.firstChild.append(": ", valueText);
   slide.classList.add("wide-field");
 
-  const source = sequenceSource(model, (chosen, from) => {
+  const source = sequenceSource(model, async (chosen, from) => {
+    await player.stop();
     [steps, name.textContent] = [chosen, from];
     chart.steps = Math.min(steps.length + 1, 600);
     restart();

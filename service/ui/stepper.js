@@ -7,7 +7,9 @@ import { announce, field, h } from "./dom.js";
 export class Stepper {
   constructor(model, signal) {
     Object.assign(this, { model, signal, id: null, position: 0, kept: false });
-    signal.addEventListener("abort", () => this.kept || this.end());
+    const leave = () => this.kept || this.end();
+    signal.addEventListener("abort", leave);
+    addEventListener("pagehide", leave, { signal });
     this.link = h("a", { hidden: true, onclick: () => (this.kept = true) }, "Look into this session");
   }
 
@@ -33,13 +35,13 @@ export class Stepper {
 
   /** Advances it by one time step or several; returns the answer. */
   async step(x, options = {}) {
-    await this.begin();
+    const id = await this.begin();
     const answer = await post(
-      path("sessions", this.id, "step"),
+      path("sessions", id, "step"),
       { x, position: this.position, ...options },
       { signal: this.signal },
     );
-    this.position = answer.position;
+    if (this.id === id) this.position = answer.position; // else it was started over meanwhile
     return answer;
   }
 
@@ -58,7 +60,7 @@ export class Stepper {
     const { id } = this;
     Object.assign(this, { id: null, position: 0, beginning: undefined });
     this.link.hidden = true;
-    if (id) call("DELETE", path("sessions", id)).catch(() => {}); // it expires anyway
+    if (id) call("DELETE", path("sessions", id), undefined, { keepalive: true }).catch(() => {}); // it expires anyway
   }
 }
 
@@ -118,12 +120,19 @@ export class Player {
     this.playing = false;
   }
 
-  async #guard(work) {
+  /** Stops, and resolves once nothing is under way any more. */
+  async stop() {
+    this.pause();
+    await this.work?.catch(() => {});
+  }
+
+  async #guard(begin) {
     if (this.busy) return;
     this.busy = true;
     this.update();
     try {
-      await work();
+      this.work = begin();
+      await this.work;
     } finally {
       this.busy = this.playing = false;
       this.update();

@@ -1,4 +1,4 @@
-"""A real browser for the tests of the page: Debian's chromium, one for all tests of a module."""
+"""A real browser for the tests of the page: Debian's chromium. It and a server are there once for all of them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 from tests.server import Server, start_server
+from tests.silero import CHUNK, RATE, speech, wav
 
 FLAGS = [
     "--no-sandbox",  # tests run as root in containers
@@ -20,27 +22,34 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def browser_flags() -> list[str]:
-    """Further flags of a module's browser."""
-    return []
+@pytest.fixture(scope="session")
+def voice() -> np.ndarray:
+    """Three seconds of a voice at 16 kHz, as 16 bits hold it."""
+    return (speech(0)[: 90 * CHUNK] * 32767).round().astype(np.float32) / 32768
 
 
-@pytest.fixture(scope="module")
-def browser(browser_flags: list[str]) -> Iterator[Browser]:
-    """A module's browser."""
+@pytest.fixture(scope="session")
+def browser(voice: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The browser; its microphone hears the voice, again and again."""
+    file = tmp_path_factory.mktemp("microphone") / "voice.wav"
+    file.write_bytes(wav(voice, RATE))
     program = shutil.which("chromium")
     assert program, "chromium is missing: `make servers` installs it"
+    expect.set_options(timeout=20_000)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS, *browser_flags])
+        flags = [*FLAGS, f"--use-file-for-fake-audio-capture={file}"]
+        browser = playwright.chromium.launch(executable_path=program, args=flags)
         yield browser
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def server(examples: Path) -> Iterator[Server]:
-    """A server of the example models."""
-    server = start_server("--models", str(examples))
+@pytest.fixture(scope="session")
+def server(examples: Path, vad: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of the example models and Silero VAD."""
+    models = tmp_path_factory.mktemp("models")
+    for home in (*examples.iterdir(), *vad.iterdir()):
+        shutil.copytree(home, models / home.name)
+    server = start_server("--models", str(models))
     yield server
     assert server.stop() == 0
 
@@ -53,7 +62,7 @@ def errors() -> list[str]:
 
 @pytest.fixture
 def page(browser: Browser, server: Server, errors: list[str]) -> Iterator[Page]:
-    """A page on the module's server; the test fails if anything is complained of, or another host is asked."""
+    """A page on the server; the test fails if anything is complained of, or another host is asked."""
     context = browser.new_context(base_url=server.url, viewport={"width": 1000, "height": 800})
     context.set_default_timeout(20_000)
     page = context.new_page()

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import httpx
-import pytest
 from playwright.sync_api import FilePayload, Page, expect
 
+from tests.helpers import until
 from tests.server import Server
 
 
@@ -58,10 +58,12 @@ def test_a_forecaster_draws_its_test_data_and_rolls_it_out(page: Page, server: S
     chart.focus()
     page.keyboard.press("End")
     expect(page.get_by_text(f"step {len(series) + 119}: rolled out {short(rolled[-1][0])}")).to_be_visible()
-    # The fork is gone, and with the tab the session.
+    # With the tab the session is left.
+    address = "/sessions/" + (page.get_by_text("Look into this session").get_attribute("href") or "").split("/")[-1]
+    assert httpx.get(server.url + address).json()["position"] == len(series)
     page.get_by_role("link", name="Models").click()
     expect(page.get_by_role("heading", name="Models")).to_be_visible()
-    page.wait_for_function("() => fetch('sessions').then((a) => a.json()).then((a) => a.sessions.length === 0)")
+    until(lambda: httpx.get(server.url + address).status_code == 410)
 
 
 def test_a_forecaster_takes_a_csv_that_is_pasted_or_dropped(page: Page, server: Server) -> None:
@@ -104,6 +106,17 @@ def test_a_classifier_plays_an_example_and_its_classes_run(page: Page, server: S
     expect(page.get_by_text(f"step {steps}, speaker 4: {short(said[-1][3])}")).to_be_visible()
     page.get_by_role("button", name="Start over").click()
     expect(bars.first).to_have_text("speaker 10.000")
+    # Another sequence, taken while one plays, begins at its first step; a closed page leaves no session.
+    page.get_by_label("Speed").fill("2")
+    page.get_by_role("button", name="Play", exact=True).click()
+    expect(page.get_by_text("step 2 of")).to_be_visible()
+    page.get_by_label("From the model's test data").select_option("1")
+    page.get_by_role("button", name="Step", exact=True).click()
+    expect(page.locator(".verdict")).to_contain_text("step 1 of")
+    address = "/sessions/" + (page.get_by_text("Look into this session").get_attribute("href") or "").split("/")[-1]
+    assert httpx.get(server.url + address).json()["position"] == 1
+    page.goto("about:blank")
+    until(lambda: httpx.get(server.url + address).status_code == 410)
 
 
 def test_a_text_model_says_what_comes_next_and_writes_on(page: Page, server: Server) -> None:
@@ -159,20 +172,13 @@ def test_a_model_of_an_earlier_export_is_played_with_a_csv(page: Page) -> None:
     expect(page.locator("#status")).to_contain_text("Step 1 of 2: given 6.5")
 
 
-@pytest.mark.parametrize("width", [400, 1600])
-@pytest.mark.parametrize("path", ["models", "models/vowels", "play/sunspots", "play/vowels", "play/characters"])
-def test_nothing_is_wider_than_the_window(page: Page, width: int, path: str) -> None:
-    page.set_viewport_size({"width": width, "height": 800})
-    page.goto(f"/#/{path}")
-    expect(page.get_by_role("heading", level=1)).to_be_visible()
-    page.wait_for_load_state("networkidle")
-    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
-
-
-def test_every_control_has_a_name(page: Page) -> None:
+def test_each_view_fits_narrow_and_wide_windows_and_names_its_controls(page: Page) -> None:
     for path in ("models", "models/vowels", "play/sunspots", "play/vowels", "play/characters", "play/vowels/table"):
         page.goto(f"/#/{path}")
         page.wait_for_load_state("networkidle")
+        for width in (400, 1600):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth"), (path, width)
         assert page.evaluate(UNNAMED) == [], path
 
 
