@@ -106,8 +106,9 @@ gpu-test: $(if $(filter .venv-gpu/%,$(GPU_PYTHON)),.venv-gpu/.done)
 	touch $@
 
 # Builds the image and checks that it serves, as another user, on a read-only file system.
-container-test:
+container-test: $(BIN)/.dev
 	DOCKER="$(DOCKER)" sh tests/container.sh
+	ENGINE="$(DOCKER)" $(BIN)/pytest -m long -n 0 tests/docs -k with_containers
 
 # Debian's Python lacks the part of venv that installs pip. uv installs in seconds what takes pip minutes; pip is the
 # fallback.

@@ -31,9 +31,10 @@ class Reader:
         folder: Where they work; what the page makes stays there.
         models: A model repository, of which they have a copy, as `make serve` leaves it.
         not_run: What is not run, by its reason: patterns of lines of shell snippets.
+        engine: The program that runs containers, in place of `docker`.
     """
 
-    def __init__(self, folder: Path, models: Path, not_run: dict[str, str]) -> None:
+    def __init__(self, folder: Path, models: Path, not_run: dict[str, str], engine: str | None = None) -> None:
         self.folder, self.not_run = folder, not_run
         self.ports: dict[str, str] = {}
         self.redis: RedisServer | None = None
@@ -58,6 +59,7 @@ class Reader:
             "PATH": os.pathsep.join([str(_STAND_INS), str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHON": sys.executable,
             "COLUMNS": "200",
+            "ENGINE": engine or "",
             "CLONE": str(ROOT),
             "SERVERS": str(self.servers),
             "CELLSERVE_PORT": self._port("8000"),

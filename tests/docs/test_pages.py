@@ -5,6 +5,7 @@ What stands here is what differs: see `NOT_RUN`, and `stand_ins/` for the comman
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,7 @@ def reader(examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     folder = tmp_path / "folder"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    reader = Reader(folder, examples, NOT_RUN)
+    reader = Reader(folder, examples, NOT_RUN, os.environ.get("ENGINE"))
     yield reader
     reader.close()
 
@@ -63,6 +64,13 @@ def test_the_readme_can_be_followed(reader: Reader) -> None:
 def test_a_page_can_be_followed_twice(page: Path, reader: Reader) -> None:
     reader.read(page)
     reader.read(page)
+
+
+@pytest.mark.long
+@pytest.mark.skipif("ENGINE" not in os.environ, reason="`make container-test` names an engine")
+def test_the_tutorial_can_be_followed_with_containers(reader: Reader) -> None:
+    reader.not_run = {pattern: reason for pattern, reason in NOT_RUN.items() if "container" not in reason}
+    reader.read(ROOT / "docs/tutorial/production.md")
 
 
 def test_each_reason_for_not_running_a_line_is_still_needed() -> None:
