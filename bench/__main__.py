@@ -114,6 +114,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="seconds per measurement (default: 1)")
     parser.add_argument("--only", type=sections, default=SECTIONS, metavar="SECTIONS",
                         help=f"some of {','.join(SECTIONS)}, separated by commas (default: all)")  # fmt: skip
+    parser.add_argument("--stored", type=int, default=1_000_000, metavar="SESSIONS",
+                        help="sessions in the store that a server is started with (default: 1,000,000)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
     device.add_arguments(parser)
     arguments = parser.parse_args()
@@ -128,7 +130,11 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="cellserve-bench-") as folder, Progress(console=console) as progress:
             task = progress.add_task("", total=None)
             bench = Bench(
-                Path(folder), arguments.rounds, arguments.seconds, lambda what: progress.update(task, description=what)
+                Path(folder),
+                arguments.rounds,
+                arguments.seconds,
+                lambda what: progress.update(task, description=what),
+                arguments.stored,
             )
             bench.run(arguments.only)
     except (RuntimeError, DifferentAnswers) as error:

@@ -130,6 +130,8 @@ def _tensor(name: str, shape: list[int], data: list[Any], datatype: str = "FP32"
 DIALECTS: dict[str, Cellserve] = {
     "cellserve": Cellserve(),
     "redis": Cellserve(),
+    "process": Cellserve(),
+    "disk": Cellserve(),
     "usual": Cellserve(),
     "usual_keras": Cellserve(),
     "floor": Floor(),

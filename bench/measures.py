@@ -13,13 +13,14 @@ from pathlib import Path
 
 from websockets.sync.client import connect
 
-from bench import answers, workloads
+from bench import answers, stores, workloads
 from bench.network import UNITS
 from bench.rounds import Figure, Rounds
 from bench.servers import ROOT, SERVER_CORE, Server, Unavailable, redis
 from bench.workloads import FRAME
 
-SECTIONS = ("http", "websocket", "predict", "latency", "transfers", "memory", "export", "start")
+SECTIONS = ("http", "store", "websocket", "predict", "latency", "transfers", "memory", "export", "start")
+OURS = ("cellserve", "redis", "process", "disk")  # with sessions in memory, in Redis, in LMDB
 OTHERS = ("usual", "usual_keras", "mosec", "triton")
 PREDICTORS = ("usual", "mosec", "triton")  # without Keras, which takes many times longer for whole sequences
 STARTS = 3
@@ -36,10 +37,14 @@ class Bench:
         rounds: How often everything is measured.
         seconds: Seconds per measurement.
         report: Called with a description of what is being done.
+        stored: Sessions in the store that a server is started with.
     """
 
-    def __init__(self, folder: Path, rounds: int, seconds: float, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, rounds: int, seconds: float, report: Callable[[str], None], stored: int = 1_000_000
+    ) -> None:
         self.folder, self.rounds, self.seconds, self.report = folder, rounds, seconds, report
+        self.stored = stored
         self.figures = Rounds()
         self.missing: dict[str, str] = {}  # servers that do not start here, and why
         self.mosec: dict[str, tuple[int, int]] = {}  # the best batch size and wait, by route
@@ -79,17 +84,19 @@ class Bench:
                         self.figures.add(group, name, run(self.seconds))
         if "memory" in sections:
             self._memory()
+        if "store" in sections:
+            self._restarts()
 
     def _command(self, name: str, *more: str) -> tuple[str, ...]:
         serve = "-m", "cellserve.cli", "serve", "--models", f"{self.folder}/artifacts", "--port", "{port}"
         peer = "-m", f"bench.peers.{name}", "{port}"
-        if name in ("cellserve", "redis"):
+        if name in OURS:
             return *serve, "--max-sessions", "200000", *more
         return (*peer, *more) if name == "floor" else (*peer, str(self.folder), *more)
 
     def _start(self, stack: ExitStack, name: str, *more: str) -> Server:
         self.report(f"starting {name}")
-        ready = {"cellserve": "/readyz", "redis": "/readyz", "triton": "/v2/health/ready"}.get(name)
+        ready = "/readyz" if name in OURS else {"triton": "/v2/health/ready"}.get(name)
         server = Server(name, *self._command(name, *more), ready=ready)
         stack.callback(server.stop)
         self._servers[name] = server
@@ -112,6 +119,16 @@ class Bench:
             url, process = stack.enter_context(redis(self.folder))
             stored = workloads.steps(self._start(stack, "redis", "--store", url), beside=process)
             groups["http redis"] = {"redis": stored, "cellserve": own}
+        if "store" in sections:
+            own = workloads.steps(ours)
+            for name, sync in (("process", "checkpoints"), ("disk", "always")):
+                flags = "--store", f"lmdb:{self.folder / name}", "--store-sync", sync
+                groups[name] = {name: workloads.steps(self._start(stack, name, *flags)), "cellserve": own}
+            groups["disk"]["syncs"] = lambda seconds: stores.syncs(self.folder, seconds)
+            for processes in (1, 2):
+                groups[f"{processes} without HTTP"] = {
+                    store: stores.ticks(self.folder, store, processes) for store in ("lmdb", "memory")
+                }
         if "websocket" in sections:
             assert floor
             groups["websocket"] = {"cellserve": workloads.sockets(ours), "floor": workloads.sockets(floor)}
@@ -191,6 +208,19 @@ class Bench:
                 server = self._start(stack, "cellserve")
             self.figures.add("start", "cellserve", Figure(server.seconds_to_start))
             self.figures.add("start", "wanted", Figure(2.0))
+
+    def _restarts(self) -> None:
+        """Starts a server with many sessions in its store, and with none."""
+        self.report(f"making a store with {self.stored:,} sessions")
+        many = stores.fill(self.folder, self.stored)
+        for _ in range(STARTS):
+            for name, store in (("many", many), ("none", f"lmdb:{self.folder / 'none'}")):
+                with ExitStack() as stack:
+                    server = self._start(stack, "process", "--store", store)
+                    resident = server.resident_bytes
+                self.figures.add("restart", name, Figure(server.seconds_to_start))
+                self.figures.add("restart memory", name, Figure(resident / 2**20))
+            self.figures.add("restart", "wanted", Figure(2.0))
 
     def _memory(self) -> None:
         """Measures the memory of many sessions."""

@@ -76,6 +76,12 @@ class Rounds:
     def __contains__(self, group: str) -> bool:
         return group in self.figures
 
+    def beyond(self, group: str, ours: str, theirs: str, wanted: float) -> Comparison:
+        """Compares the CPU time of ours beyond that of theirs with the time that is wanted, in microseconds."""
+        pairs = zip(self.figures[group][ours], self.figures[group][theirs], strict=True)
+        more = [Figure((one.cpu_us or 0.0) - (other.cpu_us or 0.0)) for one, other in pairs]
+        return Comparison(more, [Figure(wanted)] * len(more))
+
     def compare(self, group: str, ours: str, theirs: str, inverse: bool = False) -> Comparison:
         """Compares two names of a group."""
         return Comparison(self.figures[group][ours], self.figures[group][theirs], inverse)

@@ -83,6 +83,27 @@ def rows(bench: Bench) -> Iterator[Row]:
     if "http redis" in figures:
         in_redis = figures.compare("http redis", "redis", "cellserve")
         yield Row(f"{http}, sessions in Redis", "sessions in memory", in_redis, wanted=0.5)
+        beyond = figures.beyond("http redis", "redis", "cellserve", 45)
+        yield Row(f"{http}, sessions in Redis: CPU beyond sessions in memory", "wanted", beyond, "µs a step", 1,
+                  at_most=True, digits=1)  # fmt: skip
+    if "process" in figures:
+        yield Row(f"{http}, `--store lmdb:`, outlives the process", "sessions in memory",
+                  figures.compare("process", "process", "cellserve"), wanted=0.85)  # fmt: skip
+        rate = statistics.median(figure.value for figure in figures.figures["disk"]["syncs"])
+        yield Row(f"{http}, the same with `--store-sync always`, outlives a power cut",
+                  f"sessions in memory (this disk syncs {rate:,.0f} times a second)",
+                  figures.compare("disk", "disk", "cellserve"), wanted=0.4)  # fmt: skip
+        yield Row("a tick of 256 sessions of 1 KB without HTTP: CPU beyond sessions in memory", "wanted",
+                  figures.beyond("1 without HTTP", "lmdb", "memory", 8), "µs a step", 1, at_most=True,
+                  digits=1)  # fmt: skip
+        yield Row("two workers over one store, without HTTP", "two servers in memory",
+                  figures.compare("2 without HTTP", "lmdb", "memory"), wanted=0.9)  # fmt: skip
+    if "restart" in figures:
+        many = f"{bench.stored:,} sessions of 1 KB in its store"
+        yield Row(f"start to ready with {many}", "wanted", figures.compare("restart", "many", "wanted"),
+                  "s", 1, at_most=True, digits=3)  # fmt: skip
+        yield Row(f"memory of a server with {many}", "with none", figures.compare("restart memory", "many", "none"),
+                  "MiB", 1.1, at_most=True)  # fmt: skip
     if "websocket" in figures:
         echo = figures.compare("websocket", "cellserve", "floor")
         yield Row(f"WebSocket JSON, {SESSIONS} sockets", "echo on uvicorn", echo, wanted=0.85)

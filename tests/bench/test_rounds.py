@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.load import Load
-from bench.rounds import Comparison, Figure
+from bench.rounds import Comparison, Figure, Rounds
 from bench.table import Row
 
 rates = st.floats(1000, 1e6)
@@ -38,3 +38,14 @@ def test_a_figure_is_marked_if_the_load_generator_may_have_been_the_bottleneck()
 
     row = str(Row("m", "b", Comparison([figure(0.5, 0.1)], [figure(0.5, 0.3)])))
     assert "1,000 steps/s | b: 1,000* steps/s" in row
+
+
+def test_cpu_time_beyond_that_of_another_is_compared_round_by_round() -> None:
+    rounds = Rounds()
+    for ours, theirs in ((100.0, 60.0), (90.0, 60.0), (200.0, 150.0)):
+        rounds.add("redis", "ours", Figure(1, ours))
+        rounds.add("redis", "theirs", Figure(1, theirs))
+    beyond = rounds.beyond("redis", "ours", "theirs", 45)
+    assert [figure.value for figure in beyond.ours] == [40, 30, 50]
+    assert beyond.ratio == 40 / 45
+    assert Row("CPU", "wanted", beyond, "µs a step", 1, at_most=True).met
