@@ -9,7 +9,7 @@ DOCKER ?= docker
 unexport PYTHONDONTWRITEBYTECODE
 
 # `docs` is a folder too.
-.PHONY: setup serve test pytest coverage test-long fuzz check docs release-check release-draft servers lock bench
+.PHONY: setup serve test pytest coverage test-long fuzz check docs release-check release-draft servers lock bench scale
 .PHONY: gpu-references gpu-test container-test
 .DELETE_ON_ERROR:
 
@@ -82,6 +82,11 @@ release-draft:
 # Measures Cellserve beside other servers and prints the table, within ten minutes.
 bench: $(BIN)/.dev .venv-triton/.done servers
 	$(BIN)/python -m bench --json bench.json
+
+# Writes the table of docs/scale.md and draws its plots. SCALE_FLAGS=--measure measures the costs that they come from;
+# --check compares the model with two replicas and a Redis on this machine.
+scale: $(BIN)/.dev servers
+	$(BIN)/python -m bench.scale $(SCALE_FLAGS)
 
 # Only the bench needs Triton. If it cannot be installed, its rows say so.
 .venv-triton/.done: requirements/triton.txt | $(BIN)/python

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from cellserve.benchmark.curve import X_TITLE, Y_TITLE, Axis, Point, series, tick
@@ -17,18 +17,29 @@ _COLOURS = (("#0b62c4", "#6cb2ff"), ("#c2410c", "#ff9d5c"), ("#15803d", "#5fd38a
 
 def in_svg(loads: Sequence[Measured], title: str) -> str:
     """Returns the curve as an SVG document: a line for each surface, a labelled point for each load."""
-    drawn = series(loads)
+    kind = "requests per second sent" if loads and loads[0].spec.rate is not None else "sessions"
+    return draw(series(loads), title, kind)
+
+
+def draw(drawn: Mapping[str, Sequence[Point]], title: str, kind: str, y_title: str = Y_TITLE) -> str:
+    """Returns an SVG document with a line for each series.
+
+    Args:
+        drawn: The points by the name of their series: steps/s and milliseconds.
+        title: The title.
+        kind: What the label at each point is.
+        y_title: What the milliseconds are.
+    """
     points = [point for one in drawn.values() for point in one] or [Point(1, 1, "")]
     across, up = Axis.over(point.x for point in points), Axis.over(point.y for point in points)
-    kind = "requests per second sent" if loads and loads[0].spec.rate is not None else "sessions"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
-        f"<title>{escape(title)}: {X_TITLE} and {Y_TITLE}</title>",
+        f"<title>{escape(title)}: {X_TITLE} and {y_title}</title>",
         _style(),
         f'<rect class="page" width="{_WIDTH}" height="{_HEIGHT}"/>',
         f'<text class="title" x="{_LEFT}" y="26">{escape(title)}</text>',
     ]
-    parts += _axes(across, up, kind)
+    parts += _axes(across, up, kind, y_title)
     at = _LEFT
     for number, (name, own) in enumerate(drawn.items()):
         colour = f"s{number % len(_COLOURS)}"
@@ -61,7 +72,7 @@ def _style() -> str:
     )
 
 
-def _axes(across: Axis, up: Axis, kind: str) -> list[str]:
+def _axes(across: Axis, up: Axis, kind: str, y_title: str) -> list[str]:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     parts = []
     for value in across.ticks:
@@ -79,7 +90,7 @@ def _axes(across: Axis, up: Axis, kind: str) -> list[str]:
         f'<text class="small" x="{middle[0]}" y="{_HEIGHT - 14}" text-anchor="middle">{X_TITLE} (logarithmic); '
         f"at each point: {kind}</text>",
         f'<text class="small" transform="translate(18 {middle[1]}) rotate(-90)" text-anchor="middle">'
-        f"{Y_TITLE} (logarithmic)</text>",
+        f"{y_title} (logarithmic)</text>",
     ]
 
 

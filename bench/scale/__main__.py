@@ -1,0 +1,67 @@
+"""`python -m bench.scale`: writes the table of docs/scale.md and draws its plots; or measures, or checks the model."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from bench.scale import real
+from bench.scale.costs import COSTS
+from bench.scale.model import Cluster, simulate
+from bench.scale.sizes import table
+from cellserve.benchmark.curve import Point
+from cellserve.benchmark.svg import draw
+
+CLUSTERS = {  # replicas, shards
+    "1 replica, memory": (1, 0),
+    "2 replicas, 1 shard": (2, 1),
+    "16 replicas, 1 shard": (16, 1),
+    "64 replicas, 4 shards": (64, 4),
+}
+LOADS = 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95
+
+
+def curves(steps: int) -> dict[str, dict[str, list[Point]]]:
+    """Returns the latency of each cluster over its load, by percentile."""
+    drawn: dict[str, dict[str, list[Point]]] = {"p50": {}, "p99": {}}
+    for name, (replicas, shards) in CLUSTERS.items():
+        cluster = Cluster.of(COSTS, replicas, shards)
+        for share in LOADS:
+            rate = share * cluster.capacity
+            found = simulate(cluster, rate, steps)
+            for percentile, seconds in (("p50", found.p50), ("p99", found.p99)):
+                drawn[percentile].setdefault(name, []).append(Point(rate, 1e3 * seconds, f"{share:.0%}"))
+    return drawn
+
+
+def main() -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__)
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of scale.md and its plots")
+    parser.add_argument("--steps", type=int, default=60_000, help="steps that are simulated for each point")
+    parser.add_argument("--measure", action="store_true", help="measure the costs on this machine")
+    parser.add_argument("--check", action="store_true", help="compare the model with two real replicas and a Redis")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement (default: 3)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="cellserve-scale-") as folder:
+        if arguments.check:
+            print("\n".join(real.check(Path(folder), arguments.seconds)))
+        elif arguments.measure:
+            real.measure(Path(folder), arguments.seconds)
+        else:
+            lines = "\n".join(table())
+            print(lines)
+            page = arguments.docs / "scale.md"
+            page.write_text(re.sub(r"^\| sessions \|.*?(?=\n\n)", lines, page.read_text(), flags=re.M | re.S))
+            for percentile, drawn in curves(arguments.steps).items():
+                title, kind = "Simulated replicas and Redis shards", "share of what they can do"
+                plot = draw(drawn, title, kind, f"{percentile} latency, ms")
+                (arguments.docs / f"scale-{percentile}.svg").write_text(plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

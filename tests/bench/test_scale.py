@@ -1,0 +1,56 @@
+"""The model of replicas and shards, and the arithmetic of docs/scale.md."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bench.scale.costs import COSTS
+from bench.scale.model import MAX_BATCH, Cluster, simulate
+from bench.scale.sizes import SIZES, size, table
+from tests.helpers import ROOT
+
+ONE = Cluster(1, 1, step_us=40, client_us=10, shard_us=20, tick_us=30, wire_us=100)
+
+
+def test_a_step_alone_takes_what_its_parts_take() -> None:
+    alone = simulate(ONE, 10, steps=2000)
+    assert alone.p50 == pytest.approx((30 + 40 + 10 + 100 + 20 + 100) / 1e6)
+    in_memory = simulate(replace(ONE, shards=0, client_us=0), 10, steps=2000)
+    assert in_memory.p50 == pytest.approx((30 + 40) / 1e6)
+
+
+def test_beyond_what_it_can_do_the_queue_grows_and_below_it_does_not() -> None:
+    for cluster in (ONE, replace(ONE, replicas=8), replace(ONE, shards=0)):
+        low, high = (simulate(cluster, share * cluster.capacity, steps=20_000) for share in (0.8, 1.3))
+        longer = simulate(cluster, 1.3 * cluster.capacity, steps=40_000)
+        assert low.p99 < 0.02
+        assert 1.7 < longer.p99 / high.p99 < 2.3
+
+
+def test_ticks_grow_with_the_load_up_to_a_batch() -> None:
+    rows = [simulate(ONE, share * ONE.capacity, steps=20_000).rows for share in (0.05, 0.5, 0.9, 2)]
+    assert rows == sorted(rows)
+    assert 1 <= rows[0] < 1.2 and rows[3] == pytest.approx(MAX_BATCH, rel=0.2)
+
+
+def test_the_shards_are_the_limit_where_they_are_fewer() -> None:
+    many = replace(ONE, replicas=100)
+    assert many.capacity == 1e6 / 20
+    assert replace(many, shards=4).capacity == 4e6 / 20
+    assert ONE.capacity < 1e6 / 50
+
+
+def test_more_sessions_need_more_memory_and_more_steps_more_cores() -> None:
+    small, sessions, steps = size(10**6, 10**6), size(10**9, 10**6), size(10**6, 10**7)
+    assert sessions.shards_for_memory > small.shards_for_memory and sessions.replicas == small.replicas
+    assert steps.replicas == pytest.approx(10 * small.replicas, rel=0.1)
+    assert size(10**4, 10**4).one_machine and not small.one_machine
+    assert size(10**6, 10**6, replace(COSTS, redis_us=2 * COSTS.redis_us)).shards > small.shards
+
+
+def test_the_page_has_the_table_as_it_is_computed() -> None:
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert "\n".join(table()) in page
+    assert len(list(table())) == len(SIZES) + 2
