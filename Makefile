@@ -83,8 +83,8 @@ release-draft:
 bench: $(BIN)/.dev .venv-triton/.done servers
 	$(BIN)/python -m bench --json bench.json
 
-# Writes the table of docs/scale.md and draws its plots. SCALE_FLAGS=--measure measures the costs that they come from;
-# --check compares the model with two replicas and a Redis on this machine.
+# Writes the table of docs/explanation/scale.md and draws its plots. SCALE_FLAGS=--measure measures the costs that they
+# come from; --check compares the model with two replicas and a Redis on this machine.
 scale: $(BIN)/.dev servers
 	$(BIN)/python -m bench.scale $(SCALE_FLAGS)
 

@@ -1,4 +1,4 @@
-"""`python -m bench.scale`: writes the table of docs/scale.md and draws its plots; or measures, or checks the model."""
+"""`python -m bench.scale`: writes the table of docs/explanation/scale.md and its plots; or measures, or checks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from cellserve.benchmark.curve import Point
 from cellserve.benchmark.svg import draw
 
 CLUSTERS = {  # replicas, shards
-    "1 replica, memory": (1, 0),
-    "2 replicas, 1 shard": (2, 1),
-    "16 replicas, 1 shard": (16, 1),
-    "64 replicas, 4 shards": (64, 4),
+    "1, memory": (1, 0),
+    "2, 2 shards": (2, 2),
+    "16, 12 shards": (16, 12),
+    "64, 48 shards": (64, 48),
 }
 LOADS = 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95
 
@@ -40,7 +40,7 @@ def curves(steps: int) -> dict[str, dict[str, list[Point]]]:
 def main() -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__)
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of scale.md and its plots")
+    parser.add_argument("--docs", type=Path, default=Path("docs/explanation"), help="folder of scale.md and its plots")
     parser.add_argument("--steps", type=int, default=60_000, help="steps that are simulated for each point")
     parser.add_argument("--measure", action="store_true", help="measure the costs on this machine")
     parser.add_argument("--check", action="store_true", help="compare the model with two real replicas and a Redis")

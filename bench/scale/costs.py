@@ -1,4 +1,4 @@
-"""What a step costs, as measured; everything that docs/scale.md computes comes from these numbers.
+"""What a step costs, as measured; everything that docs/explanation/scale.md computes comes from these numbers.
 
 Each is CPU time on one core, or bytes, with the command that measured it. Measure again on your machine, and change
 them here.

@@ -66,7 +66,7 @@ def size(sessions: int, steps_per_s: int, costs: Costs = COSTS, prices: Prices =
 
 
 def table() -> Iterator[str]:
-    """Yields the lines of the table in docs/scale.md."""
+    """Yields the lines of the table in docs/explanation/scale.md."""
     titles = (
         "sessions",
         "steps/s",

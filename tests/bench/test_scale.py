@@ -1,4 +1,4 @@
-"""The model of replicas and shards, and the arithmetic of docs/scale.md."""
+"""The model of replicas and shards, and the arithmetic of docs/explanation/scale.md."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def test_more_sessions_need_more_memory_and_more_steps_more_cores() -> None:
 
 
 def test_the_page_has_the_table_as_it_is_computed() -> None:
-    page = (ROOT / "docs" / "scale.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "scale.md").read_text()
     assert "\n".join(table()) in page
     assert len(list(table())) == len(SIZES) + 2
