@@ -338,6 +338,7 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
     "a model of our own": (foreign.described(foreign.frames(), FRAMES), [], "already a model of cellserve"),
     "labels of another number": (foreign.frames(), ["--labels", "a,b,c"], "3 labels for an output of shape [2]"),
     "a rollout into another shape": (foreign.frames(), ["--rollout", "value"], "--rollout value: the output [2]"),
+    "audio without a rate": (foreign.frames(), ["--task", "audio"], "--task audio: an audio model has a sample rate"),
     "a context as long as the step": (foreign.frames(), ["--context", "x=3"], "give from 1 to 2"),
 }  # fmt: skip
 

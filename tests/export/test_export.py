@@ -389,7 +389,8 @@ def test_a_rollout_that_does_not_fit_the_output_is_refused_and_one_that_does_is_
     with pytest.raises(ExportError, match=r"rollout 'value': the output \[3\] must be"):
         exported(network(RNNCell(3)), tmp_path, rollout="value")
     fitting = opened(exported(network(RNNCell(3), features=3, outputs=3), tmp_path, rollout="value"))
-    assert fitting.document.rollout == "value"
+    assert (fitting.document.rollout, fitting.document.task) == ("value", "forecast")
+    assert [layer.kind for layer in fitting.document.drawing] == ["input", "recurrent", "layer", "output"]
 
 
 @pytest.mark.parametrize("labels", ["yes,", "yes,no,yes", ""])

@@ -106,7 +106,10 @@ def test_other_files_and_flags_are_checked_before_the_work_too(
     assert "--data .: it is a folder" in refused([*given, "--data", "."], capsys)
     assert "text.npz: not test data" in refused([*given, "--data", "text.npz"], capsys)
     assert "int8 needs test data" in refused([*given, "--quantize", "int8"], capsys)
-    for card, said in (("{", "invalid JSON"), ("[]", "a JSON object"), ('{"rollout": "x"}', "rollout is 'x'")):
+    for card, said in (
+        ("{", "invalid JSON"), ("[]", "a JSON object"), ('{"rollout": "x"}', "rollout is 'x'"),
+        ('{"task": "x"}', "task is 'x': one of forecast, classify, text, audio"),
+    ):  # fmt: skip
         (tmp_path / "mine.card.json").write_text(card)
         assert said in refused(given, capsys)
     (tmp_path / "mine.card.json").write_text(json.dumps({"rollout": None}))
