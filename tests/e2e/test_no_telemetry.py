@@ -31,7 +31,7 @@ sys.meta_path.insert(0, Watch())
 """
 
 
-WITHOUT_RUNTIME = {"cellserve.models.training_cli", "cellserve.benchmark.command"}
+WITHOUT_RUNTIME = {"cellserve.benchmark.command", "cellserve.models.training_cli", "cellserve.sessions.command"}
 RUN_MODELS = [
     *sorted({module for module, _, _ in COMMANDS.values()} - WITHOUT_RUNTIME),
     "cellserve.service.app",
