@@ -37,7 +37,8 @@ NOT_RUN = {
     r"^docker ": "needs a container engine: `make container-test` runs them",
     r"^perf_analyzer ": "needs glibc 2.38; was run by hand",
     r"http://(triton|cellserve):8000": "needs other machines",
-    r"python3 -m cellserve.cli serve --provider cuda": "needs a GPU",
+    r"python3 -m cellserve.cli serve --provider cuda|python -m bench --provider cuda": "needs a GPU",
+    r"python -m bench --provider cpu": "takes minutes: `make test-long` rehearses the same code",
 }
 
 
