@@ -259,4 +259,6 @@ def _print_json(document: Any) -> None:
 
 
 def _complain(message: str) -> None:
-    print(f"cellserve sessions: {message}", file=sys.stderr)
+    from cellserve.sessions.tables import printable
+
+    print(f"cellserve sessions: {printable(message)}", file=sys.stderr)

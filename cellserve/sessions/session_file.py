@@ -32,6 +32,7 @@ Array = NDArray[Any]
 
 SUFFIX = ".safetensors"
 _FORMAT = 1
+_DTYPES = ("float32", "int32", "int64")
 _LONGEST_NAME = 200  # of a file, in bytes, without what makes it unique
 
 
@@ -87,14 +88,14 @@ class SavedSession:
 class _Metadata(msgspec.Struct):
     """The metadata of a file, as input."""
 
-    session: Annotated[str, Meta(pattern=r"^[^\x00-\x1f/]{1,512}\Z")]
+    session: Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f/]{1,128}\Z")]
     model: Annotated[str, Meta(pattern=NAME_PATTERN)]
     version: Annotated[int, Meta(ge=1, lt=10**9)]
     digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     position: Annotated[int, Meta(ge=0, lt=10**18)]
     states: str
     owner: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}\Z")] | None = None
-    creation_digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{0,128}\Z")] = ""
+    creation_digest: Annotated[str, Meta(pattern=r"^([0-9a-f]{2}){0,64}\Z")] = ""
     last_change: str = ""
 
 
@@ -115,6 +116,8 @@ def read(file: Path) -> SavedSession:
         names = msgspec.json.decode(told.states, type=list[str])
         if sorted(names) != sorted(tensors):
             raise ValueError("its tensors are not the states that it names")
+        if any(str(one.dtype) not in _DTYPES for one in tensors.values()):
+            raise ValueError(f"a state has another type than {', '.join(_DTYPES)}")
         if any(one.dtype.kind == "f" and not np.isfinite(one).all() for one in tensors.values()):
             raise ValueError("a state has a number that is not finite")
         last = StoredAnswer.read(base64.b64decode(told.last_change, validate=True))
@@ -131,12 +134,17 @@ def read(file: Path) -> SavedSession:
 def name_of(session_name: str) -> str:
     """Returns the name of a session's file in a folder, below one of its owner's if it has one."""
     owner, _, session_id = session_name.rpartition("/")
-    if owner.strip(".") == "":
-        owner = owner.replace(".", "%2E")  # a folder's parent is no name
-    quoted = quote(session_id, safe="~")
+    file = f"{_quoted(session_id)}{SUFFIX}"
+    return f"{_quoted(owner)}/{file}" if owner else file
+
+
+def _quoted(name: str) -> str:
+    """Returns the name of a file or a folder, whatever the name is: neither a path, nor hidden, nor too long."""
+    quoted = quote(name, safe="~", errors="backslashreplace")
     if len(quoted) > _LONGEST_NAME or quoted.startswith("."):
-        quoted = f"{quoted[:_LONGEST_NAME].lstrip('.')}-{hashlib.sha256(session_id.encode()).hexdigest()[:16]}"
-    return f"{owner}/{quoted}{SUFFIX}" if owner else f"{quoted}{SUFFIX}"
+        digest = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:16]
+        quoted = f"{quoted[:_LONGEST_NAME].lstrip('.')}-{digest}"
+    return quoted
 
 
 def files_in(given: Path) -> list[Path]:

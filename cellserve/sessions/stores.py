@@ -139,8 +139,11 @@ class LmdbFolder(Store):
 
     def sessions(self) -> Iterator[Listed]:
         """Iterates over the sessions of all owners."""
-        for one in self._reader().sessions():
-            yield Listed(one.key, one.model, one.version, one.position, one.expires_in)
+        try:
+            for one in self._reader().sessions():
+                yield Listed(one.key, one.model, one.version, one.position, one.expires_in)
+        except StoreUnusable as error:
+            raise SessionsError(str(error)) from None
 
     def close(self) -> None:
         """Closes the folder."""
@@ -151,7 +154,10 @@ class LmdbFolder(Store):
     def _find(self, name: str) -> tuple[SessionRecord | TombstoneRecord | None, float]:
         reader = self._reader()
         self.durable = reader.durable
-        found = reader.find(name)
+        try:
+            found = reader.find(name)
+        except StoreUnusable as error:
+            raise SessionsError(str(error)) from None
         return found.record, found.deadline - reader.now()
 
     def _reader(self) -> FolderReader:

@@ -24,10 +24,10 @@ def table_of(sessions: Sequence[Listed]) -> Table:
         table.add_column(heading, overflow="fold", justify="right" if heading in ("version", "position") else "left")
     for one in sessions:
         if one.unreadable:
-            table.add_row(Text(one.name), Text(f"not a session: {one.unreadable}"))
+            table.add_row(*map(_text, (one.name, f"not a session: {one.unreadable}")))
         else:
             row = one.name, one.model, str(one.version), str(one.position), duration(one.expires_in)
-            table.add_row(*map(Text, row[: len(headings)]))
+            table.add_row(*map(_text, row[: len(headings)]))
     return table
 
 
@@ -85,14 +85,23 @@ def tables_of(document: dict[str, Any]) -> tuple[Table, Table]:
         ("repeatable", "" if last is None else f"the change from {last['position']} to {last['position_after']}"),
     ):
         if value != "":
-            about.add_row(heading, Text(str(value), overflow="fold"))
+            about.add_row(heading, Text(printable(str(value)), overflow="fold"))
     states = Table(box=box.SIMPLE_HEAD)
     for heading in ("state", "type", "shape", "min", "mean", "max"):
         states.add_column(heading, justify="left" if heading in ("state", "type", "shape") else "right")
     for name, state in document["states"].items():
         numbers = [f"{state[one]:.6g}" if one in state else "" for one in ("min", "mean", "max")]
-        states.add_row(Text(name), state["dtype"], Text(str(state["shape"])), *numbers)
+        states.add_row(_text(name), state["dtype"], Text(str(state["shape"])), *numbers)
     return about, states
+
+
+def printable(text: str) -> str:
+    """Returns text from elsewhere for a terminal: what would steer the terminal is escaped."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def _text(text: str) -> Text:
+    return Text(printable(text))
 
 
 def duration(seconds: float | None) -> str:

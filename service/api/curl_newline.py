@@ -6,6 +6,8 @@ from collections.abc import Awaitable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+_WITHOUT_BODY = (204, 304)
+
 
 def is_curl(user_agent: bytes) -> bool:
     """Whether a request's `User-Agent` is that of the program curl."""
@@ -38,7 +40,8 @@ def _with_newline(send: Send) -> Send:
         nonlocal is_json
         if message["type"] == "http.response.start":
             headers = dict(message["headers"])
-            is_json = headers.get(b"content-type", b"").endswith(b"json")
+            has_body = message["status"] not in _WITHOUT_BODY and b"content-encoding" not in headers
+            is_json = has_body and headers.get(b"content-type", b"").endswith(b"json")
             if is_json and b"content-length" in headers:
                 longer = b"%d" % (int(headers[b"content-length"]) + 1)
                 others = [(name, value) for name, value in message["headers"] if name != b"content-length"]

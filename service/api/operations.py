@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -69,7 +70,7 @@ async def metrics(request: Request) -> Response:
     """Returns the metrics in Prometheus's text format, or in JSON with `Accept: application/json`."""
     metrics = _service(request).metrics
     vary = {"vary": "Accept"}
-    if "application/json" in request.headers.get("accept", ""):
+    if _wants_json(request.headers.get("accept", "")):
         document = {"time": time.time(), "metrics": await metrics.samples()}
         return Response(orjson.dumps(document), media_type="application/json", headers=vary)
     return Response(await metrics.text(), media_type=MEDIA_TYPE, headers=vary)
@@ -121,6 +122,15 @@ def operations_port_router() -> APIRouter:
     router.include_router(operator_router)
     router.include_router(health_router)
     return router
+
+
+def _wants_json(accept: str) -> bool:
+    """Whether an `Accept` header (RFC 9110, section 12.5.1) names JSON, and does not refuse it."""
+    for media_range in accept.split(","):
+        kind, *parameters = (part.strip().lower() for part in media_range.split(";"))
+        if kind == "application/json":
+            return not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+    return False
 
 
 def _service(request: Request) -> ServiceContext:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from time import perf_counter
@@ -28,6 +28,7 @@ Array = NDArray[Any]
 States = dict[str, Array]
 
 _MAX_WAITING_REQUESTS = 256
+_ROWS = 16  # of an item: thousands of items from one request would take long to enqueue
 
 log = logging.getLogger("cellserve")
 
@@ -81,6 +82,7 @@ class StepEngine(Protocol):
 
     arena: Arena
     bound: QueueBound
+    max_batch: int
 
     def may_wait(self, steps: int, rows: int = 1) -> bool:
         """Whether new work may take so long that its client may disconnect."""
@@ -121,21 +123,28 @@ class SteppedSequences:
         """Allocates a slot for each sequence, advances all of them, and reads their last states."""
         engine = self._engine
         engine.bound.check(client, sum(map(len, sequences)))
-        waiting: list[asyncio.Future[Array]] = []
+        batches = by_length(sequences, lambda steps: min(_ROWS, engine.max_batch))
+        items: list[WorkItem] = []
         with engine.scratch([None] * len(sequences) if states is None else states) as slots:
             try:
-                for number, sequence in enumerate(sequences):
-                    own = slots[number : number + 1]
-                    waiting.append(engine.submit(own, sequence[None], return_all_outputs, client=client).awaited)
-                outputs: list[Array] = []
-                for number, done in enumerate(waiting):
+                for numbers in batches:
+                    x = np.stack([sequences[number] for number in numbers])
+                    items.append(engine.submit(slots[numbers], x, return_all_outputs, client=client))
+                outputs: dict[int, Array] = {}
+                for numbers, item in zip(batches, items, strict=True):
                     try:
-                        outputs.append((await done)[0])
+                        y = await item.awaited
+                        if item.errors_by_row:
+                            raise item.errors_by_row[min(item.errors_by_row)]
                     except NotFinite as problem:
-                        raise name_sequence(problem, f"{name}[{number}]") from None
-                return outputs, [engine.arena.read(int(slot)) for slot in slots] if return_states else []
+                        row = min(item.errors_by_row or (0,))
+                        raise name_sequence(problem, f"{name}[{numbers[row]}]") from None
+                    outputs.update(zip(numbers, y, strict=True))
+                in_order = [outputs[number] for number in range(len(sequences))]
+                return in_order, [engine.arena.read(int(slot)) for slot in slots] if return_states else []
             finally:
-                for done in waiting:
+                for item in items:
+                    done = item.awaited
                     if not done.cancel() and not done.cancelled():
                         done.exception()  # retrieved, or asyncio would log it as never retrieved
 
@@ -201,7 +210,7 @@ class WholeSequences:
         turn = self._turns.setdefault(client, asyncio.Lock())
         self._waiting += 1
         try:
-            for numbers in self._batches(sequences):
+            for numbers in by_length(sequences, self._most_rows):
                 # One batch after the other, so that a cancelled request stops after the current one.
                 arrived = perf_counter()
                 async with turn:
@@ -245,16 +254,8 @@ class WholeSequences:
         """Returns 0: the engine runs no ticks of such a model, and it may not run on so few time steps at all."""
         return 0.0
 
-    def _batches(self, sequences: Sequence[Array]) -> list[list[int]]:
-        """Returns the numbers of the sequences in each run."""
-        by_length: dict[int, list[int]] = {}
-        for number, sequence in enumerate(sequences):
-            by_length.setdefault(len(sequence), []).append(number)
-        batches = []
-        for steps, numbers in by_length.items():
-            rows = max(1, min(self._max_batch, self._max_steps // steps))
-            batches += [numbers[start : start + rows] for start in range(0, len(numbers), rows)]
-        return batches
+    def _most_rows(self, steps: int) -> int:
+        return max(1, min(self._max_batch, self._max_steps // steps))
 
     def _run(self, x: Array, numbers: Sequence[int], name: str) -> tuple[Array, float]:
         """Returns the outputs, and the start of the run in seconds of `time.perf_counter`."""
@@ -270,6 +271,18 @@ class WholeSequences:
                 place = f"{name}[{number}]"
                 raise NotFinite(f"{place}: the model's output is not finite", place=place)
         return y, start
+
+
+def by_length(sequences: Sequence[Array], most_rows: Callable[[int], int]) -> list[list[int]]:
+    """Returns the numbers of sequences of the same length, in batches of at most so many rows for a length."""
+    numbers_of: dict[int, list[int]] = {}
+    for number, sequence in enumerate(sequences):
+        numbers_of.setdefault(len(sequence), []).append(number)
+    batches = []
+    for steps, numbers in numbers_of.items():
+        rows = most_rows(steps)
+        batches += [numbers[start : start + rows] for start in range(0, len(numbers), rows)]
+    return batches
 
 
 def name_sequence(problem: NotFinite, place: str) -> NotFinite:

@@ -52,6 +52,9 @@ def test_a_file_replaces_no_other(tmp_path: Path) -> None:
         ({"cellserve_session": "2"}, "of a newer Cellserve"),
         ({"cellserve_session": None}, "is not an exported session"),
         ({"session": "a/b"}, "session"),
+        ({"session": "a\x9bb"}, "session"),
+        ({"session": "x" * 129}, "session"),
+        ({"creation_digest": "abc"}, "creation_digest"),
         ({"owner": "../x"}, "owner"),
         ({"position": "-1"}, "position"),
         ({"digest": "abc"}, "digest"),
@@ -91,12 +94,16 @@ def test_damaged_files_and_numbers_that_are_not_finite_are_refused(tmp_path: Pat
     save_file(STATES | {"h": np.array([np.nan], np.float32)}, file, {k: str(v) for k, v in metadata.items()})
     with pytest.raises(SessionFailed, match="not finite"):
         session_file.read(file)
+    save_file(STATES | {"h": np.zeros(3)}, file, {k: str(v) for k, v in metadata.items()})
+    with pytest.raises(SessionFailed, match="another type than float32"):
+        session_file.read(file)
     with pytest.raises(SessionFailed, match="No such file"):
         session_file.read(tmp_path / "none")
 
 
 def test_names_of_files_stay_below_their_folder_and_differ(tmp_path: Path) -> None:
     names = ["one", "alice/one", "../one", "./one", ".hidden", "ü" * 100, "ü" * 101, "a b", "x" * 500]
+    names += ["/etc/passwd", "../../one", "a/../../../b", "../..", "a/b\0c/d", "y" * 500 + "/one", "\ud800"]
     files = [tmp_path / session_file.name_of(name) for name in names]
     assert len(set(files)) == len(names)
     for file in files:

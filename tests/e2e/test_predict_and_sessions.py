@@ -59,6 +59,8 @@ def test_json_answers_to_curl_end_with_a_line_break_and_to_others_do_not(server:
         state = client.get(f"/sessions/{session}/state", headers={"user-agent": "curl/8.5.0"})
         plain = client.get(f"/sessions/{session}/state")
         assert len(state.content) == len(plain.content)  # whose metadata have no order
+        deleted = client.delete(f"/sessions/{session}", headers={"user-agent": "curl/8.5.0"})
+        assert (deleted.status_code, deleted.content) == (204, b"")
 
 
 def test_a_prediction_continues_from_the_states_that_another_returned(server: Server) -> None:

@@ -189,3 +189,17 @@ def test_folders_that_cannot_be_read_as_they_are_are_refused(tmp_path: Path, mon
     Checkpoint("another boot", found.at, False, found.root).save(store / "0")
     with pytest.raises(StoreUnusable, match="start a server on it first"):
         FolderReader(store)
+
+
+def test_a_damaged_file_is_told_and_ends_no_process(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    create(folder, *(f"alice/{number}" for number in range(300)))
+    data = folder / "0" / "data.mdb"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:12288])
+    for use in (listed, opened):
+        with pytest.raises(StoreUnusable, match=r"data\.mdb is cut off: restore a backup"):
+            use(folder)
+    data.write_bytes(whole[:8192] + b"\xa5" * (len(whole) - 8192))
+    with pytest.raises(StoreUnusable, match=r"is damaged|cannot be read|no store of sessions"):
+        listed(folder)

@@ -214,6 +214,28 @@ def test_poison_in_a_block_fails_its_row_alone(make: Make) -> None:
     assert (positions[5], positions[13]) == (0, 0)
 
 
+def test_sequences_of_one_length_are_few_items_and_each_is_answered_for_itself(make: Make) -> None:
+    engine, _, _ = make(max_batch=64, max_queued_steps=10_000)
+    sequences = [drawn(1 + number % 3, number) for number in range(1000)]
+    items: list[Any] = []
+    submit = engine.submit
+
+    def counted(*given: Any, **named: Any) -> Any:
+        items.append(given)
+        return submit(*given, **named)
+
+    engine.submit = counted  # type: ignore[method-assign]
+    outputs, states = asyncio.run(engine.sequences.run(sequences, None, True, True, "sequences"))
+    assert len(items) < 100
+    for y, x in zip(outputs, sequences, strict=True):
+        assert y.tobytes() == truth(x).tobytes()
+    assert len(states) == 1000
+    sequences[400][0, 0] = INFINITE
+    with pytest.raises(NotFinite, match=r"^sequences\[400\]: "):
+        asyncio.run(engine.sequences.run(sequences, None, True, False, "sequences"))
+    assert engine.is_idle
+
+
 def test_a_session_that_ended_after_it_was_looked_up_never_moves_its_slots_next_owner(make: Make) -> None:
     engine, store, writer = make()
 

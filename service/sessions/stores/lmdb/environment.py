@@ -90,6 +90,7 @@ class Environment:
             )  # fmt: skip
         except lmdb.Error as error:
             raise StoreUnusable(f"--store: {folder} cannot be used: {error}") from None
+        check_whole(self._env, folder)
         self._lock = append_private(folder / "checkpoint.lock")
         self._data = os.open(folder / "data.mdb", os.O_RDWR)
         self._thread = ThreadPoolExecutor(1, "store")
@@ -291,3 +292,11 @@ class Environment:
         self._env.close()
         os.close(self._data)
         self._lock.close()
+
+
+def check_whole(environment: lmdb.Environment, folder: Path) -> None:
+    """Raises StoreUnusable if the file ends before its last page: to read behind its end would end the process."""
+    pages = environment.info()["last_pgno"] + 1
+    if (folder / "data.mdb").stat().st_size < pages * environment.stat()["psize"]:
+        environment.close()
+        raise StoreUnusable(f"--store: {folder}/data.mdb is cut off: restore a backup of the folder")

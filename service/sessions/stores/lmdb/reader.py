@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +13,7 @@ import lmdb
 
 from cellserve.service.sessions.session import Durable
 from cellserve.service.sessions.stores.lmdb.checkpoint import Checkpoint
-from cellserve.service.sessions.stores.lmdb.environment import DATABASES, READERS, Environment
+from cellserve.service.sessions.stores.lmdb.environment import DATABASES, READERS, Environment, check_whole
 from cellserve.service.sessions.stores.lmdb.folder import About, shard_number
 from cellserve.service.sessions.stores.lmdb.records import Found, Records, from_key, to_key
 from cellserve.service.sessions.stores.protocol import StoreUnusable
@@ -47,6 +48,7 @@ class Shard:
             )  # fmt: skip
         except lmdb.Error as error:
             raise StoreUnusable(f"--store: {folder} cannot be read: {error}") from None
+        check_whole(self._env, folder)
 
     def database(self, name: bytes) -> Any:
         """Returns a database in the file."""
@@ -77,6 +79,15 @@ class Shard:
     def close(self) -> None:
         """Closes the file."""
         self._env.close()
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Turns what LMDB says of a file that is damaged into StoreUnusable."""
+    try:
+        yield
+    except (lmdb.Error, struct.error) as error:
+        raise StoreUnusable(f"--store: {folder} is damaged ({error}): restore a backup of it") from None
 
 
 class ListedRecord(NamedTuple):
@@ -130,7 +141,8 @@ class FolderReader:
         for records in self._records:
             start = b""
             while True:
-                page = records.page(b"", start, _PAGE, self.now())
+                with _told(self.path):
+                    page = records.page(b"", start, _PAGE, self.now())
                 for key, model, version, position, deadline in page:
                     yield ListedRecord(from_key(key), model, version, position, deadline - self.now())
                 if len(page) < _PAGE:
@@ -144,7 +156,8 @@ class FolderReader:
     def find(self, key: str) -> Found:
         """Reads a session, or its tombstone; raises UnreadableRecord."""
         stored = to_key(key)
-        return self._records[shard_number(stored, len(self._records))].load(stored, self.now())
+        with _told(self.path):
+            return self._records[shard_number(stored, len(self._records))].load(stored, self.now())
 
     def begin_together(self, stack: ExitStack) -> tuple[list[lmdb.Transaction], bool]:
         """Begins a read transaction in each shard; also returns whether all see the store at one moment.
