@@ -22,15 +22,18 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def voice() -> np.ndarray:
     """Three seconds of a voice at 16 kHz, as 16 bits hold it."""
     return (speech(0)[: 90 * CHUNK] * 32767).round().astype(np.float32) / 32768
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser(voice: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """The browser; its microphone hears the voice, again and again."""
+    """The browser; its microphone hears the voice, again and again.
+
+    It ends with the tests here: while it is there an event loop counts as running, so that nothing else can run one.
+    """
     file = tmp_path_factory.mktemp("microphone") / "voice.wav"
     file.write_bytes(wav(voice, RATE))
     program = shutil.which("chromium")
@@ -43,7 +46,7 @@ def browser(voice: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Iter
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(examples: Path, vad: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of the example models and Silero VAD."""
     models = tmp_path_factory.mktemp("models")

@@ -85,11 +85,8 @@ def test_a_chunk_of_another_length_is_refused_with_the_length(server: Server) ->
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (
-            ["sr=16000"],
-            "ONNX Runtime crashed (SIGSEGV) while it opened the graph with sr=16000: if axis 1 of input is not time, "
-            "fix its size with --dim input.1=SIZE",
-        ),
+        # ONNX Runtime crashes, or fails to run it, by what happens to lie behind its memory.
+        (["sr=16000"], "with sr=16000: if axis 1 of input is not time, fix its size with --dim input.1=SIZE"),
         (["sr=44100", "--dim", "input.1=576"], "with sr=44100: is the graph made for this value?"),
     ],
 )
