@@ -38,7 +38,9 @@ Array = NDArray[Any]
 
 _FULL_ROWS = 64
 _BUDGET_SHARE = 0.75  # fraction of the event loop's time budget that a tick is planned to use; predictions are rough
-_COALESCE_ITERATIONS = 3  # event loop iterations, each a few microseconds if nothing has arrived
+# Event loop iterations: a few microseconds if nothing has arrived, half a millisecond while bodies are being read.
+_COALESCE_ITERATIONS = 10
+_LONG_TICK = 3  # how much longer than cheap a tick of long items may take: it runs on the thread, beside the others
 _LONG_WAIT_SECONDS = 0.02
 
 log = logging.getLogger("cellserve")
@@ -87,7 +89,7 @@ class Engine:
         )
         cheap_seconds = _BUDGET_SHARE * self._inline_seconds
         self._short_queue = RequestQueue(self._cost, self.max_batch, self._quantum, cheap_seconds)
-        self._long_queue = RequestQueue(self._cost, self.max_batch, self._quantum, cheap_seconds)
+        self._long_queue = RequestQueue(self._cost, self.max_batch, self._quantum, _LONG_TICK * cheap_seconds)
         self._queues = [self._short_queue, self._long_queue]
         self.tracing = tracing
         self._committing: set[asyncio.Task[None]] = set()
