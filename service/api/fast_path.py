@@ -10,8 +10,10 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import orjson
+from numpy.typing import NDArray
 
 from cellserve.service.access.peer_address import Address
+from cellserve.service.api import safetensors
 from cellserve.service.api.answer_size import LARGE
 from cellserve.service.api.asgi import JSON, REPLAY, as_problem
 from cellserve.service.api.browser_rules import BrowserRules
@@ -19,6 +21,7 @@ from cellserve.service.api.client_identity import TrustedProxies, address_identi
 from cellserve.service.api.predict_codec import parse_prediction, prediction_json, wants_every_output
 from cellserve.service.api.step_codec import NOT_SIMPLE, parse_simple_step, step_json
 from cellserve.service.context import ServiceContext
+from cellserve.service.engine.engine import Engine
 from cellserve.service.engine.pending import Pending
 from cellserve.service.engine.pending_sequence import SequenceResult, start_sequence
 from cellserve.service.engine.sequence_runner import name_sequence
@@ -29,11 +32,13 @@ from cellserve.service.observability.request_context import HEADER, RequestConte
 from cellserve.service.sessions.pending_steps import PendingStep, StepResult
 from cellserve.service.sessions.session import Session
 from cellserve.service.validation.decoding import ADMITTED_BYTES
-from cellserve.service.validation.json_bodies import LEFT_OUT
+from cellserve.service.validation.json_bodies import LEFT_OUT, PredictRequest
 
 Headers = Iterable[tuple[bytes, bytes]]
 
 _BEGIN, _END = b"/sessions/", b"/step"
+_PREDICT = b"/predict"
+_SAFETENSORS = (b"content-type", safetensors.MEDIA_TYPES[0])
 
 
 class Connection(Protocol):
@@ -102,12 +107,15 @@ class FastPath:
         surfaces = service.counts.surfaces
         self._step = Route(self._start_step, surfaces["sessions"], "/sessions/{id}/step", ADMITTED_BYTES)
         self._predict = Route(self._start_prediction, surfaces["predict"], "/predict", 0)
+        self._predict_binary = Route(self._start_binary_prediction, surfaces["predict"], "/predict", 0)
 
-    def route(self, url: bytes) -> Route | None:
-        """Returns the route of a target; None where all its requests are the ASGI application's."""
-        if url == b"/predict":
-            return self._predict
-        return self._step if url.startswith(_BEGIN) and url.endswith(_END) else None
+    def route(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> Route | None:
+        """Returns the route of a request; None where all such requests are the ASGI application's."""
+        if url.startswith(_PREDICT):
+            if _SAFETENSORS in headers and url[len(_PREDICT) :][:1] in b"?":
+                return self._predict_binary
+            return self._predict if url == _PREDICT and JSON in headers else None
+        return self._step if url.startswith(_BEGIN) and url.endswith(_END) and JSON in headers else None
 
     def _start_step(self, exchange: Exchange) -> bool:
         """Starts `POST /sessions/{id}/step` of one time step."""
@@ -136,28 +144,52 @@ class FastPath:
         self._answer(exchange, answer, (JSON, *REPLAY) if outcome.replayed else None)
 
     def _start_prediction(self, exchange: Exchange) -> bool:
-        """Starts `POST /predict` of one sequence from zeros."""
+        """Starts `POST /predict` of one sequence from zeros, in JSON."""
         if self._rules is not None and not self._rules.take_fast_path(exchange.headers):
             return False
         try:
             owner = self.service.known_owner(exchange.headers, exchange.connection.client)
             request = parse_prediction(exchange.body)
             engine = self.service.engine(request.model)
-            model = engine.model
-            if request.states != LEFT_OUT or model.document.signature.predict_only is not None:
+            sequences = engine.model.reader.plain_sequences(request.sequences, 1)
+            if not sequences or request.states != LEFT_OUT:
                 return False
-            sequences = model.reader.plain_sequences(request.sequences, 1)
-            if not sequences:
-                return False
-            (x,) = sequences
-            every_output = wants_every_output(model, request.outputs)
-            if every_output and len(x) * model.outputs.json_bytes > LARGE:
-                return False  # its answer is sent in parts
-            on_done = partial(self._answer_prediction, exchange, model, every_output)
-            client = owner or address_identity(exchange.connection.client)
-            exchange.pending = start_sequence(engine, x, every_output, request.return_states, on_done, client)
+            return self._predict_one(exchange, owner, engine, sequences[0], request, engine.model.outputs.json_bytes)
         except (*NOT_SIMPLE, Problem):
             return False
+
+    def _start_binary_prediction(self, exchange: Exchange) -> bool:
+        """Starts `POST /predict` of one sequence from zeros, in safetensors."""
+        if self._rules is not None and not self._rules.take_fast_path(exchange.headers):
+            return False
+        try:
+            owner = self.service.known_owner(exchange.headers, exchange.connection.client)
+            options = safetensors.read_options(exchange.url[len(_PREDICT) + 1 :])
+            engine = self.service.engine(options.model)
+            sequences, states = safetensors.read(exchange.body, engine.model, 1)
+            if states is not None:
+                return False
+            return self._predict_one(exchange, owner, engine, sequences[0], options, engine.model.outputs.step_bytes)
+        except Problem:
+            return False
+
+    def _predict_one(
+        self,
+        exchange: Exchange,
+        owner: str,
+        engine: Engine,
+        x: NDArray[Any],
+        asked: PredictRequest[Any] | safetensors.Options,
+        step_bytes: int,
+    ) -> bool:
+        """Starts a sequence, unless its answer is one to be sent in parts; `step_bytes` are those of a step in it."""
+        every_output = wants_every_output(engine.model, asked.outputs)
+        predict_only = engine.model.document.signature.predict_only is not None
+        if predict_only or (every_output and len(x) * step_bytes > LARGE):
+            return False
+        on_done = partial(self._answer_prediction, exchange, engine.model, every_output)
+        client = owner or address_identity(exchange.connection.client)
+        exchange.pending = start_sequence(engine, x, every_output, asked.return_states, on_done, client)
         return True
 
     def _answer_prediction(
@@ -168,7 +200,11 @@ class FastPath:
             self._answer_problem(exchange, error)
             return
         states = None if outcome.states is None else [outcome.states]
-        self._answer(exchange, prediction_json(model, [outcome.y], every_output, states))
+        if exchange.route is self._predict_binary:
+            answer = safetensors.write(model, [outcome.y], every_output, states)
+            exchange.connection.respond(exchange, 200, answer, (_SAFETENSORS,))
+        else:
+            self._answer(exchange, prediction_json(model, [outcome.y], every_output, states))
 
     def _answer(self, exchange: Exchange, document: dict[str, Any], headers: Headers | None = None) -> None:
         body = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)

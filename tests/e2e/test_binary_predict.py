@@ -53,6 +53,28 @@ def test_sequences_in_safetensors_give_the_predictions_of_json(server: Server, t
         assert file.metadata() == {"model": "lstm", "version": "1"}
 
 
+@pytest.mark.parametrize("query", ["model=lstm", "model=lstm&outputs=all", "model=lstm&outputs=all&return_states=true"])
+@pytest.mark.parametrize("tensors", [{"x": x(1, 9)}, {"x": x(9), "lengths": np.array([9])}, {"x": x(1, 9) * np.inf}])
+def test_one_sequence_is_answered_alike_on_the_fast_path_and_over_asgi(
+    server: Server, query: str, tensors: dict[str, np.ndarray]
+) -> None:
+    with server.client() as client:
+        fast, asgi = (
+            client.post(f"/predict?{query}", content=save(tensors), headers=TYPE | more)
+            for more in ({}, {"x-request-id": "one"})  # a request with an id takes ASGI
+        )
+    assert fast.status_code == asgi.status_code == (422 if np.isinf(tensors["x"]).any() else 200)
+    assert fast.headers["content-type"] == asgi.headers["content-type"]
+    if fast.status_code == 200:
+        found, expected = load(fast.content), load(asgi.content)
+        assert {name: tensor.tobytes() for name, tensor in found.items()} == {
+            name: tensor.tobytes() for name, tensor in expected.items()
+        }
+        assert sorted(fast.content[8:300]) == sorted(asgi.content[8:300]), "shapes and metadata"
+    else:
+        assert fast.json()["detail"] == asgi.json()["detail"]
+
+
 def test_a_prediction_can_start_from_given_states(server: Server) -> None:
     with server.client() as client:
         url = "/predict?model=rnn&outputs=all&return_states=true"

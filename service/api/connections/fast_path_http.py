@@ -80,10 +80,9 @@ class FastPathHttp(BoundedHttp):
         if self._is_special:
             self._find_sender()
         parser = self.parser
-        route = self._fast_path.route(self.url)
+        route = self._fast_path.route(self.url, self.headers)
         if (
             route is not None
-            and JSON in self.headers
             and (self.cycle is None or self.cycle.response_complete)
             and parser.get_method() == b"POST"
             and parser.get_http_version() == "1.1"
