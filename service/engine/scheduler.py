@@ -1,7 +1,8 @@
 """The scheduler: queues of work items, and how the next tick is chosen among them.
 
-A tick is one batched run. No timer waits to fill a batch: a tick starts as soon as there is work, and what arrives
-meanwhile makes the next. The policy is a pure function of what waits and of the cost model; it does no I/O.
+A tick is one batched run. No timer waits to fill a batch: a tick starts as soon as there is work (`Engine._coalesce`
+lets what has arrived join it), and what arrives meanwhile makes the next. The policy is a pure function of what waits
+and of the cost model; it does no I/O.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ from cellserve.service.api.session_requests import (
 from cellserve.service.api.step_codec import session_json, step_json, wants_all_outputs
 from cellserve.service.api.websocket import binary_frames, json_frames
 from cellserve.service.api.websocket.binary_frames import STEP, Frame, Group
+from cellserve.service.api.websocket.frame_window import FrameWindow
 from cellserve.service.api.websocket.json_frames import Attach, Auth, Close, Fork, Open, Reset, Step
-from cellserve.service.api.websocket.send_queue import SendQueue
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import (
     InvalidInput,
@@ -67,7 +67,7 @@ class OpenSocket:
         self.client = current_client(owner)
         self.fast: BoundedWebSocket | None = scope["extensions"].get(FRAMES_EXTENSION)
         settings = service.settings
-        self.send_queue = SendQueue(send, self.fast, settings.stream_window, settings.max_socket_bytes)
+        self.frame_window = FrameWindow(send, self.fast, settings.stream_window, settings.max_socket_bytes)
         self.key: HeldKey | None = None  # None where no keys are used
         self.counts = get_context(scope).surface
         self.sessions: list[Session] = []  # indexed by handle
@@ -80,7 +80,7 @@ class OpenSocket:
     async def serve(self, receive: Receive) -> None:
         """Reads frames until the socket is closed, then cancels what is still in progress."""
         loop = asyncio.get_running_loop()
-        writing = loop.create_task(self.send_queue.write())
+        writing = loop.create_task(self.frame_window.write())
         if self.fast:
             self.fast.on_message = self._on_message
         try:
@@ -88,7 +88,7 @@ class OpenSocket:
                 text = message.get("text")
                 body = message["bytes"] if text is None else text.encode()
                 if not self._on_message(body, text is not None):
-                    self.send_queue.begin(len(body))
+                    self.frame_window.begin(len(body))
                     self.unstarted_tasks += 1
                     read = asyncio.Event()
                     self._spawn(self._answer(body, text is not None, read))
@@ -98,8 +98,8 @@ class OpenSocket:
                         self.unstarted_tasks -= 1
                     elif len(body) > _SMALL_FRAME:
                         await asyncio.sleep(0)  # it counts the bytes of its answer before the next frame is read
-                if self.send_queue.is_full:
-                    await self.send_queue.wait_for_room(writing)
+                if self.frame_window.is_full:
+                    await self.frame_window.wait_for_room(writing)
         finally:
             if self.fast:
                 self.fast.on_message = None
@@ -119,16 +119,16 @@ class OpenSocket:
                 self.fast.transport.abort()
 
     def _put_json(self, document: Any, size: int | None) -> None:
-        """Sends or queues a message; `size` is as `SendQueue.put` takes it."""
-        self.send_queue.put(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), True, size)
+        """Sends or queues a message; `size` is as `FrameWindow.put` takes it."""
+        self.frame_window.put(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY), True, size)
 
     def _on_message(self, body: bytes, text: bool) -> bool:
         """Starts a frame without a task if possible; returns whether it did."""
-        if self.unstarted_tasks or self.send_queue.is_full or self.service.tracing:
+        if self.unstarted_tasks or self.frame_window.is_full or self.service.tracing:
             return False
         size = self._try_step(body) if text else self._try_frame(body)
         if size:
-            self.send_queue.begin(size)
+            self.frame_window.begin(size)
         return size > 0
 
     def _try_step(self, text: bytes) -> int:
@@ -184,7 +184,7 @@ class OpenSocket:
             model = group.sessions[0].model
             x = frame.x(model)
             size = len(body) + frame.answer_bytes(model)
-            if size > self.send_queue.window_bytes:
+            if size > self.frame_window.window_bytes:
                 return 0
             on_done = partial(self._answer_frame, frame, group, size)
             pending = self.service.writer.try_submit_many(group.sessions, group.slots, x, on_done)
@@ -220,14 +220,14 @@ class OpenSocket:
             """Counts the bytes of the answer."""
             nonlocal size
             size += answer
-            self.send_queue.add(answer)
+            self.frame_window.add(answer)
 
         try:
             with nullcontext() if tracing is None else tracing.frame(self.scope):
                 if text:
                     message = await encoded(await self._text(body, expect, read), size)
                     self.counts.record_response(200, perf_counter() - begun)
-                    self.send_queue.put(message, True, size)
+                    self.frame_window.put(message, True, size)
                 else:
                     frame, group, stepped = await self._binary(body, expect)
                     self._put_frame(frame, group, stepped, begun, size)
@@ -267,7 +267,7 @@ class OpenSocket:
                     else reader.x(frame.x)
                 )
                 steps = len(x) if wants_all_outputs(session, frame.outputs) else 1
-                expect(check_json_answer(self.send_queue.window_bytes, session.model, (x,), steps))
+                expect(check_json_answer(self.frame_window.window_bytes, session.model, (x,), steps))
                 read.set()
                 stepped, every_output = await step_session(
                     self.service.writer, session, x, single, frame.outputs, frame.position
@@ -333,7 +333,7 @@ class OpenSocket:
         model = group.sessions[0].model
         x = frame.x(model)
         size = frame.answer_bytes(model)
-        check_exchange(self.send_queue.window_bytes, (x,), size)
+        check_exchange(self.frame_window.window_bytes, (x,), size)
         expect(size)
         requests = None
         if frame.positions is not None:
@@ -354,7 +354,7 @@ class OpenSocket:
             self._put_json(about, None)
         status = max((problem.status for problem in stepped.problems.values()), default=200)
         self.counts.record_response(status, perf_counter() - begun)
-        self.send_queue.put(binary_frames.answer(frame.kind, frame.ref, stepped), False, size)
+        self.frame_window.put(binary_frames.answer(frame.kind, frame.ref, stepped), False, size)
 
     def _group(self, handles: NDArray[np.uint32]) -> Group:
         """Returns the group of the sessions with these handles, mostly from the cache."""

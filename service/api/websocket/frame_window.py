@@ -1,4 +1,4 @@
-"""The outgoing messages of a WebSocket: in order, at once if possible, for at most a window of frames and bytes."""
+"""The window of a WebSocket: how many frames may be in flight, and their answers, in order, at once if possible."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from starlette.types import Send
 from cellserve.service.api.connections.bounded_websocket import BoundedWebSocket
 
 
-class SendQueue:
-    """Answers to a client that may read slowly.
+class FrameWindow:
+    """Counts the frames of a client that are not answered, and sends it the answers, which it may read slowly.
 
     Args:
         send: ASGI's `send`.
