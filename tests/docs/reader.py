@@ -6,6 +6,7 @@ Only addresses differ: each port of the page is a free one. `stand_ins/` holds t
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,11 @@ class Reader:
                     self._check(where, snippet, _run_python(text, where, names))
                 elif snippet.language == "sh":
                     self._check(where, snippet, shell.run(self._runnable(text), where))
+            # Snippets leave clients open, as people at a prompt do.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                names.clear()
+                gc.collect()
 
     def _all(self, page: Path, shell: _Shell) -> list[Snippet]:
         """A page's snippets, once the servers run that it does not start itself."""

@@ -42,8 +42,8 @@ class Checkpoint:
     def save(self, folder: Path) -> None:
         """Replaces the checkpoint in a folder atomically, and syncs it.
 
-        The next one's file is made ahead, so that there is a block for it on a full disk: the store needs checkpoints
-        to reuse its pages.
+        The file that it replaces is kept for the next one, so that there is always a block for it on a full disk: the
+        store needs checkpoints to reuse its pages.
         """
         content = orjson.dumps(asdict(self))
         content = content.ljust(_BYTES - 2 * hashlib.sha256().digest_size - 1)
@@ -53,10 +53,17 @@ class Checkpoint:
             file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
             file.flush()
             os.fsync(file.fileno())
+        spare = folder / f"{_FILE}.spare"
+        spare.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none yet, or the file system knows no links
+            os.link(folder / _FILE, spare)
         new.replace(folder / _FILE)
         sync_folder(folder)
         with suppress(OSError):
-            reserve_private(new, _BYTES)
+            if spare.exists():
+                spare.replace(new)
+            else:
+                reserve_private(new, _BYTES)
 
     @classmethod
     def load(cls, folder: Path) -> Checkpoint | None:
