@@ -12,8 +12,7 @@ import os
 import struct
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -24,13 +23,12 @@ import numpy as np
 from safetensors.numpy import save
 from websockets.sync.client import connect
 
+from bench.peers.device import FEATURES, calls_per_s
 from bench.servers import ROOT, Server, Unavailable
 
 UNITS, SESSIONS = (128, 1024), (1, 8, 64, 256, 1024)
-FEATURES = 16
 SEQUENCES, STEPS, CLIENTS = 64, 50, 4  # of a /predict request; requests at a time
 MOST_ROWS = max(SESSIONS)
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,7 @@ def frames_per_s(server: Server, model: str, count: int, seconds: float) -> floa
             if not isinstance(answer, bytes):
                 raise RuntimeError(f"a frame was answered {answer}")
 
-        rate = per_s(one, seconds)
+        rate = calls_per_s(one, seconds)
         socket.recv()
         return rate
 
@@ -151,7 +149,7 @@ def predictions_per_s(server: Server, model: str, seconds: float) -> float:
     def client(_: int) -> float:
         with httpx.Client(timeout=120) as http:
             headers = {"content-type": "application/x-safetensors"}
-            return per_s(lambda: http.post(url, content=body, headers=headers).raise_for_status(), seconds)
+            return calls_per_s(lambda: http.post(url, content=body, headers=headers).raise_for_status(), seconds)
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         return sum(pool.map(client, range(CLIENTS)))
@@ -166,16 +164,6 @@ def _bare(model: Path, units: int, count: int, provider: str, seconds: float) ->
     for where, result in json.loads(done.stdout.splitlines()[-1]).items():
         rate, note = (None, result) if isinstance(result, str) else (result, "")
         yield Row(units, "steps", count, where, rate, note)
-
-
-def per_s(call: Call, seconds: float) -> float:
-    """Returns calls per second, after a first one that does not count."""
-    call()
-    calls, start = 0, time.perf_counter()
-    while (taken := time.perf_counter() - start) < seconds or not calls:
-        call()
-        calls += 1
-    return calls / taken
 
 
 def main(arguments: argparse.Namespace) -> int:

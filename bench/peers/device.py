@@ -21,7 +21,7 @@ FEATURES, OUTPUTS = 16, 4
 GIVEN = ("x", "lengths")  # the inputs that are no states
 
 
-def rate(call: Callable[[], object], seconds: float) -> float:
+def calls_per_s(call: Callable[[], object], seconds: float) -> float:
     """Returns calls per second, after a few that do not count."""
     for _ in range(3):
         call()
@@ -104,11 +104,11 @@ def main(path: str, sessions: int, device: str, seconds: float) -> dict[str, flo
     x = np.random.default_rng(0).normal(size=(sessions, 1, FEATURES)).astype(np.float32)
     units = int(Path(path).parent.parent.name.rpartition("-")[2])
     results: dict[str, float | str] = {
-        f"bare ONNX Runtime, {device}, states copied": rate(copied(session, x), seconds) * sessions,
-        f"bare ONNX Runtime, {device}, states bound": rate(bound(session, x, device), seconds) * sessions,
+        f"bare ONNX Runtime, {device}, states copied": calls_per_s(copied(session, x), seconds) * sessions,
+        f"bare ONNX Runtime, {device}, states bound": calls_per_s(bound(session, x, device), seconds) * sessions,
     }
     try:
-        results[f"PyTorch, {device}"] = rate(pytorch(units, x, device), seconds) * sessions
+        results[f"PyTorch, {device}"] = calls_per_s(pytorch(units, x, device), seconds) * sessions
     except ImportError:
         results[f"PyTorch, {device}"] = "PyTorch is not installed"
     return results

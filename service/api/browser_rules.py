@@ -8,6 +8,7 @@ by its name in `Host`.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 
 from starlette.middleware.cors import CORSMiddleware
@@ -21,6 +22,7 @@ _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT")
 _EXPOSED = ("Idempotent-Replay", "Inference-Header-Content-Length", "Location", "Retry-After", HEADER.decode())
 _PREFLIGHT_SECONDS = 600
+_HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::[0-9]*)?")  # RFC 9110, section 7.2
 
 
 class BrowserRules:
@@ -61,8 +63,10 @@ class BrowserRules:
 
     def allows_host(self, host: str) -> bool:
         """Whether a request may name this host; addresses and localhost, which nobody can rebind, always."""
-        name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
-        return not self.hosts or name in self.hosts or name in ("", "localhost") or _is_address(name)
+        if not self.hosts:
+            return True
+        found = _HOST.fullmatch(host)
+        return found is not None and (found[1] in self.hosts or found[1] in ("", "localhost") or _is_address(found[1]))
 
     def take_fast_path(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
         """Whether a request with these headers needs no further check, and no header in its answer."""

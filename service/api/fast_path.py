@@ -112,9 +112,10 @@ class FastPath:
     def route(self, url: bytes, headers: list[tuple[bytes, bytes]]) -> Route | None:
         """Returns the route of a request; None where all such requests are the ASGI application's."""
         if url.startswith(_PREDICT):
-            if _SAFETENSORS in headers and url[len(_PREDICT) :][:1] in b"?":
-                return self._predict_binary
-            return self._predict if url == _PREDICT and JSON in headers else None
+            if url == _PREDICT and JSON in headers:
+                return self._predict
+            is_predict = url[len(_PREDICT) :][:1] in b"?"  # without a query, or with one
+            return self._predict_binary if is_predict and _SAFETENSORS in headers else None
         return self._step if url.startswith(_BEGIN) and url.endswith(_END) and JSON in headers else None
 
     def _start_step(self, exchange: Exchange) -> bool:

@@ -47,7 +47,16 @@ def test_hosts_are_names_that_are_allowed_or_addresses() -> None:
     fine = ("api.example", "API.example:8000", "other.example", "127.0.0.1:8000", "[::1]:8000", "[::1]", "localhost:80")
     for host in fine:
         assert rules.allows_host(host.lower()) and allowed(rules=rules, host=host), host
-    for host in ("evil.example", "evil.example:8000", "api.example.evil.example", "127.0.0.1.evil.example"):
+    for host in (
+        "evil.example",
+        "evil.example:8000",
+        "api.example.evil.example",
+        "127.0.0.1.evil.example",
+        "localhost:evil",
+        "127.0.0.1]",
+        "[127.0.0.1",
+        "localhost:80:evil",
+    ):
         assert not rules.allows_host(host) and not allowed(rules=rules, host=host), host
     assert BrowserRules("").allows_host("evil.example")
     assert rules.take_fast_path([(b"host", b"API.example:8000")])
