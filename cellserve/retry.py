@@ -18,7 +18,7 @@ _TRANSIENT = (429, 502, 503, 504)  # RFC 9110; 502 and 504 come from a load bala
 
 @dataclass(frozen=True, slots=True)
 class Timeout:
-    """How long one attempt may take.
+    """How long one attempt waits for the server.
 
     Args:
         connect: Seconds to connect.
