@@ -66,12 +66,12 @@ def test_a_generated_client_predicts_and_steps(generated: Path, server: Server) 
         return importlib.import_module(f"generated_client.{name}")
 
     x = frames(3)
-    client = part("client").Client(base_url=server.url, verify_ssl=False)
     with httpx.Client(base_url=server.url) as plain:
         session = plain.post("/sessions", json={"model": "lstm"}).json()["session"]
         wanted = plain.post("/predict", json={"model": "lstm", "sequences": [x]}).json()
-    body = part("models").PredictJsonBody(model="lstm", sequences=[x])
-    assert part("api.predict.predict").sync(client=client, body=body).to_dict() == wanted
-    body = part("models").StepBody(x=x)
-    stepped = part("api.sessions.step").sync(session, client=client, body=body).to_dict()
+    with part("client").Client(base_url=server.url, verify_ssl=False) as client:
+        body = part("models").PredictJsonBody(model="lstm", sequences=[x])
+        assert part("api.predict.predict").sync(client=client, body=body).to_dict() == wanted
+        body = part("models").StepBody(x=x)
+        stepped = part("api.sessions.step").sync(session, client=client, body=body).to_dict()
     assert (stepped["position"], stepped["y"]) == (3, wanted["outputs"][0])
