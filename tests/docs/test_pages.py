@@ -92,3 +92,5 @@ def test_what_is_printed_must_be_what_a_page_shows() -> None:
     assert not same(shown, '{"session":"00000000000000000000000000000000","x":[77.05]}')
     assert same(Output("text", "adopted vad/1\n... us"), "reading\nadopted vad/2\nin 3 us")
     assert not same(Output("text", "adopted vad/1"), "adopted vad/1 in a way")
+    assert same(Output("text", "us a run  1x1 83, 64x1 1938"), "us a run     1x1 403, 64x1 5804  \n")
+    assert not same(Output("text", "us a run  1x1 83"), "us a run  1x2 83")
