@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cellserve.service.api.asgi import send_problem
 from cellserve.service.api.client_identity import peer_of
+from cellserve.service.api.connections.known_heads import KnownHeads
 from cellserve.service.api.connections.limits import ConnectionTable
 from cellserve.service.api.fast_path import FastPath
 from cellserve.service.context import ServiceContext
@@ -37,6 +38,7 @@ class ObservabilityMiddleware:
 
     def __init__(self, app: ASGIApp, service: ServiceContext, fast_path: FastPath | None = None) -> None:
         self.app, self.service, self.fast_path = app, service, fast_path
+        self.known_heads = KnownHeads()
         self.connections = ConnectionTable(service.settings, service.counts, is_operations=fast_path is None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -78,6 +78,26 @@ def test_requests_that_follow_without_waiting_are_answered_in_order(connection: 
     assert positions == [*range(1, 11), 11, 14, *range(15, 21)]
 
 
+def test_requests_with_the_same_headers_are_told_apart_by_all_else(connection: socket.socket, session: str) -> None:
+    again = request(session, STEP)
+    for _ in range(3):
+        connection.sendall(again)
+        assert answers(connection, 1)[0][0] == 200
+    other = {"x": [0.75] * FEATURES}
+    assert len(json.dumps(other)) == len(json.dumps(STEP))
+    connection.sendall(request(session, other))
+    ((_, moved),) = answers(connection, 1)
+    connection.sendall(again)
+    ((_, back),) = answers(connection, 1)
+    assert (moved["position"], back["position"]) == (4, 5)
+    assert moved["y"] != back["y"]
+    connection.sendall(request("unknown", STEP))
+    assert answers(connection, 1)[0][0] == 404
+    connection.sendall(again[:-5])  # the rest comes later, with the next request
+    connection.sendall(again[-5:] + again)
+    assert [document["position"] for _, document in answers(connection, 2)] == [6, 7]
+
+
 def test_a_body_may_come_in_parts(server: Server, connection: socket.socket, session: str) -> None:
     for place in (1, 40, 120, 150):
         data = request(session, STEP)

@@ -11,9 +11,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from cellserve.service.api.asgi import JSON, RESUMABLE
 from cellserve.service.api.connections.bounded_http import BoundedHttp
+from cellserve.service.api.connections.known_heads import KnownHeads
 from cellserve.service.api.connections.limits import MAX_HEADERS, Place
 from cellserve.service.api.curl_newline import is_curl
-from cellserve.service.api.fast_path import Exchange, FastPath, Headers
+from cellserve.service.api.fast_path import Exchange, FastPath, Headers, Route
 from cellserve.service.observability.request_context import HEADER
 
 _LARGEST_BODY = 64 * 1024
@@ -58,8 +59,10 @@ class FastPathHttp(BoundedHttp):
     def __init__(self, config: Config, *more: Any, **named: Any) -> None:
         super().__init__(config, *more, **named)
         self._fast_path: FastPath = config.loaded_app.fast_path
+        self._known_heads: KnownHeads = config.loaded_app.known_heads
         self._largest_body = min(_LARGEST_BODY, self._fast_path.service.settings.max_body_bytes)
         self._receiving: Exchange | None = None  # whose body is being received
+        self._received: Exchange | None = None  # which the parser has just completed
         self._waiting: Exchange | None = None  # which has not been admitted yet
 
     def shutdown(self) -> None:
@@ -68,6 +71,33 @@ class FastPathHttp(BoundedHttp):
         if self.flow.write_paused and RESUMABLE in getattr(self.cycle, "scope", ()):
             self.transport.abort()
         super().shutdown()
+
+    def _parse(self, data: bytes) -> None:
+        starts = not self._in_message
+        if starts and self._take_known(data):
+            return
+        super()._parse(data)
+        exchange, self._received = self._received, None
+        if starts and exchange is not None:
+            self._known_heads.learn(data, exchange.headers, exchange.body)
+
+    def _take_known(self, data: bytes) -> bool:
+        """Starts the request that these bytes are without the parser, if it has parsed the same headers before."""
+        if not self._is_free():
+            return False
+        known = self._known_heads.find(data)
+        route = None if known is None else self._fast_path.route(known.target, known.headers)
+        if known is None or route is None:
+            return False
+        self.url, self.headers = known.target, known.headers
+        self.expect_100_continue = self._ignores_upgrade = False
+        self._body_bytes = len(known.body)
+        if self._is_special:
+            self._find_sender()
+        exchange = self._begin(route)
+        exchange.body = known.body
+        self._complete(exchange)
+        return True
 
     def on_message_begin(self) -> None:
         """Starts to receive a request; its scope is only built if it falls back to ASGI."""
@@ -83,21 +113,31 @@ class FastPathHttp(BoundedHttp):
         route = self._fast_path.route(self.url, self.headers)
         if (
             route is not None
-            and (self.cycle is None or self.cycle.response_complete)
+            and self._is_free()
             and parser.get_method() == b"POST"
             and parser.get_http_version() == "1.1"
             and parser.should_keep_alive()
             and not parser.should_upgrade()
             and not self.expect_100_continue
-            and not self._fast_path.service.observes_each_request
             and _is_simple(self.headers)
-            and self.place is not Place.SPARE
         ):
             self._in_head = False
-            self._receiving = self._running = Exchange(self, route, self.url, self.headers)
-            self.cycle = self._receiving  # type: ignore[assignment]
+            self._begin(route)
         else:
             super().on_headers_complete()
+
+    def _is_free(self) -> bool:
+        """Whether a request may take the fast path now."""
+        return (
+            (self.cycle is None or self.cycle.response_complete)
+            and not self._fast_path.service.observes_each_request
+            and self.place is not Place.SPARE
+        )
+
+    def _begin(self, route: Route) -> Exchange:
+        self._receiving = self._running = exchange = Exchange(self, route, self.url, self.headers)
+        self.cycle = exchange  # type: ignore[assignment]
+        return exchange
 
     def _find_sender(self) -> None:
         """Tells apart the clients whose requests a trusted proxy sends over one connection."""
@@ -124,8 +164,12 @@ class FastPathHttp(BoundedHttp):
         if exchange is None:
             super().on_message_complete()
             return
-        self._receiving = None
+        self._received = exchange
         self._in_message = False
+        self._complete(exchange)
+
+    def _complete(self, exchange: Exchange) -> None:
+        self._receiving = None
         if len(exchange.body) > exchange.route.admitted_bytes:
             self._waiting = exchange
             self._fast_path.admit(partial(self._start, exchange))
