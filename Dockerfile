@@ -4,7 +4,7 @@
 # docker build -t cellserve --build-arg RUNTIME=gpu .       with onnxruntime-gpu (untested on a GPU); run it with --gpus all
 # docker run -v cells:/sessions -p 8000:8000 cellserve      sessions are kept in the volume
 ARG BASE=python:3.12-slim
-ARG EXAMPLES=train
+ARG EXAMPLES
 
 FROM ${BASE} AS uv
 RUN python3 -m venv /uv && /uv/bin/pip install --no-cache-dir -q 'uv>=0.9,<1' && python3 -m venv --without-pip /venv
@@ -25,7 +25,8 @@ COPY artifacts /artifacts
 FROM ${BASE} AS models-none
 RUN mkdir /artifacts
 
-FROM models-${EXAMPLES} AS models
+# The default stands here: podman 4 looks for the stage before it reads the default of an ARG.
+FROM models-${EXAMPLES:-train} AS models
 
 # The service with one flavour of ONNX Runtime, and what `adopt` needs.
 FROM uv AS install

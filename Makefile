@@ -110,10 +110,11 @@ gpu-test: $(if $(filter .venv-gpu/%,$(GPU_PYTHON)),.venv-gpu/.done)
 	$(call install_to,.venv-gpu,--no-deps -e .)
 	touch $@
 
-# Builds the image and checks that it serves, as another user, on a read-only file system.
+# Builds the image and checks that it serves, as another user, on a read-only file system. BUILD_FLAGS are options of
+# each build, such as --build-arg BASE=MIRROR/python:3.12-slim.
 container-test: $(BIN)/.dev
-	DOCKER="$(DOCKER)" sh tests/container.sh
-	ENGINE="$(DOCKER)" $(BIN)/pytest -m long -n 0 tests/docs -k with_containers
+	DOCKER="$(DOCKER)" sh tests/container.sh $(BUILD_FLAGS)
+	ENGINE="$(DOCKER)" BUILD_FLAGS="$(BUILD_FLAGS)" $(BIN)/pytest -m long -n 0 tests/docs -k with_containers
 
 # Debian's Python lacks the part of venv that installs pip. uv installs in seconds what takes pip minutes; pip is the
 # fallback.

@@ -162,7 +162,9 @@ class Settings(BaseSettings):
                 ip_network(one.strip())
             except ValueError:
                 raise PydanticCustomError(
-                    "network", "{one} is no address or network: send such as 10.0.0.7,10.1.0.0/16", {"one": one.strip()}
+                    "network",
+                    "{one} is not an address or network: send such as 10.0.0.7,10.1.0.0/16",
+                    {"one": one.strip()},
                 ) from None
         return value
 
@@ -170,13 +172,13 @@ class Settings(BaseSettings):
     @classmethod
     def _check_origins(cls, value: str) -> str:
         return _check_each(
-            value, r"[a-z][a-z0-9+.-]*://[^/\s]+", "{one} is no origin: send such as https://app.example"
+            value, r"[a-z][a-z0-9+.-]*://[^/\s]+", "{one} is not an origin: send such as https://app.example"
         )
 
     @field_validator("allowed_hosts")
     @classmethod
     def _check_hosts(cls, value: str) -> str:
-        return _check_each(value, r"[a-z0-9._-]+", "{one} is no name: send such as api.example, without a port")
+        return _check_each(value, r"[a-z0-9._-]+", "{one} is not a name: send such as api.example, without a port")
 
     @model_validator(mode="after")
     def _check_ports_differ(self) -> Self:
@@ -216,7 +218,7 @@ def unknown_variables(environment: Collection[str]) -> list[str]:
             nearest = get_close_matches(name, Settings.model_fields, 1)
             meant = f"did you mean {ENV_PREFIX}{nearest[0].upper()}?" if nearest else None
             advice = meant or "docs/reference/settings.md lists them"
-            messages.append(f"{variable[:100]} is no setting: {advice}")
+            messages.append(f"{variable[:100]} is not a setting: {advice}")
     return messages
 
 

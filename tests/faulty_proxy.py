@@ -1,4 +1,4 @@
-"""A TCP proxy between a client and a server that misbehaves as it is told, request by request."""
+"""A TCP proxy between a client and a server that misbehaves as a test says, request by request."""
 
 from __future__ import annotations
 

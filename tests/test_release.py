@@ -33,7 +33,7 @@ def test_version_changelog_and_labels_agree(release: Any) -> None:
     assert not [*release.check_labels(PROJECT, (ROOT / "Dockerfile").read_text())]
 
 
-def test_what_does_not_agree_is_told(release: Any) -> None:
+def test_what_does_not_agree_is_reported(release: Any) -> None:
     project = {**PROJECT, "version": "1.2.3"}
     for text, tag, told in (
         ("## 1.2.2, 2026-01-31", None, "begins with version 1.2.2"),

@@ -66,7 +66,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if given.rate and given.sessions and len(given.sessions) > 1:
         parser.error("--sessions: with --rate give one number: the sessions that share each rate")
     if given.shape and given.protocol != "v2":
-        parser.error("--shape: only with --protocol v2: Cellserve tells its shapes")
+        parser.error("--shape: only with --protocol v2: Cellserve's models say their shapes")
     given.sessions = given.sessions or ([64] if given.rate else [1, 8, 64, 256])
     return given
 

@@ -1,4 +1,4 @@
-"""What a generator is told to do, and what it tells when it is done. Both travel between processes."""
+"""What a generator has to do, and what it reports when it is done. Both travel between processes."""
 
 from __future__ import annotations
 

@@ -114,5 +114,5 @@ def _count(text: str) -> int:
 
 def _owner(text: str) -> str:
     if not all(one.isascii() and (one.isalnum() or one in "._-") for one in text) or len(text) > 64:
-        raise argparse.ArgumentTypeError(f"{text!r} is no owner: up to 64 letters, digits, '.', '_' and '-'")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an owner: up to 64 letters, digits, '.', '_' and '-'")
     return text

@@ -20,7 +20,7 @@ from cellserve.sessions.errors import NoSession, SessionFailed, SessionsError
 
 _UNBOUNDED = 100_000  # columns
 _LMDB = "lmdb:"
-_TOLD = 10  # failures of many sessions that are told one by one
+_TOLD = 10  # failures of many sessions that are printed one by one
 
 T = TypeVar("T")
 
@@ -152,7 +152,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 class Failures:
-    """Failures of single sessions, which do not keep the others from being done; the first few are told at once."""
+    """Failures of single sessions, which do not keep the others from being done; the first few are printed at once."""
 
     def __init__(self) -> None:
         self.all: list[str] = []
@@ -171,7 +171,7 @@ def _tell(given: argparse.Namespace, failures: Failures, document: dict[str, Any
     else:
         print(f"{told}.")
     if len(failures.all) > _TOLD:
-        _complain(f"{len(failures.all) - _TOLD} more failed (--json tells all)")
+        _complain(f"{len(failures.all) - _TOLD} more failed (--json has all)")
     return 1 if failures.all else 0
 
 

@@ -168,7 +168,7 @@ class Server:
         except (NotFound, SessionGone) as error:
             raise NoSession(f"{about}{error.detail}") from None
         except RetriesExhausted as error:
-            raise SessionsError(f"{self.name} is not reached: {error.__cause__}") from None
+            raise SessionsError(f"no answer from {error.__cause__}") from None
         except Problem as problem:
             kind = SessionsError if problem.status >= 500 else SessionFailed
             raise kind(f"{about}{problem.detail}") from None

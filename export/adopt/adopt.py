@@ -72,7 +72,7 @@ class AdoptRequest:
     description: str = ""
     default_output: Literal["last", "all"] = "all"
     rollout: Rollout | None = None
-    task: Task | None = None  # None for what the outputs tell
+    task: Task | None = None  # None: follows from the outputs
     sample_rate: int | None = None
 
 

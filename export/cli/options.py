@@ -41,7 +41,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     add(
         "--task",
         choices=("forecast", "classify", "text", "audio"),
-        help="what the model is for: how the server's page lets people try it (default: what its outputs tell)",
+        help="what the model is for: how the server's page lets people try it (default: follows from its outputs)",
     )
     add("--sample-rate", type=positive, metavar="HZ", help="samples a second, for --task audio")
 

@@ -28,7 +28,7 @@ class ExportRequest:
     description: str | None = None
     default_output: DefaultOutput | None = None
     rollout: Rollout | None = None
-    task: Task | None = None  # None for what the outputs tell
+    task: Task | None = None  # None: follows from the outputs
     sample_rate: int | None = None
     data: Path | None = None
     imports: tuple[Path, ...] = ()
@@ -57,7 +57,7 @@ class ExportRequest:
         if self.data:
             _check_file("--data", self.data)
         if self.test_data and not zipfile.is_zipfile(self.test_data):
-            raise ExportError(f"{self.test_data}: not test data: an .npz file, written by numpy.savez, is wanted")
+            raise ExportError(f"{self.test_data}: not test data: an .npz file, written by numpy.savez, is expected")
         if self.precision != "float32" and not self.test_data:
             raise ExportError(
                 f"{self.precision} needs test data, to measure its loss: "
@@ -78,14 +78,14 @@ class ExportRequest:
         except ValueError as error:
             raise ExportError(f"{path}: invalid JSON: {error}") from None
         if not isinstance(card, dict):
-            raise ExportError(f'{path}: a JSON object is wanted, such as {{"labels": ["no", "yes"]}}')
+            raise ExportError(f'{path}: a JSON object is expected, such as {{"labels": ["no", "yes"]}}')
         for key, values in (
             ("rollout", get_args(Rollout)),
             ("default_output", get_args(DefaultOutput)),
             ("task", get_args(Task)),
         ):
             if card.get(key) not in (None, *values):
-                raise ExportError(f"{path}: {key} is {card[key]!r}: one of {', '.join(values)} is wanted")
+                raise ExportError(f"{path}: {key} is {card[key]!r}: one of {', '.join(values)} is expected")
         return card
 
 

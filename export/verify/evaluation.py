@@ -46,11 +46,11 @@ class TestData:
             if x.ndim != 2 + len(spec.shape) or x.shape[2:] != spec.shape or x.shape[:1] != self.lengths.shape:
                 raise ExportError(
                     f"{path}: {spec.name} has shape {list(x.shape)} and lengths {list(self.lengths.shape)}, "
-                    f"[{', '.join(['n', 'time', *map(str, spec.shape)])}] and [n] are wanted"
+                    f"[{', '.join(['n', 'time', *map(str, spec.shape)])}] and [n] are expected"
                 )
         times = {x.shape[1] for x in self.inputs}
         if len(times) > 1 or not len(self.lengths) or not 1 <= self.lengths.min() <= self.lengths.max() <= max(times):
-            raise ExportError(f"{path}: lengths are wanted from 1 to the time steps that every input has")
+            raise ExportError(f"{path}: lengths are expected from 1 to the time steps that every input has")
         if not any(spec.name in self.arrays for spec in outputs):
             raise self._unfit(KeyError(outputs[0].name))
 
@@ -88,5 +88,5 @@ class TestData:
         names = [spec.name for spec in (*self.network.signature.inputs, *self.network.signature.outputs)]
         return ExportError(
             f"{self.path}: not test data ({error}): an .npz with lengths, {', '.join(names[:-1])} and {names[-1]} "
-            f"is wanted"
+            f"is expected"
         )

@@ -166,7 +166,7 @@ class Keys:
         lines = set(self._lines)
         for held in [held for held in self._held if (held.owner, held.digest) not in lines]:
             self._held.discard(held)
-            held.end(Unauthorized("the key was revoked: go on with a valid one"))
+            held.end(Unauthorized("the key was revoked: send a valid one"))
 
     def reload_if_changed(self) -> None:
         """Reads the file again if it has changed, and logs once what is wrong with it; ends what held revoked keys.

@@ -36,7 +36,7 @@ _METRICS = {
 }
 
 
-@models_router.get("/models", summary="List the models and how each version stands")
+@models_router.get("/models", summary="List the models and the state of each version")
 async def models(request: Request) -> dict[str, Any]:
     """Lists the models."""
     return {"models": _all_models(_service(request))}

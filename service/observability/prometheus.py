@@ -93,7 +93,10 @@ class Metrics:
             live = await self._sessions.count()
         except StoreUnavailable:
             return shared
-        return [*shared, GaugeMetricFamily("cellserve_sessions", "Live sessions; of a shared store, all of its.", live)]
+        return [
+            *shared,
+            GaugeMetricFamily("cellserve_sessions", "Live sessions; with a shared store, all of its.", live),
+        ]
 
 
 class _MergedCollector(Collector):
@@ -186,7 +189,7 @@ class _ProcessCollector(Collector):
             ended.add_metric([reason], count)
         yield ended
         yield CounterMetricFamily(
-            "cellserve_replays", "Repeated changes that were told their answer again.", self._writer.replays
+            "cellserve_replays", "Repeated changes that got their stored answer again.", self._writer.replays
         )
         errors = CounterMetricFamily("cellserve_store_errors", "Calls to the store that failed.", labels=["reason"])
         for reason, count in store.errors.items():
@@ -208,7 +211,7 @@ def _of_files(files: StoreFiles | None) -> Iterator[Metric]:
     """Yields what a store has on this machine's disk."""
     if files is None:
         return
-    yield GaugeMetricFamily("cellserve_store_used_bytes", "What holds something in the store.", files.used_bytes)
+    yield GaugeMetricFamily("cellserve_store_used_bytes", "Bytes of the store that are in use.", files.used_bytes)
     yield GaugeMetricFamily("cellserve_store_file_bytes", "The store's files.", files.file_bytes)
     yield GaugeMetricFamily("cellserve_store_max_bytes", "The store's files, at most.", files.max_bytes)
     yield GaugeMetricFamily("cellserve_store_free_bytes", "What the store's disk has left.", files.free_bytes)

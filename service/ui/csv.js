@@ -3,7 +3,7 @@
 /** Returns the columns whose every cell is a number, as `{name, values}`. Throws an Error that says what is wrong. */
 export function columnsOf(text) {
   const lines = text.split(/\r?\n/).filter((line) => line.trim());
-  if (!lines.length) throw new Error("There is nothing in it: numbers are wanted, a row for each time step.");
+  if (!lines.length) throw new Error("There is nothing in it: give numbers, a row for each time step.");
   const separator = [";", "\t", ","].find((one) => lines[0].includes(one)) ?? /\s+/;
   const cells = lines.map((line) =>
     line

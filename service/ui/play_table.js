@@ -152,7 +152,7 @@ function tensorForm(spec) {
           .map(Number);
         if (numbers.length !== size || !numbers.every(Number.isFinite)) {
           throw new Error(
-            `${spec.name}: ${size} numbers are wanted, and there are ${numbers.filter(Number.isFinite).length}.`,
+            `${spec.name}: ${size} numbers are needed, and there are ${numbers.filter(Number.isFinite).length}.`,
           );
         }
         return nested(numbers, spec.shape);

@@ -4,7 +4,7 @@ import { announce, h } from "./dom.js";
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-/** Returns lines of curl for a session; `key` says whether a key is wanted, which is never shown. */
+/** Returns lines of curl for a session; `key` says whether a key is required, which is never shown. */
 export function curlLines(base, id, x, key) {
   const url = quoted(`${base}sessions/${id}`);
   const of = (path) => quoted(`${base}sessions/${id}/${path}`);

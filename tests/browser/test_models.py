@@ -44,7 +44,7 @@ def test_samples_are_of_every_class_and_small(server: Server) -> None:
         assert predicted.status_code == 200, predicted.text
 
 
-def test_a_problem_is_told_and_can_be_dismissed(page: Page, errors: list[str]) -> None:
+def test_a_problem_is_reported_and_can_be_dismissed(page: Page, errors: list[str]) -> None:
     page.goto("/#/models/nothing")
     alert = page.get_by_role("alert").first
     expect(alert).to_contain_text("nothing")

@@ -1,4 +1,4 @@
-"""The tab of the server, in a real browser: its charts, for operators only where keys are wanted."""
+"""The tab of the server, in a real browser: its charts, for operators only where keys are required."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_a_fork_has_another_future(page: Page, client: httpx.Client) -> None:
     assert ("Alice was" + answer["text"]) == texts[0]  # step by step as in one rollout
 
 
-def test_a_forecast_goes_on_by_itself_until_it_is_stopped(page: Page, client: httpx.Client) -> None:
+def test_a_forecast_rolls_out_until_it_is_stopped(page: Page, client: httpx.Client) -> None:
     session = create(client, "sunspots")
     panel = opened(page, session)
     step(panel, 3, "itself")
@@ -213,7 +213,7 @@ def test_a_session_is_deleted_after_a_question(page: Page, client: httpx.Client)
     assert client.get(f"/sessions/{session}").status_code == 410
 
 
-def test_a_session_that_ends_elsewhere_is_told_of(page: Page, client: httpx.Client, errors: list[str]) -> None:
+def test_a_session_that_ends_elsewhere_is_reported(page: Page, client: httpx.Client, errors: list[str]) -> None:
     session = create(client, "sunspots")
     opened(page, session)
     client.delete(f"/sessions/{session}")

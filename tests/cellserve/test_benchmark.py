@@ -335,7 +335,7 @@ def test_the_curve_in_svg_has_axes_with_units_and_labelled_points_in_light_and_d
         (["--url", "http://there", "--", "--threads", "2"], "only for a server that is started"),
     ],
 )
-def test_a_wrong_flag_is_told(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_flag_is_reported(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         parse(["mine", *argv])
     assert error.value.code == 2
@@ -350,6 +350,6 @@ def test_what_follows_two_dashes_is_for_the_server() -> None:
 
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://x", "http://", "http://x:y", "http://127.0.0.1:1"])
-def test_a_url_where_no_server_is_is_told(url: str) -> None:
+def test_a_url_where_no_server_is_is_reported(url: str) -> None:
     with pytest.raises(BenchFailed, match=re.escape(url)):
         Target.at(url, None)

@@ -13,7 +13,7 @@ from cellserve.cli import COMMANDS, main
 @pytest.mark.parametrize(
     ("name", "said"), [("exprot", "'exprot' (did you mean export?): choose from"), ("zzz", "'zzz': choose from serve,")]
 )
-def test_an_unknown_command_is_told_with_the_one_that_was_meant(
+def test_an_unknown_command_is_reported_with_the_one_that_was_meant(
     name: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([name]) == 2

@@ -69,7 +69,7 @@ def guarded(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     yield Guarded(server, keys, f"http://127.0.0.1:{port}")
     assert server.stop() == 0
     log = "".join(server.log)
-    assert "CELLSERVE_OPERATOR is no setting: did you mean CELLSERVE_OPERATORS?" in log
+    assert "CELLSERVE_OPERATOR is not a setting: did you mean CELLSERVE_OPERATORS?" in log
     assert "ERROR" not in log and "Traceback" not in log, log  # whatever a page does below
 
 
@@ -87,7 +87,7 @@ def test_a_revoked_key_ends_its_socket_within_a_second(guarded: Guarded, key: st
         revoked = time.monotonic()
         told = json.loads(stream.recv(timeout=10))
         assert (told["problem"]["status"], told["problem"]["detail"]) == (
-            401, "the key was revoked: go on with a valid one",
+            401, "the key was revoked: send a valid one",
         )  # fmt: skip
         with pytest.raises(ConnectionClosed) as closed:
             stream.recv(timeout=10)

@@ -1,4 +1,4 @@
-"""Nothing but bad requests: each is told what was wrong and where, and costs nobody else anything."""
+"""Nothing but bad requests: the answer to each says what was wrong and where, and it costs nobody else anything."""
 
 from __future__ import annotations
 

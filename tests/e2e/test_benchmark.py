@@ -167,7 +167,7 @@ def small(repository: Path) -> Iterator[Server]:
     assert server.stop() == 0
 
 
-def test_a_load_that_cannot_begin_is_told_in_one_line_and_leaves_nothing(small: Server) -> None:
+def test_a_load_that_cannot_begin_is_reported_in_one_line_and_leaves_nothing(small: Server) -> None:
     done = bench("lstm", "--url", small.url, "--sessions", "6", "--surfaces", "http")
     assert done.returncode == 1
     *_, last = done.stderr.splitlines()
@@ -257,7 +257,7 @@ def test_a_mistake_is_one_line(server: Server, flags: tuple[str, ...], said: str
     assert said in done.stderr
 
 
-def test_a_server_that_does_not_start_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_is_reported_in_one_line(tmp_path: Path) -> None:
     done = bench("lstm", "--models", str(tmp_path / "none"))
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]

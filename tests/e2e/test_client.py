@@ -55,7 +55,7 @@ def test_sequences_of_different_lengths_are_predicted_from_given_states(client: 
     assert (mixed.y[0] == wholes.y[0][5:]).all() and (mixed.y[1] == wholes.y[1]).all()
 
 
-def test_a_sequence_of_a_wrong_shape_is_told_by_its_place_and_what_to_give(client: Client) -> None:
+def test_a_sequence_of_a_wrong_shape_is_reported_by_its_place_and_what_to_give(client: Client) -> None:
     x = inputs(3, 7)
     for sequences, told in (
         (x, r"sequences: its shape is \[3, 7, 5\]: give \[time, 5\]: one array is one sequence.*list\(x\)"),

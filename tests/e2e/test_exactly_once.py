@@ -256,7 +256,7 @@ def test_steps_sent_twice_late_and_out_of_order_by_many_clients_are_applied_once
     assert len(answers) > len(x) // 2
 
 
-def test_a_step_sent_while_another_is_in_flight_is_told_to_wait(server: Server, client: httpx.Client) -> None:
+def test_a_step_sent_while_another_is_in_flight_must_wait(server: Server, client: httpx.Client) -> None:
     session, x = create(client, "decaying"), frames(1)[0]
 
     async def race() -> list[httpx.Response]:

@@ -86,7 +86,7 @@ class Session:
     [("small disk", "checkpoints"), ("small disk", "always"), ("bounded files", "checkpoints")],
     indirect=["disk"],
 )
-def test_on_a_full_disk_what_can_go_on_does_and_the_rest_follows_when_there_is_room(
+def test_on_a_full_disk_reads_still_work_and_writes_do_once_there_is_room(
     repository: Path, serve: Serve, disk: Disk, sync: str
 ) -> None:
     flags = "--models", str(repository), "--store", f"lmdb:{disk.folder / 'store'}", "--store-sync", sync

@@ -1,4 +1,4 @@
-"""Nothing but bad requests in the Open Inference Protocol: each is told what was wrong, and costs nobody else."""
+"""Nothing but bad requests in the Open Inference Protocol: the answers say what was wrong, and nobody else pays."""
 
 from __future__ import annotations
 

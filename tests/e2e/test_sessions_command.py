@@ -235,7 +235,7 @@ def test_a_redis_of_many_sessions_is_listed_whole_without_extending_their_lives(
     found = run("list", "--limit", "0", "--store", redis.url)["sessions"]
     assert sorted(one["session"] for one in found) == sorted([*names, "broken"])
     told = {one["session"]: one for one in found}
-    assert told["broken"] == {"session": "broken", "unreadable": "it is no hash"}
+    assert told["broken"] == {"session": "broken", "unreadable": "it is not a hash"}
     assert 0 < told["7"]["expires_in"] < 50
     assert 50 < told["8"]["expires_in"] <= 100
     assert run("list", "--limit", "10", "--store", redis.url)["more"]
@@ -245,7 +245,7 @@ def test_a_redis_of_many_sessions_is_listed_whole_without_extending_their_lives(
     assert len(table) == len(names) + 2
 
 
-def test_what_cannot_be_done_is_told_in_one_line(
+def test_what_cannot_be_done_is_reported_in_one_line(
     server: Server, redis: RedisServer, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newer = tmp_path / "newer"
@@ -256,8 +256,8 @@ def test_what_cannot_be_done_is_told_in_one_line(
     nobody = f"http://127.0.0.1:{free_port()}"
     not_http, to = f"http://127.0.0.1:{redis.port}", ("--to", tmp_path / "to")
     for argv, reason in (
-        (("list", "--url", nobody), "is not reached"),
-        (("list", "--url", not_http), "is not reached"),
+        (("list", "--url", nobody), "no answer from http"),
+        (("list", "--url", not_http), "no answer from http"),
         (("list", "--url", f"{server.url}/docs"), "see /docs"),
         (("list", "--url", "nowhere"), "is not the URL of a server"),
         (("list", "--store", "memory"), "give its --url"),

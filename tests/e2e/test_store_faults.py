@@ -100,7 +100,7 @@ def test_a_damaged_record_is_one_sessions_error(
 
 
 class Mangler:
-    """A proxy before a Redis that changes bytes of its next reply when it is told to."""
+    """A proxy before a Redis that changes bytes of its next reply when a test says so."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -192,7 +192,7 @@ def test_a_replicas_clock_that_is_two_hours_ahead_ends_no_session_and_lets_no_fu
         ("ACL SETUSER default -hset", "no-permission"),
     ],
 )
-def test_the_stores_error_is_told_to_operators_as_what_it_is_and_to_clients_without_details(
+def test_the_stores_error_is_reported_to_operators_as_what_it_is_and_to_clients_without_details(
     repository: Path, serve: Serve, own_redis: RedisServer, command: str, reason: str
 ) -> None:
     server = serve("--models", str(repository), "--store", own_redis.url)

@@ -56,7 +56,7 @@ def until_states(client: httpx.Client, name: str, expected: dict[int, str]) -> N
 
 
 async def stepping(url: str, session: str, x: list[list[float]], done: asyncio.Event, ys: list[list[float]]) -> None:
-    """Steps a session until it is told to stop, and once more; adds the outputs to `ys`."""
+    """Steps a session until it is to stop, and once more; adds the outputs to `ys`."""
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         while len(ys) < len(x) - 1 and not done.is_set():
             body = {"x": x[len(ys)], "position": len(ys)}

@@ -95,7 +95,7 @@ def test_a_time_axis_before_one_fixed_row_is_found(adopt: Adopt) -> None:
     assert_served_as_in_a_plain_loop(model, made, lambda step: {"x": step[None, None]}, states)
 
 
-def test_a_graph_without_names_is_told_with_its_outputs_and_the_flag_to_give(adopt: Adopt) -> None:
+def test_a_graph_without_names_is_reported_with_its_outputs_and_the_flag_to_give(adopt: Adopt) -> None:
     made = streaming(names=("0", "1", "85", "86"))
     with pytest.raises(ExportError) as refused:
         adopt(made)
@@ -310,7 +310,7 @@ def test_a_state_of_one_number_without_axes_gives_each_row_a_run_of_its_own(adop
     assert_served_as_in_a_plain_loop(model, made, lambda step: {"x": step[None]}, {"count": ("count_next", zero)})
 
 
-def test_a_state_without_a_batch_axis_is_told(adopt: Adopt) -> None:
+def test_a_state_without_a_batch_axis_is_reported(adopt: Adopt) -> None:
     made = foreign.model(
         [node("Add", ["x", "h"], ["y"]), node("Squeeze", ["y", "zero"], ["hn"])],
         [("x", FLOAT, [1, 4]), ("h", FLOAT, [4])],

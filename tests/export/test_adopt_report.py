@@ -70,7 +70,9 @@ def test_labels_are_checked_before_the_proof(tmp_path: Path, capsys: Any) -> Non
     assert "comparing" not in ran.out
 
 
-def test_an_unforeseen_error_is_told_in_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unforeseen_error_is_reported_in_one_line(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def find_roles(*_: Any) -> Any:
         raise KeyError("x")
 
@@ -82,7 +84,7 @@ def test_an_unforeseen_error_is_told_in_one_line(tmp_path: Path, capsys: Any, mo
     assert capsys.readouterr().err == told
 
 
-def test_a_mistyped_name_is_told_with_the_one_that_was_meant(tmp_path: Path, capsys: Any) -> None:
+def test_a_mistyped_name_is_reported_with_the_one_that_was_meant(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(foreign.deep(), path)
     assert main([str(path), "--name", "mine", "--models", str(tmp_path / "a"), "--state", "stat=stateN"]) == 1

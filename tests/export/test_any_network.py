@@ -84,7 +84,7 @@ def masked_by_embedding() -> Any:
 
 @keras.saving.register_keras_serializable("tests")
 class Averaging(layers.Layer):
-    """Counts the steps: a state that hangs on no input, of integers until Keras makes it a number."""
+    """Counts the steps: a state that depends on no input, of integers until Keras makes it a number."""
 
     state_size = (2, 1)
 
@@ -153,7 +153,7 @@ def proof(name: str) -> Proof:
         *(pytest.param(made.__name__, marks=pytest.mark.long) for made in OTHERS),
     ],
 )
-def test_every_form_is_keras_to_rounding_and_its_bits_hang_on_nothing_else(name: str) -> None:
+def test_every_form_agrees_with_keras_and_its_bits_depend_on_nothing_else(name: str) -> None:
     proof(name).check()
 
 
@@ -182,7 +182,7 @@ def test_a_mask_makes_a_state_of_the_output_only_where_the_cell_has_it_not() -> 
     assert states.count("output") == 1  # Elman's network: its output is not what is fed back
 
 
-def test_the_signature_tells_integers_their_bounds_and_what_is_passed_over() -> None:
+def test_the_signature_has_the_bounds_of_integers_and_the_masked_value() -> None:
     (ids,) = proof("masked_by_embedding").signature.inputs
     assert (ids.dtype, ids.shape, ids.bounds, ids.masked) == ("int32", (), (0, 6), 0.0)
     (numbers,) = proof("masked").signature.inputs

@@ -36,14 +36,14 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def test_what_a_layer_raises_is_told_with_the_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_layer_raises_is_reported_with_the_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keras.Sequential([keras.Input((None, 2)), Moody(name="moody"), layers.LSTM(2)]).save(tmp_path / "mine.keras")
     line = refused(tmp_path, capsys)
     assert "layer 'moody' (Moody)" in line
     assert "not today" in line
 
 
-def test_what_is_raised_elsewhere_is_told_as_ours(
+def test_what_is_raised_elsewhere_is_reported_as_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keras.Sequential([keras.Input((None, 2)), layers.LSTM(2)]).save(tmp_path / "mine.keras")

@@ -36,7 +36,7 @@ def test_an_example_is_trained_exported_and_then_not_made_again(
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
-def test_an_unknown_example_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_example_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["vowel"]) == 2
     assert capsys.readouterr().err == f"cellserve examples: no example 'vowel': one of {', '.join(EXAMPLES)}\n"
 

@@ -1,4 +1,4 @@
-"""A file that Keras cannot load is told for what it is, in one line with what to do."""
+"""A file that Keras cannot load is reported in one line that says what it is and what to do."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_file_that_cannot_be_loaded_is_told_for_what_it_is(
+def test_a_file_that_cannot_be_loaded_is_reported_for_what_it_is(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, told = CASES[case]

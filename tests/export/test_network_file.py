@@ -116,7 +116,7 @@ def test_other_files_and_flags_are_checked_before_the_work_too(
     assert "int8 needs test data" in refused([*given, "--quantize", "int8"], capsys)
 
 
-def test_mistakes_are_told_without_importing_tensorflow(tmp_path: Path) -> None:
+def test_mistakes_are_reported_without_importing_tensorflow(tmp_path: Path) -> None:
     code = (
         "import sys; from cellserve.export.cli.export import main; status = main(['missing.keras', '--name', 'x']); "
         "assert not {'tensorflow', 'keras', 'onnx'} & set(sys.modules); sys.exit(status)"
@@ -135,7 +135,7 @@ def test_mistakes_are_told_without_importing_tensorflow(tmp_path: Path) -> None:
         (["x.keras", "--zzz"], "no flag --zzz\n"),
     ],
 )
-def test_an_unknown_flag_is_told_with_the_one_that_was_meant(
+def test_an_unknown_flag_is_reported_with_the_one_that_was_meant(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

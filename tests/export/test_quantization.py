@@ -192,10 +192,10 @@ def test_several_inputs_and_outputs_are_scored_by_their_names_and_calibrated(tmp
 @pytest.mark.parametrize(
     ("arrays", "reason"),
     [
-        ({"x": np.zeros(3), "lengths": np.ones(3), "y": np.zeros(3)}, r"\[n, time, 5\] and \[n\] are wanted"),
-        ({"x": np.zeros((3, 4, 5)), "lengths": np.full(3, 5), "y": np.zeros(3)}, "lengths are wanted from 1"),
-        ({"x": np.zeros((3, 4, 5)), "lengths": np.ones(3)}, "an .npz with lengths, x and y is wanted"),
-        ({"lengths": np.ones(3), "y": np.zeros(3)}, "an .npz with lengths, x and y is wanted"),
+        ({"x": np.zeros(3), "lengths": np.ones(3), "y": np.zeros(3)}, r"\[n, time, 5\] and \[n\] are expected"),
+        ({"x": np.zeros((3, 4, 5)), "lengths": np.full(3, 5), "y": np.zeros(3)}, "lengths are expected from 1"),
+        ({"x": np.zeros((3, 4, 5)), "lengths": np.ones(3)}, "an .npz with lengths, x and y is expected"),
+        ({"lengths": np.ones(3), "y": np.zeros(3)}, "an .npz with lengths, x and y is expected"),
     ],
 )
 def test_test_data_that_does_not_fit_is_refused_with_what_is_wanted(

@@ -29,7 +29,7 @@ def test_a_version_that_is_there_already_is_refused_before_the_work(tmp_path: Pa
 
 @pytest.mark.parametrize("command", ["export", "adopt"])
 @pytest.mark.parametrize("folder", ["/proc/x", "file/artifacts"])
-def test_a_folder_that_cannot_be_written_to_is_told_in_one_line_before_anything_is_read(
+def test_a_folder_that_cannot_be_written_to_is_reported_in_one_line_before_anything_is_read(
     command: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from cellserve.export.cli import export as export_cli
@@ -57,7 +57,7 @@ def test_the_repository_is_the_one_that_the_server_serves_where_none_is_named(
     assert f"{tmp_path}/file/mine/ is not writable" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_to_any_more_is_told_too(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_any_more_is_reported_too(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ExportError, match="is not writable"):
         repository_writer.write(tmp_path / "file", "mine", None, {"model.onnx": b"model"})

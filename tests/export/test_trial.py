@@ -45,7 +45,7 @@ os.kill(os.getpid(), signal.SIGSEGV)
         ("os._exit(3)", CannotOpen, r"ONNX Runtime crashed \(exit status 3\)"),
     ],
 )
-def test_a_crash_is_told_with_its_signal(
+def test_a_crash_is_reported_with_its_signal(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: str, kind: Any, told: str
 ) -> None:
     worker = tmp_path / "worker.py"

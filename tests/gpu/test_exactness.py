@@ -45,7 +45,7 @@ def test_the_proof_finds_the_shapes_of_exact_runs(
     )
 
 
-def test_which_shapes_of_a_run_give_the_same_bits_is_told(
+def test_which_shapes_of_a_run_give_the_same_bits_is_reported(
     name: str, provider: Provider, opened: Open, report: Report
 ) -> None:
     runtime = opened(name, provider)

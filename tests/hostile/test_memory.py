@@ -1,4 +1,4 @@
-"""Memory: what one request may hold is told before the work, and what a burst of them held is given back."""
+"""Memory: what one request may hold is known before the work, and what a burst of them held is given back."""
 
 from __future__ import annotations
 

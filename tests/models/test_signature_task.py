@@ -25,7 +25,7 @@ def signature(x: tuple[int, ...] = (1,), y: tuple[int, ...] = (1,), outputs: int
         (("no", "yes"), None, signature(y=(2,), outputs=2), None),
     ],
 )
-def test_outputs_tell_what_a_model_is_for(
+def test_the_task_of_a_model_follows_from_its_outputs(
     labels: tuple[str, ...] | None, rollout: Rollout | None, told: Signature, task: Task | None
 ) -> None:
     assert natural_task(told, labels, rollout) == task

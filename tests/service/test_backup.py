@@ -191,7 +191,7 @@ def test_folders_that_cannot_be_read_as_they_are_are_refused(tmp_path: Path, mon
         FolderReader(store)
 
 
-def test_a_damaged_file_is_told_and_ends_no_process(tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_and_ends_no_process(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     create(folder, *(f"alice/{number}" for number in range(300)))
     data = folder / "0" / "data.mdb"

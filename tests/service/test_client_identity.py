@@ -37,5 +37,5 @@ def test_only_trusted_proxies_say_who_the_client_is() -> None:
 
 
 def test_a_mistyped_proxy_is_refused() -> None:
-    with pytest.raises(ValidationError, match="is no address or network"):
+    with pytest.raises(ValidationError, match="is not an address or network"):
         Settings(trusted_proxies="10.0.0.7,proxy.example")

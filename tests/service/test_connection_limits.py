@@ -96,7 +96,7 @@ async def test_a_trusted_proxy_has_no_limit_of_its_own() -> None:
 
 
 @in_a_loop
-async def test_what_does_not_go_on_is_given_up_and_what_does_is_not() -> None:
+async def test_a_request_that_stops_arriving_is_given_up_and_a_slow_one_is_not() -> None:
     connections = table(head_seconds=0.6, body_seconds=0.6)
     head, body, work, going = await entered(connections, "10.0.0.1", 4)
     head.state, body.state = Progress(Phase.HEAD), Progress(Phase.BODY)

@@ -115,7 +115,7 @@ def test_clients_take_turns() -> None:
     assert "b" in run(work)[:2]
 
 
-def test_the_event_loop_goes_on_meanwhile() -> None:
+def test_the_event_loop_keeps_running_meanwhile() -> None:
     async def work(decoding: Decoding) -> float:
         await decoding.read("", read_step, READER, body=step(2000))  # starts the process
         longest, before, ended = 0.0, time.perf_counter(), False
@@ -163,7 +163,7 @@ def test_an_error_is_short_whatever_the_names() -> None:
 
 
 @pytest.mark.parametrize("key", ['"\\ud800"', '"\\udfff\\ud800"'])
-def test_a_lone_surrogate_beside_a_nan_can_be_told(key: str) -> None:
+def test_a_lone_surrogate_beside_a_nan_can_be_reported(key: str) -> None:
     with pytest.raises((InvalidInput, NotJson)) as raised:
         read_step(READER, b'{"x": {' + key.encode() + b": [NaN]}}")
     assert json.loads(raised.value.document())["status"] in (400, 422)

@@ -161,7 +161,7 @@ def test_a_poisoned_step_fails_alone_and_moves_nothing(
 
 @pytest.mark.parametrize("part", ["gather", "scatter"])
 @pytest.mark.parametrize("costly", [False, True])
-def test_a_tick_that_cannot_be_made_fails_its_requests_and_the_engine_goes_on(
+def test_a_tick_that_cannot_be_made_fails_its_requests_and_the_engine_continues(
     make: Make, part: str, costly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, store, writer = make(step_seconds=1e-2 if costly else 1e-6, quantum=4)

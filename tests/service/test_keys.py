@@ -36,7 +36,7 @@ def test_a_bad_line_refuses_the_start_and_is_named(file: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [b"nonsense\n", b"\xff\xfe\n"])
-def test_a_bad_line_that_comes_later_keeps_no_revoked_key_alive_and_is_told_once(
+def test_a_bad_line_that_comes_later_keeps_no_revoked_key_alive_and_is_reported_once(
     file: Path, bad: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = Keys(file)
@@ -53,7 +53,7 @@ def test_a_bad_line_that_comes_later_keeps_no_revoked_key_alive_and_is_told_once
     assert len(caplog.messages) == 3
 
 
-def test_a_file_that_is_gone_changes_no_key_and_is_told_once(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_is_gone_changes_no_key_and_is_reported_once(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys = Keys(file)
     file.unlink()
     for _ in range(3):
@@ -131,7 +131,7 @@ def test_what_holds_a_key_ends_when_it_is_revoked_or_changes_hands(file: Path) -
         rotated.replace(b"Bearer new")
         file.write_text(line("alice", "new") + line("bob", "b"))
         keys.reload_if_changed()
-        assert ended == ["the key was revoked: go on with a valid one"]
+        assert ended == ["the key was revoked: send a valid one"]
         file.write_text(line("alice", "new") + line("carol", "b"))
         keys.reload_if_changed()
         assert ended[1:] == ["b"]

@@ -330,7 +330,7 @@ def test_folders_that_cannot_be_used_are_refused_with_a_reason(tmp_path: Path, m
     file.write_text("")
     reasons = {
         newer: "format 99, of a newer",
-        unknown: "format 0, which is none",
+        unknown: "format 0, which this",
         broken: "is damaged",
         none: "is damaged",
         foreign: "cannot be used",
@@ -351,7 +351,7 @@ def test_folders_that_cannot_be_used_are_refused_with_a_reason(tmp_path: Path, m
      ("fuse.glusterfs", True), ("fuse", True), ("fuse.gcsfuse", True), ("ext4", False), ("xfs", False),
      ("overlay", False), ("tmpfs", False), ("fuseblk", False), ("fuse.fuse-overlayfs", False)],
 )  # fmt: skip
-def test_network_file_systems_are_told_by_their_type(kind: str, refused: bool) -> None:
+def test_network_file_systems_are_recognised_by_their_type(kind: str, refused: bool) -> None:
     mounts = (
         "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
         f"36 22 0:52 / /mnt/cells rw,relatime shared:2 master:1 - {kind} server:/export rw,vers=4\n"

@@ -35,7 +35,7 @@ def loaded(version: Path, **options: Any) -> Model:
     return load("symbols", version, RuntimeOptions(**options), 8)
 
 
-def test_float32_is_the_default_and_its_parity_with_the_cpu_is_told(version: Path, fake_cuda: FakeCuda) -> None:
+def test_float32_is_the_default_and_its_parity_with_the_cpu_is_reported(version: Path, fake_cuda: FakeCuda) -> None:
     told = loaded(version).described()
     assert (told["provider"], told["arithmetic"], told["off_cpu"]) == (CUDA, "float32", 0)
     assert {of["use_tf32"] for of in fake_cuda.options} == {"0"}

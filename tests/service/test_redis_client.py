@@ -103,7 +103,7 @@ def test_a_wrong_url_is_refused_in_one_line_without_its_password(url: str, told:
         ("REPLICAOF 127.0.0.1 1", "redis://127.0.0.1:{port}/0", "name its primary"),
     ],
 )
-def test_a_store_that_will_not_do_is_told_as_what_it_is_at_the_start(
+def test_a_store_that_will_not_do_is_reported_as_what_it_is_at_the_start(
     clean: RedisServer, prepare: str, where: str, told: str
 ) -> None:
     if prepare:

@@ -452,7 +452,7 @@ def test_sessions_of_several_versions_are_stepped_together_and_each_on_its_own(m
     asyncio.run(stepped())
 
 
-def test_sessions_of_an_unloaded_version_are_told_that_they_are_gone(models: Path) -> None:
+def test_sessions_of_an_unloaded_version_are_answered_that_they_are_gone(models: Path) -> None:
     served = Served(models)
     session, _ = served.store.create_now(served.versions.newest["rnn"], None)
     add_version(models, "rnn", 2)

@@ -175,7 +175,7 @@ class Sessions(RuleBasedStateMachine):
     def roll_out(
         self, name: str, x: np.ndarray, steps: int, streamed: bool, most: int, offset: int | None, which: int
     ) -> None:
-        """A session goes on by itself; of a stream so many events are read at most."""
+        """A rollout; of a stream at most that many events are read."""
         wanted, expected = Rollout(x, steps, None, streamed), self.expected.get(name)
         position = max(0, (expected.position if expected else 0) + (offset or 0))
         result = self.do(self.rolled(which, name, wanted, None if offset is None else position, most))

@@ -106,7 +106,7 @@ def test_a_run_writes_the_targets_in_place_and_no_other_row() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-def test_rows_whose_next_states_are_not_finite_are_told(bad: float) -> None:
+def test_rows_whose_next_states_are_not_finite_are_reported(bad: float) -> None:
     _, tables = tables_of(MODELS["delay"], 8)
     x = np.ones((3, 2, 3), np.float32)
     x[1, 1, 2] = bad

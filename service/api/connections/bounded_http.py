@@ -278,7 +278,7 @@ class BoundedHttp(HttpToolsProtocol):
             raise _too_many()
         if parser.should_upgrade() and not self._should_upgrade():
             if parser.get_method() == b"CONNECT":
-                raise MalformedRequest("CONNECT: this server is no proxy")
+                raise MalformedRequest("CONNECT: this server is not a proxy")
             self._ignores_upgrade = True
         else:
             self._begin_asgi(self.url, self.headers, self.expect_100_continue)

@@ -29,7 +29,7 @@ def check_head(version: str, target: bytes, headers: Headers) -> None:
     if len(headers) > MAX_HEADERS:
         raise HeadTooLarge(f"the request has {len(headers)} headers: send at most {MAX_HEADERS}")
     if version not in ("1.1", "1.0"):
-        raise MalformedRequest(f"HTTP/{version} is not spoken here: send HTTP/1.1")
+        raise MalformedRequest(f"HTTP/{version} is not supported: send HTTP/1.1")
     hosts = sum(name == b"host" for name, _ in headers)
     if hosts > 1 or (not hosts and version == "1.1"):  # section 3.2
         raise MalformedRequest(f"the request has {hosts} Host headers: send one")

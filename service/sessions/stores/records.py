@@ -52,7 +52,7 @@ class VersionStamp:
         """Decodes what `bytes` encodes; raises UnreadableRecord."""
         parts = _STAMP.fullmatch(content)
         if parts is None:
-            raise UnreadableRecord("its position is none")
+            raise UnreadableRecord("its position is invalid")
         return cls(int(parts[1]), parts[2])
 
 
@@ -82,7 +82,7 @@ class StoredAnswer:
             raise UnreadableRecord("its last answer is cut off")
         digest, position, position_after, kind = _ANSWER.unpack_from(content)
         if kind not in (cls.NOTHING, cls.ANSWER, cls.BEFORE) or max(position, position_after) >= 10**_DIGITS:
-            raise UnreadableRecord("its last answer is none")
+            raise UnreadableRecord("its last answer is damaged")
         return cls(digest, position, position_after, kind, content[_ANSWER.size :])
 
 
@@ -116,7 +116,7 @@ class SessionRecord:
         name, number, _ = cls.read_summary([model, version, stamp])
         digest_read = digest.decode("latin-1")
         if not _DIGEST.fullmatch(digest_read):
-            raise UnreadableRecord("its model's digest is none")
+            raise UnreadableRecord("its model's digest is damaged")
         stamp_read, last_read = VersionStamp.read(stamp), StoredAnswer.read(last)
         return cls(name, number, digest_read, creation_digest, stamp_read, states, last_read)
 
@@ -126,7 +126,7 @@ class SessionRecord:
         model, version, stamp = (b"" if value is None else value for value in values)
         name = model.decode("latin-1")
         if not re.fullmatch(NAME_PATTERN, name) or not re.fullmatch(rb"[1-9][0-9]{0,8}", version):
-            raise UnreadableRecord("its model or version is none")
+            raise UnreadableRecord("its model or version is invalid")
         return name, int(version), VersionStamp.read(stamp).position
 
 

@@ -136,7 +136,7 @@ class RedisClient:
         values, ended = await self._connection.call(self._loading(key), read)
         if isinstance(values, ResponseError) or any(value is not None for value in values):
             if isinstance(values, ResponseError):
-                raise UnreadableRecord("it is no hash")
+                raise UnreadableRecord("it is not a hash")
             return SessionRecord.read(values)
         if isinstance(ended, ResponseError):
             raise UnreadableRecord("it has neither a session nor how one ended")
@@ -223,7 +223,7 @@ class RedisClient:
         for key, values in zip(keys, rows, strict=True):
             try:
                 if not values:
-                    raise UnreadableRecord("it is no hash")
+                    raise UnreadableRecord("it is not a hash")
                 if any(value is not None for value in values):  # otherwise it has ended meanwhile
                     summaries.append(SessionSummary(key.rpartition("/")[2], *SessionRecord.read_summary(list(values))))
             except UnreadableRecord as error:

@@ -1,4 +1,4 @@
-"""Calls to Redis: commands sent together, their replies checked, and what goes wrong told as the store's fault."""
+"""Calls to Redis: commands sent together, their replies checked, and what goes wrong as a fault of the store."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class RedisReader:
 
         values, ended, left = await self._call(commands, read)
         if values is None:
-            raise UnreadableRecord("it is no hash")
+            raise UnreadableRecord("it is not a hash")
         if any(value is not None for value in values):
             return SessionRecord.read(values), left
         return None if ended is None else TombstoneRecord.read(ended), 0.0
@@ -88,7 +88,7 @@ class RedisReader:
                 summary: tuple[str, int, int] | UnreadableRecord
                 try:
                     if is_wrong_type(values):
-                        raise UnreadableRecord("it is no hash")
+                        raise UnreadableRecord("it is not a hash")
                     if not any(checked(values)):
                         continue  # it has expired
                     summary = SessionRecord.read_summary(values)

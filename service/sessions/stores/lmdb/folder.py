@@ -152,7 +152,7 @@ class Folder:
             migrate = _MIGRATIONS.get(about.format)
             if migrate is None:
                 raise StoreUnusable(
-                    f"--store: {self.path} has format {about.format}, which is none that this Cellserve reads "
+                    f"--store: {self.path} has format {about.format}, which this Cellserve does not read "
                     f"(1 to {_FORMAT}): give another folder"
                 )
             log.info("the store %s is migrated from format %d", self.path, about.format)
@@ -230,7 +230,7 @@ def _recover(folder: Path) -> None:
         at = datetime.fromtimestamp(went_back.at, UTC).isoformat(timespec="seconds")
         log.warning(
             "the machine went down: the sessions in %s are as of their checkpoint at %s; later changes are lost, and "
-            "clients that are ahead are told so", folder, at,
+            "clients that are ahead get 409 session-went-back", folder, at,
         )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ class Records:
                 position, revision, deadline, _, model, size, origin, client = _HEADER.unpack_from(value)
                 identity = self._model(transaction, model)
             except (struct.error, ValueError, TypeError):
-                raise UnreadableRecord("its header is none") from None
+                raise UnreadableRecord("its header is damaged") from None
             if deadline <= now:
                 return Found(TombstoneRecord("expired", position))
             states = _HEADER.size + origin + client
