@@ -85,7 +85,7 @@ def advise(loads: Sequence[Measured], facts: Facts, missing: str) -> list[Advice
     if not seen:
         return [Advice("no advice on settings", missing or "the model did not run")]
     found = [*_rows(seen, facts), *_max_batch(seen, facts), *_threads(seen, facts), *_json(seen), *_cores(seen, facts)]
-    return found or [Advice("no advice on settings", "nothing in these figures speaks for others")]
+    return found or [Advice("no advice on settings", "these figures suggest no other settings")]
 
 
 def _best(loads: Iterable[Measured]) -> list[Measured]:

@@ -58,7 +58,7 @@ class InferenceProtocol:
             raise BenchFailed(f"{name} takes {unknown[0]}: random data can be drawn for {', '.join(_DTYPES)} only")
         for given in shapes:
             if given not in names:
-                raise BenchFailed(f"--shape: {name} has no input {given!r}, but {', '.join(names)}")
+                raise BenchFailed(f"--shape: {name} has no input {given!r}: choose from {', '.join(names)}")
         self.name, self.version = base, version or str(versions[-1])
         self.described: Mapping[str, Any] = {}
         self.max_batch: int | None = self._config.get("max_batch_size")
