@@ -151,7 +151,7 @@ class Run:
         chosen = given.surfaces or bench.model.default_surfaces
         for name in chosen:
             if name not in surfaces:
-                raise BenchFailed(f"--surfaces: {name!r} is not a surface of this model: choose from {', '.join(surfaces)}")
+                raise BenchFailed(f"--surfaces: {name!r} does not fit this model: choose from {', '.join(surfaces)}")
         return [
             Spec(name, sessions, rate)
             for name in chosen

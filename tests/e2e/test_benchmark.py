@@ -243,7 +243,7 @@ def test_a_server_that_dies_is_counted_as_connections_that_are_lost(repository: 
     ("flags", "said"),
     [
         (("lstn",), "there is no model 'lstn'"),
-        (("lstm", "--surfaces", "htp"), "--surfaces: 'htp' is not a surface of this model: choose from http, websocket"),
+        (("lstm", "--surfaces", "htp"), "--surfaces: 'htp' does not fit this model: choose from http, websocket"),
         (("lstm", "--protocol", "v2", "--shape", "z:1"), "--shape: lstm has no input 'z': choose from x"),
         (("lstn", "--protocol", "v2"), "404"),
         (("lstm", "--svg", "/nowhere/curve.svg"), "/nowhere/curve.svg: there is no such folder"),
