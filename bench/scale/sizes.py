@@ -40,7 +40,7 @@ class Size:
 
     @property
     def breaks_first(self) -> str:
-        """What is short first if the load grows."""
+        """The resource that is exhausted first if the load grows."""
         if self.one_machine:
             return "the machine's cores"
         return "the shards' memory" if self.shards_for_memory > self.shards_for_steps else "the replicas' cores"
@@ -75,7 +75,7 @@ def table() -> Iterator[str]:
         "shards",
         "Gbit/s",
         "$ a million steps",
-        "short first",
+        "bottleneck",
     )
     yield f"| {' | '.join(titles)} |"
     yield "| --- " * len(titles) + "|"

@@ -58,7 +58,7 @@ class Adoption:
             if role.context:
                 axis = "" if role.context.axis is None else f" along axis {role.context.axis}"
                 which = f"the last {role.context.entries} entries of {role.port.name}{axis}"
-                rows.append(("context", f"{which} stand before those of the next step"))
+                rows.append(("context", f"{which} are put before those of the next step"))
         ports = [role.port for role in self.roles.inputs] + [role.port for role in self.roles.states]
         for port in ports:
             if served_type(port.type) != port.type:
