@@ -62,7 +62,8 @@ class FastPathHttp(BoundedHttp):
         self._known_heads: KnownHeads = config.loaded_app.known_heads
         self._largest_body = min(_LARGEST_BODY, self._fast_path.service.settings.max_body_bytes)
         self._receiving: Exchange | None = None  # whose body is being received
-        self._received: Exchange | None = None  # which the parser has just completed
+        self._parsed: Exchange | None = None  # which the parser has just begun
+        self._left = 0  # bytes of a body that the parser will not see
         self._waiting: Exchange | None = None  # which has not been admitted yet
 
     def shutdown(self) -> None:
@@ -73,31 +74,42 @@ class FastPathHttp(BoundedHttp):
         super().shutdown()
 
     def _parse(self, data: bytes) -> None:
-        starts = not self._in_message
-        if starts and self._take_known(data):
-            return
-        super()._parse(data)
-        exchange, self._received = self._received, None
-        if starts and exchange is not None:
-            self._known_heads.learn(data, exchange.headers, exchange.body)
+        if self._left:
+            self._receive_known(data)
+        elif self._in_message:
+            super()._parse(data)
+        elif not self._take_known(data):
+            super()._parse(data)
+            exchange, self._parsed = self._parsed, None
+            if exchange is not None:
+                self._known_heads.learn(data, exchange.headers, exchange.body)
 
     def _take_known(self, data: bytes) -> bool:
-        """Starts the request that these bytes are without the parser, if it has parsed the same headers before."""
+        """Begins the request that these bytes are without the parser, if it has parsed the same headers before."""
         if not self._is_free():
             return False
         known = self._known_heads.find(data)
         route = None if known is None else self._fast_path.route(known.target, known.headers)
-        if known is None or route is None:
+        if known is None or route is None or known.length > self._largest_body:
             return False
         self.url, self.headers = known.target, known.headers
         self.expect_100_continue = self._ignores_upgrade = False
-        self._body_bytes = len(known.body)
+        self._in_message, self._body_bytes, self._left = True, 0, known.length
         if self._is_special:
             self._find_sender()
-        exchange = self._begin(route)
-        exchange.body = known.body
-        self._complete(exchange)
+        self._begin(route)
+        self._receive_known(known.body)
         return True
+
+    def _receive_known(self, data: bytes) -> None:
+        """Receives a part of the body of a request whose head the parser has not seen."""
+        body, rest = data[: self._left], data[self._left :]
+        self._left -= len(body)
+        self.on_body(body)
+        if not self._left:
+            self.on_message_complete()
+        if rest:
+            self._parse(rest)
 
     def on_message_begin(self) -> None:
         """Starts to receive a request; its scope is only built if it falls back to ASGI."""
@@ -122,7 +134,7 @@ class FastPathHttp(BoundedHttp):
             and _is_simple(self.headers)
         ):
             self._in_head = False
-            self._begin(route)
+            self._parsed = self._begin(route)
         else:
             super().on_headers_complete()
 
@@ -164,12 +176,8 @@ class FastPathHttp(BoundedHttp):
         if exchange is None:
             super().on_message_complete()
             return
-        self._received = exchange
-        self._in_message = False
-        self._complete(exchange)
-
-    def _complete(self, exchange: Exchange) -> None:
         self._receiving = None
+        self._in_message = False
         if len(exchange.body) > exchange.route.admitted_bytes:
             self._waiting = exchange
             self._fast_path.admit(partial(self._start, exchange))

@@ -16,10 +16,11 @@ _MOST_HEADS, _MOST_BYTES = 1024, 2048
 
 
 class Known(NamedTuple):
-    """A request whose headers are known."""
+    """A request whose headers are known, and what has arrived of its body."""
 
     target: bytes
     headers: Headers
+    length: int  # of the whole body
     body: bytes
 
 
@@ -30,24 +31,25 @@ class KnownHeads:
         self._parsed: dict[bytes, tuple[Headers, int]] = {}  # and the length of the body
 
     def find(self, data: bytes) -> Known | None:
-        """Returns the request that these bytes are, all of it and nothing else; None if the parser must tell."""
+        """Returns the request that these bytes are, or begin; None if the parser must tell."""
         line = _REQUEST_LINE.match(data)
         if line is None:
             return None
         end = data.find(_END, line.end())
-        parsed = self._parsed.get(data[line.end() : end])
+        known = self._parsed.get(data[line.end() : end])
         body = data[end + len(_END) :]
-        if parsed is None or len(body) != parsed[1]:
+        if known is None or len(body) > known[1]:
             return None
-        return Known(line[1], parsed[0].copy(), body)
+        return Known(line[1], known[0].copy(), known[1], body)
 
     def learn(self, data: bytes, headers: Headers, body: bytes) -> None:
-        """Keeps the headers of a request, if these bytes were all of it."""
+        """Keeps the headers of a request, if these bytes were its head and that much of its body, and nothing else."""
         line = _REQUEST_LINE.match(data)
         if line is None:
             return
         end = data.find(_END, line.end())
-        if end - line.end() <= _MOST_BYTES and data[end + len(_END) :] == body:
+        length = dict(headers).get(b"content-length")
+        if 0 < end - line.end() <= _MOST_BYTES and data[end + len(_END) :] == body and length is not None:
             if len(self._parsed) == _MOST_HEADS:
                 del self._parsed[next(iter(self._parsed))]
-            self._parsed[data[line.end() : end]] = headers.copy(), len(body)
+            self._parsed[data[line.end() : end]] = headers.copy(), int(length)
