@@ -198,7 +198,7 @@ class Keys:
                 return []
             text = self._path.read_bytes().decode(errors="replace")
         except OSError as error:
-            raise BadKeysFile(f"{self._path}: {error.strerror}") from None
+            raise BadKeysFile(f"--api-keys-file {self._path}: {error.strerror}") from None
         lines, bad = [], []
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip() and not line.lstrip().startswith("#"):
