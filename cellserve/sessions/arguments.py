@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 KEY_VARIABLE, STORE_VARIABLE = "CELLSERVE_API_KEY", "CELLSERVE_STORE"
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 _EXAMPLES = {
     "": """\
@@ -84,7 +83,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="whose the sessions are, in place of what their files say; '' where no keys are used")  # fmt: skip
     for parser_ in (listing, show, export, importing):
         place = parser_.add_mutually_exclusive_group()
-        place.add_argument("--url", help=f"a running server (default: {DEFAULT_URL}, or the store in {STORE_VARIABLE})")
+        place.add_argument("--url",
+            help=f"a running server (default: http://127.0.0.1:8000, or the store in {STORE_VARIABLE})")  # fmt: skip
         place.add_argument("--store", help="a store, used by a server or not: lmdb:FOLDER or redis://HOST:PORT/DB")
         parser_.add_argument("--key-file", type=Path, metavar="FILE",
             help=f"holds the API key of the sessions' owner, with --url (default: that in {KEY_VARIABLE})")  # fmt: skip

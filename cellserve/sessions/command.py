@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cellserve.sessions.arguments import DEFAULT_URL, KEY_VARIABLE, STORE_VARIABLE, parse
+from cellserve.sessions.arguments import KEY_VARIABLE, STORE_VARIABLE, parse
 from cellserve.sessions.errors import NoSession, SessionFailed, SessionsError
 
 _UNBOUNDED = 100_000  # columns
@@ -183,7 +183,7 @@ def _place(given: argparse.Namespace) -> Any:
             raise SessionsError("--store: sessions in memory are those of a running server: give its --url")
         from cellserve.sessions.server import Server
 
-        return Server(given.url or DEFAULT_URL, _key(given.key_file))
+        return Server(given.url or f"http://127.0.0.1:{settings.port}", _key(given.key_file))
     from cellserve.sessions.models import Models
 
     models = Models(getattr(given, "models", None) or settings.models, settings.max_model_bytes)

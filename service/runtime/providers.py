@@ -57,7 +57,7 @@ def providers(requested: Provider, tf32: bool = False) -> list[str]:
         missing = f"this ONNX Runtime only offers {', '.join(offered)}"
     raise RuntimeUnavailable(
         f"the CUDA execution provider was requested, but {missing}: "
-        f"install '.[gpu]' in a clone on a machine with an NVIDIA GPU, or use --provider cpu"
+        f"install '.[gpu]' in a clone on a machine with an NVIDIA GPU (docker run --gpus all), or use --provider cpu"
     )
 
 

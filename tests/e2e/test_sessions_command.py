@@ -280,6 +280,8 @@ def test_what_cannot_be_done_is_reported_in_one_line(
         line = refused(*argv)
         assert reason in line, line
         assert "secret" not in line
+    monkeypatch.setenv("CELLSERVE_PORT", nobody.rpartition(":")[2])
+    assert f"no answer from {nobody}" in refused("list")
     monkeypatch.setenv("CELLSERVE_STORE", redis.url)
     assert "there is no session 'none' in redis://" in refused("show", "none")
     assert not (tmp_path / "to").exists()
