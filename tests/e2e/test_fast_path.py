@@ -128,6 +128,8 @@ def test_a_body_of_many_time_steps_is_one_step(connection: socket.socket, sessio
         connection.sendall(request(session, {"x": [STEP["x"]] * 9000, "outputs": "last"}))
         status, document = answers(connection, 1)[0]
         assert (status, document["position"]) == (200, steps)
+        connection.sendall(b"GET /models HTTP/1.1\r\nHost: test\r\n\r\n")
+        assert answers(connection, 1)[0][0] == 200
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
