@@ -34,7 +34,7 @@ SLOW = {
 # Lines of shell snippets that no test of this machine runs, and why.
 NOT_RUN = {
     r"^python3 -m venv|^\. \.venv/bin/activate": "makes an environment, which whoever runs this test has",
-    r"^docker ": "needs a container engine: `make container-test` runs them",
+    r"^docker ": "needs a container engine: `make container-test` runs the tutorial's, and the like of the others",
     r"^perf_analyzer ": "needs glibc 2.38; was run by hand",
     r"http://(triton|cellserve):8000": "needs other machines",
     r"python3 -m cellserve.cli serve --provider cuda|python -m bench --provider cuda": "needs a GPU",
