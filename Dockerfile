@@ -38,6 +38,9 @@ RUN uv pip install -q --no-deps .
 FROM ${BASE}
 # A new volume at /sessions takes its owner from here. There is no VOLUME: it would make one for each container.
 RUN useradd --uid 10001 --no-create-home cellserve && install -d -m 700 -o 10001 -g 10001 /sessions
+# The official image has no bytecode of the standard library: each start and each health check would compile it again.
+RUN python3 -c "import compileall, re, sysconfig; \
+    compileall.compile_dir(sysconfig.get_path('stdlib'), rx=re.compile('-packages'), quiet=2)"
 COPY --from=install /venv /venv
 COPY --from=models /artifacts /artifacts
 COPY deploy/entrypoint.sh /entrypoint.sh

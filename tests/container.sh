@@ -43,7 +43,8 @@ serve 8000 cellserve
 [ "$($docker exec "$name" id -u)" != 0 ]
 $docker logs "$name" 2>&1 | grep -q "^no volume at /sessions" || { echo "no line says that sessions end" >&2; exit 1; }
 $docker exec "$name" python3 -c "
-import importlib.util as i
+import importlib.util as i, json, os
+assert os.path.exists(i.cache_from_source(json.__file__)), 'the standard library is compiled at each start'
 assert not [n for n in ('tensorflow', 'tf2onnx') if i.find_spec(n)], 'the image holds TensorFlow'"
 $docker cp "$name:/artifacts" "$folder/models"
 start=$(date +%s)
