@@ -114,7 +114,7 @@ gpu-test: $(if $(filter .venv-gpu/%,$(GPU_PYTHON)),.venv-gpu/.done)
 # each build, such as --build-arg BASE=MIRROR/python:3.12-slim.
 container-test: $(BIN)/.dev
 	DOCKER="$(DOCKER)" sh tests/container.sh $(BUILD_FLAGS)
-	ENGINE="$(DOCKER)" BUILD_FLAGS="$(BUILD_FLAGS)" $(BIN)/pytest -m long -n 0 tests/docs -k with_containers
+	ENGINE="$(DOCKER)" BUILD_FLAGS="$(BUILD_FLAGS)" $(BIN)/pytest -m container -n 0 tests/docs
 
 # Debian's Python lacks the part of venv that installs pip. uv installs in seconds what takes pip minutes; pip is the
 # fallback.

@@ -19,6 +19,8 @@ from cellserve.service.observability import logging
 from cellserve.service.settings import ENV_PREFIX, Settings
 
 if TYPE_CHECKING:
+    from uvicorn.supervisors.multiprocess import Process
+
     from cellserve.service.api.middleware import ObservabilityMiddleware
 
 # uvicorn restarts a worker that does not answer its health check for so long. Its default is 5 seconds; on a busy
@@ -41,6 +43,7 @@ def run(settings: Settings, given: Mapping[str, str], uvicorn_options: dict[str,
         OSError: There is no folder for what they share.
     """
     import uvicorn
+    from uvicorn.supervisors.multiprocess import Process
 
     from cellserve.service.observability.prometheus import DIRECTORY
 
@@ -48,8 +51,19 @@ def run(settings: Settings, given: Mapping[str, str], uvicorn_options: dict[str,
     with shared_folder(_MEMORY if os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir())) as folder:
         os.environ[DIRECTORY] = str(folder)
         options = uvicorn_options | {"timeout_worker_healthcheck": _HEALTH_SECONDS}
+        Process.start = _start  # type: ignore[assignment,method-assign]
         uvicorn.run(f"{__name__}:build", factory=True, workers=settings.workers, **options)
     return 0
+
+
+def _start(worker: Process) -> None:
+    """Starts a worker, and closes its end of the pipe here.
+
+    With an end of its own the parent would not see that a worker has died that it is waiting for, and would wait for
+    `_HEALTH_SECONDS`.
+    """
+    worker.process.start()
+    worker.child_conn.close()
 
 
 def build() -> ObservabilityMiddleware:

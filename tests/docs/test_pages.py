@@ -42,6 +42,10 @@ NOT_RUN = {
 }
 
 
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
 @pytest.fixture
 def reader(examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     (tmp_path / "cellserve").symlink_to(ROOT)
@@ -53,23 +57,21 @@ def reader(examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     reader.close()
 
 
-def test_the_readme_can_be_followed(reader: Reader) -> None:
-    reader.read(README)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in SLOW], ids=name)
+def test_a_page_can_be_followed(page: Path, reader: Reader) -> None:
+    reader.read(page)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=[pytest.mark.long] if page == README or page.stem in SLOW else []) for page in PAGES],
-    ids=lambda page: str(page.relative_to(ROOT)),
-)
+@pytest.mark.long
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_a_page_can_be_followed_twice(page: Path, reader: Reader) -> None:
     reader.read(page)
     reader.read(page)
 
 
-@pytest.mark.long
-@pytest.mark.skipif("ENGINE" not in os.environ, reason="`make container-test` names an engine")
+@pytest.mark.container
 def test_the_tutorial_can_be_followed_with_containers(reader: Reader) -> None:
+    assert "ENGINE" in os.environ, "`make container-test` names an engine"
     reader.not_run = {pattern: reason for pattern, reason in NOT_RUN.items() if "container" not in reason}
     reader.read(ROOT / "docs/tutorial/production.md")
 

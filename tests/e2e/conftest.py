@@ -10,7 +10,7 @@ import httpx
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
-from tests.e2e.helpers import new_key
+from tests.e2e.helpers import new_key, store_of
 from tests.kinds import write_repository
 from tests.redis_server import RedisServer
 from tests.server import Server
@@ -19,9 +19,7 @@ from tests.server import Server
 @pytest.fixture(scope="module", params=["memory", "lmdb", "redis"])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Each of the stores in turn, as `--store` takes it."""
-    if request.param == "lmdb":
-        return f"lmdb:{tmp_path_factory.mktemp('store')}"
-    return "memory" if request.param == "memory" else str(request.getfixturevalue("redis").url)
+    return store_of(request, tmp_path_factory)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 from websockets.sync.client import ClientConnection
 
 from cellserve import Client, Retry, Timeout
@@ -101,6 +102,13 @@ def answered(message: str | bytes, outputs: int = OUTPUTS) -> tuple[int, list[in
     statuses = np.frombuffer(message, "<u4", count, 16 + 8 * count).tolist()
     y = np.frombuffer(message, "<f4", offset=16 + 12 * count).reshape(count, steps, outputs)
     return ref, positions, statuses, y
+
+
+def store_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store of the kind that a fixture's parameter names, as `--store` takes it."""
+    if request.param == "lmdb":
+        return f"lmdb:{tmp_path_factory.mktemp('store')}"
+    return "memory" if request.param == "memory" else str(request.getfixturevalue("redis").url)
 
 
 @contextmanager

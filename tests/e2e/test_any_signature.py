@@ -261,7 +261,7 @@ def test_an_integer_out_of_bounds_in_a_frame_moves_no_session(server: Server, st
     assert ask(stream, op="step", session=0, x=1)["position"] == 1
 
 
-@pytest.mark.parametrize("store", ["lmdb", "redis"])
+@pytest.mark.parametrize("store", ["lmdb", pytest.param("redis", marks=pytest.mark.long)])
 def test_a_repeated_step_of_any_kind_is_answered_again_after_a_restart(
     kinds: Path, serve: Serve, redis: RedisServer, tmp_path: Path, store: str
 ) -> None:

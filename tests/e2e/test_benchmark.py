@@ -131,7 +131,7 @@ def test_another_server_is_measured_by_the_inference_protocol(server: Server) ->
     assert set(loads) == {("sequences", 1), ("sequences", 4)}  # the model's configuration says that it has them
     assert loads["sequences", 4]["server"]["rows"] > 1
     for more, steps in ((("--steps", "7"), 7), (("--shape", "x:2,3,5"), 6)):
-        whole = checked(figures(*flags, "--surfaces", "stateless", *more))["stateless", 4]
+        whole = checked(figures(*flags, "--sessions", "4", "--surfaces", "stateless", *more))["stateless", 4]
         assert whole["steps_per_s"] / whole["requests_per_s"] == pytest.approx(steps)
     assert sessions(server) == []
 

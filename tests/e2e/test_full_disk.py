@@ -83,7 +83,11 @@ class Session:
 
 @pytest.mark.parametrize(
     ("disk", "sync"),
-    [("small disk", "checkpoints"), ("small disk", "always"), ("bounded files", "checkpoints")],
+    [
+        ("small disk", "checkpoints"),
+        ("small disk", "always"),
+        pytest.param("bounded files", "checkpoints", marks=pytest.mark.long),
+    ],
     indirect=["disk"],
 )
 def test_on_a_full_disk_reads_still_work_and_writes_do_once_there_is_room(

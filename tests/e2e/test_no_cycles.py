@@ -24,6 +24,7 @@ server = uvicorn.Server(uvicorn.Config(create_app(settings), **_uvicorn_options(
 thread = threading.Thread(target=server.run)
 thread.start()
 while not server.started:
+    assert thread.is_alive()
     time.sleep(0.01)
 gc.disable()
 step = [0.25] * int(sys.argv[3])

@@ -188,8 +188,11 @@ def test_metrics_of_workers_are_the_sum_and_outlive_a_worker(
         started, memory = scrape("process_start_time_seconds"), scrape("process_resident_memory_bytes")
         assert time.time() - 600 < started < time.time()
     for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(1.5)  # the parent asks them every half second: now it waits for an answer
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    answering(server)
+    until(lambda: httpx.get(f"{server.url}/readyz"), seconds=25)  # not only after the 30 that it would wait
     with server.client() as client:
         scrape = Scrape(client)
     # What those that are gone have counted is counted on; their memory is not.

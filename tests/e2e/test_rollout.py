@@ -22,13 +22,19 @@ from hypothesis import strategies as st
 from cellserve import AsyncClient, Client
 from cellserve.service.sessions.sampling import Sampling, sample
 from tests.budgets import examples
-from tests.e2e.helpers import create, problem_kind
+from tests.e2e.helpers import create, problem_kind, store_of
 from tests.helpers import until
 from tests.redis_server import RedisServer
 from tests.server import Serve, Server, start_server
 from tests.service.strategies import SEEDS
 
 ASKED: dict[str, Any] = {"text": "Alice was", "temperature": 0.8, "top_k": 20, "seed": 7}
+
+
+@pytest.fixture(scope="module", params=["memory", "lmdb", pytest.param("redis", marks=pytest.mark.long)])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Each of the stores; a rollout asks nothing of Redis that steps do not."""
+    return store_of(request, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cellserve.export.adopt.trial import Trial
 from cellserve.export.cli.adopt import main
 from cellserve.export.errors import ExportError
 from cellserve.service.model_repository.model import Model
@@ -17,9 +19,17 @@ from tests.export.adopting import Adopt
 from tests.export.unmeasured import unmeasured
 
 
+@pytest.fixture(scope="session")
+def trial() -> Iterator[Trial]:
+    """The process in which adopted graphs are tried: to start one for each would take more time than the rest."""
+    with Trial() as trial:
+        yield trial
+
+
 @pytest.fixture
-def adopt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Adopt:
+def adopt(tmp_path: Path, capsys: pytest.CaptureFixture[str], trial: Trial, monkeypatch: pytest.MonkeyPatch) -> Adopt:
     """Writes a model to a file, runs the command on it, and opens what came out as the service does."""
+    monkeypatch.setattr("cellserve.export.adopt.adopt.Trial", lambda: nullcontext(trial))
 
     def run(made: Any, *flags: str) -> Model:
         path = tmp_path / "model.onnx"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cellserve.service.runtime.onnx_model import Runtime
 
 
 class Proof:
-    """A network saved, loaded and built in its forms; each is compared with Keras and with itself.
+    """A network saved, loaded and built in its forms, each to be compared with Keras and with itself.
 
     Args:
         model: A Keras model.
@@ -32,9 +33,7 @@ class Proof:
         self.network: StatefulNetwork | SequenceNetwork = network_of(load(path))
         self.signature = self.network.signature
         document = ModelDocument(name="mine", signature=self.signature, exactness=Exactness(proved=False, why=""))
-        reference = reference_of(self.network)
         self.forms: dict[str, Runtime] = {}
-        self.parity: dict[str, Parity] = {}
         self.operators: dict[str, set[str]] = {}
         chosen = list(operator_choices(self.network))
         for name, operators in chosen if len(chosen) <= most else (chosen[0], chosen[-1]):
@@ -43,7 +42,12 @@ class Proof:
             for label, each in ((name, None), (f"{name}, single steps", step)):
                 if each is not None or label == name:
                     self.forms[label] = open_model(model, each, document)
-                    self.parity[label] = reference.compare(self.forms[label])
+
+    @functools.cached_property
+    def parity(self) -> dict[str, Parity]:
+        """How far each form is from Keras, whose many runs take most of a proof's time."""
+        reference = reference_of(self.network)
+        return {name: reference.compare(runtime) for name, runtime in self.forms.items()}
 
     def check(self) -> None:
         """Fails where a form differs from Keras, or a row's bits depend on what it is computed with."""

@@ -43,7 +43,7 @@ ROWS = np.array(
     np.float32,
 )
 DIVISORS = np.where(WHOLE == 0, 9, WHOLE)
-TOGETHER = 40  # functions converted at once: the time of a conversion grows faster than its graph
+TOGETHER = 20  # functions converted at once: the time of a conversion grows faster than its graph
 STEPS = np.array([-2, 0, 1, 1, 3], np.float32)
 GRIDS: dict[str, list[Any]] = {
     "number": [np.tile(SPECIAL, (3, 1))],  # rows of an odd length: kernels treat the last entries apart

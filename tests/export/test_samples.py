@@ -41,7 +41,7 @@ def test_the_end_of_a_long_sequence_is_taken_and_what_is_not_finite_left_out(tmp
     assert (len(sample.x), sample.x[-1], sample.label) == (600, [9999.0], None)
 
 
-@pytest.mark.parametrize(("width", "fewest"), [(50, 2), (2000, 1), (100_000, 0)])
+@pytest.mark.parametrize(("width", "fewest"), [(50, 2), (2000, 1), (20_000, 0)])
 def test_samples_are_cut_until_they_fit(tmp_path: Path, width: int, fewest: int) -> None:
     x = np.full((3, 40, width), 1 / 3, np.float32)
     specs = (TensorSpec(name="a", shape=(width,)), TensorSpec(name="b", dtype="int32", shape=()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def test_a_crash_is_reported_with_its_signal(
     monkeypatch.setattr(trial, "_WORKER", worker)
     with Trial() as process, pytest.raises(kind, match=told):
         process.run(foreign.frames().SerializeToString(), ["y"], [FEEDS])
+
+
+@pytest.fixture(name="trial")
+def _trial() -> Iterator[Trial]:
+    """One of each test's own: here it crashes."""
+    with Trial() as trial:
+        yield trial
 
 
 def test_a_crash_ends_an_adoption_in_one_line_with_the_axis_to_fix(

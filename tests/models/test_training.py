@@ -18,7 +18,7 @@ def epochs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         from cellserve.models import training
 
         schedule = training.Schedule
-        monkeypatch.setattr(training, "Schedule", lambda epochs, **more: schedule(4, **more))
+        monkeypatch.setattr(training, "Schedule", lambda epochs, **more: schedule(2, **more))
 
 
 @pytest.mark.usefixtures("epochs")

@@ -28,7 +28,7 @@ from tests.service.helpers import BROKEN, INFINITE, OUTSIDE, halving, machinery,
 
 Make = Callable[..., tuple[Engine, MemoryStore, SessionWriter]]
 
-any_make = settings(max_examples=examples(40, 400), suppress_health_check=[HealthCheck.function_scoped_fixture])
+any_make = settings(max_examples=examples(20, 400), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def drawn(steps: int, seed: int) -> np.ndarray:
