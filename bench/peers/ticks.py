@@ -94,8 +94,8 @@ def measure(models: str, store: str, processes: int, seconds: float) -> list[tup
 def fill(models: str, store: str, count: int) -> None:
     """Makes a store with so many sessions, closed as a server leaves it."""
     from cellserve.service.sessions.session import NO_LIMITS, Room
-    from cellserve.service.sessions.stores.lmdb.records import to_key
-    from cellserve.service.sessions.stores.records import SessionRecord, VersionStamp, new_revisions
+    from cellserve.service.sessions.stores.lmdb.header import to_key
+    from cellserve.service.sessions.stores.records import SessionRecord, VersionStamp, new_revision
 
     service = context(models, store, 1)
     (engine,) = service.versions.loaded.values()
@@ -105,7 +105,7 @@ def fill(models: str, store: str, count: int) -> None:
     def some(start: int) -> Any:
         def job(transaction: Any) -> None:
             for number in range(start, min(start + BATCH, count)):
-                stamp = VersionStamp(7, *new_revisions(1))
+                stamp = VersionStamp(7, new_revision())
                 record = SessionRecord(model.name, model.version, model.digest, b"", stamp, states)
                 records.create(transaction, to_key(f"s{number:08}"), record, time.time(), False, room, (0, 0, 0))
 

@@ -18,6 +18,7 @@ class Listed:
     model: str = ""
     version: int = 0
     position: int = 0
+    created_at: float | None = None  # seconds since the epoch; None if the place does not tell
     expires_in: float | None = None  # seconds; None if the place does not tell
     unreadable: str = ""  # why what is there is not a session
 

@@ -47,7 +47,7 @@ class RedisStore(Store):
             if isinstance(one.summary, UnreadableRecord):
                 yield Listed(one.key, unreadable=str(one.summary))
             else:
-                yield Listed(one.key, *one.summary, one.expires_in)
+                yield Listed(one.key, *one.summary, expires_in=one.expires_in)
 
     def close(self) -> None:
         """Closes the connections."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from typing import TypeVar
 
 import msgspec
@@ -33,6 +34,7 @@ class _Entry(msgspec.Struct):
     model: str
     version: int
     position: int
+    created_at: datetime
 
 
 class _Page(msgspec.Struct):
@@ -42,6 +44,7 @@ class _Page(msgspec.Struct):
 
 class _About(msgspec.Struct):
     position: int
+    created_at: datetime
     expires_in: float
     durable: Durable
 
@@ -92,7 +95,7 @@ class Server:
         while True:
             page = self._read(list_sessions(after), _Page)
             for one in page.sessions:
-                yield Listed(one.session, one.model, one.version, one.position)
+                yield Listed(one.session, one.model, one.version, one.position, one.created_at.timestamp())
             after = page.next
             if after is None:
                 return
@@ -109,7 +112,10 @@ class Server:
         except (CellserveError, msgspec.ValidationError, KeyError) as error:
             raise self._strange(error) from None
         owner = None if self._has_key else ""
-        session = SavedSession(name, owner, told.model, told.version, told.digest, told.position, ordered)
+        session = SavedSession(
+            name, owner, told.model, told.version, told.digest, told.position, ordered,
+            created_at=about.created_at.timestamp(),
+        )  # fmt: skip
         return Found(session, about.expires_in, about.durable)
 
     def write(self, session: SavedSession, replace: bool) -> bool:

@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -24,7 +25,8 @@ from safetensors.numpy import load, save
 
 from cellserve.models.signature import NAME_PATTERN
 from cellserve.service.access.private_files import create_private
-from cellserve.service.sessions.stores.records import StoredAnswer, UnreadableRecord
+from cellserve.service.sessions.session import time_text
+from cellserve.service.sessions.stores.records import LATEST, StoredAnswer, UnreadableRecord
 from cellserve.service.validation.safetensors_header import BadHeader, read_header
 from cellserve.sessions.errors import SessionFailed, SessionsError
 
@@ -49,6 +51,7 @@ class SavedSession:
     states: dict[str, Array]  # in the model's order
     creation_digest: bytes = b""
     last: StoredAnswer | None = None  # what answers the repetition of its last change
+    created_at: float | None = None  # seconds since the epoch; None if it is not known
 
     @property
     def name(self) -> str:
@@ -68,6 +71,8 @@ class SavedSession:
         }
         if self.owner is not None:
             metadata["owner"] = self.owner
+        if self.created_at is not None:
+            metadata["created_at"] = time_text(self.created_at)
         if self.creation_digest:
             metadata["creation_digest"] = self.creation_digest.hex()
         if self.last is not None:
@@ -97,6 +102,7 @@ class _Metadata(msgspec.Struct):
     owner: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}\Z")] | None = None
     creation_digest: Annotated[str, Meta(pattern=r"^([0-9a-f]{2}){0,64}\Z")] = ""
     last_change: str = ""
+    created_at: Annotated[datetime, Meta(tz=True)] | None = None
 
 
 def read(file: Path) -> SavedSession:
@@ -120,6 +126,9 @@ def read(file: Path) -> SavedSession:
             raise ValueError(f"a state has another type than {', '.join(_DTYPES)}")
         if any(one.dtype.kind == "f" and not np.isfinite(one).all() for one in tensors.values()):
             raise ValueError("a state has a number that is not finite")
+        created_at = None if told.created_at is None else told.created_at.timestamp()
+        if created_at is not None and not 0 <= created_at < LATEST:
+            raise ValueError("it was created at no time that there is")
         last = StoredAnswer.read(base64.b64decode(told.last_change, validate=True))
     except OSError as error:
         raise SessionFailed(f"{file}: {error.strerror}") from None
@@ -128,6 +137,7 @@ def read(file: Path) -> SavedSession:
     return SavedSession(
         told.session, told.owner, told.model, told.version, told.digest, told.position,
         {name: tensors[name] for name in names}, bytes.fromhex(told.creation_digest), last,
+        created_at,
     )  # fmt: skip
 
 

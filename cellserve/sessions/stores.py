@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from cellserve.service.sessions.stores.records import (
     UnreadableRecord,
     VersionStamp,
     WriteOutcome,
-    new_revisions,
+    new_revision,
 )
 from cellserve.service.sessions.stores.state_bytes import unpack_states
 from cellserve.service.settings import Settings
@@ -69,7 +70,7 @@ class Store:
         owner, _, session_id = name.rpartition("/")
         session = SavedSession(
             session_id, owner, record.model, record.version, record.digest, record.stamp.position, states,
-            record.creation_digest, record.last,
+            record.creation_digest, record.last, record.created_at,
         )  # fmt: skip
         return Found(session, expires_in, self.durable)
 
@@ -79,9 +80,10 @@ class Store:
         if owner is None:
             raise SessionFailed(f"{name}: its file does not say whose it is: give --owner NAME ('' for nobody's)")
         states = b"".join(state.tobytes() for state in session.states.values())
-        stamp = VersionStamp(session.position, *new_revisions(1))
+        stamp = VersionStamp(session.position, new_revision())
         model = session.model, session.version, session.digest
-        record = SessionRecord(*model, session.creation_digest, stamp, states, session.last)
+        created_at = time.time() if session.created_at is None else session.created_at
+        record = SessionRecord(*model, session.creation_digest, stamp, states, session.last, created_at)
         create = self._client().replace if replace else self._client().create
         outcome = self._run(create(name, record, Room(2**53, owner, NO_LIMITS)))
         if outcome is WriteOutcome.WRITTEN:
@@ -141,7 +143,7 @@ class LmdbFolder(Store):
         """Iterates over the sessions of all owners."""
         try:
             for one in self._reader().sessions():
-                yield Listed(one.key, one.model, one.version, one.position, one.expires_in)
+                yield Listed(*one)
         except StoreUnusable as error:
             raise SessionsError(str(error)) from None
 

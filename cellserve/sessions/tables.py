@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from cellserve.service.sessions.session import time_text
 from cellserve.sessions.place import Found, Listed
 
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
@@ -17,7 +19,7 @@ _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 def table_of(sessions: Sequence[Listed]) -> Table:
     """Returns a table of sessions."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    headings = ["session", "model", "version", "position"]
+    headings = ["session", "model", "version", "position", "age"]
     if any(one.expires_in is not None for one in sessions):
         headings.append("expires in")
     for heading in headings:
@@ -26,7 +28,8 @@ def table_of(sessions: Sequence[Listed]) -> Table:
         if one.unreadable:
             table.add_row(*map(_text, (one.name, f"not a session: {one.unreadable}")))
         else:
-            row = one.name, one.model, str(one.version), str(one.position), duration(one.expires_in)
+            times = _age(one.created_at), duration(one.expires_in)
+            row = one.name, one.model, str(one.version), str(one.position), *times
             table.add_row(*map(_text, row[: len(headings)]))
     return table
 
@@ -40,6 +43,7 @@ def listed(session: Listed) -> dict[str, Any]:
         "model": session.model,
         "version": session.version,
         "position": session.position,
+        "created_at": _time(session.created_at),
         "expires_in": session.expires_in,
     }
 
@@ -54,6 +58,7 @@ def shown(found: Found, place: str) -> dict[str, Any]:
         "version": session.version,
         "digest": session.digest,
         "position": session.position,
+        "created_at": _time(session.created_at),
         "expires_in": found.expires_in,
         "store": place,
         "durable": found.durable,
@@ -80,6 +85,7 @@ def tables_of(document: dict[str, Any]) -> tuple[Table, Table]:
         ("owner", owner),
         ("model", f"{document['model']}:{document['version']} (digest {document['digest'][:12]}...)"),
         ("position", document["position"]),
+        ("created at", document["created_at"] or ""),
         ("expires in", duration(document["expires_in"])),
         ("store", f"{document['store']} (durable: {document['durable']})"),
         ("repeatable", "" if last is None else f"the change from {last['position']} to {last['position_after']}"),
@@ -102,6 +108,14 @@ def printable(text: str) -> str:
 
 def _text(text: str) -> Text:
     return Text(printable(text))
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else time_text(seconds)
+
+
+def _age(created_at: float | None) -> str:
+    return "" if created_at is None else duration(time.time() - created_at)
 
 
 def duration(seconds: float | None) -> str:

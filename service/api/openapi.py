@@ -14,7 +14,7 @@ from cellserve.service.api.safetensors import MEDIA_TYPES
 from cellserve.service.context import ServiceContext
 
 _SESSION = {"session": "0b54b1fd5d2a4f3f9d63a3a1e6a1c0de", "model": "sunspots", "version": 1, "position": 0,
-            "expires_in": 3600.0, "durable": "none"}  # fmt: skip
+            "created_at": "2026-11-28T12:00:00.000Z", "expires_in": 3600.0, "durable": "none"}  # fmt: skip
 # How deep numbers are nested, and where an object keyed by tensor stands for an array, differs between models.
 _SEQUENCE = {"type": ["array", "object"], "items": {"type": ["array", "integer", "number"], "items": {}}}
 _STATES = {"type": ["object", "null"], "description": "one array per state, by tensor name: see GET /models/{name}"}

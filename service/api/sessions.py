@@ -35,7 +35,7 @@ from cellserve.service.context import ServiceContext
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
 from cellserve.service.idempotency import state_key
-from cellserve.service.sessions.session import Session, current_client
+from cellserve.service.sessions.session import Session, current_client, time_text
 from cellserve.service.validation.json_bodies import Position, model_of_creation, read_states, read_step
 from cellserve.service.validation.json_input import TensorDecoder, decode
 
@@ -129,16 +129,17 @@ async def pages(
     sessions, following = await service.sessions.page(owner, (int(engine), int(slot)), limit)
     return {
         "sessions": [
-            {"session": one.id, "model": one.model, "version": one.version, "position": one.position}
+            {"session": one.id, "model": one.model, "version": one.version, "position": one.position,
+             "created_at": time_text(one.created_at)}
             for one in sessions
         ],
         "next": None if following is None else f"{following[0]}.{following[1]}",
-    }
+    }  # fmt: skip
 
 
 @router.get("/sessions/{session_id}", summary="Read where a session is")
 async def read(session_id: str, request: Request) -> dict[str, Any]:
-    """Returns a session's model, version and position."""
+    """Returns a session's model, version and position, and when it was created."""
     service, session = await _find(request, session_id)
     _, position = await service.sessions.read_state(session)
     return session_json(service.sessions, session, position)

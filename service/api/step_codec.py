@@ -12,7 +12,7 @@ from cellserve.models.signature import ModelDocument
 from cellserve.service.idempotency import IdempotencyKey, step_key
 from cellserve.service.model_repository.model import Model
 from cellserve.service.runtime.tensor_layout import unpack
-from cellserve.service.sessions.session import Session
+from cellserve.service.sessions.session import Session, time_text
 from cellserve.service.sessions.stores.protocol import SessionStore
 from cellserve.service.validation.json_bodies import StepRequest
 
@@ -66,6 +66,7 @@ def session_json(store: SessionStore, session: Session, position: int | None = N
         "model": session.model.name,
         "version": session.model.version,
         "position": session.position if position is None else position,
+        "created_at": time_text(session.created_at),
         "expires_in": store.table.idle_seconds,
         "durable": store.durable,
     }

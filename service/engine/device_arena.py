@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.models.signature import StateSpec
-from cellserve.service.engine.state_arena import Arena, Slots
+from cellserve.service.engine.state_arena import Arena, Slots, pack_rows
 
 Array = NDArray[Any]
 Rows = NDArray[np.int64]
@@ -146,9 +146,7 @@ class DeviceArena(Arena):
 
     def pack(self, slots: Slots) -> list[bytes]:
         """Returns the states of each slot as bytes: one copy from the device, whatever their number."""
-        states = self._tables_on_device.read(self._row[slots])
-        parts = [array.reshape(len(slots), -1).view(np.uint8) for array in states]
-        return [row.tobytes() for row in np.concatenate(parts, axis=1)]
+        return pack_rows(self._tables_on_device.read(self._row[slots]))
 
     def write(self, slot: int, states: dict[str, Array] | None) -> None:
         """Writes one slot's states, by name; None for zeros."""

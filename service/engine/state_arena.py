@@ -24,6 +24,13 @@ _SPARE_BYTES = 4 * 1024 * 1024  # states of free slots that are kept for the nex
 _TRIMMED_BYTES = 16 * 1024 * 1024  # states that one trim looks at: giving them back takes 8 ms
 
 
+def pack_rows(states: list[Array]) -> list[bytes]:
+    """Returns each row of `[rows, *shape]` arrays as bytes, those of one array after those of the other."""
+    parts = [array.reshape(len(array), -1).view(np.uint8) for array in states]
+    rows = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    return rows.view(f"V{rows.shape[1]}").ravel().tolist()
+
+
 class Arena:
     """Slots for states, allocated and released; capacity doubles on demand.
 
@@ -146,8 +153,7 @@ class Arena:
 
     def pack(self, slots: Slots) -> list[bytes]:
         """Returns the states of each slot as bytes, one state after the other."""
-        parts = [array[slots].reshape(len(slots), -1).view(np.uint8) for array in self._arrays]
-        return [row.tobytes() for row in np.concatenate(parts, axis=1)]
+        return pack_rows([array[slots] for array in self._arrays])
 
     def write(self, slot: int, states: dict[str, Array] | None) -> None:
         """Writes one slot's states, by name; None for zeros."""

@@ -35,12 +35,16 @@ class BatchStepResult(NamedTuple):
 
 
 class Resubmitter(Protocol):
-    """The part of the writer that a pending step uses."""
+    """The part of the writer that a pending step of one session uses."""
 
     async def submit(
         self, session: Session, x: Array, return_all_outputs: bool, key: IdempotencyKey | None = None
     ) -> StepResult:
         """Steps a session, waiting and reading it again as needed."""
+
+
+class BatchResubmitter(Protocol):
+    """The part of the writer that a pending step of several sessions uses."""
 
     async def retry_stale(
         self, sessions: Sequence[Session], x: Array, keys: Sequence[IdempotencyKey] | None, result: BatchStepResult
@@ -122,7 +126,7 @@ class PendingBatch(_Retrying):
 
     def __init__(
         self,
-        writer: Resubmitter,
+        writer: BatchResubmitter,
         sessions: Sequence[Session],
         on_done: Callable[[PendingBatch, BatchStepResult | Exception], None],
     ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
 from cellserve.service.engine.engine import Engine
@@ -32,14 +34,16 @@ class Session:
     number: int = 0  # its place in the table, which no other session of this process ever has
     alive: bool = True
     applied: AppliedChange | None = None  # the last change with a position
-    # Revision, in a shared store, of the state in the slot. None if the slot does not hold a committed state: it must
+    created_at: float = field(default_factory=time.time)  # seconds since the epoch
+    # The stamp, in a shared store, of the state in the slot. None if the slot does not hold a committed state: it must
     # be read again before it is used.
-    revision: bytes | None = None
+    stamp: bytes | None = None
     deadline_indexed_at: float = -math.inf  # when its deadline in a shared store was last updated, in seconds
+    key: str = field(init=False)  # among the sessions of all owners
     client: str = field(init=False)  # whose work its steps are: its owner, without keys who made or fetched it here
 
     def __post_init__(self) -> None:
-        self.client = current_client(self.owner)
+        self.key, self.client = key_of(self.owner, self.id), current_client(self.owner)
 
     @property
     def model(self) -> Model:
@@ -84,6 +88,7 @@ class SessionSummary(NamedTuple):
     model: str
     version: int
     position: int
+    created_at: float  # seconds since the epoch
 
 
 def current_client(owner: str) -> str:
@@ -94,6 +99,11 @@ def current_client(owner: str) -> str:
 def key_of(owner: str, session_id: str) -> str:
     """Returns the key of a session among those of all owners; owners' names contain no slash."""
     return f"{owner}/{session_id}" if owner else session_id
+
+
+def time_text(seconds: float) -> str:
+    """Returns a time, in seconds since the epoch, as RFC 3339 writes it."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def unknown_session_error() -> UnknownSession:

@@ -12,7 +12,7 @@ import numpy as np
 from cellserve.service.engine.engine import Engine
 from cellserve.service.engine.state_arena import Slots
 from cellserve.service.sessions.locks import SessionLocks
-from cellserve.service.sessions.session import Session, key_of
+from cellserve.service.sessions.session import Session
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class SessionTable:
 
     def add(self, session: Session) -> Session:
         """Adds a session whose slot has been filled."""
-        self.live[key_of(session.owner, session.id)] = self.by_slot[session.engine][session.slot] = session
+        self.live[session.key] = self.by_slot[session.engine][session.slot] = session
         arena, own = session.engine.arena, self.by_client.get(session.client)
         if own is None:
             own = self.by_client[session.client] = ClientSessions(next(self._clients))
@@ -74,7 +74,7 @@ class SessionTable:
         arena, slot = session.engine.arena, session.slot
         session.alive = False
         self.ended_count += 1
-        del self.live[key_of(session.owner, session.id)], self.by_slot[session.engine][slot]
+        del self.live[session.key], self.by_slot[session.engine][slot]
         arena.last_used[slot], arena.client[slot] = np.inf, 0
         own = self.by_client[session.client]
         own.count -= 1

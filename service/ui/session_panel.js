@@ -4,6 +4,7 @@ import { showProblem } from "./app.js";
 import { BASE, currentKey } from "./api.js";
 import { HeatStrip } from "./heat_strip.js";
 import { announce, confirmed, field, h } from "./dom.js";
+import { age, duration } from "./durations.js";
 import { copyable, curlLines, pythonLines } from "./session_lines.js";
 import { KEPT } from "./session.js";
 import { dropZone } from "./source.js";
@@ -72,6 +73,7 @@ export class SessionPanel {
       ["Model", h("a", { href: `#/models/${encodeURIComponent(told.model)}` }, told.model)],
       ["Version", told.version],
       ["Position", told.position],
+      ["Age", h("time", { datetime: told.created_at, title: told.created_at }, age(told.created_at))],
       ["Ends when idle for", duration(told.expires_in)],
       ["Durable", told.durable],
     ];
@@ -242,19 +244,4 @@ function indexes(place, shape) {
     place = Math.floor(place / size);
   }
   return found;
-}
-
-function duration(seconds) {
-  for (const [size, name] of [
-    [86400, "day"],
-    [3600, "hour"],
-    [60, "minute"],
-    [1, "second"],
-  ]) {
-    if (seconds >= size) {
-      const count = Number((seconds / size).toPrecision(2));
-      return `${count} ${name}${count === 1 ? "" : "s"}`;
-    }
-  }
-  return `${seconds} seconds`;
 }

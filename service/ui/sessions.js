@@ -4,6 +4,7 @@ import { showProblem } from "./app.js";
 import { get } from "./api.js";
 import { LineChart } from "./charts.js";
 import { field, h, table } from "./dom.js";
+import { age } from "./durations.js";
 import { createSession, openSession } from "./session.js";
 import { SessionPanel } from "./session_panel.js";
 
@@ -82,15 +83,16 @@ async function showPage(list, after, signal) {
       showProblem(error);
     }
   };
-  const rows = sessions.map(({ session, model, version, position }) => [
+  const rows = sessions.map(({ session, model, version, position, created_at }) => [
     h("a", { class: "id", href: `#/sessions/${encodeURIComponent(session)}` }, session),
     model,
     version,
     position,
+    age(created_at),
   ]);
   list.replaceChildren(
     rows.length
-      ? table(["Session", "Model", "Version", "Position"], rows, { caption: "Your sessions", numbers: 2 })
+      ? table(["Session", "Model", "Version", "Position", "Age"], rows, { caption: "Your sessions", numbers: 2 })
       : h("p", {}, after ? "No further sessions." : "You have no sessions. Begin one here, or with the API."),
     h(
       "div",

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from cellserve.service.sessions.session import NO_LIMITS, Room
-from cellserve.service.sessions.stores.records import SessionRecord, VersionStamp, new_revisions
+from cellserve.service.sessions.stores.records import SessionRecord, VersionStamp, new_revision
 from cellserve.service.sessions.stores.redis_client import RedisClient
 from cellserve.sessions import session_file
 from cellserve.sessions.command import main
@@ -77,6 +77,7 @@ def test_sessions_move_from_memory_to_lmdb_to_redis_with_every_bit(
         kinds = {create(client, model): model for model in ("lstm", "rnn", "decaying")}
         for session in kinds:
             stepped(client, session, x[:5], 0)
+        made = {session: client.get(f"/sessions/{session}").json()["created_at"] for session in kinds}
         whole_ys = {session: whole(client, model, x) for session, model in kinds.items()}
     first = run("export", "--all", "--url", server.url, "--to", tmp_path / "first")
     assert {one["session"] for one in first["exported"]} >= kinds.keys()
@@ -97,6 +98,7 @@ def test_sessions_move_from_memory_to_lmdb_to_redis_with_every_bit(
         for session in kinds:
             inside, through = (run("show", session, *where) for where in (("--store", store), ("--url", running.url)))
             assert inside["states"] == through["states"]
+            assert inside["created_at"] == through["created_at"] == made[session]
             assert (inside["position"], inside["durable"], through["durable"]) == (8, "process", "process")
             assert inside["last_change"] == {"position": 5, "position_after": 8}
             state = client.get(f"/sessions/{session}/state").content
@@ -107,6 +109,7 @@ def test_sessions_move_from_memory_to_lmdb_to_redis_with_every_bit(
                 assert (told["min"], told["max"]) == (tensor.min().item(), tensor.max().item())
         seen = [run("list", *where)["sessions"] for where in (("--store", store), ("--url", running.url))]
         assert [{one["session"]: one["position"] for one in each} for each in seen] == [dict.fromkeys(kinds, 8)] * 2
+        assert [{one["session"]: one["created_at"] for one in each} for each in seen] == [made] * 2
     assert running.stop() == 0
 
     run("export", *kinds, "--store", store, "--to", tmp_path / "second")
@@ -123,6 +126,7 @@ def test_sessions_move_from_memory_to_lmdb_to_redis_with_every_bit(
         for session in kinds:
             again = stepped(client, session, x[5:8], 5)
             assert (again.headers["idempotent-replay"], again.json()["y"]) == ("true", whole_ys[session][5:8])
+            assert client.get(f"/sessions/{session}").json()["created_at"] == made[session]
             assert stepped(client, session, x[8:], 8).json()["y"] == whole_ys[session][8:]
         assert {one["position"] for one in run("list", "--store", redis.url)["sessions"]} == {12}
 
@@ -224,7 +228,7 @@ def test_a_redis_of_many_sessions_is_listed_whole_without_extending_their_lives(
         client = RedisClient(redis.url, 100, 100, 10, 0)
         room = Room(10**6, "alice", NO_LIMITS)
         for name in names:
-            stamp = VersionStamp(3, *new_revisions(1))
+            stamp = VersionStamp(3, new_revision())
             await client.create(name, SessionRecord("rnn", 1, "0" * 64, b"", stamp, b"state"), room)
         await client.close()
 
@@ -241,7 +245,7 @@ def test_a_redis_of_many_sessions_is_listed_whole_without_extending_their_lives(
     assert run("list", "--limit", "10", "--store", redis.url)["more"]
     assert main(["list", "--limit", "0", "--store", redis.url]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["session", "model", "version", "position", "expires", "in"]
+    assert table[0].split() == ["session", "model", "version", "position", "age", "expires", "in"]
     assert len(table) == len(names) + 2
 
 
@@ -250,7 +254,7 @@ def test_what_cannot_be_done_is_reported_in_one_line(
 ) -> None:
     newer = tmp_path / "newer"
     newer.mkdir()
-    (newer / "store.json").write_text('{"format": 2, "shards": 1}')
+    (newer / "store.json").write_text('{"format": 3, "shards": 1}')
     (tmp_path / "key").write_text("two keys")
     (tmp_path / "empty").mkdir()
     nobody = f"http://127.0.0.1:{free_port()}"

@@ -20,7 +20,7 @@ from cellserve.service.sessions.stores.lmdb.folder import Folder
 from cellserve.service.sessions.stores.lmdb.reader import FolderReader
 from cellserve.service.sessions.stores.lmdb.store import LmdbClient
 from cellserve.service.sessions.stores.protocol import StoreUnusable
-from cellserve.service.sessions.stores.records import SessionRecord, VersionStamp, WriteOutcome, new_revisions
+from cellserve.service.sessions.stores.records import SessionRecord, VersionStamp, WriteOutcome, new_revision
 
 MAP = 2**30
 ROOM = Room(10**6, "alice", NO_LIMITS)
@@ -32,7 +32,7 @@ import asyncio, sys
 from dataclasses import replace
 from pathlib import Path
 from tests.service.test_backup import PAIR, opened, record
-from cellserve.service.sessions.stores.records import ConditionalWrite
+from cellserve.service.sessions.stores.records import ConditionalWrites
 
 async def work():
     client = opened(Path(sys.argv[1]))
@@ -41,7 +41,7 @@ async def work():
     while True:
         for name in PAIR:
             new = record(now[name].position + 1).stamp
-            await client.write([ConditionalWrite(name, now[name], new, b"state", None)])
+            await client.write(ConditionalWrites([name], [now[name].packed], [new.packed], [b"state"], [b""]))
             now[name] = new
 
 asyncio.run(work())
@@ -53,7 +53,7 @@ def opened(path: Path, workers: int = 2) -> LmdbClient:
 
 
 def record(position: int) -> SessionRecord:
-    return SessionRecord("rnn", 1, "0" * 64, b"", VersionStamp(position, *new_revisions(1)), b"state")
+    return SessionRecord("rnn", 1, "0" * 64, b"", VersionStamp(position, new_revision()), b"state")
 
 
 def create(path: Path, *names: str) -> None:
@@ -176,12 +176,17 @@ def test_a_copy_that_failed_leaves_nothing_and_one_that_was_interrupted_is_refus
 
 
 def test_folders_that_cannot_be_read_as_they_are_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, newer, foreign = (tmp_path / name for name in ("store", "newer", "foreign"))
+    store, newer, older, foreign = (tmp_path / name for name in ("store", "newer", "older", "foreign"))
     create(store, *PAIR)
-    for folder, content in ((newer, {"format": 99, "shards": 1}), (foreign, {"format": 1, "shards": 1})):
+    for folder, number in ((newer, 99), (older, 1), (foreign, 2)):
         (folder / "0").mkdir(parents=True)
-        (folder / "store.json").write_text(json.dumps(content))
-    for folder, reason in ((newer, "of a newer Cellserve"), (foreign, "cannot be read"), (tmp_path, "no store of")):
+        (folder / "store.json").write_text(json.dumps({"format": number, "shards": 1}))
+    for folder, reason in (
+        (newer, "of a newer Cellserve"),
+        (older, "format 1, which this Cellserve does not read"),
+        (foreign, "cannot be read"),
+        (tmp_path, "no store of"),
+    ):
         with pytest.raises(StoreUnusable, match=reason):
             FolderReader(folder)
     found = Checkpoint.load(store / "0")

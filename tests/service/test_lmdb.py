@@ -25,11 +25,11 @@ from cellserve.service.sessions.stores.lmdb.folder import Folder
 from cellserve.service.sessions.stores.lmdb.store import LmdbClient
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 from cellserve.service.sessions.stores.records import (
-    ConditionalWrite,
+    ConditionalWrites,
     SessionRecord,
     VersionStamp,
     WriteOutcome,
-    new_revisions,
+    new_revision,
 )
 
 SECTOR = 512
@@ -43,8 +43,14 @@ def opened(path: Path, sync: bool = False, checkpoint_seconds: float = 1000, max
 
 def record(position: int, size: int = 900) -> SessionRecord:
     """A session whose state says its position."""
-    stamp = VersionStamp(position, *new_revisions(1))
-    return SessionRecord("rnn", 1, "0" * 64, b"", stamp, position.to_bytes(8, "big") * (size // 8))
+    stamp = VersionStamp(position, new_revision())
+    states = position.to_bytes(8, "big") * (size // 8)
+    return SessionRecord("rnn", 1, "0" * 64, b"", stamp, states, created_at=1.5)
+
+
+def changes(names: list[str], before: list[VersionStamp], after: list[SessionRecord]) -> ConditionalWrites:
+    stamps = [one.packed for one in before], [one.stamp.packed for one in after]
+    return ConditionalWrites(names, *stamps, [one.states for one in after], [b""] * len(names))
 
 
 class Sessions:
@@ -68,10 +74,7 @@ class Sessions:
             assert await self.client.end(name, "deleted") is WriteOutcome.WRITTEN
         names = self.rng.sample(sorted(self.known), min(len(self.known), 8))
         after = [replace(record(self.known[name].stamp.position + 1, self.size)) for name in names]
-        writes = [
-            ConditionalWrite(name, self.known[name].stamp, new.stamp, new.states, None)
-            for name, new in zip(names, after, strict=True)
-        ]
+        writes = changes(names, [self.known[name].stamp for name in names], after)
         assert set(await self.client.write(writes)) <= {WriteOutcome.WRITTEN}
         self.known |= dict(zip(names, after, strict=True))
         return dict(self.known)
@@ -208,7 +211,7 @@ def test_with_a_sync_per_commit_a_power_cut_loses_nothing_acknowledged(tmp_path:
             before, expected = data.read_bytes(), dict(sessions.known)
             name = sorted(sessions.known)[0]
             new = record(sessions.known[name].stamp.position + 1)
-            await client.write([ConditionalWrite(name, sessions.known[name].stamp, new.stamp, new.states, None)])
+            await client.write(changes([name], [sessions.known[name].stamp], [new]))
             sessions.known[name] = new
             after = mixed([before, data.read_bytes()], rng)
             cuts.append((before[: 2 * page] + after[2 * page :], expected))
@@ -270,10 +273,10 @@ def test_a_full_store_keeps_what_it_has_and_takes_more_when_there_is_room(tmp_pa
         stamps = [known[f"s{number}"].stamp for number in range(count)]
         new = record(1)
         # There is room for steps of the sessions that there are.
-        writes = [ConditionalWrite(f"s{number}", stamps[number], new.stamp, new.states, None) for number in range(5)]
+        writes = changes([f"s{number}" for number in range(5)], stamps[:5], [new] * 5)
         assert await client.write(writes) == [WriteOutcome.WRITTEN] * 5
         huge = replace(record(2), states=b"0" * 2**22)
-        outcomes = client.write_now([ConditionalWrite("s0", new.stamp, huge.stamp, huge.states, None)])
+        outcomes = client.write_now(changes(["s0"], [new.stamp], [huge]))
         assert isinstance(outcomes[0], StoreUnavailable)
         assert client.errors["full"] == 1
         found = await client.load("s0")
@@ -281,6 +284,27 @@ def test_a_full_store_keeps_what_it_has_and_takes_more_when_there_is_room(tmp_pa
         for number in range(count // 2):
             await client.end(f"s{number}", "deleted")
         assert await client.create("new", record(0), ROOM) is WriteOutcome.WRITTEN
+        await client.close()
+
+    asyncio.run(work())
+
+
+def test_a_file_that_grows_gets_checkpoints_early_so_that_its_pages_are_used_again(tmp_path: Path) -> None:
+    async def work() -> None:
+        client, size, rows = opened(tmp_path, max_bytes=2**30), 64 * 1024, 16
+        names, sessions = [f"s{number}" for number in range(rows)], [record(0, size)] * rows
+        for name, one in zip(names, sessions, strict=True):
+            await client.create(name, one, ROOM)
+        first = Checkpoint.load(tmp_path / "0")
+        for position in range(1, 321):  # 320 MiB
+            after = [record(position, size)] * rows
+            client.write_now(changes(names, [one.stamp for one in sessions], after))
+            sessions = after
+            await asyncio.wrap_future(client.folder.shards[0]._submitted)  # however slow the disk is
+        last = Checkpoint.load(tmp_path / "0")
+        assert first is not None and last is not None and last.at > first.at
+        assert client.folder.shards[0].bytes_used < 160 * 2**20
+        assert {one.stamp for one in (await read(client)).values()} == {sessions[0].stamp}
         await client.close()
 
     asyncio.run(work())
@@ -326,13 +350,13 @@ def test_folders_that_cannot_be_used_are_refused_with_a_reason(tmp_path: Path, m
     (newer / "store.json").write_text(json.dumps({"format": 99, "shards": 1}))
     (unknown / "store.json").write_text(json.dumps({"format": 0, "shards": 1}))
     (broken / "store.json").write_text("{")
-    (none / "store.json").write_text(json.dumps({"format": 1, "shards": 0}))
+    (none / "store.json").write_text(json.dumps({"format": 2, "shards": 0}))
     (foreign / "0").mkdir()
     (foreign / "0" / "data.mdb").write_bytes(b"something else" * 1000)
     file.write_text("")
     reasons = {
         newer: "format 99, of a newer",
-        unknown: "format 0, which this",
+        unknown: "format 0, which this Cellserve does not read",
         broken: "is damaged",
         none: "is damaged",
         foreign: "cannot be used",

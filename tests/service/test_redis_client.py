@@ -17,7 +17,7 @@ from cellserve.service.errors import StoreUnavailable
 from cellserve.service.sessions.session import NO_LIMITS, ClientLimits, Room, SessionSummary
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 from cellserve.service.sessions.stores.records import (
-    ConditionalWrite,
+    ConditionalWrites,
     SessionRecord,
     StoredAnswer,
     UnreadableRecord,
@@ -264,10 +264,10 @@ def test_a_reply_that_does_not_fit_is_the_stores_fault_and_drops_the_connection(
     impostor = Impostor(answer)
 
     async def work(client: RedisClient) -> None:
-        write = ConditionalWrite("one", STAMP, STAMP, b"", None)
+        write = ConditionalWrites(["one"], [STAMP.packed], [STAMP.packed], [b""], [b""])
         for number in (1, 2):
             with pytest.raises(StoreUnavailable):
-                await client.write([write])
+                await client.write(write)
             assert client.errors["bad-reply"] == number
         assert impostor.connections == 2
         for call in (

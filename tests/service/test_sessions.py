@@ -392,7 +392,7 @@ class EmbeddedSessions(SharedSessions):
         from cellserve.service.sessions.stores.lmdb.store import LmdbClient, LmdbStore
 
         self.folder = TemporaryDirectory()
-        (Path(self.folder.name) / "store.json").write_text('{"format": 1, "shards": 3}')
+        (Path(self.folder.name) / "store.json").write_text('{"format": 2, "shards": 3}')
         folder = Folder(Path(self.folder.name), 2**24, self.sync, 10, workers=2)
         replicas: list[Replica] = []
         for on_device in (False, True):

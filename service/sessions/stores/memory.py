@@ -235,7 +235,9 @@ class MemoryStore:
         own = self.table.of_owner.get(owner, {})
         rest = (session for number, session in own.items() if number > after[1])
         page = list(islice(rest, limit))
-        found = [SessionSummary(one.id, one.model.name, one.model.version, one.position) for one in page]
+        found = [
+            SessionSummary(one.id, one.model.name, one.model.version, one.position, one.created_at) for one in page
+        ]
         return found, (0, page[-1].number) if next(rest, None) is not None else None
 
     def sweep(self) -> None:
@@ -310,5 +312,5 @@ class MemoryStore:
         """Ends a session that nobody else has locked; changes that wait for it find that it is gone."""
         self.ended[reason] += 1
         until = self.table.clock() + self._tombstone_seconds
-        self.tombstones[key_of(session.owner, session.id)] = Tombstone(reason, session.position, until)
+        self.tombstones[session.key] = Tombstone(reason, session.position, until)
         self.table.remove(session)

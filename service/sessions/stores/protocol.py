@@ -15,7 +15,7 @@ from cellserve.service.errors import Problem
 from cellserve.service.idempotency import IdempotencyKey
 from cellserve.service.sessions.session import Durable, Room, Session, SessionSummary
 from cellserve.service.sessions.stores.records import (
-    ConditionalWrite,
+    ConditionalWrites,
     SessionRecord,
     TombstoneRecord,
     UnreadableRecord,
@@ -60,7 +60,10 @@ class SessionStore(Protocol):
     when_full: WhenFull
     created: int  # sessions created so far
     ended: dict[str, int]  # sessions ended so far, by reason
-    unreadable: int  # records that were read so far and were not those of a session
+
+    @property
+    def unreadable(self) -> int:
+        """Records that were read so far and were not those of a session."""
 
     @property
     def errors(self) -> Mapping[str, int]:
@@ -227,9 +230,7 @@ class StoreClient(Protocol):
     async def replace(self, key: str, session: SessionRecord, room: Room) -> WriteOutcome:
         """Creates a session, replacing any existing or ended one: WRITTEN, or FULL or CROWDED if there was none."""
 
-    async def write(
-        self, writes: Sequence[ConditionalWrite], touched: Sequence[str] = ()
-    ) -> Sequence[WriteOutcome | Problem]:
+    async def write(self, writes: ConditionalWrites, touched: Sequence[str] = ()) -> Sequence[WriteOutcome | Problem]:
         """Writes sessions together, and refreshes the deadlines of the touched ones in the index.
 
         Returns:

@@ -18,7 +18,7 @@ from cellserve.service.sessions.session import ClientLimits, Durable, Room, Sess
 from cellserve.service.sessions.stores import redis_scripts as scripts
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 from cellserve.service.sessions.stores.records import (
-    ConditionalWrite,
+    ConditionalWrites,
     SessionRecord,
     TombstoneRecord,
     UnreadableRecord,
@@ -93,7 +93,7 @@ class RedisClient:
             self._of_index(scripts.ADMIT, *self._admission(key, session, _PROBE_ROOM), index=_PROBE),
             self._creation(scripts.CREATE, key, session),
             self._touch([key], "", _PROBE),
-            self._writing(ConditionalWrite(key, session.stamp, session.stamp, b"", None)),
+            *self._writing(ConditionalWrites([key], [session.stamp.packed], [session.stamp.packed], [b""], [b""])),
             *self._loading(key, _PROBE),
             self._of_index(scripts.PAGE, _PROBE, 0, 1, index=_PROBE),
             self._of_index(scripts.COUNT, index=_PROBE),
@@ -162,9 +162,7 @@ class RedisClient:
             await self._drop(key)
         return _raised(outcome)
 
-    async def write(
-        self, writes: Sequence[ConditionalWrite], touched: Sequence[str] = ()
-    ) -> list[WriteOutcome | Problem]:
+    async def write(self, writes: ConditionalWrites, touched: Sequence[str] = ()) -> list[WriteOutcome | Problem]:
         """Writes sessions in one round trip, and refreshes deadlines in the index.
 
         Args:
@@ -174,7 +172,7 @@ class RedisClient:
         Returns:
             The outcome of each write: WRITTEN, CONFLICT or GONE, or the problem if Redis refuses it.
         """
-        return await self._run([self._writing(one) for one in writes], touched)
+        return await self._run(self._writing(writes), touched)
 
     async def end(self, key: str, reason: str, position: int | None = None) -> WriteOutcome:
         """Ends a session: WRITTEN, CONFLICT if it is not at the position, or GONE."""
@@ -268,14 +266,16 @@ class RedisClient:
         times = self._idle_ms, self._idle_ms + self._gone_ms
         return self._call(script, key, *times, b"expired %d" % session.stamp.position, *session.fields())
 
-    def _writing(self, one: ConditionalWrite) -> Command:
-        stamp = one.stamp
-        last = () if one.last is None else (bytes(one.last),)
+    def _writing(self, writes: ConditionalWrites) -> list[Command]:
         times = self._idle_ms, self._idle_ms + self._gone_ms
-        tombstone = b"expired %d" % stamp.position
-        return self._call(
-            scripts.WRITE, one.key, bytes(one.expected), bytes(stamp), *times, tombstone, one.states, *last
-        )
+        commands: list[Command] = []
+        rows = zip(writes.keys, writes.expected, writes.stamps, writes.states, writes.answers, strict=True)
+        for key, expected, stamp, states, answer in rows:
+            before, after = VersionStamp.text_of(expected), VersionStamp.text_of(stamp)
+            tombstone = b"expired " + after.partition(b" ")[0]
+            last = (answer,) if answer else ()
+            commands.append(self._call(scripts.WRITE, key, before, after, *times, tombstone, states, *last))
+        return commands
 
     def _ending(self, key: str, reason: str, position: int | None) -> Command:
         return self._call(scripts.END, key, reason, self._gone_ms, "" if position is None else position)

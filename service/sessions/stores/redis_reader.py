@@ -22,7 +22,7 @@ class ListedKey(NamedTuple):
 
     key: str
     expires_in: float  # seconds
-    summary: tuple[str, int, int] | UnreadableRecord  # model, version and position
+    summary: tuple[str, int, int, float] | UnreadableRecord  # model, version, position and creation
 
 
 class RedisReader:
@@ -85,7 +85,7 @@ class RedisReader:
         def read(replies: list[Any]) -> list[ListedKey]:
             found = []
             for key, values, left in zip(keys, replies[: len(keys)], replies[len(keys) :], strict=True):
-                summary: tuple[str, int, int] | UnreadableRecord
+                summary: tuple[str, int, int, float] | UnreadableRecord
                 try:
                     if is_wrong_type(values):
                         raise UnreadableRecord("it is not a hash")

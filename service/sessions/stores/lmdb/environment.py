@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
@@ -41,7 +41,10 @@ Job = Callable[[lmdb.Transaction], T]
 READERS = 2048  # a worker needs a few
 _READER_BYTES = 64  # of LMDB's lock file; its head is smaller than a few of these
 DATABASES = 16
-_EARLY_BYTES = 256 * 1024 * 1024  # a file that has grown by so much since the last checkpoint gets the next one early
+# A file that has grown by so much since the last checkpoint gets the next one early. A commit to pages that are used
+# again takes a quarter of the time that one to new pages does: those must be allocated, and mapped by the next reader.
+_EARLY_BYTES = 16 * 1024 * 1024
+_LOOKED_EVERY = 16  # commits after which that is looked at
 _FULL = tuple(os.strerror(number) for number in (ENOSPC, EDQUOT, EFBIG))  # how errors of a full disk read
 _NO_BYTES = 64 * 1024  # a disk with less is full
 _CALM_SECONDS = 5.0  # without failed writes, after which the log says that writing works again
@@ -95,10 +98,13 @@ class Environment:
         self._data = os.open(folder / "data.mdb", os.O_RDWR)
         self._thread = ThreadPoolExecutor(1, "store")
         self._checkpoints = ThreadPoolExecutor(1, "checkpoint")
+        self._submitted: Future[None] = Future()  # the last checkpoint that was given to the thread
+        self._submitted.set_result(None)
         self._pin: lmdb.Transaction | None = None  # keeps the pages of the last checkpoint
         self._checkpointed = 0.0  # when, in seconds of time.monotonic
         self._checkpointing = threading.Lock()
-        self._pages = 0  # size of the file at the last checkpoint
+        self._bytes = 0  # of the file at the last checkpoint
+        self._commits = 0
         self._queue: list[tuple[Job[Any], asyncio.Future[Any]]] = []
         self._draining: asyncio.Task[None] | None = None
 
@@ -142,6 +148,9 @@ class Environment:
                 self._synced.append(time.perf_counter() - start)
         except lmdb.Error as error:
             raise self._failed(error) from None
+        self._commits += 1
+        if not self._commits % _LOOKED_EVERY:
+            self._begin_checkpoint_if_due()
         return result
 
     async def write(self, job: Job[T], large: bool = False) -> T:
@@ -236,12 +245,15 @@ class Environment:
         if self._failing and time.monotonic() - self._failed_at > _CALM_SECONDS:
             self._failing = False
             log.info("the store %s can be written again", self.folder)
-        if self.sync or not self._checkpoint_seconds or self._checkpointing.locked():
+        self._begin_checkpoint_if_due()
+
+    def _begin_checkpoint_if_due(self) -> None:
+        if self.sync or not self._checkpoint_seconds or not self._submitted.done():
             return
         age = time.monotonic() - self._checkpointed
-        if self._needs_pages or age >= self._checkpoint_seconds or self.bytes_used - self._pages > _EARLY_BYTES:
+        if self._needs_pages or age >= self._checkpoint_seconds or self.bytes_used - self._bytes > _EARLY_BYTES:
             self._needs_pages = False
-            self._checkpoints.submit(self._checkpoint_or_log)
+            self._submitted = self._checkpoints.submit(self._checkpoint_or_log)
 
     def checkpoint(self, clean: bool = False) -> None:
         """Syncs the file and saves its root; raises OSError.
@@ -255,7 +267,7 @@ class Environment:
                 with self._checkpoint_watch, self._env.begin(write=True):  # nothing commits meanwhile
                     pin = self._env.begin()
                     root = read_root(self._data, pin.id())
-                self._pages, at = self.bytes_used, time.time()
+                self._bytes, at = self.bytes_used, time.time()
                 start = time.perf_counter()
                 os.fdatasync(self._data)
                 Checkpoint(boot_id(), at, clean, root).save(self.folder)

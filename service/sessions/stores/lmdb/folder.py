@@ -28,7 +28,7 @@ from cellserve.service.sessions.stores.lmdb.environment import Environment
 from cellserve.service.sessions.stores.lmdb.watchdog import Watchdog
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 
-_FORMAT = 1
+_FORMAT = 2
 # What makes a folder's format the next one, by the former. Each may be run again after a crash: the number in
 # store.json changes last.
 _MIGRATIONS: dict[int, Callable[[Path], None]] = {}
@@ -149,14 +149,8 @@ class Folder:
             about = About(_FORMAT, shards)
             about.save(self.path)
         while about.is_older:
-            migrate = _MIGRATIONS.get(about.format)
-            if migrate is None:
-                raise StoreUnusable(
-                    f"--store: {self.path} has format {about.format}, which this Cellserve does not read "
-                    f"(1 to {_FORMAT}): give another folder"
-                )
             log.info("the store %s is migrated from format %d", self.path, about.format)
-            migrate(self.path)
+            _MIGRATIONS[about.format](self.path)
             about = replace(about, format=about.format + 1)
             about.save(self.path)
         if about.stopped is not None and not self._is_worker:  # the parent starts the clock
@@ -176,7 +170,11 @@ class About:
 
     @classmethod
     def load(cls, folder: Path) -> About | None:
-        """Reads a folder's file; returns None if there is none. Raises StoreUnusable if it is damaged or newer."""
+        """Reads a folder's file; returns None if there is none.
+
+        Raises:
+            StoreUnusable: It is damaged, or of a format that is not read.
+        """
         file = folder / _ABOUT
         try:
             found = orjson.loads(file.read_bytes())
@@ -195,6 +193,11 @@ class About:
             raise StoreUnusable(
                 f"--store: {folder} has format {about.format}, of a newer Cellserve; this one reads up to {_FORMAT}: "
                 f"use the newer one, or give another folder"
+            )
+        if not all(number in _MIGRATIONS for number in range(about.format, _FORMAT)):
+            raise StoreUnusable(
+                f"--store: {folder} has format {about.format}, which this Cellserve does not read (it reads {_FORMAT}"
+                f"): export its sessions with the Cellserve that wrote it, or give another folder"
             )
         return about
 

@@ -15,7 +15,8 @@ from cellserve.service.sessions.session import Durable
 from cellserve.service.sessions.stores.lmdb.checkpoint import Checkpoint
 from cellserve.service.sessions.stores.lmdb.environment import DATABASES, READERS, Environment, check_whole
 from cellserve.service.sessions.stores.lmdb.folder import About, shard_number
-from cellserve.service.sessions.stores.lmdb.records import Found, Records, from_key, to_key
+from cellserve.service.sessions.stores.lmdb.header import from_key, to_key
+from cellserve.service.sessions.stores.lmdb.records import Found, Records
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 
 _PAGE = 1000  # sessions that are read in one transaction: a long one would keep pages from being reused
@@ -90,13 +91,14 @@ def _told(folder: Path) -> Iterator[None]:
         raise StoreUnusable(f"--store: {folder} is damaged ({error}): restore a backup of it") from None
 
 
-class ListedRecord(NamedTuple):
+class ListedSession(NamedTuple):
     """A session in a list."""
 
     key: str
     model: str
     version: int
     position: int
+    created_at: float  # seconds since the epoch
     expires_in: float  # seconds
 
 
@@ -136,18 +138,19 @@ class FolderReader:
         """Returns the time by the store's clock."""
         return self.about.now()
 
-    def sessions(self) -> Iterator[ListedRecord]:
+    def sessions(self) -> Iterator[ListedSession]:
         """Iterates over the live sessions of all owners."""
         for records in self._records:
             start = b""
             while True:
                 with _told(self.path):
                     page = records.page(b"", start, _PAGE, self.now())
-                for key, model, version, position, deadline in page:
-                    yield ListedRecord(from_key(key), model, version, position, deadline - self.now())
+                for one in page:
+                    left = one.deadline - self.now()
+                    yield ListedSession(from_key(one.key), one.model, one.version, one.position, one.created_at, left)
                 if len(page) < _PAGE:
                     break
-                start = page[-1][0] + b"\0"
+                start = page[-1].key + b"\0"
 
     def count(self) -> int:
         """Returns the number of sessions, with those that have expired and are not removed yet."""

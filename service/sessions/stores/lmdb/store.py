@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from cellserve.service.engine.engine import Engine
 from cellserve.service.engine.stats import SECONDS, Histogram
@@ -19,22 +19,25 @@ from cellserve.service.errors import Problem, ServerFull, SessionUnreadable, Sta
 from cellserve.service.idempotency import IdempotencyKey
 from cellserve.service.sessions.session import Durable, Room, Session, SessionSummary, key_of
 from cellserve.service.sessions.stores.lmdb.folder import Folder
-from cellserve.service.sessions.stores.lmdb.records import Found, Records, from_key, to_key
+from cellserve.service.sessions.stores.lmdb.header import from_key, to_key
+from cellserve.service.sessions.stores.lmdb.records import Found, Records
 from cellserve.service.sessions.stores.protocol import StoreFiles
 from cellserve.service.sessions.stores.records import (
-    ConditionalWrite,
+    ConditionalWrites,
     SessionRecord,
     TombstoneRecord,
     UnreadableRecord,
     WriteOutcome,
 )
 from cellserve.service.sessions.stores.shared import SharedStore
+from cellserve.service.sessions.stores.tick import Tick
 
 _LARGE_BYTES = 1024 * 1024  # states of a tick; more are written in a thread
 _SWEPT = 200  # entries per transaction
 _SWEEP_SECONDS = 0.005  # of the event loop
 _NEARLY_FULL = 0.9  # of the map: then there are no new sessions, so that steps of the others can go on
 
+T = TypeVar("T")
 Outcome = WriteOutcome | Problem
 
 
@@ -113,10 +116,18 @@ class LmdbClient:
         stored = to_key(key)
         return self._of(stored).load(stored, self._clock())
 
-    def stamp(self, key: str) -> tuple[int, bytes] | None:
-        """Returns the position and revision of a session."""
+    def stamp(self, key: str) -> bytes | None:
+        """Returns the packed stamp of a session."""
         stored = to_key(key)
         return self._of(stored).stamp(stored)
+
+    def stamps(self, keys: Sequence[str]) -> Sequence[bytes | None]:
+        """Returns the packed stamps of sessions."""
+        stored = list(map(to_key, keys))
+        if len(self._shards) == 1:
+            return self._shards[0].stamps(stored)
+        rows = self._by_shard(stored)
+        return _in_order(rows, [self._shards[one].stamps([stored[row] for row in own]) for one, own in rows.items()])
 
     async def load(self, key: str) -> SessionRecord | TombstoneRecord | None:
         """Reads a session, or its tombstone, and extends its life."""
@@ -142,11 +153,11 @@ class LmdbClient:
         found: list[SessionSummary | UnreadableRecord] = []
         for number in range(place[0], len(self._shards)):
             start = own + (place[1:] if number == place[0] else b"")
-            for key, model, version, position, _ in self._shards[number].page(own, start, limit + 1 - len(found), now):
-                name = key[len(own) :]
+            for one in self._shards[number].page(own, start, limit + 1 - len(found), now):
+                name = one.key[len(own) :]
                 if len(found) == limit:
                     return found, int.from_bytes(b"\1" + bytes([number]) + name, "big")
-                found.append(SessionSummary(name.decode(), model, version, position))
+                found.append(SessionSummary(name.decode(), one.model, one.version, one.position, one.created_at))
         return found, 0
 
     # Writing
@@ -181,37 +192,34 @@ class LmdbClient:
             what = "reached --store-max-bytes" if self._shard_bytes < on_disk else "filled the disk of --store"
             raise ServerFull(f"the sessions have nearly {what}: delete some, or try again later")
 
-    async def write(
-        self, writes: Sequence[ConditionalWrite], touched: Sequence[str] = ()
-    ) -> list[WriteOutcome | Problem]:
+    async def write(self, writes: ConditionalWrites, touched: Sequence[str] = ()) -> Sequence[WriteOutcome | Problem]:
         """Writes sessions; returns the outcome of each: WRITTEN, CONFLICT, GONE, or StoreUnavailable."""
-        large = sum(len(one.states) for one in writes) > _LARGE_BYTES
-        outcomes: list[Any] = [None] * len(writes)
+        large = sum(map(len, writes.states)) > _LARGE_BYTES
 
-        async def write_part(number: int, rows: list[int]) -> None:
-            job, environment = self._writing(number, [writes[row] for row in rows]), self.folder.shards[number]
+        async def write_part(number: int, part: ConditionalWrites) -> Sequence[Outcome]:
             try:
-                results: Sequence[Outcome] = await environment.write(job, large)
+                return await self.folder.shards[number].write(self._writing(number, part), large)
             except StoreUnavailable as problem:
-                results = [problem] * len(rows)
-            for row, result in zip(rows, results, strict=True):
-                outcomes[row] = result
+                return [problem] * len(part)
 
-        await asyncio.gather(*(write_part(number, rows) for number, rows in self._by_shard(writes).items()))
-        return outcomes
+        if len(self._shards) == 1:
+            return await write_part(0, writes)
+        rows = self._by_shard(map(to_key, writes.keys))
+        parts = (write_part(number, writes.take(own)) for number, own in rows.items())
+        return _in_order(rows, await asyncio.gather(*parts))
 
-    def write_now(self, writes: Sequence[ConditionalWrite]) -> list[Outcome]:
+    def write_now(self, writes: ConditionalWrites) -> Sequence[Outcome]:
         """Writes sessions in the calling thread, one transaction per shard; returns the outcome of each."""
-        outcomes: list[Any] = [None] * len(writes)
-        for number, rows in self._by_shard(writes).items():
-            results: Sequence[Outcome]
-            try:
-                results = self.folder.shards[number].run(self._writing(number, [writes[row] for row in rows]))
-            except StoreUnavailable as problem:
-                results = [problem] * len(rows)
-            for row, result in zip(rows, results, strict=True):
-                outcomes[row] = result
-        return outcomes
+        if len(self._shards) == 1:
+            return self._write_part_now(0, writes)
+        rows = self._by_shard(map(to_key, writes.keys))
+        return _in_order(rows, [self._write_part_now(number, writes.take(own)) for number, own in rows.items()])
+
+    def _write_part_now(self, number: int, part: ConditionalWrites) -> Sequence[Outcome]:
+        try:
+            return self.folder.shards[number].run(self._writing(number, part))
+        except StoreUnavailable as problem:
+            return [problem] * len(part)
 
     async def end(self, key: str, reason: str, position: int | None = None) -> WriteOutcome:
         """Ends a session: WRITTEN, CONFLICT if it is not at the position, or GONE."""
@@ -267,18 +275,25 @@ class LmdbClient:
     def _of(self, key: bytes) -> Records:
         return self._shards[self.folder.shard_of(key)]
 
-    def _by_shard(self, writes: Sequence[ConditionalWrite]) -> dict[int, list[int]]:
+    def _by_shard(self, keys: Iterable[bytes]) -> dict[int, list[int]]:
         """Returns the rows of each shard."""
-        if len(self._shards) == 1:
-            return {0: list(range(len(writes)))}
         rows: dict[int, list[int]] = {}
-        for row, one in enumerate(writes):
-            rows.setdefault(self.folder.shard_of(to_key(one.key)), []).append(row)
+        for row, key in enumerate(keys):
+            rows.setdefault(self.folder.shard_of(key), []).append(row)
         return rows
 
-    def _writing(self, number: int, writes: list[ConditionalWrite]) -> Callable[[Any], list[WriteOutcome]]:
+    def _writing(self, number: int, writes: ConditionalWrites) -> Callable[[Any], list[WriteOutcome]]:
         records, now = self._shards[number], self._clock()
         return lambda transaction: records.write(transaction, writes, now)
+
+
+def _in_order(rows: dict[int, list[int]], parts: Sequence[Sequence[T]]) -> list[T]:
+    """Returns the results of the shards' rows in the order of the rows."""
+    results: list[Any] = [None] * sum(map(len, parts))
+    for own, part in zip(rows.values(), parts, strict=True):
+        for row, result in zip(own, part, strict=True):
+            results[row] = result
+    return results
 
 
 class LmdbStore(SharedStore):
@@ -294,17 +309,18 @@ class LmdbStore(SharedStore):
         found = self._find(key_of(owner, session_id))
         if not isinstance(found, SessionRecord):
             raise self._tombstone_error(found)
-        engine = self._engine_here(found)
+        engine = self._cache.engine_here(found)
         if engine is None:
             raise StaleSession()  # its model must be loaded first
-        return self._cache(owner, session_id, found, engine)
+        return self._cache.add(owner, session_id, found, engine)
 
     def is_current(self, session: Session, key: IdempotencyKey | None) -> bool:
         """Returns whether a change may start from the slot, after filling it again if the session was changed."""
         if self._client.folder.alone:
-            return session.revision is not None
-        stored = key_of(session.owner, session.id)
-        if self._client.stamp(stored) == (session.position, session.revision):
+            return session.stamp is not None
+        stored = session.key
+        stamp = self._client.stamp(stored)
+        if stamp is not None and stamp == session.stamp:
             return True
         if session.engine.arena.locked[session.slot]:
             return False
@@ -312,10 +328,10 @@ class LmdbStore(SharedStore):
             found = self._find(stored)
             if not isinstance(found, SessionRecord) or found.digest != session.model.digest:
                 return False
-            content = self._content(session.engine, found)
+            content = self._cache.content(session.engine, found)
         except SessionUnreadable:
             return False  # its refresh says so
-        self._fill(session, found, *content)
+        self._cache.fill(session, found, *content)
         return True
 
     def files(self) -> StoreFiles:
@@ -327,10 +343,14 @@ class LmdbStore(SharedStore):
         try:
             return self._client.find(key).record
         except UnreadableRecord as error:
-            raise self._unreadable(error) from None
+            raise self._cache.refused(error) from None
 
     def all_current(self, sessions: Sequence[Session]) -> bool:
         """Returns whether `is_current` holds for all of these sessions."""
+        if not self._client.folder.alone:
+            stamps = self._client.stamps([session.key for session in sessions])
+            if all([stamp and stamp == one.stamp for stamp, one in zip(stamps, sessions, strict=True)]):  # noqa: C419
+                return True  # faster than one by one
         return all([self.is_current(session, None) for session in sessions])  # noqa: C419  # fills all of them
 
     async def refresh(self, session: Session, key: IdempotencyKey | None) -> None:
@@ -340,8 +360,8 @@ class LmdbStore(SharedStore):
 
     def commit(self, engine: Engine, batch: Sequence[Finished]) -> Awaitable[None] | None:
         """Writes the results of a tick, at once if that takes microseconds; records the rows that are refused."""
-        tick = self._tick(engine, batch)
-        states = sum(len(one.states) for one in tick.writes)
+        tick = Tick(engine, batch, self.table.by_slot[engine])
+        states = len(tick.sessions) * engine.arena.row_bytes
         if self._client.folder.sync or states > _LARGE_BYTES or engine.tracing is not None:
             return self._commit(tick)
         start = time.perf_counter()
