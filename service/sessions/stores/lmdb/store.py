@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -126,7 +126,7 @@ class LmdbClient:
         stored = list(map(to_key, keys))
         if len(self._shards) == 1:
             return self._shards[0].stamps(stored)
-        rows = self._by_shard(stored)
+        rows = self.folder.rows_by_shard(stored)
         return _in_order(rows, [self._shards[one].stamps([stored[row] for row in own]) for one, own in rows.items()])
 
     async def load(self, key: str) -> SessionRecord | TombstoneRecord | None:
@@ -204,7 +204,7 @@ class LmdbClient:
 
         if len(self._shards) == 1:
             return await write_part(0, writes)
-        rows = self._by_shard(map(to_key, writes.keys))
+        rows = self.folder.rows_by_shard(map(to_key, writes.keys))
         parts = (write_part(number, writes.take(own)) for number, own in rows.items())
         return _in_order(rows, await asyncio.gather(*parts))
 
@@ -212,7 +212,7 @@ class LmdbClient:
         """Writes sessions in the calling thread, one transaction per shard; returns the outcome of each."""
         if len(self._shards) == 1:
             return self._write_part_now(0, writes)
-        rows = self._by_shard(map(to_key, writes.keys))
+        rows = self.folder.rows_by_shard(map(to_key, writes.keys))
         return _in_order(rows, [self._write_part_now(number, writes.take(own)) for number, own in rows.items()])
 
     def _write_part_now(self, number: int, part: ConditionalWrites) -> Sequence[Outcome]:
@@ -274,13 +274,6 @@ class LmdbClient:
 
     def _of(self, key: bytes) -> Records:
         return self._shards[self.folder.shard_of(key)]
-
-    def _by_shard(self, keys: Iterable[bytes]) -> dict[int, list[int]]:
-        """Returns the rows of each shard."""
-        rows: dict[int, list[int]] = {}
-        for row, key in enumerate(keys):
-            rows.setdefault(self.folder.shard_of(key), []).append(row)
-        return rows
 
     def _writing(self, number: int, writes: ConditionalWrites) -> Callable[[Any], list[WriteOutcome]]:
         records, now = self._shards[number], self._clock()
