@@ -69,7 +69,13 @@ class Recurrence:
 
         Before the first unmasked step Keras returns zeros, as it knows no previous output; here the state is returned.
         """
-        loop = keras.layers.RNN(self.cell, return_sequences=True, return_state=True, zero_output_for_mask=self.zeros)
+        loop = keras.layers.RNN(
+            self.cell,
+            return_sequences=True,
+            return_state=True,
+            zero_output_for_mask=self.zeros,
+            unroll=x.shape[1] == 1,  # TensorFlow's loop takes several times as long as the one step in it
+        )
         initial = tree.pack_sequence_as(self.nesting, states[: self.cell_state_count])
         y, *new = loop(x, initial_state=initial, mask=mask)
         following = tree.flatten(new)

@@ -16,10 +16,11 @@ class GraphBuilder:
 
     Args:
         prefix: Prefix of every generated name; a graph within a graph needs its own.
+        returns_states: Whether the states after the last step are among its outputs.
     """
 
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: str = "", returns_states: bool = True) -> None:
+        self.prefix, self.returns_states = prefix, returns_states
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
@@ -61,6 +62,19 @@ def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     for node in graph.node:
         for inner in subgraphs(node):
             yield from all_graphs(inner)
+
+
+def add_prefix(graph: onnx.GraphProto, prefix: str) -> None:
+    """Puts a prefix before all names of a graph and of the graphs within it.
+
+    `onnx.compose.add_prefix` leaves out what a graph within a graph reads from outside.
+    """
+    for each in all_graphs(graph):
+        for named in (*each.node, *each.initializer, *each.input, *each.output, *each.value_info):
+            named.name = prefix + named.name
+        for node in each.node:
+            node.input[:] = [name and prefix + name for name in node.input]
+            node.output[:] = [name and prefix + name for name in node.output]
 
 
 def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

@@ -48,15 +48,8 @@ def nan_guard(graph: GraphBuilder, x: str, lengths: str, kernel: str) -> str:
     Returns:
         The name of a tensor that broadcasts to `[1, batch, units]`: NaN, or a zero that changes no bit.
     """
-    total = graph.node("ReduceSumSquare", x, keepdims=0)
-    ordinary = graph.node("Less", total, graph.constant(np.array(_LARGEST_SUM_OF_SQUARES, np.float32)))  # false of NaN
-    prefix = f"{graph.prefix}nan_guard_{len(graph.nodes)}."
-    nothing = GraphBuilder(f"{prefix}then.")
-    zero = nothing.node("Identity", _number(nothing, -0.0))
-    looked = GraphBuilder(f"{prefix}else.")
-    gates = looked.node("MatMul", x, looked.node("Transpose", looked.node("Squeeze", kernel, _axes(looked, 0))))
-    nan = looked.node("Cast", looked.node("IsNaN", gates), to=TensorProto.FLOAT)
-    nan = looked.node("ReduceMax", nan, _axes(looked, 2), keepdims=0)  # [time, batch]
+    looked = GraphBuilder(f"{graph.prefix}nan_guard_{len(graph.nodes)}.else.")
+    nan = _nan_steps(looked, x, kernel)
     if lengths:
         time = looked.node("Squeeze", looked.node("Slice", looked.node("Shape", x), *_first(looked)), _axes(looked, 0))
         bounds = (looked.constant(np.array(0)), time, looked.constant(np.array(1)))
@@ -64,12 +57,37 @@ def nan_guard(graph: GraphBuilder, x: str, lengths: str, kernel: str) -> str:
         valid = looked.node("Less", steps, looked.node("Cast", lengths, to=TensorProto.INT64))
         nan = looked.node("Mul", nan, looked.node("Cast", valid, to=TensorProto.FLOAT))
     nan = looked.node("Unsqueeze", looked.node("ReduceMax", nan, _axes(looked, 0), keepdims=1), _axes(looked, 2))
-    is_nan = looked.node("Cast", nan, to=TensorProto.BOOL)
-    values = (
-        looked.constant(np.full((1, 1, 1), np.nan, np.float32)),
-        looked.constant(np.full((1, 1, 1), -0.0, np.float32)),
-    )
-    poison = looked.node("Where", is_nan, *values)
+    return _unless_ordinary(graph, x, looked, nan)
+
+
+def nan_guard_over_time(graph: GraphBuilder, x: str, kernel: str) -> str:
+    """Writes what to add to a recurrent operator's output: NaN from the first step on at which a gate has been NaN.
+
+    For a graph that returns no states, in which it would show. Arguments as for `nan_guard`.
+
+    Returns:
+        The name of a tensor that broadcasts to `[time, 1, batch, units]`: NaN, or a zero that changes no bit.
+    """
+    looked = GraphBuilder(f"{graph.prefix}nan_guard_{len(graph.nodes)}.else.")
+    so_far = looked.node("CumSum", _nan_steps(looked, x, kernel), looked.constant(np.array(0)))
+    return _unless_ordinary(graph, x, looked, looked.node("Unsqueeze", so_far, looked.constant(np.array([1, 3]))))
+
+
+def _nan_steps(graph: GraphBuilder, x: str, kernel: str) -> str:
+    """The steps at which a gate is NaN, `[time, batch]`: 1, elsewhere 0."""
+    gates = graph.node("MatMul", x, graph.node("Transpose", graph.node("Squeeze", kernel, _axes(graph, 0))))
+    nan = graph.node("Cast", graph.node("IsNaN", gates), to=TensorProto.FLOAT)
+    return str(graph.node("ReduceMax", nan, _axes(graph, 2), keepdims=0))
+
+
+def _unless_ordinary(graph: GraphBuilder, x: str, looked: GraphBuilder, nan: str) -> str:
+    """NaN where `nan`, of the graph `looked`, is not 0; a zero for all if the input's numbers are of ordinary size."""
+    total = graph.node("ReduceSumSquare", x, keepdims=0)
+    ordinary = graph.node("Less", total, graph.constant(np.array(_LARGEST_SUM_OF_SQUARES, np.float32)))  # false of NaN
+    nothing = GraphBuilder(looked.prefix.removesuffix("else.") + "then.")
+    zero = nothing.node("Identity", _number(nothing, -0.0))
+    values = _number(looked, np.nan), _number(looked, -0.0)
+    poison = looked.node("Where", looked.node("Cast", nan, to=TensorProto.BOOL), *values)
     branches = {"then_branch": _branch(nothing, zero), "else_branch": _branch(looked, poison)}
     return str(graph.node("If", ordinary, **branches))
 

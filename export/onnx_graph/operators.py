@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from cellserve.export.onnx_graph.builder import GraphBuilder
-from cellserve.export.onnx_graph.nan_guard import is_bounded, nan_guard
+from cellserve.export.onnx_graph.nan_guard import is_bounded, nan_guard, nan_guard_over_time
 from cellserve.models.cells import LSTMCell
 
 # (graph, cell, x [time, batch, features], lengths [batch], states [batch, units]) -> (y [time, batch, units], states)
@@ -101,7 +101,9 @@ def recurrent_operator(
         hidden_size=np.shape(weights.recurrent_kernel)[0],
         **attributes,
     )
-    if not is_bounded(graph, x):
+    if not graph.returns_states and not is_bounded(graph, x):
+        y = graph.node("Add", y, nan_guard_over_time(graph, x, kernel))
+    elif not is_bounded(graph, x):
         final[0] = graph.node("Add", final[0], nan_guard(graph, x, lengths, kernel))
     y = graph.node("Squeeze", y, graph.constant(np.array([1])))
     return y, [graph.node("Squeeze", state, graph.constant(np.array([0]))) for state in final]

@@ -56,7 +56,8 @@ class ScanModelBuilder:
         signature: Signature,
     ) -> None:
         self.step, self.signature = step, signature
-        self.main = GraphBuilder()
+        # Without lengths it is a part of a network of whole sequences, which has no states.
+        self.main = GraphBuilder(returns_states=signature.lengths is not None)
         self.main.initializers.update(step.constants)  # those that only loops need are dropped at the end
         self.producers = {name: node for node in step.nodes for name in node.output}
         names = iter(signature.states)

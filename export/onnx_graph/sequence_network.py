@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import tensorflow as tf
 from keras import ops
-from onnx import compose, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from cellserve.export.errors import ExportError, first_line
 from cellserve.export.keras_model.graph_walk import Call, is_timed, walk
@@ -25,8 +25,8 @@ from cellserve.export.keras_model.load import with_open_shapes
 from cellserve.export.keras_model.recurrences import Recurrence
 from cellserve.export.keras_model.step_network import StatefulNetwork, refuse_foreign_states
 from cellserve.export.keras_model.tensor_specs import input_specs, output_specs
-from cellserve.export.onnx_graph.builder import all_nodes
-from cellserve.export.onnx_graph.tf_trace import BATCH, convert
+from cellserve.export.onnx_graph.builder import add_prefix, all_nodes
+from cellserve.export.onnx_graph.tf_trace import BATCH, convert, trace
 from cellserve.models.signature import Signature, TensorSpec
 
 _TIMES = (16, 128, 1024)  # numbers of time steps to try
@@ -111,7 +111,7 @@ class SequenceNetwork:
                 ]
             return [tf.identity(tensor) for tensor in (*outputs, *into)]
 
-        return self._joined(convert(rest, specs, self.model), build)
+        return self._joined(convert(trace(rest, specs), self.model), build)
 
     def _discover(self) -> tuple[TensorSpec, ...]:
         def recur(layer: Any, sequence: Any, mask: Any) -> Any:
@@ -212,7 +212,8 @@ class SequenceNetwork:
         into = iter(given[len(self.outputs) :])
         for place, part in enumerate(self.parts):
             signature = part.network.signature.model_copy(update={"lengths": None})
-            model = compose.add_prefix(build(part.network, signature), f"recurrent{place}/")
+            model = build(part.network, signature)
+            add_prefix(model.graph, f"recurrent{place}/")
             nodes += model.graph.node
             constants += model.graph.initializer
             sequence = next(into)

@@ -71,16 +71,29 @@ def trace_step(network: StatefulNetwork, exclude: Callable[[Any], bool]) -> Step
         to_excluded = [tensor for group in result.to_excluded for tensor in group]
         return [tf.identity(tensor) for tensor in (*result.outputs, *result.states, *to_excluded)]
 
-    model = convert(step, [*specs, *state_specs, *excluded_specs], network.model)
+    model = convert(trace(step, [*specs, *state_specs, *excluded_specs]), network.model)
     return _plain(model, len(specs), len(network.outputs), len(state_specs), counts)
 
 
-def convert(function: Callable[..., Any], specs: list[Any], network: Any) -> onnx.ModelProto:
-    """Converts a TensorFlow function with tf2onnx; the model's inputs and outputs are in the function's order.
+def trace(function: Callable[..., Any], specs: list[Any]) -> Any:
+    """Traces a function of tensors with TensorFlow.
 
     Args:
         function: Takes and returns tensors.
         specs: The inputs' shapes and types.
+
+    Returns:
+        TensorFlow's concrete function, whose inputs are named in0, in1, ...
+    """
+    named = [tf.TensorSpec(spec.shape, spec.dtype, name=f"in{place}") for place, spec in enumerate(specs)]
+    return tf.function(function, autograph=False).get_concrete_function(*named)
+
+
+def convert(traced: Any, network: Any) -> onnx.ModelProto:
+    """Converts a traced function with tf2onnx; the model's inputs and outputs are in the function's order.
+
+    Args:
+        traced: What `trace` returned.
         network: The Keras model behind the function; errors name its layers.
 
     Raises:
@@ -90,9 +103,7 @@ def convert(function: Callable[..., Any], specs: list[Any], network: Any) -> onn
     a `Normalization`, say) into an input of the model.
     """
     logging.getLogger("tf2onnx").setLevel(logging.CRITICAL + 1)  # failures are reported below
-    named = [tf.TensorSpec(spec.shape, spec.dtype, name=f"in{place}") for place, spec in enumerate(specs)]
-    concrete = tf.function(function, autograph=False).get_concrete_function(*named)
-    frozen = freeze(concrete)
+    frozen = freeze(traced)
     graph = frozen.graph.as_graph_def(add_shapes=True)
     for node in graph.node:
         # tf2onnx takes bfloat16 for float16.
@@ -104,7 +115,7 @@ def convert(function: Callable[..., Any], specs: list[Any], network: Any) -> onn
     try:
         model = convert_graph(
             graph,
-            [f"in{place}:0" for place in range(len(specs))],
+            [tensor.name for tensor in frozen.inputs],
             [tensor.name for tensor in frozen.outputs],
             OPSET,
             HANDLERS,

@@ -14,7 +14,7 @@ import tensorflow as tf
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.onnx_graph.builder import all_nodes
 from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
-from cellserve.export.onnx_graph.tf_trace import convert
+from cellserve.export.onnx_graph.tf_trace import convert, trace
 from cellserve.models.signature import Signature
 from cellserve.service.runtime.batch_invariance import random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
@@ -47,14 +47,18 @@ NO_ALTERNATIVES = Alternatives({}, "")
 
 def alternatives(network: StatefulNetwork | SequenceNetwork) -> Alternatives:
     """Converts a network with tf2onnx alone, and prepares Keras's own run."""
-    session, operators = _tf2onnx(network)
     count = len(network.inputs)
-    # One trace for all shapes: a trace for each takes longer than the runs.
-    keras_run = tf.function(
-        lambda *tensors: network.run(tensors[:count], tensors[count:]),
-        input_signature=_specs(network),
-        autograph=False,
-    )
+
+    def run(*tensors: Any) -> list[Any]:
+        outputs, following = network.run(tensors[:count], tensors[count:])
+        return [tf.identity(tensor) for tensor in (*outputs, *following)]
+
+    # One trace for both and for all shapes: a trace takes longer than the runs.
+    try:
+        keras_run = trace(run, _specs(network))
+    except Exception:  # from TensorFlow, Keras or a layer's own code
+        return Alternatives({"tf2onnx": _fails, "keras": _fails}, "")
+    session, operators = _tf2onnx(keras_run, network)
 
     def keras(x: Any, states: list[Any]) -> Run | None:
         tensors = [tf.constant(array) for array in (*unpack(x), *states)]
@@ -108,19 +112,13 @@ def _specs(network: StatefulNetwork | SequenceNetwork) -> list[Any]:
     return specs + [tf.TensorSpec([None, *state.shape], state.dtype) for state in network.signature.states]
 
 
-def _tf2onnx(network: StatefulNetwork | SequenceNetwork) -> tuple[ort.InferenceSession | None, str]:
+def _tf2onnx(keras_run: Any, network: StatefulNetwork | SequenceNetwork) -> tuple[ort.InferenceSession | None, str]:
     """tf2onnx's own conversion of Keras's loop (None if it fails), and its recurrent operators."""
-
-    def run(*tensors: Any) -> list[Any]:
-        count = len(network.inputs)
-        outputs, following = network.run(tensors[:count], tensors[count:])
-        return [tf.identity(tensor) for tensor in (*outputs, *following)]
-
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        model = convert(run, _specs(network), network.model)
+        model = convert(keras_run, network.model)
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception:
         return None, ""
@@ -134,6 +132,10 @@ def _tf2onnx_run(session: ort.InferenceSession | None, x: Any, states: list[Any]
         return None
     feed = dict(zip((tensor.name for tensor in session.get_inputs()), (*unpack(x), *states), strict=True))
     return _if_it_runs(lambda: session.run(None, feed))
+
+
+def _fails(x: Any, states: list[Any]) -> None:
+    return None
 
 
 def _if_it_runs(run: Run) -> Run | None:

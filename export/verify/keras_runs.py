@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,10 @@ from cellserve.service.runtime.batch_invariance import Array
 
 _MOST_CONSTANTS = 64
 
-History = tuple[list[Array], list[Array]]  # outputs [rows, steps, ...]; states before each step and after the last
+_MOST_ENTRIES = 2**22  # of the tensors of runs that are made as one
+
+Tensors = tuple[list[Array], list[Array]]  # inputs and states, or outputs and states, each [rows, ...]
+History = Tensors  # outputs [rows, steps, ...]; states before each step and after the last, [rows, steps + 1, ...]
 
 
 class KerasSteps:
@@ -41,7 +44,7 @@ class KerasSteps:
         )
         self._run = tf.function(lambda x, s: network.run(x, s), input_signature=specs, autograph=False)
 
-    def step(self, inputs: Sequence[Array], states: Sequence[Array]) -> tuple[list[Array], list[Array]]:
+    def step(self, inputs: Sequence[Array], states: Sequence[Array]) -> Tensors:
         """Takes one step: inputs `[rows, 1, ...]` and states to outputs `[rows, 1, ...]` and next states."""
         with computing_in(self._dtype), np.errstate(all="ignore"):
             outputs, following = self._run(self._tensors(inputs), self._tensors(states))
@@ -60,20 +63,53 @@ class KerasSteps:
     @property
     def constants(self) -> Array:
         """The numbers that stand in its layers' and cells' code, `[n]`: places where it may take another branch."""
-        definition = self._run.get_concrete_function().graph.as_graph_def()
-        found: set[float] = set()
-        for node in itertools.chain(definition.node, *(each.node_def for each in definition.library.function)):
-            if node.op == "Const" and tf.dtypes.as_dtype(node.attr["dtype"].type).is_floating:
-                value = tf.make_ndarray(node.attr["value"].tensor)
-                if value.size <= _MOST_CONSTANTS:
-                    found.update(value.astype(np.float32).ravel().tolist())
-        return np.array(sorted(filter(np.isfinite, found))[:_MOST_CONSTANTS], np.float32)
+        return constants_of(self._run.get_concrete_function())
 
     def _tensors(self, arrays: Sequence[Array]) -> list[Any]:
         return [
             tf.constant(np.ascontiguousarray(array.astype(self._dtype) if array.dtype.kind == "f" else array))
             for array in arrays
         ]
+
+
+def run_together(
+    run: Callable[[Sequence[Array], Sequence[Array]], Tensors], variants: Sequence[tuple[list[Array], list[Array]]]
+) -> list[Tensors]:
+    """Runs several variants of inputs and states as rows of few batches; returns the results of each.
+
+    A row's results do not depend on the other rows, except by rounding. One run of many rows takes much less time than
+    many runs.
+
+    Args:
+        run: `KerasSteps.step` or `KerasSteps.history`.
+        variants: Inputs and states, of the same shapes in all variants.
+    """
+    rows = len(variants[0][0][0])
+    entries = sum(array.size for tensors in variants[0] for array in tensors)
+    at_once = max(1, _MOST_ENTRIES // entries)
+    found: list[Tensors] = []
+    for start in range(0, len(variants), at_once):
+        batch = variants[start : start + at_once]
+        inputs, states = (
+            [np.concatenate(arrays) for arrays in zip(*each, strict=True)] for each in zip(*batch, strict=True)
+        )
+        results = run(inputs, states)
+        for first in range(0, rows * len(batch), rows):
+            outputs, following = ([array[first : first + rows] for array in tensors] for tensors in results)
+            found.append((outputs, following))
+    return found
+
+
+def constants_of(traced: Any) -> Array:
+    """The float numbers that stand in the graph of a concrete function, `[n]`."""
+    definition = traced.graph.as_graph_def()
+    found: set[float] = set()
+    for node in itertools.chain(definition.node, *(each.node_def for each in definition.library.function)):
+        if node.op == "Const" and tf.dtypes.as_dtype(node.attr["dtype"].type).is_floating:
+            value = tf.make_ndarray(node.attr["value"].tensor)
+            if value.size <= _MOST_CONSTANTS:
+                found.update(value.astype(np.float32).ravel().tolist())
+    return np.array(sorted(filter(np.isfinite, found))[:_MOST_CONSTANTS], np.float32)
 
 
 def double_of(network: StatefulNetwork) -> KerasSteps | None:
@@ -99,23 +135,39 @@ def run_network(
     return list(map(np.asarray, outputs)), list(map(np.asarray, final))
 
 
-def run_saved_model(model: Any, inputs: Sequence[Array]) -> list[Array]:
-    """Runs a Keras model unchanged over whole sequences `[batch, time, *features]`; returns its outputs."""
-    for layer in keras_private.all_layers(model):
-        if getattr(layer, "stateful", False):
-            layer.reset_state()
-    cast = [np.ascontiguousarray(x).astype(t.dtype) for x, t in zip(inputs, model.inputs, strict=True)]
-    structure = tree.pack_sequence_as(keras_private.input_structure(model), _tensors(cast))
-    return [np.asarray(y) for y in tree.flatten(tf.function(model, autograph=False)(structure))]
+def run_saved_model(model: Any, *sequences: Sequence[Array]) -> list[list[Array]]:
+    """Runs a Keras model unchanged over whole sequences `[batch, time, *features]`.
+
+    Args:
+        model: The model.
+        sequences: The inputs of each run.
+
+    Returns:
+        The outputs of each run.
+    """
+    traced = tf.function(model, autograph=False)  # once for all runs of one shape
+    found = []
+    for inputs in sequences:
+        for layer in keras_private.all_layers(model):
+            if getattr(layer, "stateful", False):
+                layer.reset_state()
+        cast = [np.ascontiguousarray(x).astype(t.dtype) for x, t in zip(inputs, model.inputs, strict=True)]
+        structure = tree.pack_sequence_as(keras_private.input_structure(model), _tensors(cast))
+        found.append([np.asarray(y) for y in tree.flatten(traced(structure))])
+    return found
 
 
-def run_saved_model_in_double(model: Any, inputs: Sequence[Array]) -> list[Array] | None:
-    """Runs a Keras model in float64, with the same weights; returns its outputs, or None if it cannot be run so."""
+def run_saved_model_in_double(model: Any, *sequences: Sequence[Array]) -> list[list[Array]]:
+    """Runs a Keras model in float64, with the same weights, as `run_saved_model` does.
+
+    Returns:
+        The outputs of each run; none if it cannot be run so.
+    """
     try:
         with computing_in("float64"):
-            return run_saved_model(with_dtype(model, "float64"), list(map(double, inputs)))
+            return run_saved_model(with_dtype(model, "float64"), *(list(map(double, inputs)) for inputs in sequences))
     except Exception:  # from TensorFlow, Keras or a layer's own code
-        return None
+        return []
 
 
 def double(array: Array) -> Array:

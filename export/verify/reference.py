@@ -15,6 +15,7 @@ from cellserve.export.verify.keras_runs import (
     run_network,
     run_saved_model,
     run_saved_model_in_double,
+    run_together,
 )
 from cellserve.export.verify.parity import (
     NUDGE,
@@ -107,7 +108,7 @@ class Reference:
         model = self.network.original
         rows, steps = model.inputs[0].shape[:2]
         x = self.x[np.arange(rows or ROWS) % ROWS, : steps or STEPS]
-        return x, run_saved_model(model, unpack(x))
+        return x, run_saved_model(model, unpack(x))[0]
 
     def _in_chunks(self, runtime: Runtime) -> tuple[Array, list[Array]]:
         """Runs our model chunk by chunk, each row until its length is reached."""
@@ -189,8 +190,7 @@ class Reference:
         """The saved model in float64, on its inputs and on slightly different ones; empty if it cannot be run so."""
         inputs, rng = unpack(self.model_x), np.random.default_rng(0)
         near = [nudged(list(map(double, inputs)), rng, NUDGE) for _ in range(NUDGES)]
-        runs = [run_saved_model_in_double(self.network.original, each) for each in (inputs, *near)]
-        return [run for run in runs if run is not None]
+        return run_saved_model_in_double(self.network.original, inputs, *near)
 
     def _stepwise_limit(self, tensor: Tensor, ours: Array, true: Array) -> Array:
         """The limit at each time step, `[steps]`: four times float32 Keras's largest error so far, if it is needed."""
@@ -206,10 +206,10 @@ class Reference:
         found: dict[Tensor, Array] = {}
         if self._double is None:
             return dict.fromkeys(tensors_of(self.network), np.zeros(STEPS))
-        inputs, initial, rng = unpack(self.x), self.initial, np.random.default_rng(0)
-        doubles = list(map(double, inputs)), list(map(double, initial))
-        near = [[nudged(each, rng, NUDGE) for each in doubles] for _ in range(NUDGES)]
-        exact, *others = (self._double.history(*each) for each in ((inputs, initial), *near))
+        rng = np.random.default_rng(0)
+        given = list(map(double, unpack(self.x))), list(map(double, self.initial))
+        near = [(nudged(given[0], rng, NUDGE), nudged(given[1], rng, NUDGE)) for _ in range(NUDGES)]
+        exact, *others = run_together(self._double.history, [given, *near])
         for tensor in tensors_of(self.network):
             true = true_steps(exact, tensor)
             runs = [true_steps(each, tensor) for each in (self.history, *others)]

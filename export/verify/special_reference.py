@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 
 from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.export.verify.keras_runs import History, KerasSteps, double
+from cellserve.export.verify.keras_runs import KerasSteps, Tensors, double, run_together
 from cellserve.export.verify.parity import (
     NUDGE,
     NUDGES,
@@ -127,27 +128,19 @@ class SpecialReference:
             steps: `[n]`, the time steps.
             own: Returns float32 Keras's own error of each tensor, `[n]`; called if it is needed.
         """
-        error = relative_error(ours, true).reshape(len(true), -1).max(axis=1)
-        error = np.where(judged, np.where(good, error, np.where(finite, np.inf, 0.0)), 0.0)
-        limit = np.full(len(error), TOLERANCE)
-        if (error > TOLERANCE).any():
-            own_error = own()[tensor]
-            other_branch = (own_error > OTHER_BRANCH) & (error > TOLERANCE)
-            self.unjudged += int(other_branch.sum())
-            error, limit = np.where(other_branch, 0.0, error), limit_of(own_error)
-        worst = int(np.argmax(error / limit))
-        name, layer = name_and_layer(self.network, tensor)
-        what = "" if good[worst] else ", where Keras is not finite and ours is"
-        share, where = float(error[worst] / limit[worst]), f"time step {steps[worst]}{what}"
-        value = float(error[worst] if share > 1 else np.where(limit <= TOLERANCE, error, 0).max())
-        return Difference(name, layer, "special", value, share, where)
+        error = np.where(judged, errors_of_rows(ours, true, good, finite), 0.0)
+        found, unjudged = judge(
+            error, lambda: own()[tensor], name_and_layer(self.network, tensor), [f"time step {step}" for step in steps]
+        )
+        self.unjudged += unjudged
+        return found
 
     def _errors(self, at: Array) -> dict[Tensor, Array]:
         """Float32 Keras's largest error so far in the whole run, of all rows at some steps, `[rows * len(at)]`."""
         found = {}
         for tensor in tensors_of(self.network):
             exact, large, near = ([true_steps(run, tensor) for run in runs] for runs in self._histories)
-            error = _own_error(true_steps(self.history, tensor), exact[0], large, near)
+            error = own_error_of(true_steps(self.history, tensor), exact[0], large, near)
             so_far = np.maximum.accumulate(error.reshape(*exact[0].shape[:2], -1).max(axis=2), axis=1)
             found[tensor] = so_far[:, at].ravel()
         return found
@@ -158,31 +151,70 @@ class SpecialReference:
         for tensor in tensors_of(self.network):
             place, index = (0, np.s_[:, 0]) if tensor.kind == "output" else (1, np.s_[:])
             exact, large, near = ([run[place][tensor.index][index] for run in runs] for runs in self._double_steps)
-            error = _own_error(self.single.true(tensor), exact[0], large, near)
+            error = own_error_of(self.single.true(tensor), exact[0], large, near)
             found[tensor] = error.reshape(len(error), -1).max(axis=1)
         return found
 
     @cached_property
-    def _histories(self) -> list[list[History]]:
+    def _histories(self) -> list[list[Tensors]]:
         """In float64: the history; those of different large numbers; those of slightly different ones."""
         twin = self._double() or self._keras
-        return [[twin.history(*each) for each in runs] for runs in self._variants(unpack(self.x), self.initial)]
+        return grouped(run_together(twin.history, variants_of(unpack(self.x), self.initial, self._rng)))
 
     @cached_property
-    def _double_steps(self) -> list[list[tuple[list[Array], list[Array]]]]:
+    def _double_steps(self) -> list[list[Tensors]]:
         """In float64: the single steps; those of different large numbers; those of slightly different ones."""
         twin = self._double() or self._keras
-        variants = self._variants(unpack(self.single.x), self.single.before)
-        return [[twin.step(*each) for each in runs] for runs in variants]
-
-    def _variants(self, inputs: Sequence[Array], states: Sequence[Array]) -> list[list[list[list[Array]]]]:
-        given = list(map(double, inputs)), list(map(double, states))
-        large = [[nudged(each, self._rng, LARGE_NUDGE, LARGE) for each in given] for _ in range(LARGE_NUDGES)]
-        near = [[nudged(each, self._rng, NUDGE) for each in given] for _ in range(NUDGES)]
-        return [[list(given)], large, near]
+        variants = variants_of(unpack(self.single.x), self.single.before, self._rng)
+        return grouped(run_together(twin.step, variants))
 
 
-def _own_error(single: Array, exact: Array, large: Sequence[Array], near: Sequence[Array]) -> Array:
+def errors_of_rows(ours: Array, true: Array, good: Array, finite: Array) -> Array:
+    """The error of each row `[n]`: infinite where Keras is not finite (`~good`) and all of ours is (`finite`)."""
+    error = relative_error(ours, true).reshape(len(true), -1).max(axis=1)
+    return np.where(good, error, np.where(finite, np.inf, 0.0))
+
+
+def judge(
+    error: Array, own: Callable[[], Array], name_and_layer: tuple[str, str], places: Sequence[str]
+) -> tuple[Difference, int]:
+    """Judges the errors of one tensor on special numbers.
+
+    Args:
+        error: `[n]`.
+        own: Returns float32 Keras's own errors, `[n]`; called if they are needed.
+        name_and_layer: The names of the tensor and of the layer that it comes from.
+        places: Where each error is.
+
+    Returns:
+        The worst difference; how many are not judged, because Keras took another branch than in float64.
+    """
+    limit, unjudged = np.full(len(error), TOLERANCE), 0
+    if (error > TOLERANCE).any():
+        own_error = own()
+        other_branch = (own_error > OTHER_BRANCH) & (error > TOLERANCE)
+        unjudged = int(other_branch.sum())
+        error, limit = np.where(other_branch, 0.0, error), limit_of(own_error)
+    worst = int(np.argmax(error / limit))
+    what = "" if np.isfinite(error[worst]) else ", where Keras is not finite and ours is, or the other way round"
+    share = float(error[worst] / limit[worst])
+    value = float(error[worst] if share > 1 else np.where(limit <= TOLERANCE, error, 0).max())
+    return Difference(*name_and_layer, "special", value, share, places[worst] + what), unjudged
+
+
+def variants_of(inputs: Sequence[Array], states: Sequence[Array], rng: np.random.Generator) -> list[Tensors]:
+    """Numbers in float64: themselves, with large ones changed by more than rounding, and changed by rounding."""
+    given = list(map(double, inputs)), list(map(double, states))
+    changes = [(LARGE_NUDGE, LARGE)] * LARGE_NUDGES + [(NUDGE, 0.0)] * NUDGES
+    return [given, *((nudged(given[0], rng, *each), nudged(given[1], rng, *each)) for each in changes)]
+
+
+def grouped(runs: list[Any]) -> list[list[Any]]:
+    """The results of `variants_of`: of the numbers themselves, of different large ones, of slightly different ones."""
+    return [runs[:1], runs[1 : 1 + LARGE_NUDGES], runs[1 + LARGE_NUDGES :]]
+
+
+def own_error_of(single: Array, exact: Array, large: Sequence[Array], near: Sequence[Array]) -> Array:
     """Float32 Keras's own error: that of its result, and what rounding would make of a slightly different one.
 
     A large effect of a small change is not counted: at a comparison's threshold nothing excuses the wrong branch.

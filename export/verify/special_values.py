@@ -42,13 +42,15 @@ def special_numbers(constants: Array) -> Array:
     return np.concatenate([np.array(_NUMBERS, np.float32), *around]).astype(np.float32)
 
 
-def draw_special(signature: Signature, constants: Array, rng: np.random.Generator) -> tuple[Array, list[Array]]:
-    """Draws inputs `[ROWS, STEPS, ...]` and initial states as `Runtime.run` takes them.
+def draw_special(
+    signature: Signature, constants: Array, rng: np.random.Generator, steps: int = STEPS
+) -> tuple[Array, list[Array]]:
+    """Draws inputs `[ROWS, steps, ...]` and initial states as `Runtime.run` takes them.
 
     Of three rows one is of ordinary numbers until its second half; in one some entries are special; in one all entries
     of a time step are equal (ties). Half of the rows have special numbers in their states.
     """
-    x, states = random_inputs(signature, ROWS, STEPS, rng)
+    x, states = random_inputs(signature, ROWS, steps, rng)
     numbers = special_numbers(constants)
     inputs = [_special_input(part, spec, numbers, rng) for part, spec in zip(unpack(x), signature.inputs, strict=True)]
     states = [_special_state(state, spec, rng) for state, spec in zip(states, signature.states, strict=True)]
@@ -66,10 +68,10 @@ def _special_input(x: Array, spec: TensorSpec, numbers: Array, rng: np.random.Ge
     rows = np.arange(ROWS) % 3
     chosen = rng.random(x.shape) < 0.4
     chosen[rows == 2] = False
-    chosen[rows == 0, : STEPS // 2] = False  # special numbers come after ordinary ones
+    chosen[rows == 0, : x.shape[1] // 2] = False  # special numbers come after ordinary ones
     x[chosen] = rng.choice(numbers, int(chosen.sum()))
     ties = np.flatnonzero(rows == 2)
-    equal = rng.choice(numbers, (len(ties), STEPS, *(1 for _ in spec.shape)))
+    equal = rng.choice(numbers, (len(ties), x.shape[1], *(1 for _ in spec.shape)))
     x[ties] = np.broadcast_to(equal, x[ties].shape)
     return x
 

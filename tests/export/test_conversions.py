@@ -22,7 +22,7 @@ import tensorflow as tf  # isort: skip
 from keras import activations, layers, ops  # isort: skip
 
 from cellserve.export.errors import ExportError
-from cellserve.export.onnx_graph.tf_trace import convert
+from cellserve.export.onnx_graph.tf_trace import convert, trace
 
 INF, NAN = math.inf, math.nan
 POSITIVE = [0, 1, 0.5, 1.5, 2.5, 2, 3, 7.3, 20, 60, 88.8, 100, 127.5, 1e-30, 1e-7, 1e-3, 0.1, 0.9999999, math.pi]
@@ -233,9 +233,8 @@ def converted(kind: str, names: list[str]) -> dict[tuple[str, str], tuple[np.nda
             functions[name, "guarded"] = lambda *x, function=function: guarded(function(*x))
     true = [np.asarray(function(*map(tf.constant, feeds))) for function in functions.values()]
     specs = [tf.TensorSpec([None, *feed.shape[1:]], feed.dtype) for feed in feeds]
-    model = convert(
-        lambda *x: [tf.identity(function(*x)) for function in functions.values()], specs, keras.Sequential()
-    )
+    together = trace(lambda *x: [tf.identity(function(*x)) for function in functions.values()], specs)
+    model = convert(together, keras.Sequential())
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     inputs = [value.name for value in session.get_inputs()]
     made = session.run(None, dict(zip(inputs, feeds, strict=True)))
@@ -262,4 +261,4 @@ def test_conversions_give_keras_numbers_for_special_values(kind: str, names: lis
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_exact_conversion_is_refused_with_its_name(name: str) -> None:
     with pytest.raises(ExportError, match=name):
-        convert(REFUSED[name], [tf.TensorSpec([None, 3], "float32")], keras.Sequential())
+        convert(trace(REFUSED[name], [tf.TensorSpec([None, 3], "float32")]), keras.Sequential())

@@ -40,6 +40,41 @@ def test_where_keras_is_not_finite_neither_is_the_next_state_in_any_form(name: s
         assert finite.tolist() == [False, True, False]
 
 
+def backwards(recurrent: Any) -> Any:
+    return recurrent(8, return_sequences=True, go_backwards=True)
+
+
+def both_ways(recurrent: Any) -> Any:
+    return layers.Bidirectional(recurrent(8, return_sequences=True))
+
+
+@pytest.mark.parametrize("read", [backwards, both_ways])
+@pytest.mark.parametrize("recurrent", [layers.LSTM, layers.GRU])
+def test_where_keras_is_not_finite_in_whole_sequences_no_form_is(recurrent: Any, read: Callable[[Any], Any]) -> None:
+    x = keras.Input((None, 2), name="x")
+    masked = layers.Masking(9.0)(x)
+    model = keras.Model(x, layers.Dense(1)(read(recurrent)(ops.sqrt(masked))))
+    rows = np.array([[[1, 2], [-1, 1], [3, 4]], [[1, 2], [9, 9], [3, 4]], [[1, 2], [5, 6], [0, 1]]], np.float32)
+    finite = np.isfinite(model.predict(rows, verbose=0))
+    proof = Proof(model)
+    assert len(proof.forms) == 2
+    for name, runtime in proof.forms.items():
+        y, _ = runtime.run(rows, np.full(3, 3, np.int32), [])
+        np.testing.assert_array_equal(np.isfinite(y), finite)
+        assert not proof.parity[name].failed
+    assert not finite.all()
+
+
+def test_a_form_of_whole_sequences_that_is_wrong_on_special_numbers_alone_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cellserve.export.onnx_graph.operators.is_bounded", lambda graph, name: True)
+    x = keras.Input((None, 2), name="x")
+    proof = Proof(keras.Model(x, both_ways(layers.LSTM)(ops.sqrt(ops.abs(x)) / x)))
+    runs = {name: {difference.run for difference in parity.failed} for name, parity in proof.parity.items()}
+    assert runs == {"operator of LSTMCell": {"special"}, "Scan": set()}
+
+
 def test_a_padded_step_that_is_not_finite_harms_nothing() -> None:
     proof = Proof(before_lstm(ops.sqrt))
     for runtime in proof.forms.values():
