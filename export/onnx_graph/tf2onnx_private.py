@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,19 @@ __all__ = ["ArgMax", "PoolOp", "Select", "convert_graph", "make_name"]
 back_to_back_optimizer._func_map.pop(("Cast",))
 # Two rewriters look for `x * (x > c)` and `maximum(c * x, x)`. Their operators differ for NaN and infinity.
 tf2onnx.tfonnx.rewrite_thresholded_relu = tf2onnx.tfonnx.rewrite_leakyrelu = lambda graph, nodes: nodes
+
+
+def _optimize(graph: Any, catch_errors: bool = True, optimizers: Any = None) -> Any:
+    """Optimises a graph as tf2onnx does, but copies it once, not before each of its dozen optimisers."""
+    untouched = copy.deepcopy(graph)
+    try:
+        return _optimize_graph(graph, False, optimizers)
+    except Exception:  # of one optimiser, without which tf2onnx goes on
+        return _optimize_graph(untouched, True, optimizers)
+
+
+_optimize_graph = tf2onnx.optimizer.optimize_graph
+tf2onnx.optimizer.optimize_graph = _optimize
 
 
 def convert_graph(

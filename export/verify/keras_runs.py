@@ -32,33 +32,50 @@ class KerasSteps:
     """
 
     def __init__(self, network: StatefulNetwork, dtype: str = "float32") -> None:
-        self._dtype = dtype
+        self._network, self._dtype = network, dtype
 
         def spec(tensor: Any, *leading: int | None) -> tf.TensorSpec:
             return tf.TensorSpec((*leading, *tensor.shape), dtype if tensor.dtype == "float32" else tensor.dtype)
 
-        specs = (
-            [spec(each, None, 1) for each in network.inputs],
-            # A network in float64 has states of float64.
-            [tf.TensorSpec((None, *state.shape), state.dtype) for state in network.states],
-        )
-        self._run = tf.function(lambda x, s: network.run(x, s), input_signature=specs, autograph=False)
+        self._outputs = [spec(each, None) for each in network.outputs]
+        # A network in float64 has states of float64.
+        self._states = [tf.TensorSpec((None, *state.shape), state.dtype) for state in network.states]
+        specs = [spec(each, None, None) for each in network.inputs], self._states
+        self._run = tf.function(self._all_steps, input_signature=specs, autograph=False)
 
     def step(self, inputs: Sequence[Array], states: Sequence[Array]) -> Tensors:
         """Takes one step: inputs `[rows, 1, ...]` and states to outputs `[rows, 1, ...]` and next states."""
-        with computing_in(self._dtype), np.errstate(all="ignore"):
-            outputs, following = self._run(self._tensors(inputs), self._tensors(states))
-        return list(map(np.asarray, outputs)), list(map(np.asarray, following))
+        outputs, history = self.history(inputs, states)
+        return outputs, [state[:, 1] for state in history]
 
     def history(self, inputs: Sequence[Array], initial: Sequence[Array]) -> History:
         """Takes all steps of inputs `[rows, steps, ...]` from initial states."""
-        states, ys, history = list(initial), [], [list(initial)]
-        for t in range(inputs[0].shape[1]):
-            y, states = self.step([x[:, t : t + 1] for x in inputs], states)
-            ys.append(y)
-            history.append(states)
-        outputs = [np.concatenate(tensors, axis=1) for tensors in zip(*ys, strict=True)]
-        return outputs, [np.stack(tensors, axis=1) for tensors in zip(*history, strict=True)]
+        with computing_in(self._dtype), np.errstate(all="ignore"):
+            given = self._tensors(initial)
+            outputs, following = self._run(self._tensors(inputs), given)
+        outputs, following = (
+            [np.moveaxis(np.asarray(each), 0, 1) for each in tensors] for tensors in (outputs, following)
+        )
+        before = [np.asarray(state)[:, None] for state in given]
+        return outputs, [np.concatenate(pair, axis=1) for pair in zip(before, following, strict=True)]
+
+    def _all_steps(self, inputs: list[Any], states: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Outputs and next states of each step, `[steps, rows, ...]`: steps one by one, none in a loop of Keras."""
+        steps = tf.shape(inputs[0])[1]
+
+        def take(t: Any, states: list[Any], ys: list[Any], history: list[Any]) -> tuple[Any, ...]:
+            y, following = self._network.run([x[:, t][:, None] for x in inputs], states)
+            y = [tf.cast(each[:, 0], spec.dtype) for each, spec in zip(y, self._outputs, strict=True)]
+            following = [
+                tf.ensure_shape(tf.cast(each, spec.dtype), spec.shape)
+                for each, spec in zip(following, self._states, strict=True)
+            ]
+            ys = [array.write(t, each) for array, each in zip(ys, y, strict=True)]
+            return t + 1, following, ys, [array.write(t, each) for array, each in zip(history, following, strict=True)]
+
+        ys, history = ([tf.TensorArray(spec.dtype, steps) for spec in specs] for specs in (self._outputs, self._states))
+        *_, ys, history = tf.while_loop(lambda t, *_: t < steps, take, (0, states, ys, history), parallel_iterations=1)
+        return [array.stack() for array in ys], [array.stack() for array in history]
 
     @property
     def constants(self) -> Array:
