@@ -190,7 +190,9 @@ def one_hot(write: Nodes, indices: str, depth: str, on: str, off: str) -> str:
     axis = write.node.get_attr_value("axis", -1)
     rank = len(write.graph.get_shape(indices))
     axis = rank if axis == -1 else axis
-    entries = np.arange(int(write.value(1)), dtype=np.int64).reshape([-1, *[1] * (rank - axis)])
+    # The depth may be computed, from a shape say.
+    counted = write("Range", np.array(0), write.cast(depth, TensorProto.INT64), np.array(1))
+    entries = write("Reshape", counted, np.array([-1, *[1] * (rank - axis)]))
     column = write("Unsqueeze", write.cast(indices, TensorProto.INT64), np.array([axis], np.int64))
     hit = write("Equal", column, entries)
     if write.value(2) == 1 and write.value(3) == 0:

@@ -142,6 +142,7 @@ CASES: dict[str, dict[str, Case]] = {
         "1 / softmax": Case(lambda x: 1 / ops.softmax(x)),
         "reverse cumprod": Case(lambda x: tf.math.cumprod(x, 1, exclusive=True, reverse=True)),
         "norm of order infinity": Case(lambda x: ops.norm(x, ord=np.inf, axis=-1)),
+        "one_hot of a computed depth": Case(lambda x: tf.one_hot(cast(x[:, 0], "int32"), tf.shape(x)[1])),
         "roll": Case(lambda x: ops.roll(x, 2, axis=-1)),
         "take": Case(lambda x: ops.take(x, [1, -1, 0], axis=-1)),
         "tril": Case(lambda x: ops.tril(x[:, :, None] * x[:, None])),
