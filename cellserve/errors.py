@@ -6,6 +6,7 @@ CellserveError
 ├── ConnectionLost          no answer, or part of one (the cause of a RetriesExhausted)
 │   └── NeverReached        no connection, and there never was one
 ├── UnexpectedAnswer        the URL does not speak the protocol of Cellserve
+│   └── AnswerTooLarge      more than the client's `max_answer_bytes`
 ├── StepsFailed             some sessions of a frame could not be stepped
 └── Problem                 the server's problem document (RFC 9457)
     ├── InvalidInput        the request does not fit: NotFinite, CannotBeStepped, CannotRollOut, BodyTooLarge
@@ -63,6 +64,15 @@ class NeverReached(ConnectionLost):
 
 class UnexpectedAnswer(CellserveError):
     """The server at the URL does not speak the protocol of Cellserve."""
+
+
+class AnswerTooLarge(UnexpectedAnswer):
+    """An answer has more bytes than the client's `max_answer_bytes`."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(
+            f"the answer has more than {most} bytes: ask for less, or give the client a larger max_answer_bytes"
+        )
 
 
 class StepsFailed(CellserveError):

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from cellserve._async.session import AsyncSession
 from cellserve._async.stream import AsyncStream
-from cellserve._async.transport import AsyncTransport
+from cellserve._async.transport import MAX_ANSWER_BYTES, AsyncTransport
 from cellserve.errors import CellserveError, InvalidInput
 from cellserve.protocol.http import HttpRequest, list_sessions
 from cellserve.protocol.predict import Many, One, SequenceBatch, Sequences
@@ -30,6 +30,7 @@ class AsyncClient:
         api_key: Key to send, if the server requires one.
         timeout: How long one attempt may take; a number is the seconds to wait for an answer.
         retry: How a request without an answer is repeated.
+        max_answer_bytes: The largest answer, frame or event that is read; a larger one raises AnswerTooLarge.
 
     Example:
         ```python
@@ -40,11 +41,16 @@ class AsyncClient:
     """
 
     def __init__(
-        self, url: str, api_key: str | None = None, timeout: Timeout | float | None = None, retry: Retry | None = None
+        self,
+        url: str,
+        api_key: str | None = None,
+        timeout: Timeout | float | None = None,
+        retry: Retry | None = None,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         if not isinstance(timeout, Timeout):
             timeout = Timeout() if timeout is None else Timeout(answer=timeout)
-        self._transport = AsyncTransport(url, api_key, timeout, retry or Retry())
+        self._transport = AsyncTransport(url, api_key, timeout, retry or Retry(), max_answer_bytes)
 
     async def __aenter__(self) -> Self:
         return self

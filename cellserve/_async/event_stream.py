@@ -15,15 +15,16 @@ class AsyncEventStream:
 
     Args:
         response: A response whose body has not been read.
+        max_event_bytes: The largest event that is read.
     """
 
-    def __init__(self, response: httpx.Response) -> None:
+    def __init__(self, response: httpx.Response, max_event_bytes: int) -> None:
         self._response = response
         self._chunks: AsyncIterator[bytes] = response.aiter_bytes()
-        self._parser = EventParser()
+        self._parser = EventParser(max_event_bytes)
 
     async def read(self) -> Event:
-        """Waits for the next event; raises ConnectionLost."""
+        """Waits for the next event; raises ConnectionLost, AnswerTooLarge."""
         while (event := self._parser.next_event()) is None:
             try:
                 chunk = await anext(self._chunks, None)

@@ -17,23 +17,28 @@ from cellserve.retry import Timeout
 class AsyncSocket:
     """One connection, and the task that reads it."""
 
-    def __init__(self, connection: ClientConnection, timeout: Timeout) -> None:
+    def __init__(self, connection: ClientConnection, timeout: Timeout, max_answer_bytes: int) -> None:
         loop = asyncio.get_running_loop()
         self._pending: PendingReplies[asyncio.Future[Answer]] = PendingReplies(loop.create_future)
         self._connection = connection
         self._timeout = timeout
+        self._max_answer_bytes = max_answer_bytes
         self._reading = loop.create_task(self._read())
 
     @classmethod
-    async def open(cls, url: str, headers: dict[str, str], timeout: Timeout) -> AsyncSocket:
+    async def open(cls, url: str, headers: dict[str, str], timeout: Timeout, max_answer_bytes: int) -> AsyncSocket:
         """Connects to a server; raises ConnectionLost, or the Problem that the server answered with."""
         try:
             connection = await connect(
-                stream_url(url), additional_headers=headers, open_timeout=timeout.connect, **OPTIONS
+                stream_url(url),
+                additional_headers=headers,
+                open_timeout=timeout.connect,
+                max_size=max_answer_bytes,
+                **OPTIONS,
             )
         except (OSError, EOFError, WebSocketException) as error:
             raise not_opened(error, url) from error
-        return cls(connection, timeout)
+        return cls(connection, timeout, max_answer_bytes)
 
     @property
     def has_ended(self) -> bool:
@@ -55,7 +60,7 @@ class AsyncSocket:
             await self.close(lost)
             raise lost from None
         except (OSError, WebSocketException) as error:
-            raise was_lost(error) from error
+            raise was_lost(error, self._max_answer_bytes) from error
         return raise_if_ended(answers)
 
     async def close(self, why: CellserveError) -> None:
@@ -71,7 +76,7 @@ class AsyncSocket:
             async for message in self._connection:
                 self._pending.receive(message)
         except WebSocketException as error:
-            why = was_lost(error)
+            why = was_lost(error, self._max_answer_bytes)
         except UnexpectedAnswer as error:
             why = error
         await self.close(why)

@@ -9,11 +9,13 @@ import httpx
 from cellserve._async.concurrency import AsyncSessionLocks, sleep
 from cellserve._async.event_stream import AsyncEventStream
 from cellserve._async.socket import AsyncSocket
-from cellserve.errors import CellserveError, ConnectionLost, NeverReached
+from cellserve.errors import AnswerTooLarge, CellserveError, ConnectionLost, NeverReached
 from cellserve.protocol.http import HttpRequest, HttpResponse, path_of
 from cellserve.protocol.session import SessionRecord
 from cellserve.retry import Backoff, Retry, Timeout
 from cellserve.signatures import Signature, SignatureCache
+
+MAX_ANSWER_BYTES = 256 * 2**20  # four times what a server with its default settings sends
 
 _NEVER = "the server was never reached: does it run, and is this its URL?"
 
@@ -26,9 +28,17 @@ class AsyncTransport:
         api_key: Key to send, if any.
         timeout: How long one attempt may take.
         retry: How a request without an answer is repeated.
+        max_answer_bytes: The largest answer that is read.
     """
 
-    def __init__(self, url: str, api_key: str | None, timeout: Timeout, retry: Retry) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None,
+        timeout: Timeout,
+        retry: Retry,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
+    ) -> None:
         scheme = httpx.URL(url).scheme
         if scheme not in ("http", "https") or not httpx.URL(url).host:
             raise ValueError(f"url: {url!r} is not the URL of a server: give one like http://127.0.0.1:8000")
@@ -36,6 +46,7 @@ class AsyncTransport:
         self.headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self.timeout = timeout
         self.retry = retry
+        self._max_answer_bytes = max_answer_bytes
         self.reached = False  # whether there has ever been a connection to the server
         self.signatures = SignatureCache()
         self.locks = AsyncSessionLocks()
@@ -67,30 +78,34 @@ class AsyncTransport:
             await sleep(delay)
 
     async def send_once(self, request: HttpRequest) -> HttpResponse:
-        """Sends a request and returns the response, whatever its status; raises ConnectionLost."""
+        """Sends a request and returns the response, whatever its status; raises ConnectionLost, AnswerTooLarge."""
         try:
-            response = await self._http.send(self._build(request))
+            response = await self._http.send(self._build(request), stream=True)
+            self.reached = True
+            return await self._read(response)
         except httpx.TransportError as error:
             raise self._lost(error) from error
-        self.reached = True
-        return HttpResponse(response.status_code, response.headers, response.content)
 
     async def open_events(self, request: HttpRequest) -> AsyncEventStream | HttpResponse:
-        """Sends a request once; returns the response if its status is not a success. Raises ConnectionLost."""
+        """Sends a request once; returns the response if its status is not a success.
+
+        Raises:
+            ConnectionLost: There was no answer.
+            AnswerTooLarge: It is larger than `max_answer_bytes`.
+        """
         try:
             response = await self._http.send(self._build(request), stream=True)
             self.reached = True
             if response.status_code < 300:
-                return AsyncEventStream(response)
-            await response.aread()
+                return AsyncEventStream(response, self._max_answer_bytes)
+            return await self._read(response)
         except httpx.TransportError as error:
             raise self._lost(error) from error
-        return HttpResponse(response.status_code, response.headers, response.content)
 
     async def open_socket(self) -> AsyncSocket:
         """Opens a WebSocket; raises ConnectionLost, or the Problem that the server answered with."""
         try:
-            socket = await AsyncSocket.open(self.url, self.headers, self.timeout)
+            socket = await AsyncSocket.open(self.url, self.headers, self.timeout, self._max_answer_bytes)
         except ConnectionLost as error:
             cause = error.__cause__
             if self.reached or not isinstance(cause, OSError) or isinstance(cause, ConnectionResetError):
@@ -121,6 +136,19 @@ class AsyncTransport:
         session.update((await self.send(session.open_request())).json())
         if name is not None and session.version is not None:
             self.signatures.forget_if_outdated(name, session.version)
+
+    async def _read(self, response: httpx.Response) -> HttpResponse:
+        """Returns a response with its body, and lets its connection go; raises AnswerTooLarge."""
+        parts, size = [], 0
+        try:
+            async for part in response.aiter_bytes():
+                size += len(part)
+                if size > self._max_answer_bytes:
+                    raise AnswerTooLarge(self._max_answer_bytes)
+                parts.append(part)
+        finally:
+            await response.aclose()
+        return HttpResponse(response.status_code, response.headers, b"".join(parts))
 
     def _build(self, request: HttpRequest) -> httpx.Request:
         headers = {"content-type": request.media_type} if request.media_type else {}

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from cellserve._sync.session import Session
 from cellserve._sync.stream import Stream
-from cellserve._sync.transport import Transport
+from cellserve._sync.transport import MAX_ANSWER_BYTES, Transport
 from cellserve.errors import CellserveError, InvalidInput
 from cellserve.protocol.http import HttpRequest, list_sessions
 from cellserve.protocol.predict import Many, One, SequenceBatch, Sequences
@@ -31,6 +31,7 @@ class Client:
         api_key: Key to send, if the server requires one.
         timeout: How long one attempt may take; a number is the seconds to wait for an answer.
         retry: How a request without an answer is repeated.
+        max_answer_bytes: The largest answer, frame or event that is read; a larger one raises AnswerTooLarge.
 
     Example:
         ```python
@@ -41,11 +42,16 @@ class Client:
     """
 
     def __init__(
-        self, url: str, api_key: str | None = None, timeout: Timeout | float | None = None, retry: Retry | None = None
+        self,
+        url: str,
+        api_key: str | None = None,
+        timeout: Timeout | float | None = None,
+        retry: Retry | None = None,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         if not isinstance(timeout, Timeout):
             timeout = Timeout() if timeout is None else Timeout(answer=timeout)
-        self._transport = Transport(url, api_key, timeout, retry or Retry())
+        self._transport = Transport(url, api_key, timeout, retry or Retry(), max_answer_bytes)
 
     def __enter__(self) -> Self:
         return self

@@ -19,24 +19,29 @@ from cellserve.retry import Timeout
 class Socket:
     """One connection, and the thread that reads it."""
 
-    def __init__(self, connection: ClientConnection, timeout: Timeout) -> None:
+    def __init__(self, connection: ClientConnection, timeout: Timeout, max_answer_bytes: int) -> None:
         self._pending: PendingReplies[Future[Answer]] = PendingReplies(Future)
         self._connection = connection
         self._timeout = timeout
+        self._max_answer_bytes = max_answer_bytes
         threading.Thread(target=self._read, name="cellserve stream", daemon=True).start()
 
     @classmethod
-    def open(cls, url: str, headers: dict[str, str], timeout: Timeout) -> Socket:
+    def open(cls, url: str, headers: dict[str, str], timeout: Timeout, max_answer_bytes: int) -> Socket:
         """Connects to a server; raises ConnectionLost, or the Problem that the server answered with."""
         try:
             # websockets 17 requires the connection to be entered; older versions allow it. No `with` block here,
             # since it stays open until `close`.
             connection = connect(
-                stream_url(url), additional_headers=headers, open_timeout=timeout.connect, **OPTIONS
+                stream_url(url),
+                additional_headers=headers,
+                open_timeout=timeout.connect,
+                max_size=max_answer_bytes,
+                **OPTIONS,
             ).__enter__()
         except (OSError, EOFError, WebSocketException) as error:
             raise not_opened(error, url) from error
-        return cls(connection, timeout)
+        return cls(connection, timeout, max_answer_bytes)
 
     @property
     def has_ended(self) -> bool:
@@ -52,7 +57,7 @@ class Socket:
             try:
                 self._connection.send(frame(ref))
             except (OSError, WebSocketException) as error:
-                raise was_lost(error) from error
+                raise was_lost(error, self._max_answer_bytes) from error
         deadline = time.monotonic() + self._timeout.answer
         try:
             answers = [future.result(max(0, deadline - time.monotonic())) for future in waiting]
@@ -72,7 +77,7 @@ class Socket:
             for message in self._connection:
                 self._pending.receive(message)
         except WebSocketException as error:
-            why = was_lost(error)
+            why = was_lost(error, self._max_answer_bytes)
         except UnexpectedAnswer as error:
             why = error
         self.close(why)

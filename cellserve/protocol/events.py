@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from cellserve.errors import AnswerTooLarge
+
 
 class Event(NamedTuple):
     """One event."""
@@ -16,20 +18,31 @@ class Event(NamedTuple):
 
 
 class EventParser:
-    """Cuts a stream of bytes into events."""
+    """Cuts a stream of bytes into events.
 
-    def __init__(self) -> None:
-        self._bytes = b""
+    Args:
+        max_event_bytes: The most bytes that wait for the end of their event.
+    """
+
+    def __init__(self, max_event_bytes: int) -> None:
+        self._max_event_bytes = max_event_bytes
+        self._bytes = bytearray()
+        self._searched = 0  # bytes in which no event ends
 
     def feed(self, chunk: bytes) -> None:
-        """Takes the next bytes of the stream."""
+        """Takes the next bytes of the stream; raises AnswerTooLarge."""
+        if len(self._bytes) + len(chunk) > self._max_event_bytes:
+            raise AnswerTooLarge(self._max_event_bytes)
         self._bytes += chunk
 
     def next_event(self) -> Event | None:
         """Returns the next event; None if it is not complete yet."""
-        block, end, rest = self._bytes.partition(b"\n\n")
-        if not end:
+        end = self._bytes.find(b"\n\n", self._searched)
+        if end < 0:
+            self._searched = max(len(self._bytes) - 1, 0)
             return None
-        self._bytes = rest
+        block = bytes(self._bytes[:end])
+        del self._bytes[: end + 2]
+        self._searched = 0
         fields = dict(line.partition(b": ")[::2] for line in block.split(b"\n"))
         return Event(fields.get(b"event", b"message").decode(), fields.get(b"data", b""))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import CloseCode
 
-from cellserve.errors import CellserveError, ConnectionLost, UnexpectedAnswer, problem_of_body
+from cellserve.errors import AnswerTooLarge, CellserveError, ConnectionLost, UnexpectedAnswer, problem_of_body
 from cellserve.protocol.frames import Answer
 from cellserve.retry import Timeout, retry_after
 
 OPTIONS: dict[str, Any] = {
     "compression": None,  # float32 hardly shrinks
-    "max_size": None,
     "max_queue": None,  # a caller that sends many frames before it reads would block itself
     "close_timeout": 1,  # seconds for the server to close its end
 }
@@ -32,8 +32,10 @@ def not_opened(error: Exception, url: str) -> CellserveError:
     return ConnectionLost(f"{url}: {str(error) or type(error).__name__}")
 
 
-def was_lost(error: Exception) -> ConnectionLost:
+def was_lost(error: Exception, max_answer_bytes: int) -> CellserveError:
     """Returns what to raise when an open socket broke."""
+    if isinstance(error, ConnectionClosed) and error.sent and error.sent.code == CloseCode.MESSAGE_TOO_BIG:
+        return AnswerTooLarge(max_answer_bytes)
     return ConnectionLost(f"the socket was lost: {error}")
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from cellserve import AsyncClient, Client, Retry
 from cellserve.errors import (
+    AnswerTooLarge,
     ConnectionLost,
     NeverReached,
     PositionConflict,
@@ -302,3 +303,24 @@ def test_a_store_that_has_gone_back_is_detected(repository: Path, serve: Serve, 
         assert np.array_equal(session.step(x[2:4], outputs="all"), ys[0])
         assert np.array_equal(session.step(x[4:], outputs="all"), predict_all(client, x)[4:])
         assert ys[0].shape == (2, OUTPUTS)
+
+
+def test_an_answer_that_is_too_large_is_not_read(server: Server) -> None:
+    x = inputs(200)
+    with Client(server.url, max_answer_bytes=2000) as client, client.session("lstm") as session:
+        with pytest.raises(AnswerTooLarge, match=r"more than 2000 bytes.*max_answer_bytes"):
+            client.predict("lstm", x, outputs="all")
+        y = session.step(x[0])  # the connection, and the client, go on
+        with client.stream() as stream, pytest.raises(AnswerTooLarge):
+            stream.step([session], x[None, 1:], outputs="all")
+        assert y.shape == (OUTPUTS,)
+
+    async def main() -> None:
+        async with AsyncClient(server.url, max_answer_bytes=2000) as client, client.session("lstm") as session:
+            with pytest.raises(AnswerTooLarge):
+                await client.predict("lstm", x, outputs="all")
+            async with client.stream() as stream:
+                with pytest.raises(AnswerTooLarge):
+                    await stream.step([session], x[None], outputs="all")
+
+    asyncio.run(main())

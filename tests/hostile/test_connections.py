@@ -13,9 +13,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.helpers import free_port
+from tests.helpers import free_port, until
 from tests.hostile.conftest import Beside
 from tests.server import Serve, Server
 
@@ -122,7 +124,7 @@ def test_pipelined_requests_wait_unparsed(server: Server, beside: Beside) -> Non
 
 def test_requests_on_many_connections_take_turns(server: Server, beside: Beside) -> None:
     with beside(server, "requests on 300 connections, as fast as they go"), ExitStack() as opened:
-        connections = [opened.enter_context(connected(server, "127.0.0.9")) for _ in range(300)]
+        connections = [opened.enter_context(connected(server, "127.0.0.8")) for _ in range(300)]
         for path in (b"/models", b"/nothing"):
             for connection in connections:
                 connection.setblocking(False)
@@ -372,3 +374,44 @@ def test_an_escaped_slash_is_part_of_an_id(server: Server) -> None:
         answer = client.post("/sessions/a%2Fstep", json={"x": [0.25]})
         assert answer.status_code == 405 and "unknown-session" not in answer.text
         assert client.put("/sessions/a%2Fb", json={"model": "sunspots"}).status_code == 422
+
+
+def test_grpc_calls_of_an_address_and_connections_are_bounded(serve: Serve, examples: Path) -> None:
+    server = serve(
+        "--models", str(examples), "--grpc-port", "0", "--max-connections", "8", "--max-connections-per-client", "3"
+    )
+    host, _, port = server.grpc.rpartition(":")
+    with ExitStack() as opened:
+        own = (("grpc.use_local_subchannel_pool", 1),)  # a connection of its own: one has room for three calls
+        first, second = (opened.enter_context(grpc.insecure_channel(server.grpc, own)) for _ in range(2))
+        watching, asking = health_pb2_grpc.HealthStub(first), health_pb2_grpc.HealthStub(second)
+        watches = [watching.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(3)]
+        for watch in watches:
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as refused:
+            asking.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "3 calls under way" in refused.value.details()
+        watches[0].cancel()
+
+        def is_answered() -> bool:
+            with suppress(grpc.RpcError):
+                return bool(asking.Check(health_pb2.HealthCheckRequest(), timeout=10))
+            return False
+
+        until(is_answered, seconds=10)
+        idle = [opened.enter_context(socket.create_connection((host, int(port)))) for _ in range(20)]
+        for connection in idle:
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5))
+        ended = [connection for connection in idle if not _is_open(connection)]
+        assert len(ended) >= 12
+        assert is_answered()  # on the connection that it has
+
+
+def _is_open(connection: socket.socket) -> bool:
+    """Whether a server has answered HTTP/2's preface and keeps the connection."""
+    connection.settimeout(5)
+    try:
+        return bool(connection.recv(MB))
+    except OSError:
+        return False

@@ -109,5 +109,6 @@ async def test_a_request_that_stops_arriving_is_given_up_and_a_slow_one_is_not()
 
 def test_open_files_limit_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (600, 600))
-    assert limits._affordable(10_000) == 280
-    assert limits._affordable(10) == 10
+    assert limits.affordable_connections(Settings(max_connections=10_000)) == 280
+    assert limits.affordable_connections(Settings(max_connections=10)) == 10
+    assert limits.affordable_connections(Settings(grpc_port=0)) == 140

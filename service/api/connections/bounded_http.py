@@ -8,7 +8,7 @@ from typing import Any
 
 import httptools
 from uvicorn import Config
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -326,8 +326,13 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
-        self.sender.spent += TASK_SECONDS
-        super()._start_asgi_task(cycle, app)
+        sender = self.sender
+        sender.spent += TASK_SECONDS
+
+        async def metered(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+            await sender.metered(app(scope, receive, send))
+
+        super()._start_asgi_task(cycle, metered)
 
     def on_response_complete(self) -> None:
         """Starts the next request. Idle connections are closed by the table; uvicorn would set a timer for each."""

@@ -10,8 +10,11 @@ import resource
 import socket
 import struct
 from collections import deque
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
-from typing import NamedTuple, Protocol
+from time import perf_counter
+from types import coroutine
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 from cellserve.service.access.peer_address import Address, host_identity
@@ -24,11 +27,11 @@ MAX_HEADERS = 100
 MAX_TARGET_BYTES = 8 * 1024
 
 TURN_SECONDS = 0.01  # of one client in one iteration of the event loop
-TASK_SECONDS = 0.001  # what a request that gets a task is counted as: it runs later
+TASK_SECONDS = 0.002  # what a request that gets a task is counted as until it runs, later
 
 # Connections beyond the limit, which get to ask for the server's health.
 _SPARE, _SPARE_PER_CLIENT = 64, 4
-# Open files beside connections: models, keys, stores, listeners, gRPC.
+# Open files beside connections: models, keys, stores, listeners.
 _OTHER_FILES = 192
 _OPERATIONS_CONNECTIONS = 64
 
@@ -93,6 +96,7 @@ class Client:
         self._loop = asyncio.get_running_loop()
         self.connections = self.spares = 0
         self.spent = 0.0  # seconds of this turn
+        self.task_seconds = 0.0  # that its tasks took since this turn began: part of the next one
         self._iteration = 0.0  # the loop's time, which changes only between iterations
         self._waiting: deque[Connection] = deque()
         self._is_scheduled = False
@@ -101,8 +105,31 @@ class Client:
         """Whether what arrives may be read at once; otherwise the connection has to `wait`."""
         now = self._loop.time()
         if now != self._iteration:
-            self._iteration, self.spent = now, 0.0
+            self._begin_turn(now)
         return self.spent < TURN_SECONDS and not self._waiting
+
+    def _begin_turn(self, now: float) -> None:
+        self._iteration, self.spent, self.task_seconds = now, self.task_seconds, 0.0
+
+    @coroutine
+    def metered(self, awaitable: Awaitable[None]) -> Generator[Any, Any, None]:
+        """Awaits what one of its tasks does, and counts the time for which it holds up the event loop."""
+        running = awaitable.__await__()
+        resume: Callable[[Any], Any] = running.send
+        given: Any = None
+        while True:
+            began = perf_counter()
+            try:
+                awaited = resume(given)
+            except StopIteration:
+                return
+            finally:
+                given = None  # an exception refers to this frame
+                self.task_seconds += perf_counter() - began
+            try:
+                resume, given = running.send, (yield awaited)
+            except BaseException as error:
+                resume, given = running.throw, error
 
     def wait(self, connection: Connection) -> None:
         """Lets a connection go on in a later turn, after those that wait already."""
@@ -112,12 +139,12 @@ class Client:
             self._loop.call_soon(self._take_turn)
 
     def _take_turn(self) -> None:
-        self._iteration, self.spent = self._loop.time(), 0.0
+        self._begin_turn(self._loop.time())
         try:
             for _ in range(len(self._waiting)):
-                self._waiting.popleft().go_on()
                 if self.spent >= TURN_SECONDS:
                     break
+                self._waiting.popleft().go_on()
         finally:
             self._is_scheduled = bool(self._waiting)
             if self._is_scheduled:
@@ -136,7 +163,7 @@ class ConnectionTable:
     def __init__(self, settings: Settings, counts: Counts, is_operations: bool = False) -> None:
         self.counts = counts
         self._proxies = TrustedProxies(settings.trusted_proxies)
-        self._most = _OPERATIONS_CONNECTIONS if is_operations else _affordable(settings.max_connections)
+        self._most = _OPERATIONS_CONNECTIONS if is_operations else affordable_connections(settings)
         self._most_per_client = settings.max_connections_per_client
         self._seconds = {
             Phase.HEAD: settings.head_seconds,
@@ -244,12 +271,15 @@ def reset(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
-def _affordable(wanted: int) -> int:
-    """Returns how many connections there may be, so that files, stores and health checks keep descriptors."""
+def affordable_connections(settings: Settings) -> int:
+    """Returns how many connections a port may have, so that files, stores and health checks keep descriptors."""
+    wanted = settings.max_connections
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
         return wanted
     left = max(files - _SPARE - _OPERATIONS_CONNECTIONS - _OTHER_FILES, files // 4)
+    if settings.grpc_port is not None:
+        left //= 2
     if left < wanted:
         log.warning("at most %d connections: the limit of open files (ulimit -n) is %d", left, files)
     return min(wanted, left)

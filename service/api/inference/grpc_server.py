@@ -25,6 +25,7 @@ from cellserve.service.api.client_identity import grpc_peer
 from cellserve.service.api.inference import metadata
 from cellserve.service.api.inference.codec import check_output
 from cellserve.service.api.inference.errors import NotByProtocol, grpc_code, http_status
+from cellserve.service.api.inference.grpc_limits import CallLimit, connection_options
 from cellserve.service.api.inference.grpc_messages import (
     Message,
     RequestHead,
@@ -73,12 +74,14 @@ class GrpcServer:
         """Starts to serve."""
         settings = self._settings
         self._server = grpc.aio.server(
+            interceptors=(CallLimit(settings.max_connections_per_client, self._methods.refuse),),
             options=(
+                *connection_options(settings),
                 ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
                 # Only workers share the port; otherwise a taken port is an error.
                 ("grpc.so_reuseport", int(settings.workers > 1)),
-            )
+            ),
         )
         self._server.add_generic_rpc_handlers((_handlers(self._methods),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -239,8 +242,7 @@ class _Methods:
                 async for answer in stream.answers(requests):
                     yield answer
         except Problem as problem:
-            about = self.request_context(context)
-            await _abort(context, _record_problem(problem, about, "ModelStreamInfer"), about)
+            await self.refuse(context, problem, "ModelStreamInfer")
         finally:
             if stream is not None:
                 self.streams.discard(stream)
@@ -292,6 +294,11 @@ class _Methods:
         finally:
             self.in_flight -= 1
 
+    async def refuse(self, context: Message, problem: Problem, method: str = "") -> None:
+        """Ends a call with a problem."""
+        about = self.request_context(context)
+        await _abort(context, _record_problem(problem, about, method), about)
+
     def request_context(self, context: Message | None = None) -> RequestContext:
         """Returns a new context for a request, with the id in its metadata or a new one."""
         given = dict((context.invocation_metadata() or ()) if context is not None else ()).get(HEADER.decode(), "")
@@ -323,8 +330,7 @@ class _Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]
         try:
             self._methods.owner(context)
         except Problem as problem:
-            about = self._methods.request_context(context)
-            await _abort(context, _record_problem(problem, about, "ServerReflectionInfo"), about)
+            await self._methods.refuse(context, problem, "ServerReflectionInfo")
         async for answer in super().ServerReflectionInfo(requests, context):
             yield answer
 

@@ -1,0 +1,96 @@
+"""Bounds of gRPC's connections and calls: gRPC counts the connections, the calls of each client are counted here."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from cellserve.service.api.client_identity import grpc_peer
+from cellserve.service.api.connections.limits import affordable_connections
+from cellserve.service.api.inference.grpc_messages import Message
+from cellserve.service.errors import TooManyConnections
+from cellserve.service.settings import Settings
+
+
+def connection_options(settings: Settings) -> tuple[tuple[str, int], ...]:
+    """Returns the options of a gRPC server that bound its connections."""
+    return (
+        ("grpc.max_allowed_incoming_connections", affordable_connections(settings)),
+        ("grpc.max_concurrent_streams", settings.max_connections_per_client),
+        ("grpc.max_connection_idle_ms", _milliseconds(settings.idle_seconds)),
+        ("grpc.server_handshake_timeout_ms", _milliseconds(settings.head_seconds)),
+    )
+
+
+class CallLimit(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses calls of an address that has as many under way as it may have connections.
+
+    Args:
+        most: The calls of one address, streams and health watches included.
+        refuse: Ends a call with a problem.
+    """
+
+    def __init__(self, most: int, refuse: Callable[[Message, TooManyConnections], Awaitable[None]]) -> None:
+        self._most, self._refuse = most, refuse
+        self._calls: Counter[str] = Counter()  # by address
+        self._limited: dict[str, grpc.RpcMethodHandler] = {}  # by method
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        """Returns the handler of a call, within the limit."""
+        handler = await continuation(details)
+        if handler is None:  # an unknown method
+            return None
+        limited = self._limited.get(details.method)
+        if limited is None:
+            limited = self._limited[details.method] = self._within_limit(handler)
+        return limited
+
+    def _within_limit(self, handler: Any) -> grpc.RpcMethodHandler:
+        kind = f"{_kind(handler.request_streaming)}_{_kind(handler.response_streaming)}"
+        method = getattr(handler, kind)
+
+        async def call(request: Any, context: Message) -> Any:
+            with self._counted(context) as is_allowed:
+                return await (method(request, context) if is_allowed else self._refused(context))
+
+        async def stream(request: Any, context: Message) -> AsyncIterator[Any]:
+            with self._counted(context) as is_allowed:
+                if not is_allowed:
+                    await self._refused(context)
+                async for answer in method(request, context):
+                    yield answer
+
+        limited = stream if inspect.isasyncgenfunction(method) else call  # a health watch is a coroutine
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        made: grpc.RpcMethodHandler = make(limited, handler.request_deserializer, handler.response_serializer)
+        return made
+
+    @contextmanager
+    def _counted(self, context: Message) -> Iterator[bool]:
+        address = grpc_peer(context.peer())
+        self._calls[address] += 1
+        try:
+            yield self._calls[address] <= self._most
+        finally:
+            self._calls[address] -= 1
+            if not self._calls[address]:
+                del self._calls[address]
+
+    async def _refused(self, context: Message) -> None:
+        await self._refuse(
+            context,
+            TooManyConnections(f"your address has {self._most} calls under way, as many as it may: end some, or wait"),
+        )
+
+
+def _kind(is_stream: bool) -> str:
+    return "stream" if is_stream else "unary"
+
+
+def _milliseconds(seconds: float) -> int:
+    return min(max(int(seconds * 1000), 1), 2**31 - 1)
