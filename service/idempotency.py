@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,9 @@ from numpy.typing import NDArray
 from cellserve.service.errors import PositionConflict, SessionWentBack
 
 Array = NDArray[Any]
+T = TypeVar("T")
+
+_HASHED_AT_ONCE = 1024 * 1024  # bytes, which take about a millisecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +39,23 @@ class AppliedChange:
     states_before: dict[str, Array] | None = None
 
 
+async def hashed(tensors: Array | dict[str, Array] | None, digest: Callable[[], T]) -> T:
+    """Returns the digest of tensors; that of large ones is computed in a thread, while the event loop goes on."""
+    arrays = tensors.values() if isinstance(tensors, dict) else () if tensors is None else (tensors,)
+    if sum(array.nbytes for array in arrays) <= _HASHED_AT_ONCE:
+        return digest()
+    return await asyncio.to_thread(digest)
+
+
 def step_key(position: int, x: Array, return_all_outputs: bool) -> IdempotencyKey:
     """Returns the key of a step by x `[time, *features]`; of one time step, all outputs and the last are the same."""
     return_all_outputs = return_all_outputs or len(x) == 1
-    return _key(b"step", position, b"%d %d" % (len(x), return_all_outputs), np.ascontiguousarray(x).tobytes())
+    return _key(b"step", position, b"%d %d" % (len(x), return_all_outputs), x)
 
 
 def rollout_key(position: int, x: Array, options: bytes) -> IdempotencyKey:
     """Returns the key of a rollout that starts with x `[time, *features]`."""
-    return _key(b"rollout", position, options, np.ascontiguousarray(x).tobytes())
+    return _key(b"rollout", position, options, x)
 
 
 def state_key(position: int, states: dict[str, Array] | None) -> IdempotencyKey:
@@ -97,5 +110,9 @@ def resolve(position: int, last: AppliedChange | None, key: IdempotencyKey) -> A
     )
 
 
-def _key(operation: bytes, position: int, *parts: bytes) -> IdempotencyKey:
-    return IdempotencyKey(position, hashlib.sha256(b"%b %d " % (operation, position) + b" ".join(parts)).digest())
+def _key(operation: bytes, position: int, about: bytes, x: Array | None = None) -> IdempotencyKey:
+    digest = hashlib.sha256(b"%b %d %b" % (operation, position, about))
+    if x is not None:
+        digest.update(b" ")
+        digest.update(np.ascontiguousarray(x).data)  # not copied: hashlib lets other threads run meanwhile
+    return IdempotencyKey(position, digest.digest())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from cellserve.service.api.step_codec import wants_all_outputs
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import InvalidInput, excerpt
-from cellserve.service.idempotency import creation_digest, step_key
+from cellserve.service.idempotency import creation_digest, hashed, step_key
 from cellserve.service.sessions.pending_steps import StepResult
 from cellserve.service.sessions.session import Session
 from cellserve.service.sessions.writer import SessionWriter
@@ -59,7 +60,7 @@ async def create_session(
     if session_id is not None:
         # Without a version in it, the digest of a repeated request is the same after a newer version was loaded.
         named = model if model is not None and ":" in model else engine.model.name
-        digest = creation_digest(named, states)
+        digest = await hashed(states, partial(creation_digest, named, states))
     return await service.sessions.create(engine, states, owner, session_id, digest)
 
 
@@ -76,5 +77,5 @@ async def step_session(
 ) -> tuple[StepResult, bool]:
     """Steps a session; also returns whether the outputs of all time steps were requested."""
     every_output = single or wants_all_outputs(session, outputs)
-    key = None if position is None else step_key(position, x, every_output)
+    key = None if position is None else await hashed(x, partial(step_key, position, x, every_output))
     return await writer.submit(session, x, every_output, key), every_output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -34,7 +35,7 @@ from cellserve.service.api.step_codec import session_json, step_json, wants_all_
 from cellserve.service.context import ServiceContext
 from cellserve.service.engine.engine import Engine
 from cellserve.service.errors import InvalidInput, StateOfAnotherModel, UnsupportedMediaType
-from cellserve.service.idempotency import state_key
+from cellserve.service.idempotency import hashed, state_key
 from cellserve.service.sessions.session import Session, current_client, time_text
 from cellserve.service.validation.json_bodies import Position, model_of_creation, read_states, read_step
 from cellserve.service.validation.json_input import TensorDecoder, decode
@@ -191,7 +192,7 @@ async def set_state(
         raise UnsupportedMediaType(f"the body has the content type {kind.decode('latin-1')[:100]!r}: send {allowed}")
     body = await read_body(request.scope, request.receive, service.settings.max_body_bytes)
     states = _uploaded(session.engine, body)
-    key = None if position is None else state_key(position, states)
+    key = None if position is None else await hashed(states, partial(state_key, position, states))
     return _changed(service, response, session, *await service.writer.set_state(session, states, key))
 
 

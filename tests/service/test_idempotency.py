@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import threading
+
 import numpy as np
 import pytest
 
@@ -10,6 +14,7 @@ from cellserve.service.idempotency import (
     AppliedChange,
     IdempotencyKey,
     creation_digest,
+    hashed,
     resolve,
     rollout_key,
     state_key,
@@ -103,3 +108,21 @@ def test_creations_differ_by_model_and_by_states() -> None:
 def test_a_key_has_the_position_that_it_was_made_for() -> None:
     assert isinstance(KEY, IdempotencyKey)
     assert (KEY.position, len(KEY.digest)) == (4, 32)
+
+
+def test_keys_are_those_that_stores_already_hold() -> None:
+    assert step_key(4, X, True).digest == hashlib.sha256(b"step 4 %d 1 " % len(X) + X.tobytes()).digest()
+    assert rollout_key(4, X, b"3 1").digest == hashlib.sha256(b"rollout 4 3 1 " + X.tobytes()).digest()
+    assert state_key(4, None).digest == hashlib.sha256(b"state 4 ").digest()
+
+
+def test_large_tensors_are_hashed_beside_the_event_loop() -> None:
+    small, large = np.zeros(1000, np.float32), np.zeros(1_000_000, np.float32)
+
+    async def main() -> None:
+        here = threading.get_ident()
+        assert await hashed(None, threading.get_ident) == await hashed(small, threading.get_ident) == here
+        assert await hashed(large, threading.get_ident) != here
+        assert await hashed({"h": small, "c": large}, threading.get_ident) != here
+
+    asyncio.run(main())

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -34,7 +35,7 @@ from cellserve.service.errors import (
     excerpt,
     listed,
 )
-from cellserve.service.idempotency import creation_digest, step_key
+from cellserve.service.idempotency import creation_digest, hashed, step_key
 from cellserve.service.model_repository.model import Model
 from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
 from cellserve.service.sessions.session import Session, current_client
@@ -229,7 +230,8 @@ class Inference:
 
     async def _step(self, session: Session, sequence: Sequence, x: Array) -> tuple[Array, dict[str, Any]]:
         store, name = self.service.sessions, session.model.name
-        key = None if sequence.position is None else step_key(sequence.position, x, True)
+        position = sequence.position
+        key = None if position is None else await hashed(x, partial(step_key, position, x, True))
         try:
             stepped = await self.service.writer.submit(session, x, True, key)
         except SessionGone as gone:
