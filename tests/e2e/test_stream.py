@@ -68,6 +68,7 @@ def test_a_key_that_is_not_required_is_ignored(stream: ClientConnection) -> None
         ('{"op": "step", "session": 0, "x": [1], "outputs": "some"}', 422, 'send "all" or "last"'),
         ('{"op": "auth", "kay": "k"}', 422, "kay: unknown field: send op, key"),
         ('{"op": "step", "session": 7, "x": [1]}', 404, "no handle 7"),
+        ('{"op": "step", "session": -1, "x": [1]}', 404, "no handle -1"),
         ('{"op": "step", "session": 0, "x": [1, 2], "ref": 3}', 422, "x: 2 numbers where the model takes 5"),
         ('{"op": "step", "session": 0, "x": [1, 2, 3, 4, 1e39]}', 422, "x[4]: not a finite number"),
         ('{"op": "step", "session": 0, "x": [1, 2, "3", 4, 5]}', 422, "x[2]: expected a number"),
@@ -84,7 +85,7 @@ def test_a_key_that_is_not_required_is_ignored(stream: ClientConnection) -> None
         (binary([0], np.zeros((1, 2, FEATURES)))[:-1], 422, "makes it 60"),
         (binary([0], np.array([[[0, 0, np.nan, 0, 0]]])), 422, "x[0][0][2]: not a finite number"),
     ],
-    ids=range(25),
+    ids=range(26),
 )
 def test_a_bad_frame_is_answered_and_the_socket_stays_open(
     server: Server, stream: ClientConnection, frame: str | bytes, status: int, told: str

@@ -32,6 +32,18 @@ class Seen:
 
 Beside = Callable[..., AbstractContextManager[Seen]]
 
+_rows: list[tuple[str, str, str, str]] = []  # of the table at the end
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what each attack cost, as a table in Markdown: the slowest step first."""
+    if not _rows:
+        return
+    terminalreporter.section("what each attack cost a well-behaved client")
+    heads = ("attack", "steps", "slowest step, ms", "memory, MB")
+    for row in (heads, ("---", "---:", "---:", "---:"), *sorted(_rows, key=lambda row: -float(row[2]))):
+        terminalreporter.write_line(f"| {' | '.join(row)} |")
+
 
 def resident_bytes(pid: int) -> int:
     """Resident memory of a process and of its children."""
@@ -50,8 +62,8 @@ def server(examples: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def beside(capsys: pytest.CaptureFixture[str]) -> Beside:
-    """Runs an attack while a well-behaved client steps; at the end it must not have noticed, and the cost is printed.
+def beside() -> Beside:
+    """Runs an attack while a well-behaved client steps, who must not have noticed; what it cost is printed at the end.
 
     `with beside(server, "name of the attack") as seen: attack`; `headers` are the well-behaved client's own.
     """
@@ -74,9 +86,8 @@ def beside(capsys: pytest.CaptureFixture[str]) -> Beside:
         told = json.loads(out)
         time.sleep(REST_SECONDS)
         seen.slowest_ms, seen.grown_bytes = told["slowest_ms"], resident_bytes(server.process.pid) - before
-        with capsys.disabled():
-            print(f"\n{name}: slowest of {told['steps']} steps {seen.slowest_ms:.0f} ms, "
-                  f"memory {before / 1e6:.0f} -> {(before + seen.grown_bytes) / 1e6:.0f} MB")  # fmt: skip
+        memory = f"{before / 1e6:.0f} -> {(before + seen.grown_bytes) / 1e6:.0f}"
+        _rows.append((name.replace("|", r"\|"), str(told["steps"]), f"{seen.slowest_ms:.0f}", memory))
         assert not told["wrong"], told["wrong"][:3]
         assert seen.slowest_ms < SLOWEST_MS
 

@@ -320,7 +320,7 @@ class OpenSocket:
         try:
             return self._session(name)
         except Problem:
-            if isinstance(name, int) and name >= len(self.sessions):
+            if isinstance(name, int) and not 0 <= name < len(self.sessions):
                 raise
         if isinstance(name, str):
             return await self.service.sessions.fetch(self.owner, name)
