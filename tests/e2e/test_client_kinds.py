@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,9 @@ def test_the_asyncio_client_gives_the_same_outputs(server: Server, client: Clien
             streamed = stream.open(kind)
             same(together([await streamed.step(chunk) for chunk in chunks(sequences[1])]), whole.y[1])
             async with mine.session(kind, keep=False) as other:
-                listed = [told async for told in mine.sessions()]
-                assert {"session": other.id, "model": kind, "version": 1, "position": 0} in listed
+                listed = [{**told, "created_at": None} async for told in mine.sessions()]
+                new = {"session": other.id, "model": kind, "version": 1, "position": 0, "created_at": None}
+                assert new in listed
 
     async def main() -> None:
         async with AsyncClient(server.url) as mine:
@@ -291,6 +293,8 @@ def test_all_sessions_are_listed_page_by_page(client: Client, monkeypatch: pytes
         session.step([1, 2])
     listed = {one["session"]: one for one in client.sessions()}
     for session in made:
+        created_at = datetime.fromisoformat(listed[session.id].pop("created_at"))
+        assert timedelta() < datetime.now(UTC) - created_at < timedelta(minutes=10)
         assert listed[session.id] == {"session": session.id, "model": "letters", "version": 1, "position": 2}
         client.attach(session.id).delete()
     assert not list(client.sessions())

@@ -66,19 +66,19 @@ def masked() -> Any:
         both,
         layers.LSTM(3, return_sequences=True)(both),
         layers.GRU(3, return_sequences=True, zero_output_for_mask=True)(layers.Dense(3, activation="tanh")(h)),
+        layers.RNN(RNNCell(3, bias_initializer="random_normal"), return_sequences=True)(h),
         layers.RNN(RNNCell(3, feedback="output"), return_sequences=True, zero_output_for_mask=True)(h),
     ]
     return keras.Model(x, layers.Concatenate()([layers.Activation("linear")(kind) for kind in kinds]))
 
 
 def masked_in_other_ways() -> Any:
-    """A mask through a layer of single time steps, and over plain recurrences."""
+    """A mask through a layer of single time steps, and over a plain recurrence."""
     x = keras.Input((None, 3))
     h = layers.Masking(-1.0)(x)
     kinds = [
         layers.GRU(3, return_sequences=True)(layers.TimeDistributed(layers.Dense(2))(h)),
         layers.SimpleRNN(3, return_sequences=True)(h),
-        layers.RNN(RNNCell(3, bias_initializer="random_normal"), return_sequences=True)(h),
     ]
     return keras.Model(x, layers.Concatenate()([layers.Activation("linear")(kind) for kind in kinds]))
 
