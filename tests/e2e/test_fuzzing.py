@@ -17,7 +17,7 @@ from tests.server import Server
 _CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(1500)])])
+@pytest.mark.parametrize("examples", [5, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(1500)])])
 def test_every_request_is_answered_without_a_server_error(server: Server, tmp_path: Path, examples: int) -> None:
     names: dict[str, list[Any]] = {"name": ["lstm", "rnn"], "version": ["1", "2"]}
     with server.client() as client:

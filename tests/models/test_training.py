@@ -11,17 +11,7 @@ import pytest
 from cellserve.models import training_cli
 
 
-@pytest.fixture(params=["quick", pytest.param("whole", marks=pytest.mark.long)])
-def epochs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few epochs in the quick run: enough to be the same again, and better than what the promise compares with."""
-    if request.param == "quick":
-        from cellserve.models import training
-
-        schedule = training.Schedule
-        monkeypatch.setattr(training, "Schedule", lambda epochs, **more: schedule(2, **more))
-
-
-@pytest.mark.usefixtures("epochs")
+@pytest.mark.long
 def test_training_again_gives_the_same_weights_and_keeps_the_promised_error(tmp_path: Path) -> None:
     assert training_cli.main(["sunspots", "--folder", str(tmp_path)]) == 0
     assert training_cli.main(["sunspots", "--folder", str(tmp_path / "again")]) == 0
