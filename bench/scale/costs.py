@@ -13,24 +13,24 @@ from dataclasses import dataclass
 class Costs:
     """Costs of a step of an LSTM of 128 units, whose state has 1 KB."""
 
-    # `make bench`, "HTTP JSON, 64 sessions", CPU µs a request of ours, on a quiet machine: parsing, model, answer.
-    http_us: float = 55.0
+    # `make bench`, "HTTP JSON, 64 sessions", CPU µs a request of ours, the median of its rows: parsing, model, answer.
+    http_us: float = 117.0
     # `make bench`, "sessions in Redis: CPU beyond sessions in memory", without `redis_us`.
-    client_us: float = 16.0
-    # `python -m bench.scale --measure`: Redis's CPU time for each step. Measured on a busy machine: an upper bound.
-    redis_us: float = 47.0
-    # `make bench`, "a tick of 256 sessions of 1 KB without HTTP": the goal, which a quiet machine has to show.
-    lmdb_us: float = 8.0
+    client_us: float = 22.0
+    # `python -m bench.scale --measure`: Redis's CPU time for each step.
+    redis_us: float = 40.0
+    # `make bench`, "a tick of 256 sessions of 1 KB without HTTP".
+    lmdb_us: float = 15.0
     # The part of a tick that does not depend on its rows: `python -m bench.scale --measure`, on a quiet machine.
     tick_us: float = 60.0
     # Half a round trip to the store. Within a zone; on one machine `--measure` shows it.
-    wire_us: float = 120.0
+    wire_us: float = 84.0
     # `python -m bench.scale --measure`: bytes to and from Redis for each step.
-    redis_bytes: float = 1315.0
+    redis_bytes: float = 1464.0
     # A step's request and answer over HTTP, with their heads, of 16 numbers and 4.
     http_bytes: float = 620.0
     # `python -m bench.scale --measure`: Redis's memory for each session of 1 KB, with its entries in the indexes.
-    redis_memory: float = 2850.0
+    redis_memory: float = 2904.0
 
 
 @dataclass(frozen=True, slots=True)
