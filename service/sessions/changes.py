@@ -1,4 +1,4 @@
-"""What all changes of sessions go through: what locks a session, queues its work, and records the change."""
+"""What all changes of sessions go through: locks a session, queues its work, records the change, releases the lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of the sessions that have a slot in this process, of their locks, and which of them have expired."""
+"""The sessions that have a slot in this process, their locks, and which are idle. Shared stores expire sessions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The writer: the only code that locks sessions, changes them, records the changes, and releases the locks.
+"""The writer: steps of batches, on top of `single_steps.py` and `changes.py`, which locks sessions and releases them.
+
+Together they are the only code that changes a session.
 
 A change goes through: lock, refresh, resolve the idempotency key, enqueue, commit, record, release, complete. A step
 enqueues a work item at the engine, which returns it to the writer as its completion sink; a state write is committed
