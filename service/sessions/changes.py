@@ -170,17 +170,6 @@ class SessionChanges:
     def _release(self, engine: Engine, slots: Slots) -> None:
         self._table.locks[engine].release(slots)
 
-    def _enqueue_one(
-        self,
-        session: Session,
-        x: Array,
-        return_all_outputs: bool,
-        key: IdempotencyKey | None,
-        done: Pending | None = None,
-    ) -> WorkItem:
-        keys = None if key is None else [key]
-        return self._enqueue(session.engine, (session,), keys, session.slots, x[None], return_all_outputs, done)
-
     def _enqueue(
         self,
         engine: Engine,

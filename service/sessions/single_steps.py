@@ -127,6 +127,17 @@ class SingleSteps(SessionChanges):
         locks.lock(session.slot)
         return self._enqueue_one(session, x, return_all_outputs, key, done)
 
+    def _enqueue_one(
+        self,
+        session: Session,
+        x: Array,
+        return_all_outputs: bool,
+        key: IdempotencyKey | None,
+        done: Pending | None = None,
+    ) -> WorkItem:
+        keys = None if key is None else [key]
+        return self._enqueue(session.engine, (session,), keys, session.slots, x[None], return_all_outputs, done)
+
     async def _replay(self, session: Session, applied: AppliedChange, x: Array, return_all_outputs: bool) -> StepResult:
         """Returns the answer of a step that was applied before."""
         y = applied.y

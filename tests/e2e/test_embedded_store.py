@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import lmdb
 import pytest
 
 from tests.e2e.helpers import create, frames, problem_kind
@@ -172,6 +173,42 @@ def test_sessions_of_models_that_are_not_here_wait_for_them(repository: Path, se
     assert server.stop() == 0
     with serve("--models", str(repository), *store).client() as client:
         assert client.post(f"/sessions/{elsewhere}/step", json={"x": x[1]}).json()["position"] == 2
+
+
+def test_a_damaged_record_is_one_sessions_error(repository: Path, serve: Serve, tmp_path: Path) -> None:
+    flags = "--models", str(repository), "--store", f"lmdb:{tmp_path / 'store'}"
+    server = serve(*flags)
+    with server.client() as client:
+        held, later, sound = (create(client, "rnn") for _ in range(3))
+        for session in (held, later, sound):
+            assert client.post(f"/sessions/{session}/step", json={"x": frames(1)[0]}).status_code == 200
+        cut_record(tmp_path / "store", held)
+        is_refused_and_deleted(client, held, sound)
+    assert server.stop() == 0
+    cut_record(tmp_path / "store", later)
+    server = serve(*flags)
+    with server.client() as client:
+        is_refused_and_deleted(client, later, sound)
+    assert server.stop() == 0
+    assert "Traceback" not in "".join(server.log)
+
+
+def cut_record(store: Path, session: str) -> None:
+    with lmdb.open(str(store / "0"), max_dbs=16) as environment, environment.begin(write=True) as transaction:
+        sessions, key = environment.open_db(b"sessions", transaction, create=False), f"/{session}".encode()
+        transaction.put(key, transaction.get(key, b"", db=sessions)[:20], db=sessions)
+
+
+def is_refused_and_deleted(client: httpx.Client, damaged: str, sound: str) -> None:
+    for _ in range(2):
+        answer = client.post(f"/sessions/{damaged}/step", json={"x": frames(1)[0]})
+        assert (answer.status_code, problem_kind(answer)) == (500, "session-unreadable")
+        assert client.post(f"/sessions/{sound}/step", json={"x": frames(1)[0]}).status_code == 200
+    listed = [one["session"] for one in client.get("/sessions").json()["sessions"]]
+    assert damaged not in listed
+    assert sound in listed
+    assert client.delete(f"/sessions/{damaged}").status_code == 204
+    assert client.get(f"/sessions/{damaged}").status_code == 410
 
 
 def test_a_second_server_over_the_folder_is_refused(repository: Path, serve: Serve, tmp_path: Path) -> None:

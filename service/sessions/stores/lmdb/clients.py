@@ -48,7 +48,7 @@ class ClientIndex:
 
     def _add_to_total(self, transaction: lmdb.Transaction, client: bytes, sessions: int, state_bytes: int) -> None:
         count, size = self.total(transaction, client)
-        if count + sessions:
+        if count + sessions > 0:
             total = _TOTAL.pack(count + sessions, max(0, size + state_bytes))
             transaction.put(b"/" + client, total, db=self._totals)
         else:

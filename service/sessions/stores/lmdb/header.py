@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any, NamedTuple
 
-from cellserve.service.sessions.stores.records import VersionStamp
+from cellserve.service.sessions.stores.records import LATEST, UnreadableRecord, VersionStamp
 
 _HEADER = struct.Struct("<24sdIddIBB")
 _CHECKED = struct.Struct("<24sd")
@@ -28,8 +29,13 @@ class Header(NamedTuple):
 
     @classmethod
     def read(cls, record: Any) -> Header:
-        """Decodes the header of a record; raises struct.error."""
-        return cls._make(_HEADER.unpack_from(record))
+        """Decodes the header of a record; raises UnreadableRecord."""
+        if len(record) >= _HEADER.size:
+            header = cls._make(_HEADER.unpack_from(record))
+            size = _HEADER.size + header.origin_bytes + header.client_bytes + header.state_bytes
+            if size <= len(record) and 0 <= header.created_at < LATEST and math.isfinite(header.deadline):
+                return header
+        raise UnreadableRecord("its header is damaged")
 
     def pack(self) -> bytes:
         """Encodes it."""
@@ -67,8 +73,8 @@ class Header(NamedTuple):
 
 
 def stamp_and_deadline(record: Any) -> tuple[bytes, float]:
-    """Returns the packed stamp and the deadline in a record."""
-    return _CHECKED.unpack_from(record)
+    """Returns the packed stamp and the deadline in a record; those of no session if it has no header."""
+    return _CHECKED.unpack_from(record) if len(record) >= _HEADER.size else (b"", math.inf)
 
 
 def changed(record: Any, stamp: bytes, until: float, states: bytes, answer: bytes) -> bytes:

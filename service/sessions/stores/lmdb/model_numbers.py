@@ -7,7 +7,7 @@ from typing import Any
 
 import lmdb
 
-from cellserve.service.sessions.stores.records import SessionRecord
+from cellserve.service.sessions.stores.records import SessionRecord, UnreadableRecord
 
 _NUMBER = struct.Struct(">I")
 
@@ -24,12 +24,16 @@ class ModelNumbers:
         self._known: dict[int, tuple[str, int, str]] = {}
 
     def model(self, transaction: lmdb.Transaction, number: int) -> tuple[str, int, str]:
-        """Returns the name, version and digest of a model."""
+        """Returns the name, version and digest of a model; raises UnreadableRecord."""
         known = self._known.get(number)
         if known is None:
-            value: Any = transaction.get(b"#" + _NUMBER.pack(number), db=self._models)
-            name, version, digest = bytes(value).split(b"\0")
-            known = self._known[number] = name.decode(), int(version), digest.decode()
+            value: Any = transaction.get(b"#" + _NUMBER.pack(number), db=self._models, default=b"")
+            try:
+                name, version, digest = bytes(value).split(b"\0")
+                known = name.decode(), int(version), digest.decode()
+            except ValueError:
+                raise UnreadableRecord("its model is not in the store") from None
+            self._known[number] = known
         return known
 
     def number(self, transaction: lmdb.Transaction, session: SessionRecord) -> int:

@@ -100,6 +100,7 @@ class ListedSession(NamedTuple):
     position: int
     created_at: float  # seconds since the epoch
     expires_in: float  # seconds
+    unreadable: str  # why what is there is not a session; empty if it is one
 
 
 class FolderReader:
@@ -146,8 +147,8 @@ class FolderReader:
                 with _told(self.path):
                     page = records.page(b"", start, _PAGE, self.now())
                 for one in page:
-                    left = one.deadline - self.now()
-                    yield ListedSession(from_key(one.key), one.model, one.version, one.position, one.created_at, left)
+                    times, unreadable = (one.created_at, one.deadline - self.now()), str(one.unreadable or "")
+                    yield ListedSession(from_key(one.key), one.model, one.version, one.position, *times, unreadable)
                 if len(page) < _PAGE:
                     break
                 start = page[-1].key + b"\0"

@@ -20,7 +20,6 @@ from cellserve.service.sessions.stores.lmdb.environment import Environment
 from cellserve.service.sessions.stores.lmdb.header import Header, changed, stamp_and_deadline, to_key
 from cellserve.service.sessions.stores.lmdb.model_numbers import ModelNumbers
 from cellserve.service.sessions.stores.records import (
-    LATEST,
     ConditionalWrites,
     SessionRecord,
     StoredAnswer,
@@ -49,11 +48,12 @@ class ListedRecord(NamedTuple):
     """A session in a list."""
 
     key: bytes
-    model: str
-    version: int
-    position: int
-    created_at: float
-    deadline: float
+    model: str = ""
+    version: int = 0
+    position: int = 0
+    created_at: float = 0.0
+    deadline: float = 0.0
+    unreadable: UnreadableRecord | None = None  # why what is there is not a session
 
 
 class Records:
@@ -98,13 +98,8 @@ class Records:
             record = transaction.get(key, db=self._sessions)
             if record is None:
                 return Found(self._tombstone(transaction, key, now))
-            try:
-                header = Header.read(record)
-                model = self._models.model(transaction, header.model)
-                if not 0 <= header.created_at < LATEST:
-                    raise ValueError
-            except (struct.error, ValueError, TypeError):
-                raise UnreadableRecord("its header is damaged") from None
+            header = Header.read(record)
+            model = self._models.model(transaction, header.model)
             if header.deadline <= now:
                 return Found(TombstoneRecord("expired", header.position))
             stamp, last = VersionStamp.unpack(header.stamp), StoredAnswer.read(header.answer(record))
@@ -117,10 +112,15 @@ class Records:
         with self.environment.read() as transaction, transaction.cursor(db=self._sessions) as cursor:
             more = cursor.set_range(start)
             while more and len(found) < limit and (key := bytes(cursor.key())).startswith(prefix):
-                header = Header.read(cursor.value())
-                if header.deadline > now:
+                try:
+                    header = Header.read(cursor.value())
                     name, version, _ = self._models.model(transaction, header.model)
-                    found.append(ListedRecord(key, name, version, header.position, header.created_at, header.deadline))
+                except UnreadableRecord as error:
+                    found.append(ListedRecord(key, unreadable=error))
+                else:
+                    if header.deadline > now:
+                        times = header.created_at, header.deadline
+                        found.append(ListedRecord(key, name, version, header.position, *times))
                 more = cursor.next()
         return found
 
@@ -197,7 +197,7 @@ class Records:
         """
         old = transaction.get(key, db=self._sessions)
         if old is not None and not replace:
-            return WriteOutcome.EXISTS if Header.read(old).deadline > now else WriteOutcome.GONE
+            return WriteOutcome.EXISTS if stamp_and_deadline(old)[1] > now else WriteOutcome.GONE
         ended = self._tombstone(transaction, key, now) is not None
         if ended and not replace:
             return WriteOutcome.GONE
@@ -233,12 +233,13 @@ class Records:
         old = transaction.get(key, db=self._sessions)
         if old is None:
             return WriteOutcome.GONE
-        header = Header.read(old)
-        if header.deadline <= now:
+        stamp, deadline = stamp_and_deadline(old)
+        if deadline <= now:
             return WriteOutcome.GONE
-        if position is not None and position != header.position:
+        at = VersionStamp.unpack(stamp).position if stamp else None
+        if position is not None and position != at:
             return WriteOutcome.CONFLICT
-        self._bury(transaction, key, reason, header.position, now)
+        self._bury(transaction, key, reason, at or 0, now)
         return WriteOutcome.WRITTEN
 
     def sweep(self, transaction: lmdb.Transaction, now: float, most: int) -> int:
@@ -289,7 +290,8 @@ class Records:
         """Returns the deadline and key of about the longest idle session that a client has made."""
         with self.environment.read() as transaction:
             keys = islice(self._clients.keys(transaction, client.encode()), _TRIES)
-            found = [(stamp_and_deadline(transaction.get(key, db=self._sessions))[1], key) for key in keys]
+            records = [(transaction.get(key, db=self._sessions), key) for key in keys]
+            found = [(stamp_and_deadline(record)[1], key) for record, key in records if record is not None]
         return min(found, default=None)
 
     def client_total(self, client: str) -> tuple[int, int]:
@@ -309,29 +311,29 @@ class Records:
     def _move_entry(self, transaction: lmdb.Transaction, at: float, key: bytes) -> tuple[int, float] | None:
         """Moves an entry of the index to its session's deadline; returns the session's position and deadline.
 
-        An entry that no session has is removed.
+        An entry that no session has is removed, and that of one that cannot be read, which does not expire.
         """
         old = transaction.get(key, db=self._sessions)
-        if old is not None:
-            header = Header.read(old)
-            if header.indexed == at:
-                if header.deadline != at:
-                    moved = header._replace(indexed=header.deadline)
-                    transaction.put(key, moved.before_rest_of(old), db=self._sessions)
-                    transaction.delete(_TIME.pack(at) + key, db=self._deadlines)
-                    transaction.put(_TIME.pack(header.deadline) + key, b"", db=self._deadlines)
-                return header.position, header.deadline
+        header = None if old is None else _header(old)
+        if header is not None and header.indexed == at:
+            if header.deadline != at:
+                moved = header._replace(indexed=header.deadline)
+                transaction.put(key, moved.before_rest_of(old), db=self._sessions)
+                transaction.delete(_TIME.pack(at) + key, db=self._deadlines)
+                transaction.put(_TIME.pack(header.deadline) + key, b"", db=self._deadlines)
+            return header.position, header.deadline
         transaction.delete(_TIME.pack(at) + key, db=self._deadlines)
         return None
 
     def _remove(self, transaction: lmdb.Transaction, key: bytes) -> None:
-        """Removes a session from all databases."""
+        """Removes a session from all databases; one that cannot be read still counts among its client's."""
         old: Any = transaction.get(key, db=self._sessions)
-        header = Header.read(old)
-        client = header.client(old)
+        header = _header(old)
+        if header is not None:
+            client = header.client(old)
+            transaction.delete(_TIME.pack(header.indexed) + key, db=self._deadlines)
+            self._clients.remove(transaction, client, key, header.state_bytes)
         transaction.delete(key, db=self._sessions)
-        transaction.delete(_TIME.pack(header.indexed) + key, db=self._deadlines)
-        self._clients.remove(transaction, client, key, header.state_bytes)
 
     def _bury(self, transaction: lmdb.Transaction, key: bytes, reason: str, position: int, now: float) -> None:
         self._remove(transaction, key)
@@ -345,3 +347,11 @@ class Records:
             return None
         until, position, reason = _TOMBSTONE.unpack(value)
         return TombstoneRecord(_REASONS[reason], position) if until > now else None
+
+
+def _header(record: Any) -> Header | None:
+    """Returns the header of a record; None if it cannot be read."""
+    try:
+        return Header.read(record)
+    except UnreadableRecord:
+        return None

@@ -157,7 +157,10 @@ class LmdbClient:
                 name = one.key[len(own) :]
                 if len(found) == limit:
                     return found, int.from_bytes(b"\1" + bytes([number]) + name, "big")
-                found.append(SessionSummary(name.decode(), one.model, one.version, one.position, one.created_at))
+                found.append(
+                    one.unreadable
+                    or SessionSummary(name.decode(), one.model, one.version, one.position, one.created_at)
+                )
         return found, 0
 
     # Writing
