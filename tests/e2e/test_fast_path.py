@@ -110,6 +110,17 @@ def test_requests_with_the_same_headers_are_told_apart_by_all_else(
     assert [status for status, _ in answers(connection, 2)] == [400, 200]
 
 
+def test_a_target_has_8_kib_at_most(server: Server, connection: socket.socket, session: str) -> None:
+    connection.sendall(request("a" * 9000, STEP))
+    assert answers(connection, 1)[0][0] == 414
+    assert connection.recv(1) == b""
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as another:
+        for name, status in ((session, 200), ("a" * 9000, 414)):  # with the same headers
+            another.sendall(request(name, STEP))
+            assert answers(another, 1)[0][0] == status
+
+
 def test_a_body_may_come_in_parts(server: Server, connection: socket.socket, session: str) -> None:
     for place in (1, 40, 120, 150):
         data = request(session, STEP)

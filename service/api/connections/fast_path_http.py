@@ -12,7 +12,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from cellserve.service.api.asgi import JSON, RESUMABLE
 from cellserve.service.api.connections.bounded_http import BoundedHttp
 from cellserve.service.api.connections.known_heads import KnownHeads
-from cellserve.service.api.connections.limits import MAX_HEADERS, Place
+from cellserve.service.api.connections.limits import MAX_HEADERS, MAX_TARGET_BYTES, Place
 from cellserve.service.api.curl_newline import is_curl
 from cellserve.service.api.fast_path import Exchange, FastPath, Headers, Route
 from cellserve.service.observability.request_context import HEADER
@@ -89,7 +89,7 @@ class FastPathHttp(BoundedHttp):
         if not self._is_free():
             return False
         known = self._known_heads.find(data)
-        route = None if known is None else self._fast_path.route(known.target, known.headers)
+        route = None if known is None else self._route(known.target, known.headers)
         if known is None or route is None or known.length > self._largest_body:
             return False
         self.url, self.headers = known.target, known.headers
@@ -122,7 +122,7 @@ class FastPathHttp(BoundedHttp):
         if self._is_special:
             self._find_sender()
         parser = self.parser
-        route = self._fast_path.route(self.url, self.headers)
+        route = self._route(self.url, self.headers)
         if (
             route is not None
             and self._is_free()
@@ -137,6 +137,9 @@ class FastPathHttp(BoundedHttp):
             self._parsed = self._begin(route)
         else:
             super().on_headers_complete()
+
+    def _route(self, target: bytes, headers: list[tuple[bytes, bytes]]) -> Route | None:
+        return self._fast_path.route(target, headers) if len(target) <= MAX_TARGET_BYTES else None
 
     def _is_free(self) -> bool:
         """Whether a request may take the fast path now."""
