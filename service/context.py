@@ -42,6 +42,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 _NICE = 10
 _LMDB = "lmdb:"
 _SWEEP_SECONDS = 1.0
+_ENDED_AT_ONCE = 8  # connections of revoked keys in one iteration of the event loop: a few milliseconds
 _KEYS_SECONDS = 0.25  # between looks at the file of keys: a revoked key's connections end within a second
 
 
@@ -225,7 +226,7 @@ class ServiceContext:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise revoked[0] from None
+            raise revoked.pop() from None  # it refers to this frame, which must not refer to it
 
     def operator(self, headers: Headers, client: Address) -> str:
         """Returns the operator whose key is in a request's headers, empty if no keys are needed.
@@ -279,6 +280,8 @@ class ServiceContext:
         while True:
             await asyncio.sleep(_KEYS_SECONDS)
             keys.reload_if_changed()
+            while keys.end_revoked(_ENDED_AT_ONCE):
+                await asyncio.sleep(0)
 
     async def _sweep_periodically(self) -> None:
         while True:

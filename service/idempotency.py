@@ -16,7 +16,7 @@ from cellserve.service.errors import PositionConflict, SessionWentBack
 Array = NDArray[Any]
 T = TypeVar("T")
 
-_HASHED_AT_ONCE = 1024 * 1024  # bytes, which take about a millisecond
+HASHED_AT_ONCE = 1024 * 1024  # bytes, which take about a millisecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class AppliedChange:
 async def hashed(tensors: Array | dict[str, Array] | None, digest: Callable[[], T]) -> T:
     """Returns the digest of tensors; that of large ones is computed in a thread, while the event loop goes on."""
     arrays = tensors.values() if isinstance(tensors, dict) else () if tensors is None else (tensors,)
-    if sum(array.nbytes for array in arrays) <= _HASHED_AT_ONCE:
+    if sum(array.nbytes for array in arrays) <= HASHED_AT_ONCE:
         return digest()
     return await asyncio.to_thread(digest)
 

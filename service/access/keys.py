@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from cellserve.service.access.peer_address import host_identity
@@ -94,6 +95,7 @@ class Keys:
         self._changed: tuple[int, int] = (0, 0)
         self._last_logged_error = ""
         self._lines: list[tuple[str, bytes]] = []
+        self._valid: set[tuple[str, bytes]] = set()  # the same
         self._owners: dict[bytes, str] = {}  # by digest: the keys in use
         self._wrong = WrongKeys(clock)
         self._used: dict[tuple[str, bytes], None] = {}  # addresses and the keys that they have used
@@ -157,19 +159,28 @@ class Keys:
         held = HeldKey(_digest(authorization), owner, end)
         self._held.add(held)
         try:
-            self._end_revoked()
+            if self._is_revoked(held):
+                self._end(held)
             yield held
         finally:
             self._held.discard(held)
 
-    def _end_revoked(self) -> None:
-        lines = set(self._lines)
-        for held in [held for held in self._held if (held.owner, held.digest) not in lines]:
-            self._held.discard(held)
-            held.end(Unauthorized("the key was revoked: send a valid one"))
+    def _is_revoked(self, held: HeldKey) -> bool:
+        return (held.owner, held.digest) not in self._valid
+
+    def _end(self, held: HeldKey) -> None:
+        self._held.discard(held)
+        held.end(Unauthorized("the key was revoked: send a valid one"))
+
+    def end_revoked(self, most: int) -> bool:
+        """Ends at most so many connections that hold revoked keys; returns whether more may be left."""
+        revoked = list(islice(filter(self._is_revoked, self._held), most))
+        for held in revoked:
+            self._end(held)
+        return len(revoked) == most
 
     def reload_if_changed(self) -> None:
-        """Reads the file again if it has changed, and logs once what is wrong with it; ends what held revoked keys.
+        """Reads the file again if it has changed, and logs once what is wrong with it.
 
         Valid lines take effect even if others are invalid: a broken line must not keep a key alive whose own line was
         deleted. While the file cannot be read at all, the keys stay as they were.
@@ -208,10 +219,9 @@ class Keys:
                 else:
                     lines.append((found[1], bytes.fromhex(found[2])))
         self._changed = stat.st_mtime_ns, stat.st_size
-        self._lines, self._owners = lines, {}
+        self._lines, self._valid, self._owners = lines, set(lines), {}
         digests = {digest for _, digest in lines}
         self._used = {use: None for use in self._used if use[1] in digests}
-        self._end_revoked()
         return bad
 
 

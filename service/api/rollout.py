@@ -120,10 +120,9 @@ class RolloutEndpoint:
                             "began at and Last-Event-ID"
                         )
         except Exception as error:
-            problem = as_problem(error, scope)
             if not begun:
-                raise problem from None
-            await event(b"event: problem\ndata: %b\n\n" % problem_body(problem, scope), False)
+                raise
+            await event(b"event: problem\ndata: %b\n\n" % problem_body(as_problem(error, scope), scope), False)
             return
         end = {"session": session.id, "position": position_reached, "durable": self.service.sessions.durable}
         await event(b"event: end\ndata: %b\n\n" % orjson.dumps(end), False)

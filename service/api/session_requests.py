@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from cellserve.service.api.step_codec import wants_all_outputs
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import InvalidInput, excerpt
-from cellserve.service.idempotency import creation_digest, hashed, step_key
-from cellserve.service.sessions.pending_steps import StepResult
+from cellserve.service.idempotency import IdempotencyKey, creation_digest, hashed, step_key
 from cellserve.service.sessions.session import Session
-from cellserve.service.sessions.writer import SessionWriter
 from cellserve.service.validation.json_bodies import Position
 from cellserve.service.validation.json_input import TensorDecoder
 
@@ -72,10 +70,10 @@ async def fork_session(service: ServiceContext, session: Session, request: ForkR
     return await service.sessions.fork(session, request.session, digest, request.position)
 
 
-async def step_session(
-    writer: SessionWriter, session: Session, x: Array, single: bool, outputs: str | None, position: int | None
-) -> tuple[StepResult, bool]:
-    """Steps a session; also returns whether the outputs of all time steps were requested."""
+async def step_options(
+    session: Session, x: Array, single: bool, outputs: str | None, position: int | None
+) -> tuple[bool, IdempotencyKey | None]:
+    """Returns whether the outputs of all time steps are requested, and the step's key if it has a position."""
     every_output = single or wants_all_outputs(session, outputs)
     key = None if position is None else await hashed(x, partial(step_key, position, x, every_output))
-    return await writer.submit(session, x, every_output, key), every_output
+    return every_output, key

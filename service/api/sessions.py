@@ -29,7 +29,7 @@ from cellserve.service.api.session_requests import (
     ForkRequest,
     create_session,
     fork_session,
-    step_session,
+    step_options,
 )
 from cellserve.service.api.step_codec import session_json, step_json, wants_all_outputs
 from cellserve.service.context import ServiceContext
@@ -74,10 +74,9 @@ class StepEndpoint:
             )
             steps = len(x) if wants_all_outputs(session, outputs) else 1
             size = check_json_answer(self.service.settings.max_exchange_bytes, session.model, (x,), steps)
-            work = step_session(self.service.writer, session, x, single, outputs, position)
-            stepped, every_output = await (
-                cancel_on_disconnect(work, receive) if session.engine.may_wait(len(x)) else work
-            )
+            every_output, key = await step_options(session, x, single, outputs, position)
+            work = self.service.writer.submit(session, x, every_output, key)
+            stepped = await (cancel_on_disconnect(work, receive) if session.engine.may_wait(len(x)) else work)
             answer = step_json(self.service.sessions, session, stepped.y, stepped.position, single, every_output)
             await send_sized_json(send, receive, answer, size, REPLAY if stepped.replayed else ())
         except ClientGone:

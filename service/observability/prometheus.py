@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Metrics:
 
     async def _shared(self) -> list[Metric]:
         """Returns the metrics that are the same in every worker, and so must not be summed."""
-        versions = {"version": importlib.metadata.version("cellserve"), "runtime": _runtime_version()}
+        versions = _versions()
         build = GaugeMetricFamily("cellserve_build_info", "What runs here.", labels=list(versions))
         build.add_metric(list(versions.values()), 1)
         shared = [build, *_of_files(self._sessions.files())]
@@ -232,7 +233,9 @@ def _add(family: HistogramMetricFamily, labels: list[str], distribution: Histogr
     family.add_metric(labels, buckets, total)
 
 
-def _runtime_version() -> str:
+@cache
+def _versions() -> dict[str, str]:
+    """Returns the versions of what runs here; the first one takes milliseconds to find."""
     import onnxruntime
 
-    return str(onnxruntime.__version__)
+    return {"version": importlib.metadata.version("cellserve"), "runtime": str(onnxruntime.__version__)}

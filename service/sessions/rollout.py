@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.service.errors import PositionConflict
-from cellserve.service.idempotency import IdempotencyKey, rollout_key
+from cellserve.service.idempotency import IdempotencyKey, hashed, rollout_key
 from cellserve.service.model_repository.model import Model
 from cellserve.service.sessions.sampling import Sampling, sample
 from cellserve.service.sessions.session import Session
@@ -37,10 +38,10 @@ class Rollout:
         """Time steps by which it advances the session."""
         return len(self.x) + self.steps - 1
 
-    def key(self, position: int) -> IdempotencyKey:
+    async def key(self, position: int) -> IdempotencyKey:
         """Returns the idempotency key of this rollout at a position."""
         options = f"{len(self.x)} {self.steps} {self.streamed} {self.sampling and tuple(self.sampling)}"
-        return rollout_key(position, self.x, options.encode())
+        return await hashed(self.x, partial(rollout_key, position, self.x, options.encode()))
 
 
 class GeneratedStep(NamedTuple):
@@ -82,7 +83,7 @@ class RolloutRunner:
             SessionGone, StepInFlight, PositionConflict, SessionWentBack, NotFinite: As `SessionWriter.submit` does.
             ModelFailed: No symbol can be sampled from an output.
         """
-        key = None if position is None else wanted.key(position)
+        key = None if position is None else await wanted.key(position)
 
         async def attempt(session: Session) -> RolloutResult:
             async with self._writer.locked(session, key) as change:
@@ -117,7 +118,7 @@ class RolloutRunner:
             ModelFailed: No symbol can be sampled from an output.
         """
         mine = object()
-        request = None if position is None else _request_of(session, wanted.key(position))
+        request = None if position is None else _request_of(session, await wanted.key(position))
         if request is not None:
             self._newest[request] = mine
         try:
@@ -146,12 +147,13 @@ class RolloutRunner:
         self, session: Session, wanted: Rollout, position: int | None
     ) -> tuple[IdempotencyKey, States, list[GeneratedStep]]:
         """Feeds x, unless it was applied before; returns the key, the states before, and the outputs so far."""
-        asked = None if position is None else wanted.key(position)
+        asked = None if position is None else await wanted.key(position)
 
         async def attempt(session: Session) -> tuple[IdempotencyKey, States, list[GeneratedStep]]:
             async with self._writer.locked(session, asked, waits=True) as change:
                 if change.applied is None:
-                    key, before = wanted.key(session.position), session.engine.arena.read(session.slot)
+                    key = await wanted.key(session.position)
+                    before = session.engine.arena.read(session.slot)
                     item = self._writer.enqueue_part(session, change, wanted.x, key, before)
             if change.applied is not None:
                 assert change.applied.states_before is not None

@@ -89,6 +89,7 @@ class DecoderProcess:
         for start in range(0, len(body), _PART):
             child.writer.write(memoryview(body)[start : start + _PART])
             await child.writer.drain()
+            await asyncio.sleep(0)  # the former does not give way while the other side keeps up
         length, count = HEAD.unpack(await child.reader.readexactly(HEAD.size))
         sizes = np.frombuffer(await child.reader.readexactly(8 * count), np.int64)
         content = await child.reader.readexactly(length)

@@ -11,6 +11,7 @@ from cellserve.service.validation.decoder_process import DecoderProcess
 T = TypeVar("T")
 
 ADMITTED_BYTES = 2 * 1024  # bodies that are larger wait to be admitted
+LARGEST_SIMPLE = 64 * 1024  # of one time step of plain numbers, which takes 2 ms at most
 LARGE_BYTES = 16 * 1024  # bodies that are larger are read in another process; any smaller one takes 3 ms at most
 
 

@@ -183,6 +183,7 @@ def test_a_body_stalls_nobody_and_its_error_is_small(server: Server, beside: Bes
 FRAMES = {
     "a wrong number deep in a wide list": b'{"op":"step","ref":1,"session":0,"x":' + WRONG + b"}",
     "states, long": b'{"op":"open","ref":1,"model":"sunspots","states":{"rnn.h":[' + ONES + b"]}}",
+    "a step of millions of numbers": b'{"op":"step","ref":1,"session":0,"x":[' + ONES + b"]}",
     "a lone surrogate": b'{"op":"step","ref":1,"session":0,"x":{"\\ud800":[NaN]}}',
     "a long ref": b'{"op":"step","session":0,"x":[0],"ref":"' + b"r" * 1_000_000 + b'"}',
     "a million fields": b'{"op":"step","session":0,' + KEYS + b"}",

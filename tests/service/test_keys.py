@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,13 +130,30 @@ def test_what_holds_a_key_ends_when_it_is_revoked_or_changes_hands(file: Path) -
     ):
         file.write_text(line("alice", "new") + line("alice", "a") + line("bob", "b"))
         keys.reload_if_changed()
+        assert not keys.end_revoked(8)
         rotated.replace(b"Bearer new")
         file.write_text(line("alice", "new") + line("bob", "b"))
         keys.reload_if_changed()
+        assert not keys.end_revoked(8)
         assert ended == ["the key was revoked: send a valid one"]
         file.write_text(line("alice", "new") + line("carol", "b"))
         keys.reload_if_changed()
+        keys.end_revoked(8)
         assert ended[1:] == ["b"]
         with keys.held(b"Bearer a", "alice", lambda problem: ended.append("late")):
             assert ended[2:] == ["late"]
     assert not keys._held
+
+
+def test_the_holders_of_a_revoked_key_end_a_few_at_a_time(file: Path) -> None:
+    keys = Keys(file)
+    ended: list[int] = []
+    with ExitStack() as held:
+        for number in range(20):
+            held.enter_context(keys.held(b"Bearer a", "alice", partial(lambda number, _: ended.append(number), number)))
+        file.write_text(line("bob", "b"))
+        keys.reload_if_changed()
+        assert [keys.end_revoked(8), len(ended)] == [True, 8]
+        assert [keys.end_revoked(8), len(ended)] == [True, 16]
+        assert [keys.end_revoked(8), len(ended)] == [False, 20]
+    assert sorted(ended) == list(range(20))

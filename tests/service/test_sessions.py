@@ -184,7 +184,7 @@ class Sessions(RuleBasedStateMachine):
         elif offset is None or position == expected.position:
             before, expected.state = expected.state, expected.state.copy()
             if offset is not None or streamed:
-                expected.last = wanted.key(position), position, (wanted, before)
+                expected.last = self.do(wanted.key(position)), position, (wanted, before)
             expected.position = position
             self.gone_on(expected, wanted, position, before, most, result, False)
         else:
@@ -235,7 +235,7 @@ class Sessions(RuleBasedStateMachine):
             assert (result.position, result.replayed) == (positions[-1], again)
         if positions[-1] > expected.position:
             expected.state, expected.position = ys[count - 1], positions[-1]
-        if expected.last and expected.last[0] == wanted.key(start):
+        if expected.last and expected.last[0] == self.do(wanted.key(start)):
             expected.last = expected.last[0], expected.position, expected.last[2]
         expected.used = self.now
 

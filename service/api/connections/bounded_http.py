@@ -321,6 +321,8 @@ class BoundedHttp(HttpToolsProtocol):
         self.flow.connection = None
         self._held, self._at = b"", 0
         super().handle_websocket_upgrade()
+        # They refer to this connection, which nobody else needs any more.
+        self.parser = self.cycle = self._running = None  # type: ignore[assignment]
 
     # Answers
 

@@ -12,7 +12,7 @@ from uvicorn import Config
 from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import InvalidState
-from websockets.frames import CloseCode, Frame
+from websockets.frames import Frame
 from websockets.http11 import Request
 from websockets.streams import StreamReader
 
@@ -91,6 +91,10 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         self._has_more = False
         self._table.leave(self, self._peer_client)
         super().connection_lost(exc)
+        # They refer to what refers to them: a cycle, which only the garbage collector frees.
+        self.conn.parser.close()
+        if self.handshake_initiated:
+            self.scope["extensions"].pop(FRAMES_EXTENSION, None)
 
     def shutdown(self) -> None:
         """Closes the socket."""
@@ -202,20 +206,20 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
             self.send_receive_event_to_app()
 
     def send_receive_event_to_app(self) -> None:
-        """Passes a message to `on_message`, or to the ASGI queue if that is not empty or the handler declines."""
-        if self.on_message is not None and self.queue.empty() and not self.close_sent:
-            message = self.frames[0] if len(self.frames) == 1 else b"".join(self.frames)
-            if self.on_message(bytes(message), self.curr_msg_data_type == "text"):
-                self.frames = []
-                return
-        self.sender.spent += TASK_SECONDS
-        if self.curr_msg_data_type == "text" and not self.close_sent and not _is_utf8(b"".join(self.frames)):
-            # As uvicorn does, but without a traceback in the log: it is the client's mistake (RFC 6455, section 8.1).
-            self.frames = []
-            self.conn.send_close(CloseCode.INVALID_DATA)
-            self.handle_parser_exception()
+        """Passes a message to `on_message`, or to the ASGI queue if that is not empty or the handler declines.
+
+        In the queue, text is bytes with `is_text`: the endpoint checks it as UTF-8, long text bit by bit.
+        """
+        [message], self.frames, is_text = self.frames, [], self.curr_msg_data_type == "text"
+        if self.close_sent:
             return
-        super().send_receive_event_to_app()
+        if self.on_message is not None and self.queue.empty() and self.on_message(bytes(message), is_text):
+            return
+        self.sender.spent += TASK_SECONDS
+        self.queue.put_nowait({"type": "websocket.receive", "bytes": bytes(message), "is_text": is_text})  # type: ignore[arg-type]
+        if not self.read_paused:
+            self.read_paused = True
+            self.transport.pause_reading()
 
     def send_now(self, data: bytes, text: bool) -> bool:
         """Sends a message at once; returns False if the client reads too slowly or has disconnected."""
@@ -256,11 +260,3 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
             self.handle_parser_exception()
         else:
             reset(self.transport)
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -120,8 +120,8 @@ def _answering(method: Method) -> Method:
             about.surface.record_response(200, perf_counter() - about.started)
             return answer
         except Exception as error:
-            problem = _record_problem(error, about, method.__name__)
-        await _abort(context, problem, about)
+            problems = [_record_problem(error, about, method.__name__)]
+        await _abort(context, problems.pop(), about)  # it refers to this frame, which must not refer to it
 
     return wrapper
 
@@ -254,16 +254,16 @@ class _Methods:
             return "", ""  # the answer says why
 
     async def _streamed(self, owner: str, client: str, content: bytes) -> Message:
-        about, head = self.request_context(), None
+        about = self.request_context()
+        failed = pb.ModelInferResponse()
         try:
             head = await self._head(client, content)
+            failed.model_name, failed.id = head.model, head.id
             answer = await self._infer(owner, client, head, content)
         except Exception as error:
-            problem = _record_problem(error, about, "ModelStreamInfer")
-            failed = pb.ModelInferResponse()
-            if head is not None:
-                failed.model_name, failed.id = head.model, head.id
-            return pb.ModelStreamInferResponse(error_message=problem.detail, infer_response=failed)
+            # Without a name here: this frame, to which the problem refers, would refer to it.
+            told = _record_problem(error, about, "ModelStreamInfer").detail
+            return pb.ModelStreamInferResponse(error_message=told, infer_response=failed)
         about.surface.record_response(200, perf_counter() - about.started)
         answer.parameters["triton_final_response"].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=answer)

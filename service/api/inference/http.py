@@ -21,8 +21,8 @@ from cellserve.service.api.asgi import (
 from cellserve.service.api.inference import codec, errors, metadata
 from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.inference.statistics import Timing
-from cellserve.service.errors import MethodNotAllowed, NotFound
-from cellserve.service.observability.request_context import get_context
+from cellserve.service.errors import MethodNotAllowed, NotFound, Problem
+from cellserve.service.observability.request_context import RequestContext, get_context
 from cellserve.service.sessions.session import current_client
 
 _LARGE_BODY = 16 * 1024  # bytes; running more takes longer than a step
@@ -60,10 +60,7 @@ class HttpInference:
         except ClientGone:
             pass
         except Exception as error:
-            problem, context = as_problem(error, scope), get_context(scope)
-            context.surface.record_problem(problem)
-            headers = [header for header in problem.headers() if header[0] != b"content-type"]
-            await send_body(send, errors.http_status(problem), [_JSON, *headers], errors.document(problem, context.id))
+            await _send_problem(send, as_problem(error, scope), get_context(scope))
 
     async def _infer(self, scope: Scope, receive: Receive, send: Send, name: str, version: str) -> None:
         headers = dict(scope["headers"])
@@ -145,3 +142,9 @@ class HttpInference:
             case ["stats"]:
                 return orjson.dumps(await inference.statistics_document(name, version))
         raise NotFound(f"{'/'.join(what)[:80]}: no such path of a model, or no such extension here: see /docs")
+
+
+async def _send_problem(send: Send, problem: Problem, context: RequestContext) -> None:
+    context.surface.record_problem(problem)
+    headers = [header for header in problem.headers() if header[0] != b"content-type"]
+    await send_body(send, errors.http_status(problem), [_JSON, *headers], errors.document(problem, context.id))

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from cellserve.service.api.asgi import send_problem
 from cellserve.service.api.websocket import json_frames
-from cellserve.service.api.websocket.open_socket import OpenSocket, raw_ref, refuse
+from cellserve.service.api.websocket.open_socket import OpenSocket, message_content, raw_ref, refuse
 from cellserve.service.context import Headers, ServiceContext
 from cellserve.service.errors import (
     Problem,
@@ -24,7 +24,7 @@ from cellserve.service.errors import (
 from cellserve.service.validation.json_input import decode
 
 _AUTH_SECONDS = 10
-_LONGEST_AUTH = 4096  # characters of the first frame that are read
+_LONGEST_AUTH = 4096  # bytes of the first frame that are read
 
 
 class StreamEndpoint:
@@ -68,7 +68,8 @@ class StreamEndpoint:
                 message = await receive()
             if message["type"] != "websocket.receive":
                 return None
-            body = (message.get("text") or "")[:_LONGEST_AUTH].encode()
+            content, is_text = message_content(message)
+            body = content[:_LONGEST_AUTH] if is_text else b""
             ref = raw_ref(json_frames.ref_of(body))
             headers = [json_frames.bearer_header(decode(json_frames.auth_decoder, body).key)]
             owner = self.service.owner(headers, scope["client"])

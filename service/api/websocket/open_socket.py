@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -14,7 +15,7 @@ import msgspec
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from cellserve.service.access.keys import HeldKey
 from cellserve.service.api.answer_size import check_exchange, check_json_answer
@@ -25,7 +26,7 @@ from cellserve.service.api.session_requests import (
     ForkRequest,
     create_session,
     fork_session,
-    step_session,
+    step_options,
 )
 from cellserve.service.api.step_codec import session_json, step_json, wants_all_outputs
 from cellserve.service.api.websocket import binary_frames, json_frames
@@ -39,17 +40,18 @@ from cellserve.service.errors import (
     UnknownSession,
     excerpt,
 )
-from cellserve.service.idempotency import state_key, step_key
+from cellserve.service.idempotency import HASHED_AT_ONCE, IdempotencyKey, hashed, state_key, step_key
 from cellserve.service.observability.request_context import get_context, problem_body
 from cellserve.service.sessions.pending_steps import BatchStepResult, PendingBatch, PendingStep, StepResult
 from cellserve.service.sessions.session import Session, current_client
-from cellserve.service.validation.decoding import ADMITTED_BYTES, LARGE_BYTES
+from cellserve.service.validation.decoding import ADMITTED_BYTES, LARGE_BYTES, LARGEST_SIMPLE
 from cellserve.service.validation.json_input import TensorDecoder
 
 Array = NDArray[Any]
 
 _REFUSAL_SECONDS = 0.5
-_POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
+_INVALID_DATA, _POLICY_VIOLATION = 1007, 1008  # RFC 6455, section 7.4.1
+_UTF8_PART = 256 * 1024  # bytes that are checked at once, in less than a millisecond
 _SMALL_FRAME = 512  # bytes; 256 such frames have answers of a few MB
 _CACHED_GROUPS = 8  # groups of sessions per socket
 
@@ -85,14 +87,13 @@ class OpenSocket:
             self.fast.on_message = self._on_message
         try:
             while (message := await receive())["type"] == "websocket.receive":
-                text = message.get("text")
-                body = message["bytes"] if text is None else text.encode()
-                if not self._on_message(body, text is not None):
+                body, text = message_content(message)
+                if not self._on_message(body, text):
                     self.frame_window.begin(len(body))
                     self.unstarted_tasks += 1
                     read = asyncio.Event()
-                    self._spawn(self._answer(body, text is not None, read))
-                    if text is not None and len(body) > ADMITTED_BYTES:
+                    self._spawn(self._answer(body, text, read))
+                    if len(body) > (ADMITTED_BYTES if text else HASHED_AT_ONCE):
                         self.unstarted_tasks += 1
                         await read.wait()
                         self.unstarted_tasks -= 1
@@ -125,6 +126,8 @@ class OpenSocket:
     def _on_message(self, body: bytes, text: bool) -> bool:
         """Starts a frame without a task if possible; returns whether it did."""
         if self.unstarted_tasks or self.frame_window.is_full or self.service.tracing:
+            return False
+        if text and len(body) > LARGEST_SIMPLE:
             return False
         size = self._try_step(body) if text else self._try_frame(body)
         if size:
@@ -211,7 +214,7 @@ class OpenSocket:
         return group.endings == endings
 
     async def _answer(self, body: bytes, text: bool, read: asyncio.Event) -> None:
-        """Answers a frame; sets `read` when its tensors are read, and later frames may follow."""
+        """Answers a frame; sets `read` when later frames may follow: they cannot overtake it any more."""
         self.unstarted_tasks -= 1
         begun, tracing = perf_counter(), self.service.tracing
         size = len(body)
@@ -224,22 +227,29 @@ class OpenSocket:
 
         try:
             with nullcontext() if tracing is None else tracing.frame(self.scope):
-                if text:
+                if text and not await _is_utf8(body):
+                    await self.send({"type": "websocket.close", "code": _INVALID_DATA})
+                elif text:
                     message = await encoded(await self._text(body, expect, read), size)
                     self.counts.record_response(200, perf_counter() - begun)
                     self.frame_window.put(message, True, size)
                 else:
-                    frame, group, stepped = await self._binary(body, expect)
+                    frame, group, stepped = await self._binary(body, expect, read)
                     self._put_frame(frame, group, stepped, begun, size)
         except Exception as error:
-            problem = as_problem(error, self.scope)
-            self.counts.record_response(problem.status, perf_counter() - begun)
             ref: Any = binary_frames.ref_of(body)
             if text:
                 ref = raw_ref(await self.service.decoding.read(self.client, json_frames.ref_of, body=body))
-            self._put_json(error_frame(self.scope, ref, problem), size)
+            self._put_problem(error, ref, begun, size)
         finally:
             read.set()
+
+    def _put_problem(self, error: Exception, ref: Any, begun: float, size: int) -> None:
+        """Answers a frame with a problem."""
+        # Not in the frame that has caught it, to which it refers: a cycle, which only the garbage collector frees.
+        problem = as_problem(error, self.scope)
+        self.counts.record_response(problem.status, perf_counter() - begun)
+        self._put_json(error_frame(self.scope, ref, problem), size)
 
     async def _text(self, body: bytes, expect: Callable[[int], None], read: asyncio.Event) -> dict[str, Any]:
         store, decoding, client = self.service.sessions, self.service.decoding, self.client
@@ -268,10 +278,9 @@ class OpenSocket:
                 )
                 steps = len(x) if wants_all_outputs(session, frame.outputs) else 1
                 expect(check_json_answer(self.frame_window.window_bytes, session.model, (x,), steps))
+                every_output, key = await step_options(session, x, single, frame.outputs, frame.position)
                 read.set()
-                stepped, every_output = await step_session(
-                    self.service.writer, session, x, single, frame.outputs, frame.position
-                )
+                stepped = await self.service.writer.submit(session, x, every_output, key)
                 answer |= step_json(store, session, stepped.y, stepped.position, single, every_output)
                 return answer | ({"replayed": True} if stepped.replayed else {})
             case Open():
@@ -327,7 +336,9 @@ class OpenSocket:
         self.sessions[name] = await self.service.sessions.fetch(self.owner, self.sessions[name].id)
         return self.sessions[name]
 
-    async def _binary(self, body: bytes, expect: Callable[[int], None]) -> tuple[Frame, Group, BatchStepResult]:
+    async def _binary(
+        self, body: bytes, expect: Callable[[int], None], read: asyncio.Event
+    ) -> tuple[Frame, Group, BatchStepResult]:
         frame = Frame.read(body)
         group = self._group(frame.handles)
         model = group.sessions[0].model
@@ -337,7 +348,7 @@ class OpenSocket:
         expect(size)
         requests = None
         if frame.positions is not None:
-            requests = list(map(step_key, frame.positions.tolist(), x, repeat(True)))
+            requests = await hashed(x, partial(_step_keys, frame.positions, x))
         if not self._is_alive(group):
             for session in group.sessions:
                 if not session.alive:
@@ -346,6 +357,7 @@ class OpenSocket:
             self.groups.clear()
             group = self._group(frame.handles)
         submit = self.service.writer.submit_versions if group.mixed else self.service.writer.submit_many
+        read.set()
         return frame, group, await submit(group.sessions, group.slots, x, requests)
 
     def _put_frame(self, frame: Frame, group: Group, stepped: BatchStepResult, begun: float, size: int) -> None:
@@ -372,6 +384,30 @@ class OpenSocket:
                 self.groups.clear()
             self.groups[key] = group
         return group
+
+
+def message_content(message: Message) -> tuple[bytes, bool]:
+    """Returns a message, and whether it is text: a str, or with our own connection bytes, yet to be checked."""
+    text = message.get("text")
+    return (message["bytes"], message.get("is_text", False)) if text is None else (text.encode(), True)
+
+
+async def _is_utf8(text: bytes) -> bool:
+    """Whether a message can be text (RFC 6455, section 8.1); a long one is looked at in parts."""
+    decoder = getincrementaldecoder("utf-8")()
+    try:
+        for start in range(0, len(text), _UTF8_PART):
+            if start:
+                await asyncio.sleep(0)
+            decoder.decode(text[start : start + _UTF8_PART], start + _UTF8_PART >= len(text))
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _step_keys(positions: NDArray[np.uint64], x: Array) -> list[IdempotencyKey]:
+    """Returns the keys of a frame's steps, x `[sessions, time, *features]`."""
+    return list(map(step_key, positions.tolist(), x, repeat(True)))
 
 
 async def refuse(scope: Scope, send: Send, ref: Any, problem: Problem) -> None:
