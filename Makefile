@@ -28,7 +28,7 @@ test: $(BIN)/.dev $(BIN)/.silero setup servers
 
 # COVERAGE=yes counts the branches that all of them take, in servers too, for twice the processor time on Python 3.11.
 pytest:
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal $(COVERAGE:%=--cov)
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --ignore tests/hostile $(COVERAGE:%=--cov)
 
 # The branches that the tests without a server take: a minute or two, for CI's log.
 coverage: $(BIN)/.dev setup servers

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import select
@@ -127,6 +128,7 @@ def _main(control: socket.socket) -> None:
     import cellserve.service.cli.serve  # noqa: F401
     from cellserve.service.api.connections import bounded_websocket, fast_path_http  # noqa: F401
 
+    gc.freeze()  # no copy looks through what was imported, or has pages of its own of it
     while True:
         request, files, _, _ = socket.recv_fds(control, 1 << 20, 3)
         if not request:

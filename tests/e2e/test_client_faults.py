@@ -224,6 +224,7 @@ def test_a_session_continues_when_its_server_is_killed(repository: Path, serve: 
             }
 
 
+@pytest.mark.long
 def test_sessions_of_a_stream_continue_when_their_server_is_killed(
     repository: Path, serve: Serve, redis: RedisServer
 ) -> None:
@@ -241,6 +242,7 @@ def test_sessions_of_a_stream_continue_when_their_server_is_killed(
             assert {session.refresh() for session in sessions} == {len(ys)}
 
 
+@pytest.mark.long
 def test_tasks_continue_when_their_server_is_killed(repository: Path, serve: Serve, redis: RedisServer) -> None:
     async def main(url: str, is_over: Callable[[], bool]) -> tuple[list[Array], list[Array]]:
         xs, ys = [], []

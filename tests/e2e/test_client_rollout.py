@@ -110,6 +110,7 @@ def test_lost_answers_are_requested_again_and_a_client_that_gave_up_may_continue
     proxy.close()
 
 
+@pytest.mark.long
 def test_every_output_comes_once_while_the_server_is_killed(examples: Path, serve: Serve, redis: RedisServer) -> None:
     with killed_again_and_again(examples, serve, redis) as (url, is_over), Client(url, retry=QUICK) as client:
         texts: set[str] = set()

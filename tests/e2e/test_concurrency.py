@@ -100,6 +100,7 @@ def check(all_: dict[int, np.ndarray], run: Callable[[str, np.ndarray], np.ndarr
         assert y.tobytes() == run(MODELS[number % 3], sequence(number)).tobytes(), f"session {number}"
 
 
+@pytest.mark.long
 def test_200_concurrent_sessions_are_exact_over_http(server: Server, repository: Path) -> None:
     results: dict[int, np.ndarray] = {}
 

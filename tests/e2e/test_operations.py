@@ -164,6 +164,7 @@ def test_sessions_of_a_shared_store_are_counted_as_they_end(
         assert scrape("cellserve_sessions_ended_total", reason="expired") == 1
 
 
+@pytest.mark.long
 def test_metrics_of_workers_are_the_sum_and_outlive_a_worker(
     repository: Path, serve: Serve, own_redis: RedisServer
 ) -> None:

@@ -196,6 +196,7 @@ def busy(serve: Serve, repository: Path, tmp_path: Path) -> Iterator[tuple[Path,
     assert server.stop() == 0
 
 
+@pytest.mark.long
 def test_a_backup_while_clients_step_is_served_as_it_was(
     busy: tuple[Path, list[tuple[str, list[int]]]], serve: Serve, repository: Path, tmp_path: Path, run: Run
 ) -> None:

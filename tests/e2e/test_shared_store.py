@@ -204,7 +204,7 @@ def test_idle_sessions_expire_in_the_store_and_are_answered_as_expired(
         assert (gone.status_code, gone.json()["reason"], gone.json()["position"]) == (410, "expired", 3)
 
 
-@pytest.mark.parametrize("kind", ["lmdb", "redis"])
+@pytest.mark.parametrize("kind", ["lmdb", pytest.param("redis", marks=pytest.mark.long)])
 def test_workers_share_the_store_and_stop_with_status_0(
     repository: Path, serve: Serve, own_redis: RedisServer, tmp_path: Path, kind: str
 ) -> None:

@@ -308,6 +308,7 @@ def said(connection: socket.socket, command: bytes) -> bytes:
     return connection.recv(1 << 16)
 
 
+@pytest.mark.long
 def test_a_killed_parent_takes_its_workers_with_it_and_the_next_start_finds_the_port_free(
     repository: Path, serve: Serve, own_redis: RedisServer
 ) -> None:

@@ -74,6 +74,7 @@ async def until_stepped(ys: list[list[list[float]]]) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.long
 def test_every_session_keeps_its_version_when_a_new_one_arrives_under_load(models: Path, serve: Serve) -> None:
     server = serve("--models", str(models), *WATCHING)
     sequences = [frames(1000, seed) for seed in range(60)]

@@ -18,6 +18,7 @@ from cellserve.models.training_cli import EXAMPLES
 from cellserve.service.runtime.onnx_model import Runtime
 
 
+@pytest.mark.long
 def test_an_example_is_trained_exported_and_then_not_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

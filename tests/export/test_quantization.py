@@ -89,7 +89,11 @@ def test_every_scheme_is_exact_and_close_to_float32(tmp_path: Path, precision: A
     assert set(map(frozenset, exact.values())) == {frozenset({True})}, exact
 
 
-@pytest.mark.parametrize("arguments", [["--quantize", "int8"], ["--precision", "float16"]], ids=lambda given: given[1])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--quantize", "int8"], pytest.param(["--precision", "float16"], marks=pytest.mark.long)],
+    ids=lambda given: given[1],
+)
 def test_a_model_of_less_precision_is_smaller_exact_within_tolerance_and_says_what_it_is(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,7 +48,7 @@ def both_ways(recurrent: Any) -> Any:
     return layers.Bidirectional(recurrent(8, return_sequences=True))
 
 
-@pytest.mark.parametrize("read", [backwards, both_ways])
+@pytest.mark.parametrize("read", [backwards, pytest.param(both_ways, marks=pytest.mark.long)])
 @pytest.mark.parametrize("recurrent", [layers.LSTM, layers.GRU])
 def test_where_keras_is_not_finite_in_whole_sequences_no_form_is(recurrent: Any, read: Callable[[Any], Any]) -> None:
     x = keras.Input((None, 2), name="x")
