@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from tests.helpers import FEATURES
+from tests.helpers import FEATURES, OUTPUTS
 from tests.server import Server, start_server
 from tests.triton import noise
 
@@ -77,6 +77,7 @@ JSON: dict[str, tuple[bytes, int, str]] = {
     "very deeply nested": (body(tensor(data=7)).replace(b"7", b"[" * 100_000), 400, ""),
     "a negative shape": (body(tensor(shape=[-1, 2, 5])), 400, "its shape is"),
     "an enormous shape": (body(tensor(shape=[2**62, 2**62, 5])), 400, "asks for"),
+    "an enormous shape of nothing": (body(tensor(shape=[0, 2**62, 5], data=[])), 400, "its shape is"),
     "many axes": (body(tensor(shape=[1] * 100)), 400, "its shape is"),
     "no batch": (body(tensor(shape=[0, 2, 5], data=[])), 400, "send [batch, time, 5]"),
     "other features": (body(tensor(shape=[1, 5, 2])), 400, "send [batch, time, 5]"),
@@ -203,6 +204,7 @@ GRPC: dict[str, tuple[Any, str, str]] = {
     "another datatype": (request(datatype="BYTES"), "INVALID_ARGUMENT", "its datatype is 'BYTES': send FP32"),
     "a negative shape": (request(shape=[-1, 2, 5]), "INVALID_ARGUMENT", "its shape is"),
     "an enormous shape": (request(shape=[2**62, 2**62, 5]), "INVALID_ARGUMENT", "asks for"),
+    "an enormous shape of nothing": (request(shape=[0, 2**63 - 1, 5]), "INVALID_ARGUMENT", "its shape is"),
     "too few bytes": (changed(raw=[X.tobytes()[:-1]]), "INVALID_ARGUMENT", "39 bytes"),
     "too many contents": (changed(raw=[X.tobytes()] * 2), "INVALID_ARGUMENT", "2 for 1 inputs"),
     "no contents": (changed(raw=[]), "INVALID_ARGUMENT", "0 numbers"),
@@ -258,3 +260,40 @@ def test_a_client_that_does_not_read_its_stream_delays_nobody(both: Server) -> N
         next(call)
         assert service_pb2_grpc.GRPCInferenceServiceStub(other).ModelInfer(request()).raw_output_contents
         call.cancel()
+
+
+def test_large_grpc_messages_are_for_inference_only(both: Server) -> None:
+    padding = b"\xf8\x07\x01" * 30_000  # a field that no message has
+    service, reflection = "/inference.GRPCInferenceService", "/grpc.reflection.v1alpha.ServerReflection"
+    with grpc.insecure_channel(both.grpc) as channel:
+        calls = {
+            "metadata": lambda: channel.unary_unary(f"{service}/ModelMetadata")(padding, timeout=10),
+            "load": lambda: channel.unary_unary(f"{service}/RepositoryModelLoad")(padding, timeout=10),
+            "health": lambda: channel.unary_unary("/grpc.health.v1.Health/Check")(padding, timeout=10),
+            "watch": lambda: next(channel.unary_stream("/grpc.health.v1.Health/Watch")(padding, timeout=10)),
+            "reflection": lambda: next(
+                channel.stream_stream(f"{reflection}/ServerReflectionInfo")(iter([padding]), timeout=10)
+            ),
+        }
+        for name, call in calls.items():
+            with pytest.raises(grpc.RpcError) as error:
+                call()
+            assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, name
+            assert "at most 65536" in error.value.details(), name
+
+
+def test_large_grpc_answers_are_whole(both: Server) -> None:
+    x = noise(1, 30_000, FEATURES)
+    asked = request(shape=x.shape)
+    asked.raw_input_contents[0] = x.tobytes()
+    with grpc.insecure_channel(both.grpc) as channel, both.client() as client:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        answer, [streamed] = stub.ModelInfer(asked), stub.ModelStreamInfer(iter([asked]))
+        described = tensor(shape=x.shape, parameters={"binary_data_size": x.nbytes})
+        del described["data"]
+        head = body(described, outputs=[{"name": "y", "parameters": {"binary_data": True}}])
+        by_http = client.post("/v2/models/lstm/infer", content=head + x.tobytes(), headers={LENGTH: str(len(head))})
+    expected = by_http.content[int(by_http.headers[LENGTH]) :]
+    assert len(expected) == 30_000 * OUTPUTS * 4
+    assert answer.raw_output_contents[0] == streamed.infer_response.raw_output_contents[0] == expected
+    assert list(answer.outputs[0].shape) == [1, 30_000, OUTPUTS]

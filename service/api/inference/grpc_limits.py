@@ -13,8 +13,10 @@ import grpc
 from cellserve.service.api.client_identity import grpc_peer
 from cellserve.service.api.connections.limits import affordable_connections
 from cellserve.service.api.inference.grpc_messages import Message
-from cellserve.service.errors import TooManyConnections
+from cellserve.service.errors import BodyTooLarge, Problem, TooManyConnections
 from cellserve.service.settings import Settings
+
+LARGEST_SMALL = 64 * 1024  # bytes of a message that is neither an inference request nor part of a stream of them
 
 
 def connection_options(settings: Settings) -> tuple[tuple[str, int], ...]:
@@ -35,7 +37,7 @@ class CallLimit(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         refuse: Ends a call with a problem.
     """
 
-    def __init__(self, most: int, refuse: Callable[[Message, TooManyConnections], Awaitable[None]]) -> None:
+    def __init__(self, most: int, refuse: Callable[[Message, Problem], Awaitable[None]]) -> None:
         self._most, self._refuse = most, refuse
         self._calls: Counter[str] = Counter()  # by address
         self._limited: dict[str, grpc.RpcMethodHandler] = {}  # by method
@@ -54,20 +56,37 @@ class CallLimit(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         kind = f"{_kind(handler.request_streaming)}_{_kind(handler.response_streaming)}"
         method = getattr(handler, kind)
 
+        read = handler.request_deserializer  # of health and reflection; the protocol's own methods read their requests
+
+        async def small(request: bytes, context: Message) -> Any:
+            """Reads a message, which grpc would do in the event loop however large it is."""
+            if len(request) > LARGEST_SMALL:
+                told = f"the message has {len(request)} bytes: send at most {LARGEST_SMALL}"
+                await self._refuse(context, BodyTooLarge(told, limit=LARGEST_SMALL))
+            return read(request)
+
+        async def each_small(requests: AsyncIterator[bytes], context: Message) -> AsyncIterator[Any]:
+            async for request in requests:
+                yield await small(request, context)
+
         async def call(request: Any, context: Message) -> Any:
             with self._counted(context) as is_allowed:
-                return await (method(request, context) if is_allowed else self._refused(context))
+                if not is_allowed:
+                    await self._refused(context)
+                return await method(request if read is None else await small(request, context), context)
 
         async def stream(request: Any, context: Message) -> AsyncIterator[Any]:
             with self._counted(context) as is_allowed:
                 if not is_allowed:
                     await self._refused(context)
+                if read is not None:
+                    request = each_small(request, context)  # a stream of requests
                 async for answer in method(request, context):
                     yield answer
 
         limited = stream if inspect.isasyncgenfunction(method) else call  # a health watch is a coroutine
         make = getattr(grpc, f"{kind}_rpc_method_handler")
-        made: grpc.RpcMethodHandler = make(limited, handler.request_deserializer, handler.response_serializer)
+        made: grpc.RpcMethodHandler = make(limited, None, handler.response_serializer)
         return made
 
     @contextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
 
 from cellserve.models.signature import Signature
+from cellserve.service.api.answer_size import LARGE
 from cellserve.service.api.inference.codec import LONGEST_ID, PARAMETERS, check_names, check_parameters
 from cellserve.service.api.inference.tensors import DATATYPES, check_datatype, from_bytes, from_numbers
 from cellserve.service.errors import InvalidInput
@@ -18,6 +21,7 @@ Array = NDArray[Any]
 Message = Any  # a message of the protocol, or grpc's context
 
 _LENGTH_DELIMITED, _RAW_INPUT_CONTENTS = 2, 7  # a wire type, and the number of a field
+_RAW_OUTPUT_CONTENTS, _INFER_RESPONSE = 6, 2  # of an answer, and of a stream's message
 _MOST_FIELDS = 64  # that are looked at; a request has fewer
 _MOST_OUTPUTS = 256
 _CONTENTS = {"FP32": "fp32_contents", "INT32": "int_contents", "INT64": "int64_contents"}
@@ -111,20 +115,50 @@ def read_tensors(signature: Signature, content: bytes) -> dict[str, Array]:
     return tensors
 
 
-def write_answer(head: dict[str, str], outputs: dict[str, Array], parameters: dict[str, Any]) -> Message:
-    """Returns the answer to a request.
+def write_head(head: dict[str, str], outputs: dict[str, Array], parameters: dict[str, Any]) -> Message:
+    """Returns the answer to a request, without what its outputs hold.
 
     Args:
         head: The model's name and version, and the request's id.
         outputs: The outputs by name.
         parameters: The answer's parameters.
     """
-    answer = pb.ModelInferResponse(**head, raw_output_contents=[y.tobytes() for y in outputs.values()])
+    answer = pb.ModelInferResponse(**head)
     for name, y in outputs.items():
         answer.outputs.add(name=name, datatype=DATATYPES[y.dtype.name], shape=y.shape)
     for name, value in parameters.items():
         _set(answer.parameters[name], value)
     return answer
+
+
+async def write_answer(answer: Message, outputs: Iterable[Array], streamed: bool = False) -> bytes:
+    """Returns an answer of `write_head` with what its outputs hold, as a message of a stream or as itself.
+
+    Large outputs are copied once, in an iteration of the event loop of its own, and sent in the next: protobuf would
+    copy them three times in one.
+    """
+    parts: list[Any] = [answer.SerializeToString()]
+    for y in outputs:
+        parts += [_field(_RAW_OUTPUT_CONTENTS, y.nbytes), np.ascontiguousarray(y).reshape(-1).view(np.uint8).data]
+    size = sum(map(len, parts))
+    if streamed:
+        parts.insert(0, _field(_INFER_RESPONSE, size))
+    if size <= LARGE:
+        return b"".join(parts)
+    await asyncio.sleep(0)
+    content = b"".join(parts)
+    await asyncio.sleep(0)
+    return content
+
+
+def _field(number: int, length: int) -> bytes:
+    """Returns what stands before so many bytes that are a message's field."""
+    written = bytearray([number << 3 | _LENGTH_DELIMITED])
+    while length > 0x7F:
+        written.append(length & 0x7F | 0x80)
+        length >>= 7
+    written.append(length)
+    return bytes(written)
 
 
 def plain(parameter: Message) -> Any:

@@ -18,14 +18,16 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2 as pb
 
+from cellserve.service.api.answer_size import LARGE
 from cellserve.service.api.asgi import as_problem
 from cellserve.service.api.client_identity import grpc_peer
 from cellserve.service.api.inference import metadata
 from cellserve.service.api.inference.codec import check_output
 from cellserve.service.api.inference.errors import NotByProtocol, grpc_code, http_status
-from cellserve.service.api.inference.grpc_limits import CallLimit, connection_options
+from cellserve.service.api.inference.grpc_limits import LARGEST_SMALL, CallLimit, connection_options
 from cellserve.service.api.inference.grpc_messages import (
     Message,
     RequestHead,
@@ -34,14 +36,16 @@ from cellserve.service.api.inference.grpc_messages import (
     read_tensors,
     slow_bytes,
     write_answer,
+    write_head,
 )
 from cellserve.service.api.inference.grpc_stream import RequestStream
 from cellserve.service.api.inference.service import Inference
 from cellserve.service.api.inference.statistics import Timing
-from cellserve.service.errors import Problem, UnknownModel
+from cellserve.service.errors import BodyTooLarge, Problem, UnknownModel
 from cellserve.service.observability.request_context import HEADER, RequestContext, make_scope, new_id
 from cellserve.service.sessions.session import current_client, peer
 
+Array = NDArray[Any]
 Method = Callable[[Any, Message, Message], Awaitable[Message]]
 
 SERVICE = "inference.GRPCInferenceService"
@@ -129,6 +133,10 @@ def _answering(method: Method) -> Method:
 def _parsed(method: str, content: bytes) -> Message:
     """Returns a method's request; those of `ModelInfer`, which may be large, are left to it."""
     described = None if method == "ModelInfer" else _SERVICE_DESCRIPTOR.methods_by_name.get(method)
+    if described is not None and len(content) > LARGEST_SMALL:
+        raise BodyTooLarge(
+            f"the message has {len(content)} bytes: send {method} at most {LARGEST_SMALL}", limit=LARGEST_SMALL
+        )
     return content if described is None else parse(GetMessageClass(described.input_type), content)
 
 
@@ -139,9 +147,12 @@ def _handlers(methods: _Methods) -> grpc.GenericRpcHandler:
         make = grpc.unary_unary_rpc_method_handler
         if method.server_streaming:
             make = grpc.stream_stream_rpc_method_handler
-        write = GetMessageClass(method.output_type).SerializeToString
-        handlers[method.name] = make(getattr(methods, method.name), response_serializer=write)
+        handlers[method.name] = make(getattr(methods, method.name), response_serializer=_serialized)
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
+def _serialized(answer: Message) -> bytes:
+    return answer if isinstance(answer, bytes) else answer.SerializeToString()
 
 
 def _record_problem(error: Exception, about: RequestContext, method: str) -> Problem:
@@ -223,9 +234,9 @@ class _Methods:
     async def ModelInfer(self, content: bytes, context: Message) -> Message:
         owner = self.owner(context)
         client = current_client(owner)
-        return await self._infer(owner, client, await self._head(client, content), content)
+        return await write_answer(*await self._infer(owner, client, await self._head(client, content), content))
 
-    async def ModelStreamInfer(self, requests: AsyncIterator[bytes], context: Message) -> AsyncIterator[Message]:
+    async def ModelStreamInfer(self, requests: AsyncIterator[bytes], context: Message) -> AsyncIterator[bytes]:
         stream: RequestStream | None = None
         try:
             owner = self.owner(context)
@@ -253,31 +264,39 @@ class _Methods:
         except Problem:
             return "", ""  # the answer says why
 
-    async def _streamed(self, owner: str, client: str, content: bytes) -> Message:
+    async def _streamed(self, owner: str, client: str, request: bytes) -> bytes:
         about = self.request_context()
         failed = pb.ModelInferResponse()
         try:
-            head = await self._head(client, content)
+            head = await self._head(client, request)
             failed.model_name, failed.id = head.model, head.id
-            answer = await self._infer(owner, client, head, content)
+            answer, outputs = await self._infer(owner, client, head, request)
         except Exception as error:
             # Without a name here: this frame, to which the problem refers, would refer to it.
             told = _record_problem(error, about, "ModelStreamInfer").detail
-            return pb.ModelStreamInferResponse(error_message=told, infer_response=failed)
+            content: bytes = pb.ModelStreamInferResponse(error_message=told, infer_response=failed).SerializeToString()
+            return content
         about.surface.record_response(200, perf_counter() - about.started)
         answer.parameters["triton_final_response"].bool_param = True
-        return pb.ModelStreamInferResponse(infer_response=answer)
+        return await write_answer(answer, outputs, streamed=True)
 
     async def _head(self, client: str, content: bytes) -> RequestHead:
+        if len(content) > LARGE:
+            await asyncio.sleep(0)  # receiving it took milliseconds, and so will reading it
         return await self._service.decoding.read(client, read_head, body=content, size=slow_bytes(content))
 
-    async def _infer(self, owner: str, client: str, request: RequestHead, content: bytes) -> Message:
+    async def _infer(
+        self, owner: str, client: str, request: RequestHead, content: bytes
+    ) -> tuple[Message, list[Array]]:
+        """Returns the answer without what its outputs hold, and the outputs."""
         engine = await self._inference.engine(request.model, request.version)
         model, timing = engine.model, Timing()
         self.in_flight += 1
         try:
             with self._inference.statistics(engine).request(timing):
                 signature = model.runtime.signature
+                if len(content) > LARGE:
+                    await asyncio.sleep(0)
                 tensors = await self._service.decoding.read(
                     client, read_tensors, signature, body=content, size=slow_bytes(content)
                 )
@@ -290,7 +309,8 @@ class _Methods:
                 names = [name for name, _ in request.outputs] or list(result.outputs)
                 model = result.model
                 head = {"model_name": model.name, "model_version": str(model.version), "id": request.id}
-                return write_answer(head, {name: result.outputs[name] for name in names}, result.parameters)
+                outputs = {name: result.outputs[name] for name in names}
+                return write_head(head, outputs, result.parameters), list(outputs.values())
         finally:
             self.in_flight -= 1
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from cellserve.service.api.inference.grpc_messages import Message
 from cellserve.service.errors import Problem
 
 
@@ -21,7 +20,7 @@ class RequestStream:
 
     def __init__(
         self,
-        answer: Callable[[bytes], Awaitable[Message]],
+        answer: Callable[[bytes], Awaitable[bytes]],
         sequence_of: Callable[[bytes], Awaitable[tuple[str, str]]],
         window: int,
         window_bytes: int,
@@ -29,19 +28,19 @@ class RequestStream:
         self._answer, self._sequence_of, self._window = answer, sequence_of, asyncio.Semaphore(window)
         self._window_bytes, self._bytes = window_bytes, 0
         self._has_room = asyncio.Event()
-        self._answers: asyncio.Queue[Message | Problem | None] = asyncio.Queue()
+        self._answers: asyncio.Queue[bytes | Problem | None] = asyncio.Queue()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._last: dict[tuple[str, str], asyncio.Task[None]] = {}  # by model and sequence
         self._reading: asyncio.Task[None] | None = None
 
-    async def answers(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+    async def answers(self, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Yields the answers as they complete; raises the problem that the stream was refused with."""
         self._reading = asyncio.create_task(self._read(requests))
         try:
             while (answer := await self._answers.get()) is not None:
                 if isinstance(answer, Problem):
                     raise answer
-                size = answer.ByteSize()
+                size = len(answer)
                 yield answer
                 self._window.release()
                 self._count(-size)
@@ -95,7 +94,7 @@ class RequestStream:
         if before is not None:
             await asyncio.wait((before,))
         answer = await self._answer(request)
-        self._count(answer.ByteSize() - len(request))
+        self._count(len(answer) - len(request))
         self._answers.put_nowait(answer)
         if self._last.get(key) is asyncio.current_task():
             del self._last[key]

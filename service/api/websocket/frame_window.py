@@ -70,8 +70,11 @@ class FrameWindow:
             while self._messages:
                 message, text, last, size = self._messages.popleft()
                 self._writing = True
-                content = {"text": message.decode()} if text else {"bytes": message}
-                await self._send({"type": "websocket.send", **content})
+                if self._fast:
+                    await self._fast.writable.wait()
+                if self._fast is None or not self._fast.send_now(message, text):
+                    content = {"text": message.decode()} if text else {"bytes": message}
+                    await self._send({"type": "websocket.send", **content})
                 self._writing = False
                 if last:
                     self._frame_answered(size)
