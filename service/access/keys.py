@@ -6,7 +6,9 @@ import hashlib
 import hmac
 import logging
 import math
+import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from cellserve.service.access.peer_address import host_identity
 from cellserve.service.errors import TooManyWrongKeys, Unauthorized
 
 _LINE = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})")
+_MOST_BYTES = 16 * 1024 * 1024  # of the file
+_MOST_BAD = 20  # lines of the file that are named
 _REMEMBERED = 4096  # keys, pairs of address and key, and addresses with wrong keys
 _WRONG_AT_ONCE, _WRONG_SECONDS = 10, 6.0  # an address may send so many wrong keys, then one every so many seconds
 
@@ -92,7 +96,7 @@ class Keys:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
-        self._changed: tuple[int, int] = (0, 0)
+        self._changed: tuple[int, int, int] = (0, 0, 0)
         self._last_logged_error = ""
         self._lines: list[tuple[str, bytes]] = []
         self._valid: set[tuple[str, bytes]] = set()  # the same
@@ -204,12 +208,19 @@ class Keys:
             BadKeysFile: The file cannot be read; the keys stay as they were.
         """
         try:
-            stat = self._path.stat()
-            if (stat.st_mtime_ns, stat.st_size) == self._changed:
-                return []
-            text = self._path.read_bytes().decode(errors="replace")
+            # Opening a pipe that nobody writes to would block for ever otherwise.
+            with open(self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+                status = os.fstat(file.fileno())
+                stamp = status.st_mtime_ns, status.st_size, status.st_ino
+                if stamp == self._changed:
+                    return []
+                if not stat.S_ISREG(status.st_mode):
+                    raise BadKeysFile(f"--api-keys-file {self._path}: this is not a file: give one with keys")
+                text = file.read(_MOST_BYTES + 1).decode(errors="replace")
         except OSError as error:
             raise BadKeysFile(f"--api-keys-file {self._path}: {error.strerror}") from None
+        if len(text) > _MOST_BYTES:
+            raise BadKeysFile(f"--api-keys-file {self._path}: more than {_MOST_BYTES} bytes: is it another file?")
         lines, bad = [], []
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip() and not line.lstrip().startswith("#"):
@@ -218,7 +229,9 @@ class Keys:
                     bad.append(f"{self._path}, line {number}: not owner:sha256: make such a line with `cellserve key`")
                 else:
                     lines.append((found[1], bytes.fromhex(found[2])))
-        self._changed = stat.st_mtime_ns, stat.st_size
+        if len(bad) > _MOST_BAD:
+            bad = [*bad[:_MOST_BAD], f"{self._path}: {len(bad) - _MOST_BAD} further lines are not owner:sha256"]
+        self._changed = stamp
         self._lines, self._valid, self._owners = lines, set(lines), {}
         digests = {digest for _, digest in lines}
         self._used = {use: None for use in self._used if use[1] in digests}

@@ -266,7 +266,7 @@ def test_large_grpc_messages_are_for_inference_only(both: Server) -> None:
     padding = b"\xf8\x07\x01" * 30_000  # a field that no message has
     service, reflection = "/inference.GRPCInferenceService", "/grpc.reflection.v1alpha.ServerReflection"
     with grpc.insecure_channel(both.grpc) as channel:
-        calls = {
+        calls: dict[str, Any] = {
             "metadata": lambda: channel.unary_unary(f"{service}/ModelMetadata")(padding, timeout=10),
             "load": lambda: channel.unary_unary(f"{service}/RepositoryModelLoad")(padding, timeout=10),
             "health": lambda: channel.unary_unary("/grpc.health.v1.Health/Check")(padding, timeout=10),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,32 @@ def test_a_file_that_is_gone_changes_no_key_and_is_reported_once(file: Path, cap
     file.unlink()
     keys.reload_if_changed()
     assert len(caplog.messages) == 2
+
+
+@pytest.mark.parametrize("what", ["a pipe", "a device", "a folder", "too large"])
+def test_what_is_no_file_of_keys_changes_no_key(file: Path, what: str, caplog: pytest.LogCaptureFixture) -> None:
+    keys = Keys(file)
+    file.unlink()
+    if what == "a pipe":
+        os.mkfifo(file)
+    elif what == "a device":
+        file.symlink_to("/dev/zero")
+    elif what == "a folder":
+        file.mkdir()
+    else:
+        file.touch()
+        os.truncate(file, 2**40)
+    keys.reload_if_changed()
+    assert opens(keys, "a") and opens(keys, "b")
+    assert len(caplog.messages) == 1 and "the keys stay as they were" in caplog.messages[0]
+
+
+def test_of_many_bad_lines_a_few_are_named(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = Keys(file)
+    file.write_text("nonsense\n" * 100_000 + line("alice", "a"))
+    keys.reload_if_changed()
+    assert opens(keys, "a") and not opens(keys, "b")
+    assert len(caplog.messages) == 21 and "99980 further lines" in caplog.messages[-1]
 
 
 def test_an_emptied_file_revokes_all(file: Path) -> None:
