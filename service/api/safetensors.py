@@ -25,7 +25,12 @@ Array = NDArray[Any]
 
 _DTYPES = {"F32": "<f4", "I32": "<i4", "I64": "<i8", "U32": "<u4", "U64": "<u8", "I16": "<i2", "U16": "<u2", "I8": "i1",
            "U8": "u1", "F16": "<f2", "F64": "<f8"}  # fmt: skip
+_KINDS = {np.dtype(dtype): kind for kind, dtype in _DTYPES.items()}
+_KNOWN_HEADERS, _KNOWN_HEADER_BYTES = 512, 512  # that are remembered, and the bytes of the longest
 MEDIA_TYPES = (b"application/x-safetensors", b"application/octet-stream")
+
+# By header and size of a body: the name, type, number of values, first byte and shape of each tensor.
+_known_headers: dict[tuple[bytes, int], list[tuple[str, np.dtype[Any], int, int, tuple[int, ...]]]] = {}
 
 
 class Options(msgspec.Struct, forbid_unknown_fields=True):
@@ -131,18 +136,40 @@ def read_states(body: bytes, model: Model) -> tuple[dict[str, Array], dict[str, 
 
 
 def _load(body: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Decodes tensors of the supported types, and the metadata; three times as fast as safetensors.numpy.load."""
+    """Decodes tensors of the supported types, and the metadata."""
+    end = 8 + int.from_bytes(body[:8], "little")
+    known = _known_headers.get((body[:end], len(body))) if end <= _KNOWN_HEADER_BYTES else None
+    if known is not None:
+        return {
+            name: np.frombuffer(body, dtype, count, end + start).reshape(shape)
+            for name, dtype, count, start, shape in known
+        }, {}
     try:
         check_size(body)
         tensors = {
             name: np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
             for name, tensor in deserialize(body)  # type: ignore[no-untyped-call]
         }
-        return tensors, read_header(body).get("__metadata__") or {}
+        header = read_header(body)
+        _remember(body, end, header, tensors)
+        return tensors, header.get("__metadata__") or {}
     except KeyError as error:
         raise InvalidInput(f"the tensor type {error} is not supported: send one of {', '.join(_DTYPES)}") from None
     except (SafetensorError, ValueError) as error:
         raise NotSafetensors(f"{excerpt(str(error), 200)}: send what safetensors.numpy.save returns") from None
+
+
+def _remember(body: bytes, end: int, header: dict[str, Any], tensors: dict[str, Array]) -> None:
+    """Remembers what the library found in a header: before as many bytes, the same header means the same."""
+    starts = {name: header[name]["data_offsets"][0] for name in tensors}
+    aligned = end % 8 == 0 and all(one.size and starts[name] % one.itemsize == 0 for name, one in tensors.items())
+    if end > _KNOWN_HEADER_BYTES or "__metadata__" in header or not aligned:
+        return
+    if len(_known_headers) >= _KNOWN_HEADERS:
+        del _known_headers[next(iter(_known_headers))]
+    _known_headers[body[:end], len(body)] = [
+        (name, one.dtype, one.size, starts[name], one.shape) for name, one in tensors.items()
+    ]
 
 
 def write(model: Model, outputs: list[Array], every_output: bool, states: list[dict[str, Array]] | None) -> bytes:
@@ -150,19 +177,13 @@ def write(model: Model, outputs: list[Array], every_output: bool, states: list[d
 
     Several outputs have their own names in place of y.
     """
-    y = np.concatenate(outputs)
-    tensors: dict[str, Array] = {"y": y} if y.dtype.names is None else model.outputs.to_json(y)
-    if every_output:
-        tensors["lengths"] = np.array([len(y) for y in outputs], np.int64)
-    for name in model.reader.states_spec if states else ():
-        tensors[name] = np.stack([state[name] for state in states or ()])
-    return save(tensors, {"model": model.name, "version": str(model.version)})
+    return b"".join(write_parts(model, outputs, every_output, states))
 
 
 def write_parts(
     model: Model, outputs: list[Array], every_output: bool, states: list[dict[str, Array]] | None
 ) -> Iterator[bytes]:
-    """Encodes what `write` does, in parts and without copies of the whole."""
+    """Encodes as `write` does, in parts and without copies of the whole."""
     tensors: dict[str, list[Array]] = {}
     if every_output:
         tensors["lengths"] = [np.array([len(y) for y in outputs], np.int64)]
@@ -175,8 +196,7 @@ def write_parts(
     for name, parts in sorted(tensors.items(), key=lambda one: -one[1][0].itemsize):  # so that each is aligned
         end = start + sum(part.nbytes for part in parts)
         shape = [sum(map(len, parts)), *parts[0].shape[1:]]
-        kind = next(kind for kind, dtype in _DTYPES.items() if np.dtype(dtype) == parts[0].dtype)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": _KINDS[parts[0].dtype], "shape": shape, "data_offsets": [start, end]}
         start = end
     head = orjson.dumps(header)
     head += b" " * (-len(head) % 8)

@@ -81,7 +81,8 @@ class Engine:
         self._quantum = settings.quantum if model.runs_batches else 1
         self._inline_seconds = settings.inline_microseconds / 1e6
         self._executor = executor
-        self._cost = CostModel(self.sequences, self.max_batch)
+        self._clock = model.runtime.clock
+        self._cost = CostModel(self.sequences, self.max_batch, self._quantum)
         # Short items are those that a full tick can run within the event loop's time budget.
         rows = min(self.max_batch, _FULL_ROWS)
         self._short_steps = (
@@ -266,9 +267,10 @@ class Engine:
         return False
 
     def _run(self, x: Array, lengths: NDArray[np.int32], states: States) -> BatchResult:
+        start = self._clock()
         result = run_batch(self.model, x, lengths, states)
         if not result.rerun:
-            self._cost.update(x.shape[0], x.shape[1], result.seconds)
+            self._cost.update(x.shape[0], x.shape[1], self._clock() - start)
         return result
 
     def _postprocess(

@@ -141,7 +141,7 @@ class RequestQueue:
 
     def __init__(self, cost: CostModel, max_batch: int, quantum: int, cheap_seconds: float) -> None:
         self._cost, self._quantum = cost, quantum
-        self._max_rows = cost.max_rows(max_batch, quantum, cheap_seconds)
+        self._max_rows = cost.max_rows(max_batch, cheap_seconds)
         self._buckets: dict[int, Bucket] = {}  # by min(remaining, quantum); none is empty
         self._rows = np.zeros(quantum + 1, np.intp)  # waiting rows, by bucket
         self.waiting = 0  # waiting items
@@ -258,30 +258,32 @@ class CostModel:
     Args:
         runtime: Measured with a few runs.
         max_batch: Rows of the largest run.
+        quantum: Time steps of the longest tick.
     """
 
-    def __init__(self, runtime: Profilable, max_batch: int) -> None:
+    def __init__(self, runtime: Profilable, max_batch: int, quantum: int) -> None:
         one, many, long = (runtime.seconds(rows, steps) for rows, steps in ((1, 1), (max_batch, 1), (1, _PROBE_STEPS)))
         step = max(0.0, long - one) / (_PROBE_STEPS - 1)
         self._row = max(1e-9, many - one) / max(1, max_batch - 1)
         self._step = max(0.0, step - self._row)
         self._call = max(0.0, one - self._step - self._row)
         self._factor = 1.0
+        # By time steps, `[quantum + 1]`: the seconds of a tick beside those of its rows, and of each row.
+        self._steps = np.maximum(1, np.arange(quantum + 1))
+        self._fixed = _TICK_SECONDS + self._call + self._steps * self._step
+        self._per_row = _ROW_SECONDS + self._steps * self._row
 
     def predict(self, rows: int, steps: int) -> float:
         """Returns the predicted seconds of a run."""
         return self._factor * (self._call + steps * (self._step + rows * self._row))
 
-    def max_rows(self, max_batch: int, quantum: int, cheap_seconds: float) -> NDArray[np.intp]:
+    def max_rows(self, max_batch: int, cheap_seconds: float) -> NDArray[np.intp]:
         """Computes the rows that a tick should have at most, by its time steps: `[quantum + 1]`.
 
         These are as many as fit into `cheap_seconds`, unless the overhead per row would then exceed a quarter of the
         row's own cost; in that case, as many as bring the overhead down to that.
         """
-        steps = np.arange(quantum + 1)
-        steps[0] = 1
-        fixed = _TICK_SECONDS + self._call + steps * self._step
-        row = _ROW_SECONDS + steps * self._row
+        fixed, row = self._fixed, self._per_row
         cheap = np.maximum(1, (cheap_seconds - fixed) // row)
         rows = np.where(fixed / cheap <= _OVERHEAD_SHARE * row, cheap, np.ceil(fixed / (_OVERHEAD_SHARE * row)))
         return np.clip(rows, 1, max_batch).astype(np.intp)
@@ -293,10 +295,8 @@ class CostModel:
             rows: `[quantum + 1]`, waiting rows, by the time steps that they can take.
             max_rows: `[quantum + 1]`, the largest batch, by the time steps of the tick.
         """
-        steps = np.arange(len(rows))
         batch = np.minimum(rows[::-1].cumsum()[::-1], max_rows)
-        fixed = _TICK_SECONDS + self._call + steps * self._step
-        return int(np.argmax(batch * steps / (fixed + batch * (_ROW_SECONDS + steps * self._row))))
+        return 1 + int(np.argmax((batch * self._steps / (self._fixed + batch * self._per_row))[1:]))
 
     def min_steps_to_pad(self, steps: int) -> int:
         """Computes the time steps of the shortest row that is cheaper to pad to `steps` than to run in its own tick."""

@@ -125,7 +125,7 @@ class Arena:
     def gather(self, slots: Slots) -> Any:
         """Copies the states of slots: `[len(slots), *shape]` per state, with the batch at its batch axis."""
         return [
-            array[slots] if spec.batch_axis == 0 else _gathered(array, slots, spec)
+            array.take(slots, 0) if spec.batch_axis == 0 else _gathered(array, slots, spec)
             for array, spec in zip(self._arrays, self.specs, strict=True)
         ]
 

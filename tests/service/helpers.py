@@ -46,6 +46,7 @@ class Halving:
         self.step_seconds = 1e-6
         self.on_device: OnDevice | None = None
         self.lost_device = False
+        self.clock = time.perf_counter
 
     def has_lost_device(self, error: Exception) -> bool:
         self.lost_device |= is_of_cuda(error)

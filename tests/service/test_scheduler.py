@@ -40,7 +40,7 @@ class Costing:
 
 
 def queue_of(max_batch: int, quantum: int, call: float = 0.0, step: float = 0.0, row: float = 1e-3) -> RequestQueue:
-    return RequestQueue(CostModel(Costing(call, step, row), max_batch), max_batch, quantum, cheap_seconds=1.0)
+    return RequestQueue(CostModel(Costing(call, step, row), max_batch, quantum), max_batch, quantum, cheap_seconds=1.0)
 
 
 def next_tick(queue: RequestQueue) -> Tick:
@@ -83,7 +83,7 @@ def test_if_a_run_is_costly_each_takes_as_many_time_steps_as_one_row_can() -> No
 
 def test_long_sequences_share_a_tick_that_is_as_long_as_the_event_loop_allows() -> None:
     runtime = Costing(1e-5, 1e-6, 2e-6)
-    queue = RequestQueue(CostModel(runtime, 256), 256, 32, cheap_seconds=1e-3)
+    queue = RequestQueue(CostModel(runtime, 256, 32), 256, 32, cheap_seconds=1e-3)
     for _ in range(200):
         queue.append(item(100))
     steps, rows = queue.peek()
