@@ -383,12 +383,11 @@ class Engine:
             sink = with_sink[0][0].sink
             assert sink is not None
             if len(with_sink) == len(finished):
-                positions = sink.completed(self, with_sink, slots, steps).tolist()
+                positions = sink.completed(self, with_sink, slots, steps)
             else:
                 rows = np.repeat([one.sink is not None for one, _ in finished], [one.rows for one, _ in finished])
-                of_all = np.zeros(len(slots), np.int64)
-                of_all[rows] = sink.completed(self, with_sink, slots[rows], steps[rows])
-                positions = of_all.tolist()
+                positions = np.zeros(len(slots), np.int64)
+                positions[rows] = sink.completed(self, with_sink, slots[rows], steps[rows])
             start = 0
             for item, y in finished:
                 item.final_positions = positions[start : start + item.rows]
@@ -457,7 +456,7 @@ class Engine:
                 item.sink.completed(self, [(item, y)], advanced, np.full(len(advanced), item.x.shape[1]))
             if failed:
                 item.sink.failed(self, item, item.target_slots[failed])
-            item.final_positions = self.arena.position[item.target_slots].tolist()
+            item.final_positions = self.arena.position[item.target_slots]
         if item.done.done():
             return
         if errors and item.rows == 1:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.service.engine.state_arena import Slots
@@ -58,7 +59,7 @@ class WorkItem:
         None  # [rows, time, *outputs], filled by its ticks, if it spans several and all are returned
     )
     errors_by_row: dict[int, Problem] | None = None  # rows that failed; they keep their old state
-    final_positions: Sequence[int] = ()  # by row: the session's position after the item
+    final_positions: NDArray[np.int64] = field(init=False)  # [rows], for the sink: each session's position after it
 
     @property
     def awaited(self) -> asyncio.Future[Array]:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from cellserve.service.engine.pending import Pending
@@ -92,7 +91,7 @@ class PendingStep(_Retrying):
     def set_result(self, y: Array) -> None:
         """Completes it."""
         self._state = 1
-        self._finish(StepResult(y[0], self.item.final_positions[0]))
+        self._finish(StepResult(y[0], int(self.item.final_positions[0])))
 
     def set_exception(self, error: BaseException) -> None:
         """Completes it with an error, or repeats the step if the session was changed elsewhere."""
@@ -136,7 +135,7 @@ class PendingBatch(_Retrying):
     def set_result(self, y: Array) -> None:
         """Completes it, or repeats the step of the sessions that were changed elsewhere."""
         self._state = 1
-        result = BatchStepResult(y, np.array(self.item.final_positions), self.item.errors_by_row or {}, set())
+        result = BatchStepResult(y, self.item.final_positions, self.item.errors_by_row or {}, set())
         if result.problems and any(isinstance(problem, StaleSession) for problem in result.problems.values()):
             self.retry = asyncio.get_running_loop().create_task(self._again(result))
         else:

@@ -80,7 +80,7 @@ class SingleSteps(SessionChanges):
                     assert change.applied is not None
                     return await self._replay(session, change.applied, x, return_all_outputs)
             y = await item.awaited
-            return StepResult(y[0], item.final_positions[0])
+            return StepResult(y[0], int(item.final_positions[0]))
 
         return await self.retrying(session, attempt)
 

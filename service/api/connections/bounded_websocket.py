@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
 from collections.abc import Callable, Generator
 from time import perf_counter
 from typing import Any
@@ -12,8 +11,7 @@ from typing import Any
 from uvicorn import Config
 from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.exceptions import InvalidState
-from websockets.frames import Frame, Opcode
+from websockets.frames import Frame
 from websockets.http11 import Request
 from websockets.protocol import State
 from websockets.streams import StreamReader
@@ -31,6 +29,7 @@ from cellserve.service.api.connections.limits import (
     Progress,
     reset,
 )
+from cellserve.service.api.connections.whole_frames import head_of, whole_message
 from cellserve.service.errors import MalformedRequest
 
 FRAMES_EXTENSION = "cellserve.frames"  # ASGI extension: the connection, whose `on_message` the endpoint sets
@@ -46,13 +45,16 @@ class _FrameReader(StreamReader):
     """The parser's input, of which it reads a number of frames at a time."""
 
     frames = 0
+    is_between_frames = False  # whether the parser has read every frame to its end
 
     def at_eof(self) -> Generator[None, None, bool]:
         """Tells the parser that there is more to read, once it may."""
         while not (self.buffer and self.frames):
             if self.eof and not self.buffer:
                 return True
+            self.is_between_frames = True
             yield
+        self.is_between_frames = False
         self.frames -= 1
         return False
 
@@ -79,6 +81,7 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         self._reader = self.conn.reader = _FrameReader()
         self.conn.parser = self.conn.parse()  # anew: the first one has started to read from another reader
         next(self.conn.parser)
+        self._largest: int = config.ws_max_size
         self._has_more = False  # received, and not parsed
         self._is_waiting = False  # for its client's next turn
         self._resumed = 0  # how often the client has read what waited for it
@@ -137,6 +140,9 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
 
     def _parse(self, data: bytes = b"") -> None:
         began = perf_counter()
+        if self._take_alone(data):
+            self.sender.spent += perf_counter() - began
+            return
         reader = self._reader
         reader.frames = _FRAMES
         super().data_received(data)
@@ -146,6 +152,18 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
             self.transport.write(b"".join(self.conn.data_to_send()))
         self._has_more = not reader.frames and bool(reader.buffer)
         self.sender.spent += perf_counter() - began
+
+    def _take_alone(self, data: bytes) -> bool:
+        """Passes on these bytes if they are one whole message, as nearly all are: the parser takes 20 µs longer."""
+        conn = self.conn
+        is_idle = self._reader.is_between_frames and not self._reader.buffer and conn.current_size is None
+        message = whole_message(data, self._largest) if is_idle and conn.state is State.OPEN else None
+        if message is None:
+            return False
+        content, is_text = message
+        self.frames, self.curr_msg_data_type = [content], "text" if is_text else "bytes"
+        self.send_receive_event_to_app()
+        return True
 
     def _wait(self) -> None:
         if not self._is_waiting:
@@ -228,21 +246,14 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         """Sends a message at once; returns False if the client reads too slowly or has disconnected."""
         if not self.writable.is_set() or self.close_sent or self.transport.is_closing():
             return False
-        if len(data) > LARGE:
-            return self._send_large(data, Opcode.TEXT if text else Opcode.BINARY)
-        try:
-            (self.conn.send_text if text else self.conn.send_binary)(data)
-        except InvalidState:
-            return False
-        self.transport.write(b"".join(self.conn.data_to_send()))
-        return True
-
-    def _send_large(self, data: bytes, opcode: Opcode) -> bool:
-        """Sends a message of more than 64 KB without the copies that websockets makes, which take milliseconds."""
         if self.conn.state is not State.OPEN:
             return False
-        self.transport.write(struct.pack("!BBQ", 0x80 | opcode, 127, len(data)))  # RFC 6455, section 5.2
-        self.transport.write(data)
+        head = b"".join((*self.conn.data_to_send(), head_of(len(data), text)))
+        if len(data) > LARGE:  # to copy it may take milliseconds
+            self.transport.write(head)
+            self.transport.write(data)
+        else:
+            self.transport.write(head + data)
         return True
 
     def _refuse_handshake(self, error: Exception) -> None:

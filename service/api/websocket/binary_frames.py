@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cellserve.service.api.answer_size import LARGE
 from cellserve.service.engine.state_arena import Slots
 from cellserve.service.errors import InvalidInput
 from cellserve.service.model_repository.model import Model
@@ -99,19 +98,13 @@ class Group:
 def answer(kind: int, ref: int, stepped: BatchStepResult) -> bytes:
     """Returns the answer to a frame."""
     y = stepped.y
-    parts: list[Any]
     statuses = np.zeros(len(y), "<u4")
-    statuses[list(stepped.replayed)] = _REPLAYED
+    if stepped.replayed:
+        statuses[list(stepped.replayed)] = _REPLAYED
     for row, problem in stepped.problems.items():
         statuses[row] = problem.status
-    parts = [
-        _HEADER.pack(kind | _ANSWER, ref, *y.shape[:2]),
-        stepped.positions.astype("<u8").tobytes(),
-        bytes(statuses),
-    ]
-    large = y.nbytes > LARGE  # which is not copied twice
-    parts.append(np.ascontiguousarray(y).reshape(-1).view(np.uint8).data if large else bytes(y))
-    return b"".join(parts)
+    header, positions = _HEADER.pack(kind | _ANSWER, ref, *y.shape[:2]), stepped.positions.astype("<u8")
+    return b"".join((header, positions, statuses, np.ascontiguousarray(y)))  # type: ignore[arg-type]
 
 
 def ref_of(body: bytes) -> int | None:
