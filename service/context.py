@@ -60,7 +60,8 @@ def _store(settings: Settings, table: SessionTable, versions: ModelManager) -> S
     # Here and not above: the packages are extras.
     if settings.store.startswith(_LMDB):
         from cellserve.service.sessions.stores.lmdb.folder import Folder
-        from cellserve.service.sessions.stores.lmdb.store import LmdbClient, LmdbStore
+        from cellserve.service.sessions.stores.lmdb.store import LmdbStore
+        from cellserve.service.sessions.stores.lmdb.store_client import LmdbClient
 
         folder = Folder(
             Path(settings.store.removeprefix(_LMDB)),

@@ -13,7 +13,7 @@ from cellserve.service.errors import Problem
 from cellserve.service.sessions.session import NO_LIMITS, Durable, Room
 from cellserve.service.sessions.stores.lmdb.folder import Folder, FolderInUse
 from cellserve.service.sessions.stores.lmdb.reader import FolderReader
-from cellserve.service.sessions.stores.lmdb.store import LmdbClient
+from cellserve.service.sessions.stores.lmdb.store_client import LmdbClient
 from cellserve.service.sessions.stores.protocol import StoreClient, StoreUnusable
 from cellserve.service.sessions.stores.records import (
     SessionRecord,

@@ -18,7 +18,7 @@ from cellserve.service.sessions.stores.lmdb.backup import back_up
 from cellserve.service.sessions.stores.lmdb.checkpoint import Checkpoint
 from cellserve.service.sessions.stores.lmdb.folder import Folder
 from cellserve.service.sessions.stores.lmdb.reader import FolderReader
-from cellserve.service.sessions.stores.lmdb.store import LmdbClient
+from cellserve.service.sessions.stores.lmdb.store_client import LmdbClient
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 from cellserve.service.sessions.stores.records import SessionRecord, VersionStamp, WriteOutcome, new_revision
 

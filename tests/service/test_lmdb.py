@@ -21,7 +21,7 @@ from cellserve.service.sessions.session import NO_LIMITS, Room, SessionSummary
 from cellserve.service.sessions.stores.lmdb import folder as folder_module
 from cellserve.service.sessions.stores.lmdb.checkpoint import Checkpoint
 from cellserve.service.sessions.stores.lmdb.folder import Folder
-from cellserve.service.sessions.stores.lmdb.store import LmdbClient
+from cellserve.service.sessions.stores.lmdb.store_client import LmdbClient
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 from cellserve.service.sessions.stores.records import (
     ConditionalWrites,
@@ -430,7 +430,7 @@ import multiprocessing, os, signal, sys, threading, time
 from pathlib import Path
 from cellserve.service.sessions.stores.lmdb.folder import Folder
 from tests.service.test_lmdb import MAP, ROOM, record
-from cellserve.service.sessions.stores.lmdb.store import LmdbClient
+from cellserve.service.sessions.stores.lmdb.store_client import LmdbClient
 
 def client():
     return LmdbClient(Folder(Path(sys.argv[1]), MAP, False, 1000, workers=2), 3600, 3600, MAP)

@@ -11,7 +11,7 @@ import pytest
 from cellserve.service.sessions.session import SessionSummary
 from cellserve.service.sessions.stores.lmdb.folder import Folder
 from cellserve.service.sessions.stores.lmdb.header import to_key
-from cellserve.service.sessions.stores.lmdb.store import LmdbClient
+from cellserve.service.sessions.stores.lmdb.store_client import LmdbClient
 from cellserve.service.sessions.stores.records import TombstoneRecord, UnreadableRecord, WriteOutcome
 from tests.service.test_lmdb import MAP, ROOM, changes, record
 

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from cellserve.service.sessions.stores.records import (
 )
 from cellserve.service.sessions.stores.redis_client import RedisClient
 from cellserve.service.settings import Settings
-from tests.helpers import ROOT
+from tests.helpers import ROOT, free_port, until
 from tests.redis_server import RedisServer
 
 DIGEST = "0" * 64
@@ -283,6 +284,46 @@ def test_a_reply_that_does_not_fit_is_the_stores_fault_and_drops_the_connection(
         with_client(impostor.url, work)
     finally:
         impostor.close()
+
+
+def test_sessions_are_written_in_one_call_where_redis_takes_their_keys_together(
+    clean: RedisServer, tmp_path: Path
+) -> None:
+    names = [f"s{number}" for number in range(100)]
+    stamps = [VersionStamp(3, number.to_bytes(16, "big")).packed for number in range(100)]
+    after = [VersionStamp(4, number.to_bytes(16, "big")).packed for number in range(100)]
+    answers = [bytes(StoredAnswer(bytes(32), 3, 4)), b""] * 50
+
+    async def work(client: RedisClient) -> None:
+        for name, stamp in zip(names, stamps, strict=True):
+            if name != "s7":
+                assert await client.create(name, record(VersionStamp.unpack(stamp)), room(100)) is WriteOutcome.WRITTEN
+        expected = [STAMP.packed if name == "s8" else stamp for name, stamp in zip(names, stamps, strict=True)]
+        outcomes = await client.write(ConditionalWrites(names, expected, after, [b"after"] * 100, answers), ["s0"])
+        odd = {7: WriteOutcome.GONE, 8: WriteOutcome.CONFLICT}
+        assert outcomes == [odd.get(row, WriteOutcome.WRITTEN) for row in range(100)]
+        for row in (0, 1, 8, 99):
+            found = await client.load(names[row])
+            assert isinstance(found, SessionRecord)
+            assert found.states == (b"states" if row == 8 else b"after")
+            assert (found.last is None) == (row % 2 == 1 or row == 8)
+
+    def calls(server: RedisServer) -> int:
+        told = re.search(r"cmdstat_evalsha:calls=([0-9]+)", server.ask("INFO commandstats"))
+        return int(told[1]) if told else 0
+
+    clean.ask("CONFIG RESETSTAT")
+    with_client(clean.url, work)
+    together = calls(clean)
+    # A node of a cluster that is not told to be one refuses keys of several slots.
+    node = RedisServer(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    try:
+        assert node.ask("CLUSTER ADDSLOTSRANGE 0 16383").startswith("+OK")
+        until(lambda: "cluster_state:ok" in node.ask("CLUSTER INFO"))
+        with_client(node.url, work)
+        assert calls(node) > together + 90
+    finally:
+        node.stop()
 
 
 def test_a_client_has_room_for_its_own_limits_and_not_for_more(clean: RedisServer) -> None:

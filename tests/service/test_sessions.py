@@ -389,7 +389,8 @@ class EmbeddedSessions(SharedSessions):
 
     def begin(self) -> list[Replica]:
         from cellserve.service.sessions.stores.lmdb.folder import Folder
-        from cellserve.service.sessions.stores.lmdb.store import LmdbClient, LmdbStore
+        from cellserve.service.sessions.stores.lmdb.store import LmdbStore
+        from cellserve.service.sessions.stores.lmdb.store_client import LmdbClient
 
         self.folder = TemporaryDirectory()
         (Path(self.folder.name) / "store.json").write_text('{"format": 2, "shards": 3}')

@@ -1,7 +1,8 @@
 """The Redis client: sessions in Redis or Valkey, so that any replica can serve any of them.
 
-A write is one call of a script that compares the stored position and revision with those that the writer has seen, and
-sets all fields or none. `redis_scripts` describes the keys.
+A write is a call of a script that compares the stored position and revision with those that the writer has seen, and
+sets all fields of a session or none. One call writes many sessions, which costs less in both processes, unless their
+keys may be on several nodes. `redis_scripts` describes the keys.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -18,6 +20,7 @@ from cellserve.service.sessions.session import ClientLimits, Durable, Room, Sess
 from cellserve.service.sessions.stores import redis_scripts as scripts
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 from cellserve.service.sessions.stores.records import (
+    NO_STAMP,
     ConditionalWrites,
     SessionRecord,
     TombstoneRecord,
@@ -29,6 +32,8 @@ from cellserve.service.sessions.stores.redis_connection import Command, RedisCon
 from cellserve.service.sessions.stores.redis_faults import FAULTS, TooFewReplicas, fault_of
 
 _INDEX_SLACK = 1.1  # the deadline of a session in constant use is refreshed only now and then
+_TOGETHER = 64  # sessions that one call writes, at most: Redis does nothing else meanwhile
+_TOGETHER_BYTES = 1024 * 1024  # of their states
 _OUTCOMES: dict[bytes, WriteOutcome] = {outcome.encode(): outcome for outcome in WriteOutcome}
 _PROBE = "cellserve:probe"  # an index of its own, and an owner that there cannot be
 _PROBE_ROOM = Room(1_000_000_000, _PROBE, ClientLimits(1_000_000_000, 1_000_000_000))
@@ -62,6 +67,8 @@ class RedisClient:
         self._gone_ms = max(1, int(1000 * tombstone_seconds))
         self._index_seconds = _INDEX_SLACK * self._idle_ms / 1000
         self._replicas = replicas
+        # Sessions per call; None until it is known whether Redis, or a proxy before it, takes keys of several sessions.
+        self._together: int | None = 1 if self._connection.is_cluster else None
         self._expired = 0  # sessions that calls of this client found expired, since the last `count`
 
     @property
@@ -93,7 +100,7 @@ class RedisClient:
             self._of_index(scripts.ADMIT, *self._admission(key, session, _PROBE_ROOM), index=_PROBE),
             self._creation(scripts.CREATE, key, session),
             self._touch([key], "", _PROBE),
-            *self._writing(ConditionalWrites([key], [session.stamp.packed], [session.stamp.packed], [b""], [b""])),
+            self._writing(ConditionalWrites([key], [session.stamp.packed], [session.stamp.packed], [b""], [b""])),
             *self._loading(key, _PROBE),
             self._of_index(scripts.PAGE, _PROBE, 0, 1, index=_PROBE),
             self._of_index(scripts.COUNT, index=_PROBE),
@@ -172,7 +179,23 @@ class RedisClient:
         Returns:
             The outcome of each write: WRITTEN, CONFLICT or GONE, or the problem if Redis refuses it.
         """
-        return await self._run(self._writing(writes), touched)
+        if self._together is None and len(writes) > 1:
+            await self._learn_together()
+        largest = max(map(len, writes.states), default=0)
+        rows = max(1, min(self._together or 1, _TOGETHER_BYTES // max(1, largest)))
+        parts = [writes]
+        if len(writes) > rows:
+            starts = range(0, len(writes), rows)
+            parts = [writes.take(range(start, min(start + rows, len(writes)))) for start in starts]
+        return await self._run([self._writing(part) for part in parts], touched, list(map(len, parts)))
+
+    async def _learn_together(self) -> None:
+        """Finds out whether a call may write several sessions: with two that there are not."""
+        keys = [f"{_PROBE}/{name}" for name in "ab"]
+        probes = ConditionalWrites(keys, [NO_STAMP] * 2, [NO_STAMP] * 2, [b""] * 2, [b""] * 2)
+        with suppress(*FAULTS):
+            replies, _ = await self._connection.attempt([self._writing(probes)], lambda replies: None)
+            self._together = 1 if isinstance(replies[0], ResponseError) else _TOGETHER
 
     async def end(self, key: str, reason: str, position: int | None = None) -> WriteOutcome:
         """Ends a session: WRITTEN, CONFLICT if it is not at the position, or GONE."""
@@ -266,16 +289,15 @@ class RedisClient:
         times = self._idle_ms, self._idle_ms + self._gone_ms
         return self._call(script, key, *times, b"expired %d" % session.stamp.position, *session.fields())
 
-    def _writing(self, writes: ConditionalWrites) -> list[Command]:
-        times = self._idle_ms, self._idle_ms + self._gone_ms
-        commands: list[Command] = []
+    def _writing(self, writes: ConditionalWrites) -> Command:
+        keys: list[str] = []
+        arguments: list[bytes | int] = [self._idle_ms, self._idle_ms + self._gone_ms]
         rows = zip(writes.keys, writes.expected, writes.stamps, writes.states, writes.answers, strict=True)
         for key, expected, stamp, states, answer in rows:
+            keys += scripts.names(key)
             before, after = VersionStamp.text_of(expected), VersionStamp.text_of(stamp)
-            tombstone = b"expired " + after.partition(b" ")[0]
-            last = (answer,) if answer else ()
-            commands.append(self._call(scripts.WRITE, key, before, after, *times, tombstone, states, *last))
-        return commands
+            arguments += before, after, b"expired " + after.partition(b" ")[0], states, answer
+        return "EVALSHA", scripts.SHA1[scripts.WRITE], len(keys), *keys, *arguments
 
     def _ending(self, key: str, reason: str, position: int | None) -> Command:
         return self._call(scripts.END, key, reason, self._gone_ms, "" if position is None else position)
@@ -283,16 +305,26 @@ class RedisClient:
     def _waiting(self) -> list[Command]:
         return [("WAIT", self._replicas, int(1000 * self._connection.timeout))] if self._replicas else []
 
-    async def _run(self, calls: Sequence[Command], touched: Sequence[str] = ()) -> list[WriteOutcome | Problem]:
-        """Calls scripts for several sessions in one round trip."""
+    async def _run(
+        self, calls: Sequence[Command], touched: Sequence[str] = (), sessions: Sequence[int] | None = None
+    ) -> list[WriteOutcome | Problem]:
+        """Calls scripts in one round trip; returns the outcomes of all their sessions, by default of one each."""
         # If the deadlines alone are refused, the sessions are written all the same.
         touching = [self._touch(touched, "")] if touched else []
 
         def read(replies: list[Any]) -> list[WriteOutcome | Problem]:
             if self._replicas and checked(replies[-1]) < self._replicas:
                 raise TooFewReplicas()
-            return [StoreUnavailable() if isinstance(one, ResponseError) else _OUTCOMES[one]
-                    for one in replies[: len(calls)]]  # fmt: skip
+            outcomes: list[WriteOutcome | Problem] = []
+            for reply, count in zip(replies, [1] * len(calls) if sessions is None else sessions, strict=False):
+                if isinstance(reply, ResponseError):
+                    outcomes += [StoreUnavailable() for _ in range(count)]
+                    continue
+                words = reply.split()
+                if len(words) != count:
+                    raise ValueError("not an outcome for each session")
+                outcomes += [_OUTCOMES[word] for word in words]
+            return outcomes
 
         return await self._connection.call([*calls, *touching, *self._waiting()], read)
 

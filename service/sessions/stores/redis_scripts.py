@@ -9,27 +9,38 @@ their states. All its keys share a hash tag, so that a cluster keeps them on one
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 INDEX = "cellserve:sessions"
 _PURGED = 1000  # expired sessions that one call removes from the index, at most
 _SCANNED = 1000  # sessions of an owner that one call looks at, at most
 
-# KEYS: the session, its tombstone. ARGV: the expected stamp, the new stamp, milliseconds until the session expires and
-# until the tombstone does, the tombstone, the states, and the stored answer if it changes.
+# KEYS: of one or several sessions, the session and its tombstone. ARGV: milliseconds until the sessions expire and
+# until the tombstones do, then of each session the expected stamp, the new stamp, the tombstone, the states, and the
+# stored answer, empty if it does not change. Returns the outcome of each session.
 WRITE = b"""
-local now = redis.pcall('HGET', KEYS[1], 'mark')
-if not now then return 'gone' end
-if now ~= ARGV[1] then return 'other' end
-if ARGV[7] then
-  redis.call('HSET', KEYS[1], 'mark', ARGV[2], 'states', ARGV[6], 'last', ARGV[7])
-else
-  redis.call('HSET', KEYS[1], 'mark', ARGV[2], 'states', ARGV[6])
+local call, pcall, outcomes = redis.call, redis.pcall, {}
+for place = 1, #KEYS / 2 do
+  local session, at = KEYS[2 * place - 1], 5 * place - 2
+  local mark = pcall('HGET', session, 'mark')
+  if not mark then
+    outcomes[place] = 'gone'
+  elseif mark ~= ARGV[at] then
+    outcomes[place] = 'other'
+  else
+    if ARGV[at + 4] ~= '' then
+      call('HSET', session, 'mark', ARGV[at + 1], 'states', ARGV[at + 3], 'last', ARGV[at + 4])
+    else
+      call('HSET', session, 'mark', ARGV[at + 1], 'states', ARGV[at + 3])
+    end
+    call('PEXPIRE', session, ARGV[1])
+    call('SET', KEYS[2 * place], ARGV[at + 2], 'PX', ARGV[2])
+    outcomes[place] = 'written'
+  end
 end
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-redis.call('SET', KEYS[2], ARGV[5], 'PX', ARGV[4])
-return 'written'
+return table.concat(outcomes, ' ')
 """
-# KEYS: as above. ARGV: the two times, the tombstone, then fields and values.
+# KEYS: the session, its tombstone. ARGV: the two times, the tombstone, then fields and values.
 CREATE = b"""
 if redis.call('EXISTS', KEYS[1]) == 1 then return 'there' end
 if redis.call('EXISTS', KEYS[2]) == 1 then return 'gone' end
@@ -177,6 +188,7 @@ SHA1 = {
 }
 
 
+@lru_cache(16384)
 def names(key: str) -> tuple[str, str]:
     """Returns the names of a session's keys in Redis."""
     return f"cellserve:{{{key}}}:session", f"cellserve:{{{key}}}:fate"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from cellserve.service.sessions.stores.records import LATEST, UnreadableRecord, VersionStamp
@@ -91,6 +92,7 @@ def changed(record: Any, stamp: bytes, until: float, states: bytes, answer: byte
     return b"".join((stamp, _CHANGED.pack(until, len(states)), kept, states, answer))
 
 
+@lru_cache(16384)  # one of a session in use is made once
 def to_key(key: str) -> bytes:
     """Returns the key in the store of a session: its owner, which may be empty, a slash, and its id."""
     return (key if "/" in key else f"/{key}").encode()
