@@ -238,7 +238,7 @@ class ServiceContext:
             NotAnOperator: The key's owner is not one of the setting `operators`.
         """
         owner = self.owner(headers, client)
-        if self.keys is not None and owner not in self.settings.operators.split(","):
+        if self.keys is not None and owner not in map(str.strip, self.settings.operators.split(",")):
             raise NotAnOperator(
                 f"the key belongs to {owner!r}, who is not an operator: send the key of an owner in --operators, "
                 f"or use the port of --operations-port"

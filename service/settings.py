@@ -154,6 +154,13 @@ class Settings(BaseSettings):
     def _count_cores(cls, value: object) -> object:
         return len(os.sched_getaffinity(0)) if value == "auto" else value
 
+    @field_validator("store")
+    @classmethod
+    def _check_folder(cls, value: str) -> str:
+        if value.strip() == "lmdb:":  # it would be the working directory
+            raise PydanticCustomError("store", "the folder is missing: send lmdb:FOLDER")
+        return value
+
     @field_validator("trusted_proxies")
     @classmethod
     def _check_networks(cls, value: str) -> str:

@@ -20,6 +20,16 @@ def create_private(path: Path) -> IO[bytes]:
     return os.fdopen(os.open(path, _FLAGS | os.O_EXCL, _MODE), "wb")
 
 
+def check_file(path: Path, most_bytes: int | None = None) -> None:
+    """Raises OSError if there is something at a path that is no file of at most so many bytes, or a link."""
+    with suppress(FileNotFoundError):
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is a link or no file")
+        if most_bytes is not None and status.st_size > most_bytes:
+            raise OSError(f"{path} has {status.st_size} bytes, more than {most_bytes}")
+
+
 def reserve_private(path: Path, size: int) -> None:
     """Makes a file at least this long, with all of that on disk.
 

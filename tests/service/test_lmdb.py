@@ -370,6 +370,22 @@ def test_folders_that_cannot_be_used_are_refused_with_a_reason(tmp_path: Path, m
         opened(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize("name", ["store.json", "0/data.mdb", "0/checkpoint", "server.lock"])
+@pytest.mark.parametrize("what", ["a pipe", "a device", "a link"])
+def test_a_store_is_not_read_or_written_through_what_is_no_file(tmp_path: Path, name: str, what: str) -> None:
+    folder, elsewhere = tmp_path / "store", tmp_path / "elsewhere"
+    asyncio.run(opened(folder).close())
+    file = folder / name
+    file.unlink()
+    if what == "a pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero" if what == "a device" else elsewhere)
+    with pytest.raises(StoreUnusable, match="cannot be used"):
+        opened(folder)
+    assert not elsewhere.exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "refused"),
     [("nfs4", True), ("cifs", True), ("smb3", True), ("9p", True), ("ceph", True), ("fuse.sshfs", True),

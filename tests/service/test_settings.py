@@ -24,3 +24,8 @@ def test_less_precision_is_refused_where_models_run_on_the_cpu(asked: dict[str, 
         Settings(provider="cpu", **asked)
     assert explain_invalid(refused.value).startswith(f"{flag(*asked)}: it is for CUDA")
     assert Settings(**asked).provider == "auto"
+
+
+def test_a_store_without_its_folder_is_refused() -> None:
+    with pytest.raises(ValidationError, match="the folder is missing"):
+        Settings(store="lmdb:")

@@ -22,7 +22,7 @@ from typing import IO
 
 import orjson
 
-from cellserve.service.access.private_files import append_private, create_private
+from cellserve.service.access.private_files import append_private, check_file, create_private
 from cellserve.service.sessions.stores.lmdb.checkpoint import recover, sync_folder
 from cellserve.service.sessions.stores.lmdb.environment import Environment
 from cellserve.service.sessions.stores.lmdb.watchdog import Watchdog
@@ -33,6 +33,7 @@ _FORMAT = 2
 # store.json changes last.
 _MIGRATIONS: dict[int, Callable[[Path], None]] = {}
 _ABOUT = "store.json"
+_MOST_BYTES = 64 * 1024  # of it
 _MOST_SHARDS = 8
 _ORPHANS_SECONDS = 10.0  # workers of a server that was killed notice and end within so long
 _NETWORK = (
@@ -82,6 +83,8 @@ class Folder:
             self._folders = [path / str(number) for number in range(about.shards)]
             if not self._is_worker:
                 for folder in self._folders:
+                    for name in ("data.mdb", "checkpoint"):
+                        check_file(folder / name)
                     _recover(folder)
             self._open()
         except OSError as error:
@@ -185,6 +188,7 @@ class About:
         """
         file = folder / _ABOUT
         try:
+            check_file(file, _MOST_BYTES)
             found = orjson.loads(file.read_bytes())
             stopped = found.get("stopped")
             about = cls(
@@ -195,6 +199,8 @@ class About:
                 raise ValueError
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise StoreUnusable(f"--store: {folder} cannot be used: {error.strerror or error}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise StoreUnusable(f"--store: {file} is damaged: restore the folder from a backup") from None
         if about.format > _FORMAT:
