@@ -39,6 +39,8 @@ def test_anything_else_is_left_to_the_parser() -> None:
         of_client(Opcode.BINARY, bytes(11)),
     )
     assert [whole_message(data, 10) for data in others] == [None] * len(others)
+    large = of_client(Opcode.BINARY, bytes(70_000))
+    assert not any(whole_message(large[:received], 10**6) for received in range(1000))
 
 
 @pytest.mark.parametrize("size", (*SIZES, 65536))

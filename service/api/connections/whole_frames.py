@@ -20,6 +20,8 @@ def whole_message(data: bytes, largest: int) -> tuple[bytes, bool] | None:
     if len(data) < _HEAD or data[0] not in (_TEXT, _BINARY) or data[1] < _MASKED:
         return None
     start, length = _HEAD, data[1] - _MASKED
+    if length == _EIGHT_MORE:
+        return None
     if length == _TWO_MORE:
         start, length = _HEAD + 2, int.from_bytes(data[2:4], "big")
     if len(data) != start + length or length > largest:
