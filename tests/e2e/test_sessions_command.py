@@ -267,7 +267,7 @@ def test_what_cannot_be_done_is_reported_in_one_line(
         (("list", "--url", "nowhere"), "is not the URL of a server"),
         (("list", "--store", "memory"), "give its --url"),
         (("list", "--store", "postgres://x"), "lmdb:FOLDER"),
-        (("list", "--store", "lmdb:"), "--store lmdb:FOLDER"),
+        (("list", "--store", "lmdb:"), "the folder is missing"),
         (("list", "--store", f"lmdb:{tmp_path}"), "no store of sessions"),
         (("list", "--store", f"lmdb:{newer}"), "of a newer Cellserve"),
         (("import", "x", "--store", f"lmdb:{newer}"), "x: No such file"),

@@ -47,5 +47,5 @@ def test_an_index_is_taken_as_keras_takes_it_and_one_out_of_range_is_an_error_of
         mine, _ = runtime.run(step, np.ones(1, np.int32), runtime.zeros(1))
         np.testing.assert_allclose(mine, made.keras.predict(step, verbose=0), rtol=1e-6, atol=1e-6)
     for index in (24, -25):
-        with pytest.raises(RuntimeError, match="out of data bounds"):
+        with pytest.raises(Exception, match="out of data bounds"):
             runtime.run(np.full((1, 1), index, np.int32), np.ones(1, np.int32), runtime.zeros(1))
