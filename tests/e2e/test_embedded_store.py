@@ -90,10 +90,6 @@ def survives(machine: Machine, repository: Path, kinds: list[str], sessions: int
     return asyncio.run(through_chaos(machine.url, seed, sessions, seconds, chaos, repository))
 
 
-def test_no_step_is_lost_or_doubled_when_workers_are_killed(machine: Machine, repository: Path) -> None:
-    assert survives(machine, repository, ["worker"], 20, 6)
-
-
 @pytest.mark.long
 def test_no_step_is_lost_or_doubled_whatever_is_killed(machine: Machine, repository: Path) -> None:
     assert survives(machine, repository, ["worker", "worker", "parent", "all"], 200, SECONDS)

@@ -145,8 +145,8 @@ def gelu() -> Any:
     return keras.Sequential([keras.Input((None, 3)), *inner])
 
 
-SOME = (layers_of_keras, masked, masked_by_embedding, several_ends, gelu)
-OTHERS = (layers_of_keras_with_other_arguments, masked_in_other_ways, cells_of_users)
+SOME = (layers_of_keras, masked_by_embedding, several_ends, gelu)
+OTHERS = (layers_of_keras_with_other_arguments, masked, masked_in_other_ways, cells_of_users)
 NETWORKS = {made.__name__: made for made in (*SOME, *OTHERS)}
 
 

@@ -62,7 +62,8 @@ def opened(folder: Path) -> Runtime:
     return Runtime(folder / MODEL_NAME, step=step if step.exists() else None)
 
 
-@pytest.mark.parametrize("precision", ["int8", pytest.param("float16", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["int8", "float16"])
 def test_every_scheme_is_exact_and_close_to_float32(tmp_path: Path, precision: Any) -> None:
     path, data_path = saved(tmp_path, mixed())
     stateful = network_of(keras.saving.load_model(path))
