@@ -167,7 +167,7 @@ def test_expired_sessions_make_room_and_are_counted_once(clean: RedisServer) -> 
         assert await client.create("a", record(), room(2)) is WriteOutcome.EXISTS
         assert await client.replace("a", record(), room(2)) is WriteOutcome.WRITTEN
         assert await client.create("c", record(), room(2)) is WriteOutcome.FULL
-        await asyncio.sleep(1.2)
+        await asyncio.sleep(1.4)
         assert await client.create("c", record(), room(2)) is WriteOutcome.WRITTEN
         assert await client.count() == (1, 2)
         assert await client.count() == (1, 0)
@@ -344,7 +344,7 @@ def test_a_client_has_room_for_its_own_limits_and_not_for_more(clean: RedisServe
         full = greedy._replace(client_limits=ClientLimits(9, 2 * size - 1))
         assert await client.create("c", record(), full) is WriteOutcome.CROWDED
         assert await client.create("e", record(), greedy) is WriteOutcome.WRITTEN
-        await asyncio.sleep(2.1)
+        await asyncio.sleep(2.5)
         assert await client.create("f", record(), greedy) is WriteOutcome.WRITTEN
         assert await client.create("g", record(), greedy) is WriteOutcome.WRITTEN
         for key in ("f", "g"):
