@@ -184,17 +184,12 @@ class Runtime:
     def _bound_to(self, inputs: Sequence[Array]) -> tuple[ort.InferenceSession, ort.IOBinding, bool]:
         """Returns the graph to run on these inputs, this thread's binding of it, and whether it takes lengths."""
         single = self._step is not None and inputs[0].shape[1] == 1
-        return *self._bound(single), self.signature.lengths is not None and not single
-
-    def _bound(self, single: bool) -> tuple[ort.InferenceSession, ort.IOBinding]:
-        """Returns the graph to run and this thread's binding of it, with inputs and outputs in host memory."""
-        name = "step" if single else "sequence"
-        bound: tuple[ort.InferenceSession, ort.IOBinding] | None = getattr(self._bindings, name, None)
-        if bound is None:
-            session = self._step if single else self._session
-            bound = session, session.io_binding()
-            setattr(self._bindings, name, bound)
-        return bound
+        name, session = ("step", self._step) if single else ("sequence", self._session)
+        binding: ort.IOBinding | None = getattr(self._bindings, name, None)
+        if binding is None:
+            binding = session.io_binding()
+            setattr(self._bindings, name, binding)
+        return session, binding, self.signature.lengths is not None and not single
 
     def seconds(self, batch: int, time_steps: int) -> float:
         """Measures a run on zeros, in seconds: the shortest of a few."""

@@ -20,7 +20,7 @@ Array = NDArray[Any]
 DATATYPES = {"float32": "FP32", "int32": "INT32", "int64": "INT64"}
 _WIRE: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "INT32": np.dtype("<i4"), "INT64": np.dtype("<i8")}
 _MOST_AXES = 8
-_LARGEST_EMPTY = 100  # axis of an empty tensor
+_LARGEST_EMPTY = 2**31  # product of the other axes of an empty tensor
 
 
 def _nested(number: Any) -> list[msgspec.json.Decoder[Any]]:
@@ -99,6 +99,7 @@ def _told(number: int | Sequence[int]) -> str:
 
 def _size(name: str, shape: Sequence[int]) -> int:
     # NumPy refuses large axes beside one of 0; other large shapes do not fit their data.
-    if len(shape) > _MOST_AXES or min(shape, default=0) < 0 or (0 in shape and max(shape) > _LARGEST_EMPTY):
+    is_huge = 0 in shape and math.prod(axis or 1 for axis in shape) > _LARGEST_EMPTY
+    if len(shape) > _MOST_AXES or min(shape, default=0) < 0 or is_huge:
         raise InvalidInput(f"{name}: its shape is {_told(shape[:_MOST_AXES])}: send the shape of the data", place=name)
     return math.prod(shape)
