@@ -363,7 +363,8 @@ int main(int argc, char **argv) {
     }
     // A closed loop runs until there are as many answers as connections: with fewer there is no meaningful rate.
     if (measuring && t >= to && (rate || answers >= count || bad || closed || t - to > PATIENCE)) {
-      if (!rate) to = t;
+      if (rate) hand_out();  // what fell due while this process did not run is sent late, not left out
+      else to = t;
       measuring = false, over = true;
       cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID) - cpu, delay = run_delay() - delay;
       puts("to"), fflush(stdout);

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import signal
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -15,7 +17,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from bench import load
-from bench.load import Client, LoadFailed, Request, drive
+from bench.load import Client, Generator, LoadFailed, Request, drive
 from bench.workloads import UPGRADE, frame
 
 GET = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
@@ -134,6 +136,21 @@ def test_an_open_loop_keeps_its_rate() -> None:
     with http_server(answer) as port:
         found = drive(port, clients(5, GET), 0.5, rate=200)
     assert found.answers in (99, 100, 101)  # all that were due within half a second, however late the answers came
+
+
+def test_an_open_loop_sends_late_what_fell_due_while_its_process_did_not_run() -> None:
+    async def answer(number: int) -> bytes:
+        return OK
+
+    with http_server(answer) as port:
+        generator = Generator(port, clients(5, GET), 0.5, rate=200)
+        generator.wait_for_start()
+        generator._process.send_signal(signal.SIGSTOP)
+        time.sleep(0.7)  # beyond the end of the measured time
+        generator._process.send_signal(signal.SIGCONT)
+        found = generator.result()
+    assert found.answers in (99, 100, 101)
+    assert found.max_ms >= 600
 
 
 def test_open_loop_latencies_include_every_request_that_a_stall_delayed() -> None:
