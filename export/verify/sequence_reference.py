@@ -19,7 +19,14 @@ from cellserve.export.verify.parity import (
     finite_rows,
     relative_error,
 )
-from cellserve.export.verify.special_reference import errors_of_rows, grouped, judge, own_error_of, variants_of
+from cellserve.export.verify.special_reference import (
+    errors_of_rows,
+    grouped,
+    judge,
+    own_error_of,
+    tolerances,
+    variants_of,
+)
 from cellserve.export.verify.special_values import ROWS, STEPS, draw_special
 from cellserve.service.runtime.batch_invariance import Array, random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
@@ -89,6 +96,7 @@ class SpecialSequences:
         self.x, _ = draw_special(network.signature, constants_of(traced), rng, steps)
         self.y = [np.asarray(y) for y in traced(*map(tf.constant, unpack(self.x)))]
         self.good = np.logical_and.reduce([finite_rows(y) for y in self.y])
+        self.tolerance = tolerances(unpack(self.x))[:, -1]
         self.unjudged = 0
 
     def differences(self, runtime: Runtime) -> Iterator[Difference]:
@@ -99,9 +107,8 @@ class SpecialSequences:
         for index, (ours, true) in enumerate(zip(outputs, self.y, strict=True)):
             error = errors_of_rows(ours, true, self.good, finite)
             places = [f"{self.x.shape[1]} time steps"] * len(error)
-            found, unjudged = judge(
-                error, partial(self._own_error, index), _name_and_layer(self.network, index), places
-            )
+            name_and_layer = _name_and_layer(self.network, index)
+            found, unjudged = judge(error, self.tolerance, partial(self._own_error, index), name_and_layer, places)
             self.unjudged += unjudged
             yield found
 

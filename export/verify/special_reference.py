@@ -32,6 +32,7 @@ from cellserve.service.runtime.tensor_layout import unpack
 
 LARGE_NUDGES, LARGE_NUDGE = 16, 2.0**-20  # of large numbers: a sum of them that cancels out is all rounding
 OTHER_BRANCH = 1e-2  # an own error of Keras above this is no rounding: it took another branch than in float64
+GATE_ERROR = 2.0**-22  # of sigmoid and tanh in ONNX Runtime's kernels: absolute, while Keras's is relative
 
 
 class SpecialReference:
@@ -40,8 +41,8 @@ class SpecialReference:
     Where Keras is finite, ours must equal it: in single steps from Keras's states and in one run. Where it is not, ours
     must not be either, in an output or a next state: the service then refuses the request. Where float32 Keras itself
     differs from its float64 twin by more than a hundredth, it took another branch, and the row is counted, not judged.
-    Nothing is judged that follows from states beyond a million (a sum of such numbers, say): what gates of nearly zero,
-    which kernels round to 1e-7, let through of them is no longer small.
+    A gate's error times the largest number that it may let through is allowed: a gate of nearly zero times 100 is off
+    by 1e-5. Nothing is judged that follows from states beyond a million, of which that error is no longer small.
 
     Args:
         network: The network.
@@ -66,6 +67,7 @@ class SpecialReference:
             (np.abs(state[:, :-1]) <= LARGE).reshape(*self.good.shape, -1).all(axis=2) for state in self.history[1]
         ]
         self.judged = np.logical_and.accumulate(np.logical_and.reduce(small), axis=1)
+        self.tolerance = tolerances([*unpack(self.x), *(state[:, :-1] for state in self.history[1])])
         self.unjudged = 0
 
     def differences(self, runtime: Runtime) -> Iterator[Difference]:
@@ -82,6 +84,7 @@ class SpecialReference:
                 self.single.good,
                 finite,
                 self.single.of(self.judged),
+                self.single.of(self.tolerance),
                 self.single.steps,
                 self._single_errors,
             )
@@ -101,6 +104,7 @@ class SpecialReference:
                 self.good[:, at].ravel(),
                 np.broadcast_to(refused if tensor.kind == "state" else False, (rows, len(at))).ravel(),
                 self.judged[:, at].ravel(),
+                self.tolerance[:, at].ravel(),
                 np.tile(at, rows),
                 partial(self._errors, at),
             )
@@ -113,6 +117,7 @@ class SpecialReference:
         good: Array,
         finite: Array,
         judged: Array,
+        tolerance: Array,
         steps: Array,
         own: Callable[[], dict[Tensor, Array]],
     ) -> Difference:
@@ -125,13 +130,13 @@ class SpecialReference:
             good: `[n]`, where Keras is finite.
             finite: `[n]`, where all of ours is finite.
             judged: `[n]`, where they are to be alike.
+            tolerance: `[n]`, what they may differ by where Keras's own error is none.
             steps: `[n]`, the time steps.
             own: Returns float32 Keras's own error of each tensor, `[n]`; called if it is needed.
         """
         error = np.where(judged, errors_of_rows(ours, true, good, finite), 0.0)
-        found, unjudged = judge(
-            error, lambda: own()[tensor], name_and_layer(self.network, tensor), [f"time step {step}" for step in steps]
-        )
+        places = [f"time step {step}" for step in steps]
+        found, unjudged = judge(error, tolerance, lambda: own()[tensor], name_and_layer(self.network, tensor), places)
         self.unjudged += unjudged
         return found
 
@@ -169,6 +174,21 @@ class SpecialReference:
         return grouped(run_together(twin.step, variants))
 
 
+def tolerances(let_through: Sequence[Array]) -> Array:
+    """What may be off at each step, `[rows, steps]`, by the largest number so far that a gate may let through.
+
+    Args:
+        let_through: Inputs, and states before each step, `[rows, steps, ...]`. Numbers beyond a million do not count.
+    """
+    found = np.full(let_through[0].shape[:2], TOLERANCE)
+    for array in let_through:
+        if array.dtype.kind == "f":
+            absolute = np.abs(array.astype(np.float64)).reshape(*found.shape, -1)
+            largest = np.where(absolute <= LARGE, absolute, 0).max(axis=2, initial=0)
+            found = np.maximum(found, TOLERANCE + GATE_ERROR * np.maximum.accumulate(largest, axis=1))
+    return found
+
+
 def errors_of_rows(ours: Array, true: Array, good: Array, finite: Array) -> Array:
     """The error of each row `[n]`: infinite where Keras is not finite (`~good`) and all of ours is (`finite`)."""
     error = relative_error(ours, true).reshape(len(true), -1).max(axis=1)
@@ -176,12 +196,13 @@ def errors_of_rows(ours: Array, true: Array, good: Array, finite: Array) -> Arra
 
 
 def judge(
-    error: Array, own: Callable[[], Array], name_and_layer: tuple[str, str], places: Sequence[str]
+    error: Array, limit: Array, own: Callable[[], Array], name_and_layer: tuple[str, str], places: Sequence[str]
 ) -> tuple[Difference, int]:
     """Judges the errors of one tensor on special numbers.
 
     Args:
         error: `[n]`.
+        limit: `[n]`, what is allowed where Keras's own error is none.
         own: Returns float32 Keras's own errors, `[n]`; called if they are needed.
         name_and_layer: The names of the tensor and of the layer that it comes from.
         places: Where each error is.
@@ -189,16 +210,16 @@ def judge(
     Returns:
         The worst difference; how many are not judged, because Keras took another branch than in float64.
     """
-    limit, unjudged = np.full(len(error), TOLERANCE), 0
-    if (error > TOLERANCE).any():
+    unjudged = 0
+    if (error > limit).any():
         own_error = own()
-        other_branch = (own_error > OTHER_BRANCH) & (error > TOLERANCE)
+        other_branch = (own_error > OTHER_BRANCH) & (error > limit)
         unjudged = int(other_branch.sum())
-        error, limit = np.where(other_branch, 0.0, error), limit_of(own_error)
+        error, limit = np.where(other_branch, 0.0, error), np.maximum(limit, limit_of(own_error))
     worst = int(np.argmax(error / limit))
     what = "" if np.isfinite(error[worst]) else ", where Keras is not finite and ours is, or the other way round"
     share = float(error[worst] / limit[worst])
-    value = float(error[worst] if share > 1 else np.where(limit <= TOLERANCE, error, 0).max())
+    value = float(error[worst] if share > 1 else error[error <= TOLERANCE].max(initial=0))
     return Difference(*name_and_layer, "special", value, share, places[worst] + what), unjudged
 
 

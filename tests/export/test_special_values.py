@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+from cellserve.export.onnx_graph import operators
 from cellserve.export.verify.special_values import special_numbers
 from tests.export.proving import Proof
 
@@ -106,3 +108,33 @@ def test_a_conversion_that_is_wrong_on_special_numbers_alone_is_found(monkeypatc
     proof = Proof(before_lstm(lambda x: ops.where(x > 60.25, -x, ops.tanh(x))))
     for parity in proof.parity.values():
         assert {difference.run for difference in parity.failed} == {"special"}
+
+
+def untrained_lstm(seed: int) -> Any:
+    keras.utils.set_random_seed(seed)
+    x = keras.Input((None, 5), name="x")
+    return keras.Model(x, layers.LSTM(128, return_sequences=True)(x))
+
+
+def test_what_a_gate_of_nearly_zero_lets_through_of_a_large_state_is_allowed() -> None:
+    proof = Proof(untrained_lstm(6))
+    worst = max(difference.share for parity in proof.parity.values() for difference in parity.differences)
+    assert worst <= 0.5  # not merely this network's good luck
+
+
+@pytest.mark.parametrize("wrong", ["a gate is off by 1e-4", "no bias", "gates in another order"])
+def test_a_wrong_recurrent_operator_is_found_among_large_states_too(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = operators.recurrent_operator
+
+    def wrong_operator(graph: Any, name: str, x: str, lengths: str, states: Any, weights: Any) -> Any:
+        kernel, recurrent, bias = (np.array(each) for each in dataclasses.astuple(weights)[:3])
+        if wrong == "gates in another order":
+            kernel, recurrent = (np.roll(each, each.shape[1] // 4, axis=1) for each in (kernel, recurrent))
+        bias = {"a gate is off by 1e-4": bias + np.float32(4e-4), "no bias": bias * 0}.get(wrong, bias)
+        return right(graph, name, x, lengths, states, operators.Weights(kernel, recurrent, bias))
+
+    monkeypatch.setattr(operators, "recurrent_operator", wrong_operator)
+    parity = Proof(untrained_lstm(6)).parity["operator of LSTMCell"]
+    assert {"steps", "special"} <= {difference.run for difference in parity.failed}
