@@ -68,7 +68,7 @@ def document(bench: Bench, rows: list[table.Row]) -> dict[str, object]:
         "machine": machine(),
         "rounds": bench.rounds,
         "seconds": bench.seconds,
-        "mosec": bench.mosec,
+        "settings": bench.settings,
         "missing": bench.missing,
         "rows": listed,
         "figures": figures,

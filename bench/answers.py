@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load, save
 from websockets.sync.client import ClientConnection, connect
 
 from bench.dialects import DIALECTS, FEATURES, OUTPUTS, Array, ask, request
+from bench.peers.lstm import load as open_graph
 from bench.servers import Server
 from bench.workloads import SAFETENSORS, numbers
 
@@ -51,15 +53,34 @@ def compare(ours: Server, others: Iterable[Server]) -> None:
         for one, want in zip(sequences[0], wanted[0], strict=True):
             socket.send(json.dumps({"op": "step", "session": handles[0], "x": one}))
             _check("cellserve, WebSocket", np.array(json.loads(socket.recv())["y"], np.float32), want)
-            socket.send(struct.pack(f"<5I{FEATURES}f", 1, 0, 1, 1, handles[1], *one))
-            answer_frame = socket.recv()
-            assert isinstance(answer_frame, bytes)
-            _check("cellserve, binary frames", np.frombuffer(answer_frame, "<f4", OUTPUTS, 16 + 12), want)
+            _check("cellserve, binary frames", _step_in_a_frame(socket, handles[1], one), want)
+
+
+def compare_with_operators(server: Server, path: Path) -> None:
+    """Steps a session in binary frames, and runs the graph of `bench.export_times` over the same time steps.
+
+    Raises:
+        DifferentAnswers: The answers differ.
+    """
+    x = np.array(numbers(LENGTHS[0], FEATURES), np.float32)
+    with connect(f"ws://127.0.0.1:{server.port}/stream") as socket:
+        handle = _open(socket)
+        y = [_step_in_a_frame(socket, handle, one) for one in x.tolist()]
+    graph = open_graph(str(path))
+    zeros = {state.name: np.zeros((1, 1, state.shape[2]), np.float32) for state in graph.get_inputs()[1:]}
+    _check("large, binary frames", np.stack(y), graph.run(["y"], {"x": x[:, None], **zeros})[0][:, 0])
 
 
 def _open(socket: ClientConnection) -> int:
     socket.send('{"op":"open"}')
     return int(json.loads(socket.recv())["handle"])
+
+
+def _step_in_a_frame(socket: ClientConnection, handle: int, x: list[float]) -> Array:
+    socket.send(struct.pack(f"<5I{FEATURES}f", 1, 0, 1, 1, handle, *x))
+    answer = socket.recv()
+    assert isinstance(answer, bytes)
+    return np.frombuffer(answer, "<f4", OUTPUTS, 16 + 12)
 
 
 def _check(who: str, given: Array, wanted: Array) -> None:

@@ -14,18 +14,20 @@ from pathlib import Path
 from websockets.sync.client import connect
 
 from bench import answers, stores, workloads
+from bench.export_times import LARGE
 from bench.network import UNITS
 from bench.rounds import Figure, Rounds
 from bench.servers import ROOT, SERVER_CORE, Server, Unavailable, redis
-from bench.workloads import FRAME
+from bench.workloads import FRAME, SESSIONS
 
-SECTIONS = ("http", "store", "websocket", "predict", "latency", "transfers", "memory", "export", "start")
-OURS = ("cellserve", "redis", "process", "disk")  # with sessions in memory, in Redis, in LMDB
+SECTIONS = ("http", "store", "websocket", "large", "predict", "latency", "transfers", "memory", "export", "start")
+OURS = ("cellserve", "redis", "process", "disk", "large")  # sessions in memory, in Redis, in LMDB; of a large model
 OTHERS = ("usual", "usual_keras", "mosec", "triton")
 PREDICTORS = ("usual", "mosec", "triton")  # without Keras, which takes many times longer for whole sequences
 STARTS = 3
 MANY = 100_000  # sessions in the memory measurement
-MOSEC = [(batch, wait) for batch in (16, 32) for wait in (0, 1)]  # batch size, milliseconds; the best is used
+# Batch sizes and waits in milliseconds that are tried of servers with such settings; the best are used.
+TRIED = {"mosec": [(batch, wait) for batch in (16, 32) for wait in (0, 1)], "triton": [(16, 0), (64, 0), (64, 1)]}
 Run = Callable[[float], Figure]
 
 
@@ -47,7 +49,8 @@ class Bench:
         self.stored = stored
         self.figures = Rounds()
         self.missing: dict[str, str] = {}  # servers that do not start here, and why
-        self.mosec: dict[str, tuple[int, int]] = {}  # the best batch size and wait, by route
+        self.settings: dict[str, dict[str, tuple[int, int]]] = {}  # the best batch size and wait, by server and route
+        self.best: dict[str, str] = {}  # the other server that predicts fastest, by group
         self._servers: dict[str, Server] = {}
 
     def run(self, sections: tuple[str, ...]) -> None:
@@ -65,8 +68,10 @@ class Bench:
             raise RuntimeError(f"creating the network failed: {made.stderr[-2000:]}")
         if "export" in sections:
             timings = json.loads(made.stdout.splitlines()[-1])["1x50"]
-            for name in ("ours", "tf2onnx", "keras"):
+            for name in ("ours", "tf2onnx"):
                 self.figures.add("export", name, Figure(timings[name]))
+        if {"export", "large"} & {*sections}:
+            self._export_times()
         if {"start", "memory"} & {*sections}:
             self._starts()
         with ExitStack() as stack:
@@ -74,7 +79,7 @@ class Bench:
             self.report("comparing answers")
             answers.compare(
                 self._servers["cellserve"],
-                [server for name, server in self._servers.items() if name not in ("cellserve", "floor")],
+                [server for name, server in self._servers.items() if name not in ("cellserve", "floor", "large")],
             )
             for turn in range(self.rounds):
                 for group, runs in groups.items():
@@ -87,8 +92,21 @@ class Bench:
         if "store" in sections:
             self._restarts()
 
+    def _export_times(self) -> None:
+        """Measures the export of networks of several sizes; makes the large model."""
+        self.report("measuring the export of larger networks")
+        command = [sys.executable, "-m", "bench.export_times", str(self.folder), str(self.rounds)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=to_server_core)
+        if done.returncode:
+            raise RuntimeError(f"measuring the export failed: {done.stderr[-2000:]}")
+        for size, makers in json.loads(done.stdout.splitlines()[-1]).items():
+            for name, times in makers.items():
+                for microseconds in times:
+                    self.figures.add(f"export {size}", name, Figure(microseconds))
+
     def _command(self, name: str, *more: str) -> tuple[str, ...]:
-        serve = "-m", "cellserve.cli", "serve", "--models", f"{self.folder}/artifacts", "--port", "{port}"
+        models = self.folder / ("large" if name == "large" else "artifacts")
+        serve = "-m", "cellserve.cli", "serve", "--models", str(models), "--port", "{port}"
         peer = "-m", f"bench.peers.{name}", "{port}"
         if name in OURS:
             return *serve, "--max-sessions", "200000", *more
@@ -133,20 +151,22 @@ class Bench:
             assert floor
             groups["websocket"] = {"cellserve": workloads.sockets(ours), "floor": workloads.sockets(floor)}
             groups["frames"] = {"cellserve": workloads.binary_frames(ours), "bare": self._bare("steps", FRAME)}
+        if "large" in sections:
+            large = self._start(stack, "large")
+            answers.compare_with_operators(large, self.folder / f"operator-{LARGE}-1.onnx")
+            groups["large"] = {
+                "cellserve": workloads.binary_frames(large, SESSIONS),
+                "bare": self._bare("large", SESSIONS),
+            }
         if "predict" in sections:
-            one, sixteen, binary, binary16 = (
-                workloads.predictions(ours, count, binary) for binary in (False, True) for count in (1, 16)
-            )
-            for server in others:
-                if server.name not in PREDICTORS:
-                    continue
-                theirs, theirs16 = (workloads.predictions(server, count) for count in (1, 16))
-                groups[f"predict {server.name}"] = {"json": one, "other": theirs, "binary": binary}
-                groups[f"predict16 {server.name}"] = {"json": sixteen, "other": theirs16}
-            for name, run in {"1 json": one, "16 json": sixteen, "1 binary": binary, "16 binary": binary16}.items():
-                steps = sum(request.steps for client in run.clients for request in client.requests)
-                requests = sum(len(client.requests) for client in run.clients)
-                groups[f"bare {name}"] = {"cellserve": run, "bare": self._bare("sequences", steps / requests)}
+            for group, count in (("predict", 1), ("predict16", 16)):
+                json_run, binary_run = (workloads.predictions(ours, count, binary) for binary in (False, True))
+                steps = sum(request.steps for client in json_run.clients for request in client.requests)
+                requests = sum(len(client.requests) for client in json_run.clients)
+                bare = self._bare("sequences", steps / requests)
+                groups[group] = {"json": json_run, "binary": binary_run, "bare": bare}
+                if best := self._fastest(group, count, others):
+                    groups[group] = {"other": best, **groups[group]}
         if "latency" in sections:
             few = workloads.steps(ours, sessions=8)
             saturating = workloads.predictions(ours)
@@ -165,37 +185,54 @@ class Bench:
         found = []
         for name in OTHERS:
             try:
-                more = self._best_mosec() if name == "mosec" else ()
+                more = self._best_settings(name) if name in TRIED else ()
                 found.append(self._start(stack, name, *more))
             except Unavailable as error:
                 self.missing[name] = str(error).splitlines()[-1]
         return found
 
-    def _best_mosec(self) -> tuple[str, ...]:
-        """Returns Mosec's flags with the best batch size and wait of each route on this machine."""
+    def _best_settings(self, name: str) -> tuple[str, ...]:
+        """Returns a server's flags with the best batch size and wait of each route on this machine."""
         rates: dict[str, dict[tuple[int, int], float]] = {"step": {}, "predict": {}}
-        for setting in MOSEC:
+        for setting in TRIED[name]:
             with ExitStack() as stack:
-                server = self._start(stack, "mosec", *map(str, setting * 2))
-                self.report(f"trying Mosec with batches of {setting[0]} and {setting[1]} ms")
+                server = self._start(stack, name, *map(str, setting * 2))
+                self.report(f"trying {name} with batches of {setting[0]} and {setting[1]} ms")
                 for route, run in (("step", workloads.steps(server)), ("predict", workloads.predictions(server))):
                     run(0.2)
-                    rates[route][setting] = run(min(1.0, self.seconds)).value
-            del self._servers["mosec"]
-        self.mosec = {route: max(own, key=own.__getitem__) for route, own in rates.items()}
-        return tuple(map(str, (*self.mosec["step"], *self.mosec["predict"])))
+                    rates[route][setting] = run(min(0.7, self.seconds)).value
+            del self._servers[name]
+        self.settings[name] = {route: max(own, key=own.__getitem__) for route, own in rates.items()}
+        return tuple(map(str, (*self.settings[name]["step"], *self.settings[name]["predict"])))
+
+    def _fastest(self, group: str, sequences: int, others: list[Server]) -> Run | None:
+        """Returns the run of the other server that predicts fastest: only that one is measured in every round."""
+        runs = {one.name: workloads.predictions(one, sequences) for one in others if one.name in PREDICTORS}
+        if not runs:
+            return None
+        rates = dict.fromkeys(runs, 0.0)
+        for _ in range(2):
+            for name, run in runs.items():
+                self.report(f"trying {name}: {sequences} sequences a request")
+                rates[name] = max(rates[name], run(min(0.5, self.seconds)).value)
+        self.best[group] = max(rates, key=rates.__getitem__)
+        return runs[self.best[group]]
 
     def _bare(self, what: str, steps_per_request: float) -> Run:
         """Returns a run of bare ONNX Runtime on the servers' core, with the fastest of our and the peers' models."""
         # A graph for single steps beside our model takes no sequences.
-        theirs, ours = {"steps": ("step.onnx", "*.onnx"), "sequences": ("fused.onnx", "model.onnx")}[what]
-        models = [self.folder / theirs, *sorted((self.folder / "artifacts/bench/1").glob(ours))]
+        theirs, ours = {
+            "steps": ("step.onnx", "artifacts/bench/1/*.onnx"),
+            "sequences": ("fused.onnx", "artifacts/bench/1/model.onnx"),
+            "large": (f"operator-{LARGE}-1.onnx", "large/large/1/model.onnx"),
+        }[what]
+        models = [self.folder / theirs, *sorted(self.folder.glob(ours))]
 
         def run(seconds: float) -> Figure:
             done = subprocess.run(
                 [sys.executable, "-m", "bench.peers.bare", what, str(seconds), *map(str, models)],
                 cwd=ROOT, check=True, capture_output=True, text=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CORE}),
+                preexec_fn=to_server_core,
             )  # fmt: skip
             result = json.loads(done.stdout)
             return Figure(result["steps_per_s"], 1e6 * result["cpu_s"] * steps_per_request)
@@ -237,6 +274,11 @@ class Bench:
             time.sleep(0.5)
             self.figures.add("memory", "cellserve", Figure((server.resident_bytes - before) / MANY))
             self.figures.add("memory", "states", Figure(2 * UNITS * 4))
+
+
+def to_server_core() -> None:
+    """Pins a process that is about to start to the servers' core."""
+    os.sched_setaffinity(0, {SERVER_CORE})
 
 
 def microseconds(figure: Figure) -> Figure:

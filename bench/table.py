@@ -6,8 +6,11 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bench.export_times import LARGE
+from bench.export_times import SIZES as EXPORTED
 from bench.load import BUSY
-from bench.measures import PREDICTORS, Bench
+from bench.measures import Bench
+from bench.network import UNITS
 from bench.rounds import Comparison, Figure
 from bench.workloads import CLIENTS, SESSIONS
 
@@ -109,19 +112,21 @@ def rows(bench: Bench) -> Iterator[Row]:
         yield Row(f"WebSocket JSON, {SESSIONS} sockets", "echo on uvicorn", echo, wanted=0.85)
         bare = figures.compare("frames", "cellserve", "bare")
         yield Row("one WebSocket, binary frames of 256 sessions", "bare ONNX Runtime, batch 256", bare, wanted=0.75)
-    if best := best_other(bench, "predict"):
-        compared = figures.compare(f"predict {best}", "json", "other")
-        yield Row(f"{one}, JSON", f"the best other, {NAMES[best]}", compared, wanted=1.6)
-        compared = figures.compare(f"predict {best}", "binary", "other")
-        yield Row(f"{one}, safetensors", f"the best other's JSON, {NAMES[best]}", compared, wanted=1.9)
-    if best := best_other(bench, "predict16"):
-        compared = figures.compare(f"predict16 {best}", "json", "other")
-        yield Row(f"{sixteen}, JSON", f"the best other, {NAMES[best]}", compared, wanted=2.0)
-    for name, measure in (("1 json", f"{one}, JSON"), ("1 binary", f"{one}, safetensors"),
-                          ("16 json", f"{sixteen}, JSON"), ("16 binary", f"{sixteen}, safetensors")):  # fmt: skip
-        if f"bare {name}" in figures:
-            compared = figures.compare(f"bare {name}", "cellserve", "bare")
-            yield Row(measure, "bare ONNX Runtime, best batch", compared)
+    if "large" in figures:
+        yield Row(f"one WebSocket, binary frames of {SESSIONS} sessions, LSTM of {LARGE:,} units",
+                  f"bare ONNX Runtime, batch {SESSIONS}", figures.compare("large", "cellserve", "bare"),
+                  wanted=0.9)  # fmt: skip
+    for group, measure, name, goal in (("predict", f"{one}, JSON", "json", 1.6),
+                                       ("predict", f"{one}, safetensors", "binary", 1.9),
+                                       ("predict16", f"{sixteen}, JSON", "json", 2.0)):  # fmt: skip
+        if best := bench.best.get(group):
+            beside = f"the best other's JSON, {NAMES[best]}" if name == "binary" else f"the best other, {NAMES[best]}"
+            yield Row(measure, beside, figures.compare(group, name, "other"), wanted=goal)
+    for group, measure in (("predict", one), ("predict16", sixteen)):
+        for name, kind in (("json", "JSON"), ("binary", "safetensors")):
+            if group in figures:
+                compared = figures.compare(group, name, "bare")
+                yield Row(f"{measure}, {kind}", "bare ONNX Runtime, best batch", compared)
     if "latency" in figures:
         yield Row("a step's p99 while `/predict` saturates the server", "idle",
                   figures.compare("latency", "busy", "idle"), "ms", 2.5, at_most=True, digits=3)  # fmt: skip
@@ -133,19 +138,18 @@ def rows(bench: Bench) -> Iterator[Row]:
                               ("upload of a state", "upload")):  # fmt: skip
             yield Row(measure, "a step, one client", figures.compare("transfers", name, "step"), "µs", digits=1)
     if "export" in figures:
-        for name, beside, goal in (("tf2onnx", "tf2onnx's `Loop`", 3), ("keras", "Keras", 18)):
-            compared = figures.compare("export", "ours", name, inverse=True)
-            yield Row("the export, batch 1, 50 time steps", beside, compared, "µs", goal, digits=1)
+        exported = "the export, batch 1, 50 time steps"
+        yield Row(exported, "tf2onnx's `Loop`", figures.compare("export", "ours", "tf2onnx", inverse=True), "µs", 3,
+                  digits=1)  # fmt: skip
+        for units, layers in EXPORTED:
+            measure = f"{exported}, {units:,} units{', two layers' if layers == 2 else ''}"
+            for name, beside, goal in (("operator", "ONNX Runtime's `LSTM` operator", 0.95),
+                                       ("keras", "Keras", 18 if units == UNITS else 1)):  # fmt: skip
+                compared = figures.compare(f"export {units}x{layers}", "ours", name, inverse=True)
+                yield Row(measure, beside, compared, "µs", goal)
     if "start" in figures:
         yield Row("start of `cellserve serve` to ready", "wanted", figures.compare("start", "cellserve", "wanted"),
                   "s", 1, at_most=True, digits=3)  # fmt: skip
-
-
-def best_other(bench: Bench, group: str) -> str | None:
-    """Returns the other server with the highest median rate."""
-    own = {name: bench.figures.figures.get(f"{group} {name}") for name in PREDICTORS}
-    medians = {name: statistics.median(f.value for f in group["other"]) for name, group in own.items() if group}
-    return max(medians, key=medians.__getitem__, default=None)
 
 
 def notes(bench: Bench) -> Iterator[str]:
@@ -166,6 +170,6 @@ def notes(bench: Bench) -> Iterator[str]:
         )
     for name, why in bench.missing.items():
         yield f"{NAMES[name]} is not available here, so it is not among the others: {why}."
-    if bench.mosec:
-        settings = ", ".join(f"`/{route}` {batch} and {wait} ms" for route, (batch, wait) in bench.mosec.items())
-        yield f"Mosec at the best of the batch sizes and waits tried: {settings}."
+    for name, routes in bench.settings.items():
+        settings = ", ".join(f"`/{route}` {batch} and {wait} ms" for route, (batch, wait) in routes.items())
+        yield f"{NAMES[name]}, at the best of the batch sizes and waits tried: {settings}."

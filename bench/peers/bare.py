@@ -1,6 +1,6 @@
 """Bare ONNX Runtime in a loop: prints steps per second and CPU seconds per step, for the best model and shape.
 
-usage: python -m bench.peers.bare steps|sequences SECONDS MODEL.onnx...
+usage: python -m bench.peers.bare steps|sequences|large SECONDS MODEL.onnx...
 """
 
 from __future__ import annotations
@@ -12,22 +12,26 @@ import time
 import numpy as np
 import onnxruntime as ort
 
-from bench.peers.lstm import FEATURES, UNITS, load
+from bench.peers.lstm import load
 
-SHAPES = {"steps": [(256, 1)], "sequences": [(batch, 30) for batch in (1, 4, 8, 16, 32, 64)]}  # batch, time
+SHAPES = {  # batch, time
+    "steps": [(256, 1)],
+    "large": [(64, 1)],
+    "sequences": [(batch, 30) for batch in (1, 4, 8, 16, 32, 64)],
+}
 PROBE = 0.05  # seconds
 
 
 def feed(model: ort.InferenceSession, batch: int, time: int) -> dict[str, np.ndarray]:
-    made = {}
+    sizes, made = {"batch": batch, "time": time}, {}
     for tensor in model.get_inputs():
+        shape = [sizes.get(size, size) for size in tensor.shape]
         if tensor.name == "x":
-            shape = (batch, time, FEATURES) if len(tensor.shape) == 3 else (batch, FEATURES)
             made["x"] = np.random.default_rng(0).normal(size=shape).astype(np.float32)
         elif tensor.type == "tensor(int32)":
-            made[tensor.name] = np.full(batch, time, np.int32)
+            made[tensor.name] = np.full(shape, time, np.int32)
         else:
-            made[tensor.name] = np.zeros((batch, UNITS), np.float32)
+            made[tensor.name] = np.zeros(shape, np.float32)
     return made
 
 

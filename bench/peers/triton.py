@@ -1,10 +1,10 @@
 """NVIDIA's Triton with its Python backend: writes a model repository and becomes `tritonserver`.
 
-usage: python -m bench.peers.triton PORT FOLDER
+usage: python -m bench.peers.triton PORT FOLDER STEP_BATCH STEP_WAIT PREDICT_BATCH PREDICT_WAIT
 
-FOLDER holds the networks. Triton comes with nvidia-pytriton from PyPI, in its own environment `.venv-triton`, since its
-Python backend is built for NumPy 1. The backend runs a model in a separate process, a stub linked to the library of one
-Python version; there is a stub for each of Python 3.8 to 3.13.
+Waits are in milliseconds. FOLDER holds the networks. Triton comes with nvidia-pytriton from PyPI, in an environment of
+its own, `.venv-triton`, since its Python backend is built for NumPy 1. The backend runs a model in a separate process,
+a stub linked to the library of one Python version; there is a stub for each of Python 3.8 to 3.13.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ WHERE = "import sys, sysconfig as s; print(sys.version_info[1], s.get_path('pure
 STEP = """\
 name: "step"
 backend: "python"
-max_batch_size: 64
+max_batch_size: BATCH
 input [{ name: "x", data_type: TYPE_FP32, dims: [16] }]
 output [{ name: "y", data_type: TYPE_FP32, dims: [4] }]
 instance_group [{ count: 1, kind: KIND_CPU }]
 sequence_batching {
   max_sequence_idle_microseconds: 3600000000
-  oldest { max_candidate_sequences: 1024 }
+  oldest { max_candidate_sequences: 1024, max_queue_delay_microseconds: WAIT }
 }
 """
 # A request is one row: its sequences concatenated, and their lengths. Ragged, so that requests of different sizes can
@@ -36,19 +36,20 @@ sequence_batching {
 PREDICT = """\
 name: "predict"
 backend: "python"
-max_batch_size: 16
+max_batch_size: BATCH
 input [
   { name: "x", data_type: TYPE_FP32, dims: [-1, 16], allow_ragged_batch: true },
   { name: "lengths", data_type: TYPE_INT32, dims: [-1], allow_ragged_batch: true }
 ]
 output [{ name: "y", data_type: TYPE_FP32, dims: [-1, 4] }]
 instance_group [{ count: 1, kind: KIND_CPU }]
-dynamic_batching { }
+dynamic_batching { max_queue_delay_microseconds: WAIT }
 """
 
 
 def main() -> None:
     port, folder = sys.argv[1], Path(sys.argv[2])
+    step_batch, step_wait, predict_batch, predict_wait = map(int, sys.argv[3:])
     python = ENVIRONMENT / "bin/python"
     if not python.exists():
         sys.exit(f"{ENVIRONMENT.name} is missing: run `make bench`")
@@ -71,7 +72,11 @@ def main() -> None:
     backends, repository = folder / "triton/backends", folder / "triton/models"
     shutil.copytree(triton / "backends/python", backends / "python", dirs_exist_ok=True)
     shutil.copy(stub, backends / "python")
-    for name, configuration in (("step", STEP), ("predict", PREDICT)):
+    for name, text, batch, wait in (
+        ("step", STEP, step_batch, step_wait),
+        ("predict", PREDICT, predict_batch, predict_wait),
+    ):
+        configuration = text.replace("BATCH", str(batch)).replace("WAIT", str(1000 * wait))
         version = repository / name / "1"
         version.mkdir(parents=True, exist_ok=True)
         (version.parent / "config.pbtxt").write_text(configuration)

@@ -47,15 +47,9 @@ NO_ALTERNATIVES = Alternatives({}, "")
 
 def alternatives(network: StatefulNetwork | SequenceNetwork) -> Alternatives:
     """Converts a network with tf2onnx alone, and prepares Keras's own run."""
-    count = len(network.inputs)
-
-    def run(*tensors: Any) -> list[Any]:
-        outputs, following = network.run(tensors[:count], tensors[count:])
-        return [tf.identity(tensor) for tensor in (*outputs, *following)]
-
     # One trace for both and for all shapes: a trace takes longer than the runs.
     try:
-        keras_run = trace(run, _specs(network))
+        keras_run = trace_keras(network)
     except Exception:  # from TensorFlow, Keras or a layer's own code
         return Alternatives({"tf2onnx": _fails, "keras": _fails}, "")
     session, operators = _tf2onnx(keras_run, network)
@@ -65,6 +59,17 @@ def alternatives(network: StatefulNetwork | SequenceNetwork) -> Alternatives:
         return _if_it_runs(lambda: keras_run(*tensors))
 
     return Alternatives({"tf2onnx": lambda x, states: _tf2onnx_run(session, x, states), "keras": keras}, operators)
+
+
+def trace_keras(network: StatefulNetwork | SequenceNetwork) -> Any:
+    """Keras's own run, compiled by TensorFlow: inputs and states as tensors to outputs and next states."""
+    count = len(network.inputs)
+
+    def run(*tensors: Any) -> list[Any]:
+        outputs, following = network.run(tensors[:count], tensors[count:])
+        return [tf.identity(tensor) for tensor in (*outputs, *following)]
+
+    return trace(run, _specs(network))
 
 
 def measure(
