@@ -16,6 +16,7 @@ import pytest
 from cellserve.service.context import check_store
 from cellserve.service.errors import StoreUnavailable
 from cellserve.service.sessions.session import NO_LIMITS, ClientLimits, Room, SessionSummary
+from cellserve.service.sessions.stores import redis_scripts as scripts
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 from cellserve.service.sessions.stores.records import (
     ConditionalWrites,
@@ -158,6 +159,32 @@ def test_the_clock_of_one_replica_ends_no_session_and_lets_no_further_one_in(
     for jump in (7200.0, -7200.0):
         monkeypatch.setattr(time, "time", lambda jump=jump: now() + jump)
         assert with_client(clean.url, count) == ((10, 0), WriteOutcome.FULL, 10)
+
+
+def test_a_write_sets_deadlines_again_once_less_than_the_idle_time_is_left(clean: RedisServer) -> None:
+    names = session, tombstone = scripts.names("a")
+
+    async def work(client: RedisClient) -> None:
+        redis, position = client._connection.redis, STAMP.position
+
+        async def deadlines_after_a_step(left: float) -> list[float]:
+            nonlocal position
+            before, position = position, position + 1
+            for name, more in ((session, 0), (tombstone, 60)):
+                await redis.pexpire(name, int(1000 * (left + more)))
+            old, new = ([VersionStamp(at, STAMP.revision).packed] for at in (before, position))
+            assert await client.write(ConditionalWrites(["a"], old, new, [b""], [b""])) == [WriteOutcome.WRITTEN]
+            assert await redis.get(tombstone) == b"expired %d" % position
+            return [await redis.pttl(name) / 1000 for name in names]
+
+        await client.create("a", record(), room(1))
+        assert await deadlines_after_a_step(63) == [pytest.approx(62, abs=1), pytest.approx(122, abs=1)]
+        assert await deadlines_after_a_step(59) == [pytest.approx(65, abs=1), pytest.approx(125, abs=1)]
+        assert await deadlines_after_a_step(3600) == [pytest.approx(65, abs=1), pytest.approx(125, abs=1)]
+        indexed = float(await redis.zscore(scripts.INDEX, "a")) - (await redis.time())[0]
+        assert indexed > 66  # so that a session that lives is in the index
+
+    with_client(clean.url, work, idle_seconds=60)
 
 
 def test_expired_sessions_make_room_and_are_counted_once(clean: RedisServer) -> None:
@@ -344,7 +371,7 @@ def test_a_client_has_room_for_its_own_limits_and_not_for_more(clean: RedisServe
         full = greedy._replace(client_limits=ClientLimits(9, 2 * size - 1))
         assert await client.create("c", record(), full) is WriteOutcome.CROWDED
         assert await client.create("e", record(), greedy) is WriteOutcome.WRITTEN
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(2.8)
         assert await client.create("f", record(), greedy) is WriteOutcome.WRITTEN
         assert await client.create("g", record(), greedy) is WriteOutcome.WRITTEN
         for key in ("f", "g"):

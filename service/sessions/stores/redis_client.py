@@ -8,6 +8,7 @@ keys may be on several nodes. `redis_scripts` describes the keys.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -31,7 +32,9 @@ from cellserve.service.sessions.stores.records import (
 from cellserve.service.sessions.stores.redis_connection import Command, RedisConnection, checked, is_wrong_type
 from cellserve.service.sessions.stores.redis_faults import FAULTS, TooFewReplicas, fault_of
 
-_INDEX_SLACK = 1.1  # the deadline of a session in constant use is refreshed only now and then
+# The deadlines of a session in constant use are set again only now and then: that in Redis when less than the idle time
+# is left, that in the index by `SharedStore`. So neither is early, and that of the index is the later one.
+_SLACK, _INDEX_SLACK = 1.1, 1.2
 _TOGETHER = 64  # sessions that one call writes, at most: Redis does nothing else meanwhile
 _TOGETHER_BYTES = 1024 * 1024  # of their states
 _OUTCOMES: dict[bytes, WriteOutcome] = {outcome.encode(): outcome for outcome in WriteOutcome}
@@ -64,6 +67,7 @@ class RedisClient:
         if self._connection.is_cluster and replicas:
             raise StoreUnusable("--store-replicas does not work with a cluster: leave it out")
         self._idle_ms = max(1, int(1000 * idle_seconds))
+        self._life_ms = math.ceil(_SLACK * self._idle_ms)
         self._gone_ms = max(1, int(1000 * tombstone_seconds))
         self._index_seconds = _INDEX_SLACK * self._idle_ms / 1000
         self._replicas = replicas
@@ -280,18 +284,18 @@ class RedisClient:
         return [
             ("HMGET", session, *SessionRecord.FIELDS),
             ("GET", tombstone),
-            ("PEXPIRE", session, self._idle_ms),
-            ("PEXPIRE", tombstone, self._idle_ms + self._gone_ms),
+            ("PEXPIRE", session, self._life_ms),
+            ("PEXPIRE", tombstone, self._life_ms + self._gone_ms),
             self._touch([key], "XX", index),
         ]
 
     def _creation(self, script: bytes, key: str, session: SessionRecord) -> Command:
-        times = self._idle_ms, self._idle_ms + self._gone_ms
+        times = self._life_ms, self._life_ms + self._gone_ms
         return self._call(script, key, *times, b"expired %d" % session.stamp.position, *session.fields())
 
     def _writing(self, writes: ConditionalWrites) -> Command:
         keys: list[str] = []
-        arguments: list[bytes | int] = [self._idle_ms, self._idle_ms + self._gone_ms]
+        arguments: list[bytes | int] = [self._life_ms, self._life_ms + self._gone_ms, self._idle_ms]
         rows = zip(writes.keys, writes.expected, writes.stamps, writes.states, writes.answers, strict=True)
         for key, expected, stamp, states, answer in rows:
             keys += scripts.names(key)

@@ -16,12 +16,14 @@ _PURGED = 1000  # expired sessions that one call removes from the index, at most
 _SCANNED = 1000  # sessions of an owner that one call looks at, at most
 
 # KEYS: of one or several sessions, the session and its tombstone. ARGV: milliseconds until the sessions expire and
-# until the tombstones do, then of each session the expected stamp, the new stamp, the tombstone, the states, and the
-# stored answer, empty if it does not change. Returns the outcome of each session.
+# until the tombstones do, and how many they have left before these are set again (it is a fifth of the time); then of
+# each session the expected stamp, the new stamp, the tombstone, the states, and the stored answer, empty if it does not
+# change. Returns the outcome of each session.
 WRITE = b"""
 local call, pcall, outcomes = redis.call, redis.pcall, {}
+local most, least = tonumber(ARGV[1]), tonumber(ARGV[3])
 for place = 1, #KEYS / 2 do
-  local session, at = KEYS[2 * place - 1], 5 * place - 2
+  local session, at = KEYS[2 * place - 1], 5 * place - 1
   local mark = pcall('HGET', session, 'mark')
   if not mark then
     outcomes[place] = 'gone'
@@ -33,8 +35,13 @@ for place = 1, #KEYS / 2 do
     else
       call('HSET', session, 'mark', ARGV[at + 1], 'states', ARGV[at + 3])
     end
-    call('PEXPIRE', session, ARGV[1])
-    call('SET', KEYS[2 * place], ARGV[at + 2], 'PX', ARGV[2])
+    local left = call('PTTL', session)
+    if left < least or left > most then
+      call('PEXPIRE', session, ARGV[1])
+      call('SET', KEYS[2 * place], ARGV[at + 2], 'PX', ARGV[2])
+    else
+      call('SET', KEYS[2 * place], ARGV[at + 2], 'XX', 'KEEPTTL')
+    end
     outcomes[place] = 'written'
   end
 end

@@ -66,11 +66,10 @@ class Tick:
         for session, stamp, outcome in zip(self.sessions, self.writes.stamps, outcomes, strict=True):
             if outcome is written:
                 session.stamp = stamp
-        failed = [row for row, outcome in enumerate(outcomes) if outcome is not written]
-        if not failed:
+        if outcomes.count(written) == len(outcomes):
             return True
         places = list(self._places())
-        for one in failed:
+        for one in [row for row, outcome in enumerate(outcomes) if outcome is not written]:
             (item, row, _), outcome = places[one], outcomes[one]
             problem = outcome if isinstance(outcome, Problem) else StaleSession()
             item.errors_by_row = (item.errors_by_row or {}) | {row: problem}

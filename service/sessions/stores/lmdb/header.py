@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 from cellserve.service.sessions.stores.records import LATEST, UnreadableRecord, VersionStamp
 
 _HEADER = struct.Struct("<24sdIddIBB")
-_CHECKED = struct.Struct("<24sd")
-_CHANGED = struct.Struct("<dI")
-_KEPT_FROM = struct.calcsize("<24sdI")
-_LENGTHS_FROM = _HEADER.size - 2
+HEADER_BYTES = _HEADER.size
+CHECKED = struct.Struct("<24sd24xBB")  # of a header: stamp, deadline, and the bytes of the creation digest and client
+CHANGED = struct.Struct("<24sdI")  # its front, which each step writes: stamp, deadline, bytes of the states
 
 
 class Header(NamedTuple):
@@ -31,9 +30,9 @@ class Header(NamedTuple):
     @classmethod
     def read(cls, record: Any) -> Header:
         """Decodes the header of a record; raises UnreadableRecord."""
-        if len(record) >= _HEADER.size:
+        if len(record) >= HEADER_BYTES:
             header = cls._make(_HEADER.unpack_from(record))
-            size = _HEADER.size + header.origin_bytes + header.client_bytes + header.state_bytes
+            size = HEADER_BYTES + header.origin_bytes + header.client_bytes + header.state_bytes
             if size <= len(record) and 0 <= header.created_at < LATEST and math.isfinite(header.deadline):
                 return header
         raise UnreadableRecord("its header is damaged")
@@ -49,25 +48,25 @@ class Header(NamedTuple):
 
     def origin(self, record: Any) -> bytes:
         """Returns the creation digest in a record."""
-        return bytes(record[_HEADER.size : _HEADER.size + self.origin_bytes])
+        return bytes(record[HEADER_BYTES : HEADER_BYTES + self.origin_bytes])
 
     def client(self, record: Any) -> bytes:
         """Returns the client's name in a record."""
-        start = _HEADER.size + self.origin_bytes
+        start = HEADER_BYTES + self.origin_bytes
         return bytes(record[start : start + self.client_bytes])
 
     def states(self, record: Any) -> bytes:
         """Returns the states in a record."""
-        start = _HEADER.size + self.origin_bytes + self.client_bytes
+        start = HEADER_BYTES + self.origin_bytes + self.client_bytes
         return bytes(record[start : start + self.state_bytes])
 
     def answer(self, record: Any) -> bytes:
         """Returns the stored answer in a record."""
-        return bytes(record[_HEADER.size + self.origin_bytes + self.client_bytes + self.state_bytes :])
+        return bytes(record[HEADER_BYTES + self.origin_bytes + self.client_bytes + self.state_bytes :])
 
     def before_rest_of(self, record: Any) -> bytes:
         """Returns a record with this header instead of its own."""
-        return self.pack() + bytes(record[_HEADER.size :])
+        return self.pack() + bytes(record[HEADER_BYTES:])
 
 
 # What each step needs of a record, without decoding the rest.
@@ -75,21 +74,7 @@ class Header(NamedTuple):
 
 def stamp_and_deadline(record: Any) -> tuple[bytes, float]:
     """Returns the packed stamp and the deadline in a record; those of no session if it has no header."""
-    return _CHECKED.unpack_from(record) if len(record) >= _HEADER.size else (b"", math.inf)
-
-
-def changed(record: Any, stamp: bytes, until: float, states: bytes, answer: bytes) -> bytes:
-    """Returns a session's record after a change.
-
-    Args:
-        record: Its record before.
-        stamp: The packed stamp after it.
-        until: The deadline.
-        states: The states.
-        answer: The stored answer, if there is one. That of an earlier change is of no use any more.
-    """
-    kept = record[_KEPT_FROM : _HEADER.size + record[_LENGTHS_FROM] + record[_LENGTHS_FROM + 1]]
-    return b"".join((stamp, _CHANGED.pack(until, len(states)), kept, states, answer))
+    return CHECKED.unpack_from(record)[:2] if len(record) >= HEADER_BYTES else (b"", math.inf)
 
 
 @lru_cache(16384)  # one of a session in use is made once

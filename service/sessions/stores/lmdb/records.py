@@ -17,7 +17,14 @@ import lmdb
 from cellserve.service.sessions.session import Room
 from cellserve.service.sessions.stores.lmdb.clients import ClientIndex
 from cellserve.service.sessions.stores.lmdb.environment import Environment
-from cellserve.service.sessions.stores.lmdb.header import Header, changed, stamp_and_deadline, to_key
+from cellserve.service.sessions.stores.lmdb.header import (
+    CHANGED,
+    CHECKED,
+    HEADER_BYTES,
+    Header,
+    stamp_and_deadline,
+    to_key,
+)
 from cellserve.service.sessions.stores.lmdb.model_numbers import ModelNumbers
 from cellserve.service.sessions.stores.records import (
     ConditionalWrites,
@@ -157,13 +164,19 @@ class Records:
                     outcomes.append(WriteOutcome.GONE)
                     continue
                 record = cursor.value()
-                found, deadline = stamp_and_deadline(record)
+                if len(record) < HEADER_BYTES:
+                    outcomes.append(WriteOutcome.CONFLICT)
+                    continue
+                # Without functions of its own: it is a fifth of the time.
+                found, deadline, origin_bytes, client_bytes = CHECKED.unpack_from(record)
                 if deadline <= now:
                     outcomes.append(WriteOutcome.GONE)
                 elif found != expected:
                     outcomes.append(WriteOutcome.CONFLICT)
                 else:
-                    cursor.put(key, changed(record, stamp, until, states, answer))
+                    kept = record[CHANGED.size : HEADER_BYTES + origin_bytes + client_bytes]
+                    # The answer to an earlier change is of no use any more.
+                    cursor.put(key, b"".join((CHANGED.pack(stamp, until, len(states)), kept, states, answer)))
                     outcomes.append(WriteOutcome.WRITTEN)
         return outcomes
 

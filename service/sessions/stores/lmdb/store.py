@@ -68,10 +68,11 @@ class LmdbStore(SharedStore):
 
     def all_current(self, sessions: Sequence[Session]) -> bool:
         """Returns whether `is_current` holds for all of these sessions."""
-        if not self._client.folder.alone:
-            stamps = self._client.stamps([session.key for session in sessions])
-            if all([stamp and stamp == one.stamp for stamp, one in zip(stamps, sessions, strict=True)]):  # noqa: C419
-                return True  # faster than one by one
+        if self._client.folder.alone:
+            return super().all_current(sessions)
+        stamps = self._client.stamps([session.key for session in sessions])
+        if all([stamp and stamp == one.stamp for stamp, one in zip(stamps, sessions, strict=True)]):  # noqa: C419
+            return True  # faster than one by one
         return all([self.is_current(session, None) for session in sessions])  # noqa: C419  # fills all of them
 
     async def refresh(self, session: Session, key: IdempotencyKey | None) -> None:
