@@ -36,7 +36,9 @@ from cellserve.service.observability.request_context import problem_body
 from cellserve.service.settings import Settings
 
 _DOCS_FILES = "static-offline-docs"
-_GC_THRESHOLD = 50_000  # new objects between collections
+# New objects between collections, which take about a millisecond for a thousand of them; the last is out of reach: a
+# full collection would stop everyone.
+_GC_THRESHOLDS = 10_000, 1, 10_000
 _METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT")
 
 
@@ -70,7 +72,7 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
         # What is loaded by now stays: the collector need not scan it again, nor run every few hundred requests.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(_GC_THRESHOLD, 20, 100)
+        gc.set_threshold(*_GC_THRESHOLDS)
         if operations_listener is not None:
             await operations_listener.open(_operations(service))
         service.started = True

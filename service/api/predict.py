@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
@@ -60,7 +60,7 @@ class Predict:
         answer = prediction_json(engine.model, outputs, every_output, final if wanted.return_states else None)
         await send_sized_json(send, receive, answer, size)
 
-    async def _read(self, client: str, body: bytes) -> tuple[Engine, Wanted, list[Array]]:
+    async def _read(self, client: str, body: bytes) -> tuple[Engine, Wanted, Sequence[Array]]:
         if len(body) <= _LARGEST_SIMPLE:
             await self.service.decoding.admission()
             try:
@@ -99,9 +99,9 @@ class Predict:
 
     def _check_size(
         self,
-        check: Callable[[int, Model, list[Array], int, int], int],
+        check: Callable[[int, Model, Sequence[Array], int, int], int],
         model: Model,
-        sequences: list[Array],
+        sequences: Sequence[Array],
         wanted: Wanted,
     ) -> int:
         """Returns the size of the answer, before the work; raises BodyTooLarge."""
@@ -111,7 +111,7 @@ class Predict:
         return check(self.service.settings.max_exchange_bytes, model, sequences, steps, states)
 
     async def _advance(
-        self, client: str, engine: Engine, receive: Receive, sequences: list[Array], wanted: Wanted
+        self, client: str, engine: Engine, receive: Receive, sequences: Sequence[Array], wanted: Wanted
     ) -> tuple[list[Array], bool, list[dict[str, Array]]]:
         """Returns the outputs, whether they are of all time steps, and the final states."""
         every_output = wants_every_output(engine.model, wanted.outputs)

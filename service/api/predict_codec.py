@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import msgspec
+import numpy as np
 from numpy.typing import NDArray
 
-from cellserve.service.api.step_codec import labels_json
+from cellserve.service.api.step_codec import labels_of
 from cellserve.service.model_repository.model import Model
 from cellserve.service.validation.json_bodies import PredictRequest
 
@@ -35,10 +37,19 @@ def prediction_json(
     model: Model, outputs: list[Array], every_output: bool, states: list[dict[str, Array]] | None
 ) -> dict[str, Any]:
     """Returns the answer for sequences with the outputs `[time, *outputs]` each, as JSON; with their final states."""
-    wanted = outputs if every_output else [y[-1] for y in outputs]
+    # NumPy is called once for all sequences: thousands of calls would hold up the event loop for 20 ms.
+    joined = np.concatenate(outputs if every_output else [y[-1:] for y in outputs])
     answer: dict[str, Any] = {"model": model.name, "version": model.version}
-    answer["outputs"] = [model.outputs.to_json(y) for y in wanted]
-    answer |= labels_json(model.document, wanted)
+    if every_output:
+        answer["outputs"] = [model.outputs.to_json(y) for y in outputs]
+    else:
+        answer["outputs"] = joined if joined.dtype.names is None else [model.outputs.to_json(y) for y in joined]
+    if model.document.labels is not None:
+        labels = labels_of(model.document.labels, joined)
+        ends = accumulate(map(len, outputs))
+        answer["labels"] = (
+            [labels[end - len(y) : end] for y, end in zip(outputs, ends, strict=True)] if every_output else labels
+        )
     if states is not None:
         # orjson writes NumPy scalars, but not arrays without axes.
         answer["states"] = [{name: s if s.ndim else s[()] for name, s in own.items()} for own in states]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
@@ -50,7 +50,7 @@ def read_options(query: bytes) -> Options:
         raise InvalidInput(f"the query: {error}: send model, outputs (last or all), return_states (true)") from None
 
 
-def read(body: bytes, model: Model, most: int) -> tuple[list[Array], list[dict[str, Array] | None] | None]:
+def read(body: bytes, model: Model, most: int) -> tuple[Sequence[Array], list[dict[str, Array] | None] | None]:
     """Decodes the tensors of a prediction.
 
     `x` is `[sequences, time, *features]`, or, with `lengths [sequences]`, the time steps of all sequences one after
@@ -94,7 +94,7 @@ def read(body: bytes, model: Model, most: int) -> tuple[list[Array], list[dict[s
                     f"send as many time steps",
                     place=name,
                 )
-        sequences = list(inputs.pack(list(arrays.values())))
+        sequences: Sequence[Array] = list(inputs.pack(list(arrays.values())))
     else:
         if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not lengths.size or (lengths < 1).any():
             raise InvalidInput("lengths: send one integer per sequence, each at least 1", place="lengths")

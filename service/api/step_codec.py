@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cellserve.models.signature import ModelDocument
 from cellserve.service.idempotency import IdempotencyKey, step_key
 from cellserve.service.model_repository.model import Model
 from cellserve.service.runtime.tensor_layout import unpack
@@ -52,9 +52,9 @@ def step_json(
     output = y if every_output and not single else y[-1]
     model = session.model
     answer: dict[str, Any] = {"session": session.id, "position": position, "y": model.outputs.to_json(output)}
-    document = model.document
-    if document.labels is not None:
-        answer["label" if output.ndim == y.ndim - 1 else "labels"] = labels_json(document, [output])["labels"][0]
+    names = model.document.labels
+    if names is not None:
+        answer["label" if output.ndim == y.ndim - 1 else "labels"] = labels_of(names, output)
     answer["durable"] = store.durable
     return answer
 
@@ -72,10 +72,7 @@ def session_json(store: SessionStore, session: Session, position: int | None = N
     }
 
 
-def labels_json(document: ModelDocument, outputs: list[Array]) -> dict[str, Any]:
-    """Returns `labels`, the name of the largest entry of each (first) output; empty if the model names none."""
-    names = document.labels
-    if names is None:
-        return {}
-    tops = [np.argmax(unpack(y)[0], axis=-1) for y in outputs]
-    return {"labels": [[names[i] for i in top] if top.ndim else names[int(top)] for top in tops]}
+def labels_of(names: Sequence[str], y: Array) -> Any:
+    """Returns the name of the largest entry of the (first) output y `[n]`, or a list of those of y `[time, n]`."""
+    top = np.argmax(unpack(y)[0], axis=-1)
+    return [names[i] for i in top.tolist()] if top.ndim else names[int(top)]

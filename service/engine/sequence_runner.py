@@ -26,9 +26,11 @@ from cellserve.service.runtime.tensor_layout import unpack
 
 Array = NDArray[Any]
 States = dict[str, Array]
+Numbers = NDArray[np.intp]  # of sequences in a request
 
 _MAX_WAITING_REQUESTS = 256
 _ROWS = 16  # of an item: thousands of items from one request would take long to enqueue
+_ITEMS_AT_ONCE = 64  # what is done for so many takes 2 ms; then others have their turn
 
 log = logging.getLogger("cellserve")
 
@@ -127,10 +129,13 @@ class SteppedSequences:
         items: list[WorkItem] = []
         with engine.scratch([None] * len(sequences) if states is None else states) as slots:
             try:
-                for numbers in batches:
+                for place, numbers in enumerate(batches, 1):
+                    if place % _ITEMS_AT_ONCE == 0:
+                        await asyncio.sleep(0)
                     x = np.stack([sequences[number] for number in numbers])
                     items.append(engine.submit(slots[numbers], x, return_all_outputs, client=client))
-                outputs: dict[int, Array] = {}
+                ys: list[Array] = []
+                final: dict[int, States] = {}
                 for numbers, item in zip(batches, items, strict=True):
                     try:
                         y = await item.awaited
@@ -139,9 +144,11 @@ class SteppedSequences:
                     except NotFinite as problem:
                         row = min(item.errors_by_row or (0,))
                         raise name_sequence(problem, f"{name}[{numbers[row]}]") from None
-                    outputs.update(zip(numbers, y, strict=True))
-                in_order = [outputs[number] for number in range(len(sequences))]
-                return in_order, [engine.arena.read(int(slot)) for slot in slots] if return_states else []
+                    ys.append(y)
+                    if return_states:
+                        final |= {number: engine.arena.read(int(slots[number])) for number in numbers.tolist()}
+                        await asyncio.sleep(0)
+                return _in_order(batches, ys), [final[number] for number in range(len(final))]
             finally:
                 for item in items:
                     done = item.awaited
@@ -204,13 +211,13 @@ class WholeSequences:
         if self._waiting >= _MAX_WAITING_REQUESTS:
             raise QueueFull(f"{self._waiting} requests are waiting for model {self._model.name!r}: try again")
         loop = asyncio.get_running_loop()
-        outputs: dict[int, Array] = {}
+        batches, outputs = by_length(sequences, self._most_rows), []
         left = sum(map(len, sequences))
         counted = self._bound.enter(client, left)
         turn = self._turns.setdefault(client, asyncio.Lock())
         self._waiting += 1
         try:
-            for numbers in by_length(sequences, self._most_rows):
+            for numbers in batches:
                 # One batch after the other, so that a cancelled request stops after the current one.
                 arrived = perf_counter()
                 async with turn:
@@ -218,14 +225,14 @@ class WholeSequences:
                     ys, start = await loop.run_in_executor(self._executor, self._run, x, numbers, name)
                 rows, steps = x.shape[:2]
                 self._counts.record_sequence_batch(rows, rows * steps, start - arrived, perf_counter() - start)
-                outputs.update(zip(numbers, ys, strict=True))
+                outputs.append(ys)
                 left -= rows * steps
                 self._bound.leave(client, rows * steps, counted)
         finally:
             self._waiting -= 1
             if left:
                 self._bound.leave(client, left, counted)
-        return [outputs[number] for number in range(len(sequences))], []
+        return _in_order(batches, outputs), []
 
     def _check(self, sequences: Sequence[Array], states: bool, return_states: bool, name: str) -> None:
         signature = self._model.runtime.signature
@@ -257,7 +264,7 @@ class WholeSequences:
     def _most_rows(self, steps: int) -> int:
         return max(1, min(self._max_batch, self._max_steps // steps))
 
-    def _run(self, x: Array, numbers: Sequence[int], name: str) -> tuple[Array, float]:
+    def _run(self, x: Array, numbers: Numbers, name: str) -> tuple[Array, float]:
         """Returns the outputs, and the start of the run in seconds of `time.perf_counter`."""
         runtime, start = self._model.runtime, perf_counter()
         try:
@@ -273,7 +280,7 @@ class WholeSequences:
         return y, start
 
 
-def by_length(sequences: Sequence[Array], most_rows: Callable[[int], int]) -> list[list[int]]:
+def by_length(sequences: Sequence[Array], most_rows: Callable[[int], int]) -> list[Numbers]:
     """Returns the numbers of sequences of the same length, in batches of at most so many rows for a length."""
     numbers_of: dict[int, list[int]] = {}
     for number, sequence in enumerate(sequences):
@@ -281,8 +288,19 @@ def by_length(sequences: Sequence[Array], most_rows: Callable[[int], int]) -> li
     batches = []
     for steps, numbers in numbers_of.items():
         rows = most_rows(steps)
-        batches += [numbers[start : start + rows] for start in range(0, len(numbers), rows)]
+        every = np.array(numbers, np.intp)
+        batches += [every[start : start + rows] for start in range(0, len(every), rows)]
     return batches
+
+
+def _in_order(batches: list[Numbers], ys: list[Array]) -> list[Array]:
+    """Returns the outputs of each sequence, from those of batches."""
+    outputs = {
+        number: y
+        for numbers, rows in zip(batches, ys, strict=True)
+        for number, y in zip(numbers.tolist(), rows, strict=True)
+    }
+    return [outputs[number] for number in range(len(outputs))]
 
 
 def name_sequence(problem: NotFinite, place: str) -> NotFinite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -75,7 +76,7 @@ class Prediction(NamedTuple):
     return_states: bool
 
     @property
-    def sequences(self) -> list[Array]:
+    def sequences(self) -> Sequence[Array]:
         """The sequences, each `[time, *features]`."""
         return split(self.x, self.lengths)
 

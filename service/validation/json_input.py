@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, TypeVar
 
 import msgspec
@@ -66,12 +66,12 @@ class InputDecoder:
         self._advice = f"a time step is {describe_step(spec)}"
         self.flat = spec.shape[0] if len(spec.shape) == 1 and spec.dtype == "float32" else None
 
-    def plain_sequences(self, raw: msgspec.Raw, most: int) -> list[Array] | None:
+    def plain_sequences(self, raw: msgspec.Raw, most: int) -> Sequence[Array] | None:
         """Decodes the most common list of sequences; None where it is another one, or something is wrong with it."""
         read = None if self.flat is None else read_sequences(raw, self.flat)
         return split(*read) if read is not None and len(read[1]) <= most else None
 
-    def sequences(self, raw: msgspec.Raw, most: int) -> list[Array]:
+    def sequences(self, raw: msgspec.Raw, most: int) -> Sequence[Array]:
         """Decodes a list of at most so many sequences `[time, *features]` of any lengths."""
         plain = self.plain_sequences(raw, most)
         if plain is not None:
@@ -141,7 +141,7 @@ class TensorDecoder:
         """Another process makes one decoder for each signature that it gets."""
         return _decoder_of, (self._signature,)
 
-    def sequences(self, raw: msgspec.Raw, most: int) -> list[Array]:
+    def sequences(self, raw: msgspec.Raw, most: int) -> Sequence[Array]:
         """Decodes `sequences`: a list of at most so many, `[time, *features]` of any lengths."""
         if self._only is not None:
             return self._only.sequences(raw, most)
@@ -151,7 +151,7 @@ class TensorDecoder:
             self._concatenate(tensors, f"sequences[{number}]", whole=True)[0] for number, tensors in enumerate(given)
         ]
 
-    def plain_sequences(self, raw: msgspec.Raw, most: int) -> list[Array] | None:
+    def plain_sequences(self, raw: msgspec.Raw, most: int) -> Sequence[Array] | None:
         """Decodes the most common `sequences`; None where it is another one, or something is wrong with it."""
         return None if self._only is None else self._only.plain_sequences(raw, most)
 
@@ -251,10 +251,32 @@ def check_sequences(count: int, most: int) -> None:
         )
 
 
-def split(x: Array, lengths: Sequence[int]) -> list[Array]:
-    """Returns a view of each sequence in an array of the time steps of all, one sequence after the other."""
-    ends = list(accumulate(lengths))
-    return [x[start:end] for start, end in zip((0, *ends), ends, strict=False)]
+class Sequences(Sequence[Array]):
+    """Sequences of time steps, one after the other in one array; each is a view of it, made when it is asked for.
+
+    A list of views would be thousands of objects to make, and for each run of the garbage collector to visit.
+
+    Args:
+        x: `[time steps of all, *features]`.
+        lengths: The time steps of each sequence.
+    """
+
+    def __init__(self, x: Array, lengths: Sequence[int]) -> None:
+        self._x, self._ends = x, np.cumsum([0, *lengths])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._x[self._ends[number] : self._ends[number + 1]]
+
+    def __iter__(self) -> Iterator[Array]:
+        return (self._x[start:end] for start, end in pairwise(self._ends.tolist()))
+
+
+def split(x: Array, lengths: Sequence[int]) -> Sequence[Array]:
+    """Returns the sequences in an array of the time steps of all, one sequence after the other."""
+    return [x] if len(lengths) == 1 else Sequences(x, lengths)
 
 
 def _empty(place: str) -> InvalidInput:
