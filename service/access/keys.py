@@ -96,7 +96,8 @@ class Keys:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
-        self._changed: tuple[int, int, int] = (0, 0, 0)
+        self._read: tuple[int, int, int] | None = None  # what identifies the file that was read last
+        self._seen: tuple[int, int, int] | None = None  # and the file at the last look
         self._last_logged_error = ""
         self._lines: list[tuple[str, bytes]] = []
         self._valid: set[tuple[str, bytes]] = set()  # the same
@@ -184,8 +185,9 @@ class Keys:
         return len(revoked) == most
 
     def reload_if_changed(self) -> None:
-        """Reads the file again if it has changed, and logs once what is wrong with it.
+        """Reads the file again if it has changed since it was read, and not since the last call; logs what is wrong.
 
+        What empties a file and then fills it, as editors do, is so not taken for one that revokes all keys.
         Valid lines take effect even if others are invalid: a broken line must not keep a key alive whose own line was
         deleted. While the file cannot be read at all, the keys stay as they were.
         """
@@ -202,7 +204,7 @@ class Keys:
                 log.error("%s; the other lines take effect", line)
 
     def _reload(self) -> list[str]:
-        """Reads the file if it has changed; returns a message for each invalid line.
+        """Reads the file if it is a new one, and complete; returns a message for each invalid line.
 
         Raises:
             BadKeysFile: The file cannot be read; the keys stay as they were.
@@ -212,7 +214,9 @@ class Keys:
             with open(self._path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
                 status = os.fstat(file.fileno())
                 stamp = status.st_mtime_ns, status.st_size, status.st_ino
-                if stamp == self._changed:
+                is_complete = self._read is None or stamp == self._seen
+                self._seen = stamp
+                if stamp == self._read or not is_complete:
                     return []
                 if not stat.S_ISREG(status.st_mode):
                     raise BadKeysFile(f"--api-keys-file {self._path}: this is not a file: give one with keys")
@@ -231,7 +235,7 @@ class Keys:
                     lines.append((found[1], bytes.fromhex(found[2])))
         if len(bad) > _MOST_BAD:
             bad = [*bad[:_MOST_BAD], f"{self._path}: {len(bad) - _MOST_BAD} further lines are not owner:sha256"]
-        self._changed = stamp
+        self._read = stamp
         self._lines, self._valid, self._owners = lines, set(lines), {}
         digests = {digest for _, digest in lines}
         self._used = {use: None for use in self._used if use[1] in digests}
