@@ -16,11 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cellserve.service.access.keys import BadKeysFile
 from cellserve.service.api import openapi, operations, sessions
 from cellserve.service.api.asgi import ClientGone, ProblemMiddleware, as_problem
 from cellserve.service.api.browser_rules import BrowserRules, BrowserRulesMiddleware
 from cellserve.service.api.connections.operations_listener import OperationsListener
-from cellserve.service.api.connections.ports import check_port
+from cellserve.service.api.connections.ports import PortTaken, check_port
 from cellserve.service.api.curl_newline import CurlNewlineMiddleware
 from cellserve.service.api.fast_path import FastPath
 from cellserve.service.api.inference.http import HttpInference
@@ -32,8 +33,14 @@ from cellserve.service.api.rollout import RolloutEndpoint
 from cellserve.service.api.websocket.endpoint import StreamEndpoint, reject_plain_http
 from cellserve.service.context import ServiceContext
 from cellserve.service.errors import InvalidInput, MethodNotAllowed, NotFound, Problem, excerpt
+from cellserve.service.model_repository.errors import BrokenModel
 from cellserve.service.observability.request_context import problem_body
+from cellserve.service.runtime.providers import RuntimeUnavailable
+from cellserve.service.sessions.stores.protocol import StoreUnusable
 from cellserve.service.settings import Settings
+
+# What `create_app` raises if settings, files or the machine are to blame; the message says what to do.
+CANNOT_START = BadKeysFile, BrokenModel, PortTaken, RuntimeUnavailable, StoreUnusable
 
 _DOCS_FILES = "static-offline-docs"
 # New objects between collections, which take about a millisecond for a thousand of them; the last is out of reach: a

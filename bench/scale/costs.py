@@ -16,11 +16,11 @@ class Costs:
     # `make bench`, "HTTP JSON, 64 sessions", CPU µs a request of ours, the median of its rows: parsing, model, answer.
     http_us: float = 117.0
     # `make bench`, "sessions in Redis: CPU beyond sessions in memory", without `redis_us`.
-    client_us: float = 22.0
-    # `python -m bench.scale --measure`: Redis's CPU time for each step.
-    redis_us: float = 40.0
+    client_us: float = 24.0
+    # `python -m bench.scale --measure`: Redis's CPU time for each step, in calls of about 50 sessions, with its file.
+    redis_us: float = 21.0
     # `make bench`, "a tick of 256 sessions of 1 KB without HTTP".
-    lmdb_us: float = 15.0
+    lmdb_us: float = 12.0
     # The part of a tick that does not depend on its rows: `python -m bench.scale --measure`, on a quiet machine.
     tick_us: float = 60.0
     # Half a round trip to the store. Within a zone; on one machine `--measure` shows it.

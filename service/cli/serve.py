@@ -54,13 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValidationError as error:
         return _fail(explain_invalid(error, given), 2)
     # Here and not above, so that --help and a mistyped flag answer at once.
-    from cellserve.service.access.keys import BadKeysFile
     from cellserve.service.api.connections.limits import raise_file_limit
-    from cellserve.service.api.connections.ports import PortTaken, check_port
-    from cellserve.service.app import create_app
+    from cellserve.service.api.connections.ports import check_port
+    from cellserve.service.app import CANNOT_START, create_app
     from cellserve.service.context import check_store
-    from cellserve.service.model_repository.errors import BrokenModel
-    from cellserve.service.runtime.providers import RuntimeUnavailable
     from cellserve.service.sessions.stores.protocol import StoreUnusable
 
     logging.configure(settings.log_format)
@@ -73,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         app = create_app(settings)
     except ModuleNotFoundError as error:
         return _fail(_missing_extra(error))
-    except (BadKeysFile, BrokenModel, PortTaken, RuntimeUnavailable, StoreUnusable) as error:
+    except CANNOT_START as error:
         return _fail(str(error))
     if settings.workers == 1:
         return _run_one(app, settings)
@@ -81,11 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = app.service.sessions
     asyncio.run(store.leave_to_workers())
     try:
-        return workers.run(settings, given, _uvicorn_options(settings))
-    except OSError as error:
-        return _fail(f"--workers need a folder to share their metrics: {error}")
-    finally:
-        asyncio.run(store.close())
+        try:
+            return workers.run(settings, given, _uvicorn_options(settings))
+        except OSError as error:
+            return _fail(f"--workers need a folder to share their metrics: {error}")
+        finally:
+            asyncio.run(store.close())
+    except StoreUnusable as error:  # others have damaged it meanwhile
+        return _fail(str(error))
 
 
 def _run_one(app: ObservabilityMiddleware, settings: Settings) -> int:

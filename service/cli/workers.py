@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +69,16 @@ def _start(worker: Process) -> None:
 
 def build() -> ObservabilityMiddleware:
     """Builds a worker's application from the environment's settings."""
-    from cellserve.service.app import create_app
+    from cellserve.service.app import CANNOT_START, create_app
 
     settings = Settings()
     _end_with_parent(settings.shutdown_seconds)
     logging.configure(settings.log_format)
-    return create_app(settings)
+    try:
+        return create_app(settings)
+    except CANNOT_START as error:  # something has changed since the parent tried it; uvicorn starts another worker
+        getLogger("cellserve").error("a worker does not start: %s", error)
+        raise SystemExit(1) from None
 
 
 @contextmanager

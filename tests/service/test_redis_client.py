@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import socket
 import threading
@@ -351,6 +352,32 @@ def test_sessions_are_written_in_one_call_where_redis_takes_their_keys_together(
         assert calls(node) > together + 90
     finally:
         node.stop()
+
+
+def test_a_call_that_fails_midway_is_unavailable_for_all_its_sessions_and_can_be_repeated(
+    clean: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = b"    outcomes[place] = 'written'\n"
+    fails = scripts.WRITE.replace(written, written + b"    if place == 2 then error('midway') end\n")
+    assert fails != scripts.WRITE
+    answer, names = StoredAnswer(bytes(32), 3, 4), ["a", "b", "c"]
+    stamps = [[VersionStamp(position, bytes(16)).packed] * 3 for position in (3, 4)]
+    writes = ConditionalWrites(names, stamps[0], stamps[1], [b"after"] * 3, [bytes(answer)] * 3)
+
+    async def work(client: RedisClient) -> None:
+        await client._learn_together()
+        for name in names:
+            await client.create(name, record(VersionStamp.unpack(stamps[0][0])), room(3))
+        with monkeypatch.context() as patched:
+            patched.setitem(scripts.SHA1, fails, hashlib.sha1(fails).hexdigest())
+            patched.setattr(scripts, "WRITE", fails)
+            assert [type(outcome) for outcome in await client.write(writes)] == [StoreUnavailable] * 3
+        # What was written has the answer to its repetition, the rest can be written.
+        found = [await client.load(name) for name in names]
+        assert [isinstance(one, SessionRecord) and one.last for one in found] == [answer, answer, None]
+        assert (await client.write(writes))[2] is WriteOutcome.WRITTEN
+
+    with_client(clean.url, work)
 
 
 def test_a_client_has_room_for_its_own_limits_and_not_for_more(clean: RedisServer) -> None:

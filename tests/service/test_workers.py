@@ -47,3 +47,16 @@ def test_the_next_start_removes_what_a_killed_server_has_left_and_nothing_else(t
     running.communicate("")
     assert not kept.exists()
     assert others.exists()
+
+
+def test_a_worker_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
+    variables = {"MODELS": str(tmp_path), "STORE": f"lmdb:{tmp_path / 'store'}", "WORKERS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from cellserve.service.cli.workers import build; build()"],
+        env=os.environ | {f"CELLSERVE_{name}": value for name, value in variables.items()},
+        capture_output=True,
+        text=True,
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert f"a worker does not start: there is no model to serve in {tmp_path}" in line
