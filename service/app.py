@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -76,6 +77,7 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
         housekeeping = asyncio.create_task(service.run_housekeeping())
+        await _build_routes(app)
         # What is loaded by now stays: the collector need not scan it again, nor run every few hundred requests.
         gc.collect()
         gc.freeze()
@@ -122,6 +124,19 @@ def create_app(settings: Settings) -> ObservabilityMiddleware:
     rules = BrowserRules(settings.allowed_hosts, settings.allowed_origins)
     fast_path = FastPath(service, rules)
     return ObservabilityMiddleware(CurlNewlineMiddleware(BrowserRulesMiddleware(hot_paths, rules)), service, fast_path)
+
+
+async def _build_routes(app: FastAPI) -> None:
+    """Asks for the API's description: FastAPI builds the routes in its first request, for which others would wait."""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {"type": "http", "method": "GET", "path": "/openapi.json", "query_string": b"", "headers": []}
+    await app(scope, receive, send)
 
 
 async def _docs(request: Request) -> Response:

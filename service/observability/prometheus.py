@@ -6,15 +6,17 @@ answers the sum over all workers, past ones included.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -25,6 +27,8 @@ from cellserve.service.observability.counters import Counts
 from cellserve.service.observability.prometheus_multiprocess import MultiprocessFiles
 from cellserve.service.sessions.stores.protocol import SessionStore, StoreFiles
 from cellserve.service.sessions.writer import SessionWriter
+
+_PIECE = 100  # samples that are written at once: 2 ms
 
 log = logging.getLogger("cellserve")
 
@@ -55,6 +59,7 @@ class Metrics:
         self._process = _ProcessCollector(counts, engines, sessions, writer)
         directory = os.environ.get(DIRECTORY) if workers > 1 else None
         self._files = None if directory is None else MultiprocessFiles(Path(directory))
+        self._turn = asyncio.Lock()  # of one request at a time
 
     def publish(self) -> None:
         """Writes this worker's metrics for the other workers to read."""
@@ -67,22 +72,41 @@ class Metrics:
 
     async def text(self) -> bytes:
         """Returns all metrics in Prometheus's text format."""
-        return generate_latest(await self._registry())
+        parts: list[bytes] = []
+
+        def add(piece: Metric, is_first: bool) -> None:
+            text = generate_latest(_MergedCollector([piece]))
+            parts.append(text if is_first else text.split(b"\n", 2)[2])  # without HELP and TYPE
+
+        await self._each(add)
+        return b"".join(parts)
 
     async def samples(self) -> dict[str, list[dict[str, Any]]]:
         """Returns all metrics for JSON: by a sample's name in the text format, its labels and values."""
         by_name: dict[str, list[dict[str, Any]]] = {}
-        for family in (await self._registry()).collect():
-            for sample in family.samples:
+
+        def add(piece: Metric, is_first: bool) -> None:
+            for sample in piece.samples:
                 by_name.setdefault(sample.name, []).append({"labels": sample.labels, "value": sample.value})
+
+        await self._each(add)
         return by_name
 
-    async def _registry(self) -> CollectorRegistry:
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_MergedCollector(await self._shared()))
-        self.publish()
-        registry.register(self._process if self._files is None else self._files.collector())
-        return registry
+    async def _each(self, use: Callable[[Metric, bool], None]) -> None:
+        """Calls `use` with pieces of all families, and whether each is a family's first; others have turns between."""
+        async with self._turn:
+            shared = await self._shared()
+            self.publish()
+            own = self._process if self._files is None else self._files.collector()
+            families = own.collect() if self._files is None else await asyncio.to_thread(lambda: list(own.collect()))
+            last = ""
+            for family in chain(shared, families):
+                for start in range(0, max(len(family.samples), 1), _PIECE):
+                    piece = Metric(family.name, family.documentation, family.type)
+                    piece.samples = family.samples[start : start + _PIECE]
+                    use(piece, family.name != last)
+                    last = family.name
+                    await asyncio.sleep(0)
 
     async def _shared(self) -> list[Metric]:
         """Returns the metrics that are the same in every worker, and so must not be summed."""
@@ -148,20 +172,23 @@ class _ProcessCollector(Collector):
     def _of_engines(self) -> Iterator[Metric]:
         engines = [([engine.model.name, str(engine.model.version)], engine) for engine in self._engines()]
         labels = ["model", "version"]
-        stages = HistogramMetricFamily(
-            "cellserve_stage_duration_seconds",
-            "Of each advance's wait for a tick (queue), of each tick's run (run) and its write to the store (store).",
-            labels=[*labels, "stage"],
-        )
-        rows = HistogramMetricFamily("cellserve_tick_rows", "Rows of a tick: the batch size.", labels=labels)
-        for values, engine in engines:
+        for values, engine in engines:  # a part for each, so that thousands of samples are not made at once
             counts = engine.counts
+            stages = HistogramMetricFamily(
+                "cellserve_stage_duration_seconds",
+                "Of each advance's wait for a tick (queue), of each tick's run (run) and its write to the store "
+                "(store).",
+                labels=[*labels, "stage"],
+            )
             _add(stages, [*values, "queue"], counts.queue)
             _add(stages, [*values, "run"], counts.run)
             if self._sessions.durable != "none":
                 _add(stages, [*values, "store"], counts.store)
-            _add(rows, values, counts.rows)
-        yield from (stages, rows)
+            yield stages
+        for values, engine in engines:
+            rows = HistogramMetricFamily("cellserve_tick_rows", "Rows of a tick: the batch size.", labels=labels)
+            _add(rows, values, engine.counts.rows)
+            yield rows
         numbers: Sequence[tuple[type[Metric], str, str, Callable[[Any], float]]] = (
             (CounterMetricFamily, "steps", "Time steps that were run.", lambda one: one.counts.steps),
             (CounterMetricFamily, "padding_steps", "Time steps that were run beside them, as rows of a tick differ in "
