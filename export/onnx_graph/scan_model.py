@@ -154,6 +154,8 @@ class ScanModelBuilder:
             if node is None or tensor in self.loops:
                 shape = self.main.constant(np.array([-1, *self._row_shape(tensor)]))
                 self.flat[tensor] = self.main.node("Reshape", self._timed(tensor), shape)
+            elif self.takes_sizes(node):
+                self.flat[tensor] = self.sizes_of(node, self.main, self._flat(self.step.inputs[0]))
             else:
                 copy = onnx.NodeProto()
                 copy.CopyFrom(node)
@@ -171,6 +173,16 @@ class ScanModelBuilder:
             )
         return [int(size) for size in shape[1:]]
 
+    def takes_sizes(self, node: onnx.NodeProto) -> bool:
+        """Whether a node returns the sizes of a tensor with rows, which depend on the batch and on no tensor's value."""
+        sizes = self.step.shapes.get(node.input[0], ()) if node.op_type == "Shape" and not node.attribute else ()
+        return sizes[:1] == (BATCH,) and all(isinstance(size, int) for size in sizes[1:])
+
+    def sizes_of(self, node: onnx.NodeProto, graph: GraphBuilder, rows: str) -> str:
+        """Writes such a node to a graph in which a tensor `rows` has as many rows; returns its output's name."""
+        sizes = graph.constant(np.array(self.step.shapes[node.input[0]][1:], np.int64))
+        return str(graph.node("Concat", graph.node("Shape", rows, start=0, end=1), sizes, axis=0))
+
     # Recurrences
 
     def _loops(self) -> dict[str, _Loop]:
@@ -178,7 +190,7 @@ class ScanModelBuilder:
         sources: dict[str, set[str]] = {state: {following} for state, following in self.following.items()}
         for node in self.step.nodes:
             for name in node.output:
-                sources[name] = set(node.input)
+                sources[name] = set() if self.takes_sizes(node) else set(node.input)
         for output, excluded in self.excluded.items():
             sources[output] = set(excluded.sources)
         reach = {name: _reachable(name, sources) for name in sources}
@@ -286,6 +298,9 @@ class _LoopBody:
             self.builder.initializers[inside] = tensor
         elif node is None or (name not in self.loop.members and step.has_rows(name)):
             self.scanned[name] = None
+        elif self.model.takes_sizes(node):
+            self.names[name] = self.model.sizes_of(node, self.builder, self.names[self.loop.states[0]])
+            return self.names[name]
         elif name not in self.loop.members and name in self.model.loops:
             raise ExportError(f"the tensor {name!r} of one recurrence feeds another, but has no row per batch row")
         else:
