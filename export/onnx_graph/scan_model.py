@@ -174,7 +174,7 @@ class ScanModelBuilder:
         return [int(size) for size in shape[1:]]
 
     def takes_sizes(self, node: onnx.NodeProto) -> bool:
-        """Whether a node returns the sizes of a tensor with rows, which depend on the batch and on no tensor's value."""
+        """Whether a node returns the sizes of a tensor with rows: they depend on the batch, and on no value."""
         sizes = self.step.shapes.get(node.input[0], ()) if node.op_type == "Shape" and not node.attribute else ()
         return sizes[:1] == (BATCH,) and all(isinstance(size, int) for size in sizes[1:])
 

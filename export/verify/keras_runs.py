@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from cellserve.export.keras_model.load import computing_in, with_dtype
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.service.runtime.batch_invariance import Array
 
+SHAKEN_RUNS = 8
 _MOST_CONSTANTS = 64
 
 _MOST_ENTRIES = 2**22  # of the tensors of runs that are made as one
@@ -47,6 +48,14 @@ class KerasSteps:
         """Takes one step: inputs `[rows, 1, ...]` and states to outputs `[rows, 1, ...]` and next states."""
         outputs, history = self.history(inputs, states)
         return outputs, [state[:, 1] for state in history]
+
+    def shaken(self, inputs: Sequence[Array], initial: Sequence[Array]) -> list[History]:
+        """Histories with `shaken_weights`: what rounding may make of them."""
+        return [self.history(inputs, initial) for _ in shaken_weights(self._network.model)]
+
+    def shaken_steps(self, inputs: Sequence[Array], states: Sequence[Array]) -> list[Tensors]:
+        """Single steps with `shaken_weights`."""
+        return [self.step(inputs, states) for _ in shaken_weights(self._network.model)]
 
     def history(self, inputs: Sequence[Array], initial: Sequence[Array]) -> History:
         """Takes all steps of inputs `[rows, steps, ...]` from initial states."""
@@ -163,15 +172,22 @@ def run_saved_model(model: Any, *sequences: Sequence[Array]) -> list[list[Array]
         The outputs of each run.
     """
     traced = tf.function(model, autograph=False)  # once for all runs of one shape
-    found = []
-    for inputs in sequences:
-        for layer in keras_private.all_layers(model):
-            if getattr(layer, "stateful", False):
-                layer.reset_state()
-        cast = [np.ascontiguousarray(x).astype(t.dtype) for x, t in zip(inputs, model.inputs, strict=True)]
-        structure = tree.pack_sequence_as(keras_private.input_structure(model), _tensors(cast))
-        found.append([np.asarray(y) for y in tree.flatten(traced(structure))])
-    return found
+    return [_run_traced(traced, model, inputs) for inputs in sequences]
+
+
+def run_shaken_model(model: Any, inputs: Sequence[Array]) -> list[list[Array]]:
+    """Runs a Keras model with `shaken_weights`; returns the outputs of each run."""
+    traced = tf.function(model, autograph=False)
+    return [_run_traced(traced, model, inputs) for _ in shaken_weights(model)]
+
+
+def _run_traced(traced: Any, model: Any, inputs: Sequence[Array]) -> list[Array]:
+    for layer in keras_private.all_layers(model):
+        if getattr(layer, "stateful", False):
+            layer.reset_state()
+    cast = [np.ascontiguousarray(x).astype(t.dtype) for x, t in zip(inputs, model.inputs, strict=True)]
+    structure = tree.pack_sequence_as(keras_private.input_structure(model), _tensors(cast))
+    return [np.asarray(y) for y in tree.flatten(traced(structure))]
 
 
 def run_saved_model_in_double(model: Any, *sequences: Sequence[Array]) -> list[list[Array]]:
@@ -185,6 +201,25 @@ def run_saved_model_in_double(model: Any, *sequences: Sequence[Array]) -> list[l
             return run_saved_model(with_dtype(model, "float64"), *(list(map(double, inputs)) for inputs in sequences))
     except Exception:  # from TensorFlow, Keras or a layer's own code
         return []
+
+
+def shaken_weights(model: Any) -> Iterator[None]:
+    """Gives a model, several times, weights of which each differs by up to a unit in float32's last place.
+
+    So all that follows is rounded to other numbers. What compares inputs with each other or with constants stays as it
+    is, so that a wrong branch is not excused there.
+    """
+    rng = np.random.default_rng(0)
+    floats = [weight for weight in model.weights if weight.dtype == "float32"]
+    kept = [np.array(weight) for weight in floats]
+    try:
+        for _ in range(SHAKEN_RUNS):
+            for weight, exact in zip(floats, kept, strict=True):
+                weight.assign(exact * (1 + rng.integers(-1, 2, exact.shape) * 2.0**-23).astype(np.float32))
+            yield
+    finally:
+        for weight, exact in zip(floats, kept, strict=True):
+            weight.assign(exact)
 
 
 def double(array: Array) -> Array:

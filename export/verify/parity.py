@@ -6,7 +6,7 @@ float64 run (the network amplifies rounding), the limit is four times Keras's ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,9 +20,8 @@ from cellserve.service.runtime.tensor_layout import unpack
 
 TOLERANCE = 1e-5
 KERAS_FLOAT32_ERROR_FACTOR = 4.0  # allowed error, as a multiple of float32 Keras's own
-# How much results change with rounding is found by runs in float64 of slightly different numbers: ordinary ones are
-# changed by half a unit in the last place.
-NUDGES, NUDGE = 3, 2.0**-24
+SMALL = 1e-30  # of a state's entries that are not 0: what comes of smaller ones is not judged
+OTHER_BRANCH = 1e-2  # an own error of Keras above this is no rounding: it took another branch than in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,8 @@ class Parity:
     rows: int
     time_steps: int
     by_step: tuple[tuple[int, float], ...]  # (time step or length, largest difference of the outputs there), in one run
-    unjudged: int  # single steps on special numbers on which float32 Keras itself takes another branch than in float64
+    unjudged: int  # single steps on ordinary numbers in which rounding decides which branch is taken
+    special_unjudged: int  # the same on special numbers
 
     @property
     def failed(self) -> list[Difference]:
@@ -59,7 +59,12 @@ class Parity:
         for difference in self.differences:
             worst[difference.run] = max(worst.get(difference.run, 0.0), difference.value)
         figures = {"tolerance": TOLERANCE, "time_steps": self.time_steps, "rows": self.rows, **worst}
-        return {**figures, "keras_float32_error": self.keras_float32_error, "special_unjudged": self.unjudged}
+        return {
+            **figures,
+            "keras_float32_error": self.keras_float32_error,
+            "unjudged": self.unjudged,
+            "special_unjudged": self.special_unjudged,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,52 @@ def limit_of(error: Array) -> Array:
     return np.asarray(np.maximum(TOLERANCE, KERAS_FLOAT32_ERROR_FACTOR * error))
 
 
+def own_error_of(single: Array, exact: Array, others: Sequence[Array]) -> Array:
+    """Float32 Keras's own error: that of its result, and of what rounding or other large numbers would make of it.
+
+    Args:
+        single: Keras's result in float32.
+        exact: Its result in float64.
+        others: Its results with shaken weights, and for large numbers that differ.
+    """
+    return np.asarray(np.maximum.reduce([relative_error(each, exact) for each in (single, *others)]))
+
+
+def judge(
+    run: str,
+    error: Array,
+    limit: Array,
+    own: Callable[[], Array],
+    name_and_layer: tuple[str, str],
+    places: Sequence[str],
+) -> tuple[Difference, int]:
+    """Judges the errors of one tensor, row by row.
+
+    Args:
+        run: What was run.
+        error: `[n]`.
+        limit: `[n]`, what is allowed where Keras's own error is none.
+        own: Returns float32 Keras's own errors, `[n]`; called if they are needed.
+        name_and_layer: The names of the tensor and of the layer that it comes from.
+        places: Where each error is.
+
+    Returns:
+        The worst difference; how many are not judged, because rounding decides which branch is taken.
+    """
+    unjudged = 0
+    if (error > limit).any():
+        own_error = own()
+        other_branch = (own_error > OTHER_BRANCH) & (error > limit)
+        unjudged = int(other_branch.sum())
+        error, limit = np.where(other_branch, 0.0, error), np.maximum(limit, limit_of(own_error))
+    worst = int(np.argmax(error / limit))
+    what = "" if np.isfinite(error[worst]) else ", where Keras is not finite and ours is, or the other way round"
+    share = float(error[worst] / limit[worst])
+    # Large numbers differ by much that only looks like an error.
+    value = float(error.max() if share > 1 or run != "special" else error[error <= TOLERANCE].max(initial=0))
+    return Difference(*name_and_layer, run, value, share, places[worst] + what), unjudged
+
+
 def finite_rows(array: Array) -> Array:
     """Where all entries of a row are finite, `[rows]`."""
     return np.asarray(np.isfinite(array).reshape(len(array), -1).all(axis=1))
@@ -119,6 +170,16 @@ def finite_so_far(history: History) -> Array:
     tensors = [*history[0], *(state[:, 1:] for state in history[1])]
     finite = [np.isfinite(each).reshape(*each.shape[:2], -1).all(axis=2) for each in tensors]
     return np.logical_and.accumulate(np.logical_and.reduce(finite), axis=1)
+
+
+def normal_so_far(history: History) -> Array:
+    """Where no state has come so near 0 that its products are not float32's normal numbers, `[rows, steps]`.
+
+    TensorFlow takes those for 0, ONNX Runtime not everywhere: a comparison with 0 tells them apart.
+    """
+    before = [np.abs(state[:, :-1]) for state in history[1]]
+    normal = [((each == 0) | ~(each < SMALL)).reshape(*each.shape[:2], -1).all(axis=2) for each in before]
+    return np.logical_and.accumulate(np.logical_and.reduce(normal), axis=1)
 
 
 class SingleSteps:

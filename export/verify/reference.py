@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.verify.keras_runs import (
     KerasSteps,
-    double,
+    Tensors,
     double_of,
     run_network,
     run_saved_model,
     run_saved_model_in_double,
-    run_together,
+    run_shaken_model,
 )
 from cellserve.export.verify.parity import (
-    NUDGE,
-    NUDGES,
+    OTHER_BRANCH,
     TOLERANCE,
     Difference,
     Parity,
@@ -27,14 +26,16 @@ from cellserve.export.verify.parity import (
     Tensor,
     exceeds,
     finite_so_far,
+    judge,
     limit_of,
     name_and_layer,
+    normal_so_far,
+    own_error_of,
     relative_error,
     tensors_of,
     true_steps,
 )
 from cellserve.export.verify.special_reference import SpecialReference
-from cellserve.export.verify.special_values import nudged
 from cellserve.service.runtime.batch_invariance import Array, random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
 from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
@@ -60,13 +61,14 @@ class Reference:
         self.cuts = [0, *np.sort(rng.choice(np.arange(1, STEPS), 12, replace=False)), STEPS]
         self.history = self.keras.history(unpack(self.x), self.initial)
         # Where Keras is finite, and has been from the start: what comes after a number that is not is never served.
-        self.good = finite_so_far(self.history)
+        self.good = finite_so_far(self.history) & normal_so_far(self.history)
+        self.single = SingleSteps(self.x, self.history, self.good)
         self.valid = (np.arange(STEPS) < self.lengths[:, None]) & self.good
         padded = np.arange(STEPS) < self.lengths[:, None]
         self.y, self.final = run_network(network, unpack(self.x), self.initial, padded)
         self.model_x, self.model_y = self._keras_model()
         self.special = SpecialReference(network, self.keras, lambda: self._double, rng)
-        self.keras_float32_error = 0.0
+        self.keras_float32_error, self.unjudged = 0.0, 0
         self.allow_float32_error = True
 
     def compare(self, runtime: Runtime, allow_float32_error: bool = True) -> Parity:
@@ -77,7 +79,7 @@ class Reference:
             allow_float32_error: Whether float32 Keras's own error may raise the limit. Pass False for lower precision,
                 to which no limit applies and which is not compared on special numbers.
         """
-        self.keras_float32_error, self.allow_float32_error = 0.0, allow_float32_error
+        self.keras_float32_error, self.unjudged, self.allow_float32_error = 0.0, 0, allow_float32_error
         y, final = runtime.run(self.x, self.lengths, self.initial)
         by_step = self._by_step(y)
         whole = list(self._differences("whole", y, final))
@@ -87,7 +89,8 @@ class Reference:
         model = list(self._model_differences(runtime))
         special = list(self.special.differences(runtime)) if allow_float32_error else []
         differences = (*steps, *whole, *chunks, *model, *special)
-        return Parity(differences, self.keras_float32_error, ROWS, STEPS, by_step, self.special.unjudged)
+        unjudged = self.unjudged, self.special.unjudged
+        return Parity(differences, self.keras_float32_error, ROWS, STEPS, by_step, *unjudged)
 
     @cached_property
     def _double(self) -> KerasSteps | None:
@@ -138,28 +141,34 @@ class Reference:
 
     def _step_differences(self, runtime: Runtime) -> Iterator[Difference]:
         """Compares single steps from Keras's states: errors do not add up, so the layer that is wrong shows itself."""
-        single = SingleSteps(self.x, self.history, self.good)
+        single = self.single
         y, after = runtime.run(single.x, single.lengths, single.before)
+        places = [f"time step {step}" for step in single.steps[single.good]]
         for tensor, ours, true in single.compared(y, after):
-            error = self._single_step_error(tensor) if exceeds(ours, true) else 0.0
-            limit = limit_of(np.full(len(true), error))
-            yield self._difference("steps", tensor, ours, true, single.steps, limit)
+            error = relative_error(ours, true).reshape(len(true), -1).max(axis=1)
+            own = partial(self._single_step_errors, tensor)
+            limit = np.full(len(error), TOLERANCE)
+            found, unjudged = judge("steps", error, limit, own, name_and_layer(self.network, tensor), places)
+            self.unjudged += unjudged
+            yield found
 
     @cached_property
-    def _double_single_steps(self) -> tuple[list[Array], list[Array]] | None:
-        single = SingleSteps(self.x, self.history, self.good)
-        return None if self._double is None else self._double.step(unpack(single.x), single.before)
+    def _double_single_steps(self) -> list[Tensors]:
+        """The single steps in float64, then in float32 with shaken weights; none if it cannot be run in float64."""
+        given = unpack(self.single.x), self.single.before
+        return [] if self._double is None else [self._double.step(*given), *self.keras.shaken_steps(*given)]
 
-    def _single_step_error(self, tensor: Tensor) -> float:
-        """Float32 Keras's largest error in a single step, against the same step in float64."""
-        if self._double_single_steps is None or not self.allow_float32_error:
-            return 0.0
-        outputs, following = self._double_single_steps
-        single = SingleSteps(self.x, self.history, self.good)
-        exact = outputs[tensor.index][:, 0] if tensor.kind == "output" else following[tensor.index]
-        error = float(relative_error(single.true(tensor), exact).max(initial=0))
-        self.keras_float32_error = max(self.keras_float32_error, error)
-        return error
+    def _single_step_errors(self, tensor: Tensor) -> Array:
+        """Float32 Keras's error in the single steps that it has finite, `[n]`; one for all where it is but rounding."""
+        single = self.single
+        if not self._double_single_steps or not self.allow_float32_error:
+            return np.zeros(int(single.good.sum()))
+        place, index = (0, np.s_[:, 0]) if tensor.kind == "output" else (1, np.s_[:])
+        exact, *others = (run[place][tensor.index][index] for run in self._double_single_steps)
+        error = own_error_of(single.true(tensor), exact, others).reshape(len(exact), -1).max(axis=1)[single.good]
+        rounding = float(error[error <= OTHER_BRANCH].max(initial=0))
+        self.keras_float32_error = max(self.keras_float32_error, rounding)
+        return np.asarray(np.maximum(error, rounding))
 
     def _model_differences(self, runtime: Runtime) -> Iterator[Difference]:
         rows, time = self.model_x.shape[:2]
@@ -175,9 +184,11 @@ class Reference:
                 continue
             limit = np.full(len(true), TOLERANCE)
             runs = self._double_models if self.allow_float32_error and exceeds(ours[finite], true[finite]) else []
+            if runs and self.network.timed[index]:
+                finite &= self._normal_model_steps.ravel()
             if runs:
-                exact, *near = (run[index].reshape(shape) for run in runs)
-                errors = np.maximum.reduce([relative_error(each, exact) for each in (true, *near)])
+                exact, *others = (run[index].reshape(shape) for run in runs)
+                errors = own_error_of(true, exact, others)
                 errors = _largest_so_far(errors.reshape(len(true), -1).max(axis=1), steps)
                 self.keras_float32_error = max(self.keras_float32_error, float(errors.max()))
                 limit = limit_of(errors)
@@ -186,11 +197,17 @@ class Reference:
             )
 
     @cached_property
+    def _normal_model_steps(self) -> Array:
+        """Where the saved model's states, from zeros, have been `normal_so_far`, `[rows, steps]`."""
+        zeros = [np.zeros((len(self.model_x), *state.shape), state.dtype) for state in self.network.states]
+        return normal_so_far(self.keras.history(unpack(self.model_x), zeros))
+
+    @cached_property
     def _double_models(self) -> list[list[Array]]:
-        """The saved model in float64, on its inputs and on slightly different ones; empty if it cannot be run so."""
-        inputs, rng = unpack(self.model_x), np.random.default_rng(0)
-        near = [nudged(list(map(double, inputs)), rng, NUDGE) for _ in range(NUDGES)]
-        return run_saved_model_in_double(self.network.original, inputs, *near)
+        """The saved model in float64, then in float32 with shaken weights; none if it cannot be run in float64."""
+        model, inputs = self.network.original, unpack(self.model_x)
+        exact = run_saved_model_in_double(model, inputs)
+        return exact and exact + run_shaken_model(model, inputs)
 
     def _stepwise_limit(self, tensor: Tensor, ours: Array, true: Array) -> Array:
         """The limit at each time step, `[steps]`: four times float32 Keras's largest error so far, if it is needed."""
@@ -206,16 +223,14 @@ class Reference:
         found: dict[Tensor, Array] = {}
         if self._double is None:
             return dict.fromkeys(tensors_of(self.network), np.zeros(STEPS))
-        rng = np.random.default_rng(0)
-        given = list(map(double, unpack(self.x))), list(map(double, self.initial))
-        near = [(nudged(given[0], rng, NUDGE), nudged(given[1], rng, NUDGE)) for _ in range(NUDGES)]
-        exact, *others = run_together(self._double.history, [given, *near])
+        exact = self._double.history(unpack(self.x), self.initial)
+        others = self.keras.shaken(unpack(self.x), self.initial)
         for tensor in tensors_of(self.network):
             true = true_steps(exact, tensor)
             runs = [true_steps(each, tensor) for each in (self.history, *others)]
             if tensor.kind == "output":
                 runs.append(np.where(_like(self.valid, true), self.y[tensor.index], true))
-            error = np.maximum.reduce([relative_error(each, true) for each in runs]).reshape(ROWS, STEPS, -1)
+            error = own_error_of(runs[0], true, runs[1:]).reshape(ROWS, STEPS, -1)
             found[tensor] = np.maximum.accumulate(np.where(self.good, error.max(axis=2), 0).max(axis=0))
         return found
 

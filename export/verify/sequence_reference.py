@@ -10,23 +10,23 @@ import tensorflow as tf
 
 from cellserve.export.keras_model import keras_private
 from cellserve.export.onnx_graph.sequence_network import SequenceNetwork
-from cellserve.export.verify.keras_runs import constants_of, run_saved_model, run_saved_model_in_double
+from cellserve.export.verify.keras_runs import (
+    constants_of,
+    run_saved_model,
+    run_saved_model_in_double,
+    run_shaken_model,
+)
 from cellserve.export.verify.parity import (
-    KERAS_FLOAT32_ERROR_FACTOR,
     TOLERANCE,
     Difference,
     Parity,
     finite_rows,
+    judge,
+    limit_of,
+    own_error_of,
     relative_error,
 )
-from cellserve.export.verify.special_reference import (
-    errors_of_rows,
-    grouped,
-    judge,
-    own_error_of,
-    tolerances,
-    variants_of,
-)
+from cellserve.export.verify.special_reference import errors_of_rows, tolerances, variants_of
 from cellserve.export.verify.special_values import ROWS, STEPS, draw_special
 from cellserve.service.runtime.batch_invariance import Array, random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
@@ -63,19 +63,22 @@ class SequenceReference:
                 by_length[x.shape[1]] = max(worst, by_length.get(x.shape[1], 0.0))
                 if allow_float32_error and worst > TOLERANCE:
                     float32_error = max(float32_error, self._keras_float32_error(x, index, true[index]))
-                    allowed = max(TOLERANCE, KERAS_FLOAT32_ERROR_FACTOR * float32_error)
+                    allowed = float(limit_of(np.array(float32_error)))
                 where = f"{x.shape[1]} time steps"
                 share = worst / allowed
                 differences.append(Difference(*_name_and_layer(self.network, index), "model", worst, share, where))
         if allow_float32_error:
             differences += self.special.differences(runtime)
         rows, time = self.cases[-1][0].shape[:2]
-        return Parity(tuple(differences), float32_error, rows, time, tuple(by_length.items()), self.special.unjudged)
+        return Parity(tuple(differences), float32_error, rows, time, tuple(by_length.items()), 0, self.special.unjudged)
 
     def _keras_float32_error(self, x: Array, index: int, single: Array) -> float:
         """Float32 Keras's own error of one output against a float64 run."""
         exact = run_saved_model_in_double(self.network.original, unpack(x))
-        return float(relative_error(single, exact[0][index]).max()) if exact else 0.0
+        if not exact:
+            return 0.0
+        shaken = [run[index] for run in run_shaken_model(self.network.original, unpack(x))]
+        return float(own_error_of(single, exact[0][index], shaken).max())
 
 
 class SpecialSequences:
@@ -108,7 +111,9 @@ class SpecialSequences:
             error = errors_of_rows(ours, true, self.good, finite)
             places = [f"{self.x.shape[1]} time steps"] * len(error)
             name_and_layer = _name_and_layer(self.network, index)
-            found, unjudged = judge(error, self.tolerance, partial(self._own_error, index), name_and_layer, places)
+            found, unjudged = judge(
+                "special", error, self.tolerance, partial(self._own_error, index), name_and_layer, places
+            )
             self.unjudged += unjudged
             yield found
 
@@ -123,10 +128,11 @@ class SpecialSequences:
         if not runs:  # it cannot be run in float64
             single = [[x.astype(np.float32) if x.dtype == np.float64 else x for x in variant] for variant in inputs]
             runs = run_saved_model(self.network.model, *single)
+        runs += run_shaken_model(self.network.model, unpack(self.x))
         found = []
         for index, true in enumerate(self.y):
-            exact, large, near = ([run[index] for run in group] for group in grouped(runs))
-            found.append(own_error_of(true, exact[0], large, near).reshape(len(true), -1).max(axis=1))
+            exact, *others = (run[index] for run in runs)
+            found.append(own_error_of(true, exact, others).reshape(len(true), -1).max(axis=1))
         return found
 
 

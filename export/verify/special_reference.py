@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.verify.keras_runs import KerasSteps, Tensors, double, run_together
 from cellserve.export.verify.parity import (
-    NUDGE,
-    NUDGES,
     TOLERANCE,
     Difference,
     SingleSteps,
     Tensor,
     finite_rows,
     finite_so_far,
-    limit_of,
+    judge,
     name_and_layer,
+    own_error_of,
     relative_error,
     tensors_of,
     true_steps,
@@ -30,17 +28,17 @@ from cellserve.service.runtime.batch_invariance import Array
 from cellserve.service.runtime.onnx_model import Runtime
 from cellserve.service.runtime.tensor_layout import unpack
 
-LARGE_NUDGES, LARGE_NUDGE = 16, 2.0**-20  # of large numbers: a sum of them that cancels out is all rounding
-OTHER_BRANCH = 1e-2  # an own error of Keras above this is no rounding: it took another branch than in float64
 GATE_ERROR = 2.0**-22  # of sigmoid and tanh in ONNX Runtime's kernels: absolute, while Keras's is relative
+LARGE_NUDGES, LARGE_NUDGE = 16, 2.0**-20  # of large numbers: a sum of them that cancels out is all rounding
 
 
 class SpecialReference:
     """Keras's results for special numbers among ordinary ones, in inputs and states.
 
     Where Keras is finite, ours must equal it: in single steps from Keras's states and in one run. Where it is not, ours
-    must not be either, in an output or a next state: the service then refuses the request. Where float32 Keras itself
-    differs from its float64 twin by more than a hundredth, it took another branch, and the row is counted, not judged.
+    must not be either, in an output or a next state: the service then refuses the request. Where float32 Keras itself,
+    or Keras with weights that differ in their last place, is more than a hundredth off its float64 twin, rounding
+    decides which branch is taken, and the row is counted, not judged.
     A gate's error times the largest number that it may let through is allowed: a gate of nearly zero times 100 is off
     by 1e-5. Nothing is judged that follows from states beyond a million, of which that error is no longer small.
 
@@ -136,7 +134,8 @@ class SpecialReference:
         """
         error = np.where(judged, errors_of_rows(ours, true, good, finite), 0.0)
         places = [f"time step {step}" for step in steps]
-        found, unjudged = judge(error, tolerance, lambda: own()[tensor], name_and_layer(self.network, tensor), places)
+        names = name_and_layer(self.network, tensor)
+        found, unjudged = judge("special", error, tolerance, lambda: own()[tensor], names, places)
         self.unjudged += unjudged
         return found
 
@@ -144,9 +143,9 @@ class SpecialReference:
         """Float32 Keras's largest error so far in the whole run, of all rows at some steps, `[rows * len(at)]`."""
         found = {}
         for tensor in tensors_of(self.network):
-            exact, large, near = ([true_steps(run, tensor) for run in runs] for runs in self._histories)
-            error = own_error_of(true_steps(self.history, tensor), exact[0], large, near)
-            so_far = np.maximum.accumulate(error.reshape(*exact[0].shape[:2], -1).max(axis=2), axis=1)
+            exact, *others = (true_steps(run, tensor) for run in self._histories)
+            error = own_error_of(true_steps(self.history, tensor), exact, others)
+            so_far = np.maximum.accumulate(error.reshape(*exact.shape[:2], -1).max(axis=2), axis=1)
             found[tensor] = so_far[:, at].ravel()
         return found
 
@@ -155,23 +154,26 @@ class SpecialReference:
         found = {}
         for tensor in tensors_of(self.network):
             place, index = (0, np.s_[:, 0]) if tensor.kind == "output" else (1, np.s_[:])
-            exact, large, near = ([run[place][tensor.index][index] for run in runs] for runs in self._double_steps)
-            error = own_error_of(self.single.true(tensor), exact[0], large, near)
+            exact, *others = (run[place][tensor.index][index] for run in self._double_steps)
+            error = own_error_of(self.single.true(tensor), exact, others)
             found[tensor] = error.reshape(len(error), -1).max(axis=1)
         return found
 
     @cached_property
-    def _histories(self) -> list[list[Tensors]]:
-        """In float64: the history; those of different large numbers; those of slightly different ones."""
+    def _histories(self) -> list[Tensors]:
+        """In float64: the history, those of different large numbers; in float32: those of shaken weights."""
         twin = self._double() or self._keras
-        return grouped(run_together(twin.history, variants_of(unpack(self.x), self.initial, self._rng)))
+        variants = variants_of(unpack(self.x), self.initial, self._rng)
+        return run_together(twin.history, variants) + self._keras.shaken(unpack(self.x), self.initial)
 
     @cached_property
-    def _double_steps(self) -> list[list[Tensors]]:
-        """In float64: the single steps; those of different large numbers; those of slightly different ones."""
+    def _double_steps(self) -> list[Tensors]:
+        """In float64: the single steps, those of different large numbers; in float32: those of shaken weights."""
         twin = self._double() or self._keras
         variants = variants_of(unpack(self.single.x), self.single.before, self._rng)
-        return grouped(run_together(twin.step, variants))
+        return run_together(twin.step, variants) + list(
+            self._keras.shaken_steps(unpack(self.single.x), self.single.before)
+        )
 
 
 def tolerances(let_through: Sequence[Array]) -> Array:
@@ -195,51 +197,8 @@ def errors_of_rows(ours: Array, true: Array, good: Array, finite: Array) -> Arra
     return np.where(good, error, np.where(finite, np.inf, 0.0))
 
 
-def judge(
-    error: Array, limit: Array, own: Callable[[], Array], name_and_layer: tuple[str, str], places: Sequence[str]
-) -> tuple[Difference, int]:
-    """Judges the errors of one tensor on special numbers.
-
-    Args:
-        error: `[n]`.
-        limit: `[n]`, what is allowed where Keras's own error is none.
-        own: Returns float32 Keras's own errors, `[n]`; called if they are needed.
-        name_and_layer: The names of the tensor and of the layer that it comes from.
-        places: Where each error is.
-
-    Returns:
-        The worst difference; how many are not judged, because Keras took another branch than in float64.
-    """
-    unjudged = 0
-    if (error > limit).any():
-        own_error = own()
-        other_branch = (own_error > OTHER_BRANCH) & (error > limit)
-        unjudged = int(other_branch.sum())
-        error, limit = np.where(other_branch, 0.0, error), np.maximum(limit, limit_of(own_error))
-    worst = int(np.argmax(error / limit))
-    what = "" if np.isfinite(error[worst]) else ", where Keras is not finite and ours is, or the other way round"
-    share = float(error[worst] / limit[worst])
-    value = float(error[worst] if share > 1 else error[error <= TOLERANCE].max(initial=0))
-    return Difference(*name_and_layer, "special", value, share, places[worst] + what), unjudged
-
-
 def variants_of(inputs: Sequence[Array], states: Sequence[Array], rng: np.random.Generator) -> list[Tensors]:
-    """Numbers in float64: themselves, with large ones changed by more than rounding, and changed by rounding."""
+    """Numbers in float64: themselves, then with large ones changed by more than rounding, several times."""
     given = list(map(double, inputs)), list(map(double, states))
-    changes = [(LARGE_NUDGE, LARGE)] * LARGE_NUDGES + [(NUDGE, 0.0)] * NUDGES
-    return [given, *((nudged(given[0], rng, *each), nudged(given[1], rng, *each)) for each in changes)]
-
-
-def grouped(runs: list[Any]) -> list[list[Any]]:
-    """The results of `variants_of`: of the numbers themselves, of different large ones, of slightly different ones."""
-    return [runs[:1], runs[1 : 1 + LARGE_NUDGES], runs[1 + LARGE_NUDGES :]]
-
-
-def own_error_of(single: Array, exact: Array, large: Sequence[Array], near: Sequence[Array]) -> Array:
-    """Float32 Keras's own error: that of its result, and what rounding would make of a slightly different one.
-
-    A large effect of a small change is not counted: at a comparison's threshold nothing excuses the wrong branch.
-    """
-    error = np.maximum.reduce([relative_error(each, exact) for each in (single, *large)])
-    rounding = np.maximum.reduce([relative_error(each, exact) for each in near])
-    return np.maximum(error, np.where(rounding > OTHER_BRANCH, 0.0, rounding))
+    change = rng, LARGE_NUDGE, LARGE
+    return [given, *((nudged(given[0], *change), nudged(given[1], *change)) for _ in range(LARGE_NUDGES))]

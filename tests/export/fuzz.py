@@ -14,12 +14,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 ENOUGH = 0.95  # of the causal networks must be exported
 
@@ -61,7 +65,8 @@ def examine(plan: dict[str, Any]) -> str:
             for name, operators in operator_choices(network):
                 graph, step = build_graphs(network, network.signature, operators)
                 forms += [(name, open_model(graph, each, document)) for each in ((None, step) if step else (None,))]
-            reference = reference_of(network)
+            with trying(plan.get("numbers", ())):
+                reference = reference_of(network)
         except ExportError as refusal:
             return f"refused: {refusal}"
     equal = 0
@@ -81,38 +86,52 @@ def examine(plan: dict[str, Any]) -> str:
     return "exported"
 
 
+@contextmanager
+def trying(numbers: Sequence[float]) -> Iterator[None]:
+    """Adds numbers to those that the proof visits."""
+    from cellserve.export.verify import special_values
+
+    small = tuple(number for number in numbers if abs(number) <= 100)
+    with (
+        patch.object(special_values, "_NUMBERS", (*special_values._NUMBERS, *numbers)),
+        patch.object(special_values, "_STATE_NUMBERS", (*special_values._STATE_NUMBERS, *small)),
+    ):
+        yield
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the fuzzer; returns 1 if a network was wrong, or fewer than 95 % of the causal ones were exported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=int, default=1000, help="how many to try (default: 1000)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--seed", type=int, help="of the random networks (default: a random one, printed)")
-    parser.add_argument("--folder", type=Path, default=Path("fuzz"), help="where wrong networks are saved")
+    parser.add_argument("--folder", type=Path, default=Path("fuzz"), help="for the results and the wrong networks")
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)  # this is one of the processes
     told = parser.parse_args(argv)
     if told.results:
-        return _work(told.networks, told.seed, told.results, told.folder)
+        return _work(told.networks, told.seed, told.results)
     seed = random.randrange(10**9) if told.seed is None else told.seed
+    folder = told.folder / f"{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True)
     console = Console()
-    console.print(f"seed {seed}")
+    console.print(f"seed {seed}, results in {folder}")
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        workers, files = [], []
-        for job in range(told.jobs):
-            share = told.networks // told.jobs + (job < told.networks % told.jobs)
-            files.append(Path(folder, f"{job}.jsonl"))
-            command = [sys.executable, "-m", "tests.export.fuzz", "--networks", str(share), "--seed", str(seed + job)]
-            command += ["--results", str(files[-1]), "--folder", str(told.folder)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
-            workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-        columns = TextColumn("networks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=told.networks)
-            while any(worker.poll() is None for worker in workers):
-                time.sleep(1)
-                progress.update(task, completed=len(_read(files)))
-        results = _read(files)
-    return _report(console, results, time.monotonic() - started, [worker.returncode for worker in workers])
+    workers, files = [], []
+    for job in range(told.jobs):
+        share = told.networks // told.jobs + (job < told.networks % told.jobs)
+        files.append(folder / f"{job}.jsonl")
+        command = [sys.executable, "-m", "tests.export.fuzz", "--networks", str(share), "--seed", str(seed + job)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
+        with (folder / f"{job}.log").open("w") as log:
+            command += ["--results", str(files[-1])]
+            workers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    columns = TextColumn("networks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=told.networks)
+        while any(worker.poll() is None for worker in workers):
+            time.sleep(1)
+            progress.update(task, completed=len(_read(files)))
+    return _report(console, _read(files), time.monotonic() - started, [worker.returncode for worker in workers])
 
 
 def _read(files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -125,25 +144,39 @@ def _report(console: Console, results: list[dict[str, Any]], seconds: float, sta
     causal = [each for each in results if each["causal"]]
     share = sum(each["result"] == "exported" for each in causal) / max(1, len(causal))
     spent = sum(each["seconds"] for each in results) / max(1, len(results))
-    console.print(f"{len(results)} networks in {seconds:.0f} s, {spent:.1f} s each: {dict(counts)}")
-    for reason, count in Counter(each["result"][:160] for each in results if "refused" in each["result"]).most_common():
-        console.print(f"  {count} {reason}", markup=False)
-    console.print(f"of {len(causal)} causal ones {share:.1%} are exported")
-    return int(any(statuses) or share < ENOUGH)
+    table = Table("", "networks", title=f"{seconds:.0f} s, {spent:.1f} s a network")
+    for name, count in (("tried", len(results)), ("exported", counts["exported"]), ("refused", counts["refused"])):
+        table.add_row(name, str(count))
+    others = Counter(each["result"][:160] for each in results if each["result"] != "exported").most_common()
+    for reason, count in sorted(others, key=lambda each: each[0]):
+        table.add_row(Text(f"  {reason}"), str(count))
+    table.add_row("wrong", str(counts["wrong"]))
+    table.add_row("of the causal ones exported", f"{share:.1%} of {len(causal)}")
+    console.print(table)
+    return int(any(statuses) or counts["wrong"] > 0 or share < ENOUGH)
 
 
-def _work(networks: int, seed: int, results: Path, folder: Path) -> int:
-    """Tries networks one after another; shrinks and saves the first that is wrong."""
+def _work(networks: int, seed: int, results: Path) -> int:
+    """Tries networks one after another; shrinks and saves those that are wrong beside the results."""
     from cellserve.models.tensorflow_import import import_tensorflow
 
     import_tensorflow()
+    tried = 0
+    while tried < networks:
+        tried += _until_wrong(networks - tried, seed + 1000 * tried, results)
+    return 0
+
+
+def _until_wrong(networks: int, seed: int, results: Path) -> int:
+    """Tries networks until one is wrong, which is shrunk and saved; returns how many were tried."""
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
 
     from tests.export.random_networks import build, is_causal
     from tests.export.random_networks import networks as plans
 
-    smallest: list[dict[str, Any]] = []
+    tried = 0
+    smallest: dict[str, Any] = {}
 
     @seeded(seed)
     @settings(
@@ -151,32 +184,33 @@ def _work(networks: int, seed: int, results: Path, folder: Path) -> int:
         database=None,
         deadline=None,
         phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
     @given(plans())
     def run(plan: dict[str, Any]) -> None:
-        started = time.monotonic()
-        result = "wrong"
+        nonlocal tried
+        started, shrinking = time.monotonic(), bool(smallest)
         try:
             result = examine(plan)
-        except BaseException:
-            smallest[:] = [plan]
-            raise
-        finally:
-            line = {"result": result, "causal": is_causal(plan), "seconds": time.monotonic() - started}
+        except Exception as error:
+            result = f"wrong: {type(error).__name__}: {' '.join(str(error).split())[:1000]}"
+            smallest.update(plan)
+        if not shrinking:
+            tried += 1
+            line = {"result": result, "causal": is_causal(plan), "seconds": time.monotonic() - started, "plan": plan}
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        assert not result.startswith("wrong"), result
 
     try:
         run()
-    except BaseException as error:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{seed}.json").write_text(json.dumps(smallest[0] if smallest else None, indent=1))
-        if smallest:
-            build(smallest[0]).save(folder / f"{seed}.keras")
-        print(f"seed {seed}: {folder}/{seed}.json, .keras: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except Exception as error:
+        path = results.with_name(f"{results.stem}-{seed}")
+        path.with_suffix(".json").write_text(json.dumps(smallest, indent=1))
+        build(smallest).save(path.with_suffix(".keras"))
+        print(f"{path}.json, .keras: {error}", file=sys.stderr)
+    return max(tried, 1)
 
 
 if __name__ == "__main__":

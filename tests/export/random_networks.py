@@ -6,6 +6,7 @@ Around them stand Keras's own layers, in stacks and residuals, behind masks, emb
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,13 @@ from keras import layers, ops
 
 UNITS = 4
 VOCABULARY = 7
+
+
+def _attend(x: Any) -> Any:
+    """Attention of a state's entries to each other."""
+    weights = ops.softmax(ops.matmul(x, ops.transpose(x, (0, 2, 1))))
+    return ops.reshape(ops.matmul(weights, x), (-1, UNITS))
+
 
 UNARY: dict[str, Callable[[Any], Any]] = {
     "tanh": ops.tanh,
@@ -50,6 +58,7 @@ UNARY: dict[str, Callable[[Any], Any]] = {
     "shares": lambda x: x / (ops.sum(ops.absolute(x), axis=-1, keepdims=True) + 1e-3),
     "largest": lambda x: ops.one_hot(ops.argmax(x, axis=-1), UNITS, dtype=x.dtype),
     "flipped": lambda x: ops.flip(x, axis=-1),
+    "attend": lambda x: _attend(ops.reshape(x, (-1, UNITS // 2, 2))),
 }
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "add": ops.add,
@@ -65,6 +74,11 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "mod": lambda a, b: ops.mod(a, 1.0 + ops.absolute(b)),
 }
 OPERATIONS: dict[str, Callable[..., Any]] = {**UNARY, **BINARY}
+# Layers within a cell; a cell has at most one of each.
+SUBLAYERS: dict[str, Callable[[], Any]] = {
+    "layer_norm": lambda: layers.LayerNormalization(name="layer_norm"),
+    "dense": lambda: layers.Dense(UNITS, activation="tanh", name="dense"),
+}
 BOUNDS = ("tanh", "clip", "sigmoid", "softsign")
 
 
@@ -80,6 +94,8 @@ class ExpressionCell(layers.Layer):
         self.next_states, self.output_expression = next_states, output
         self.state_size = [UNITS] * len(next_states)
         self.output_size = UNITS
+        used = {name for name in SUBLAYERS if f'"{name}"' in json.dumps([next_states, output])}
+        self.sublayers = {name: SUBLAYERS[name]() for name in sorted(used)}
 
     def build(self, input_shape: Any) -> None:
         self.kernels = {}
@@ -89,6 +105,8 @@ class ExpressionCell(layers.Layer):
                 name = f"s{state}@{number}"
                 self.kernels[name] = self.add_weight((UNITS, UNITS), name=f"s{state}_{number}")
         self.bias = self.add_weight((UNITS,), initializer="random_normal", name="bias")
+        for layer in self.sublayers.values():
+            layer.build((None, UNITS))
         self.built = True
 
     def call(self, inputs: Any, states: Any) -> Any:
@@ -99,13 +117,45 @@ class ExpressionCell(layers.Layer):
                 tensor = inputs if expression[0] == "x" else states[int(expression[1])]
                 return ops.matmul(tensor, self.kernels[expression]) if "@" in expression else tensor
             name, *operands = expression
-            return OPERATIONS[name](*map(value, operands))
+            operation = self.sublayers[name] if name in SUBLAYERS else OPERATIONS[name]
+            return operation(*map(value, operands))
 
         following = [value(expression) for expression in self.next_states]
         return value(self.output_expression), following
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "next_states": self.next_states, "output": self.output_expression}
+
+
+@keras.saving.register_keras_serializable(package="fuzz")
+class AroundCell(layers.Layer):
+    """A cell around one of Keras's, whose output or states it changes."""
+
+    def __init__(self, cell: str, change: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.cell_name, self.change = cell, change
+        self.cell = getattr(layers, cell)(UNITS, name="cell")
+        self.state_size, self.output_size = self.cell.state_size, UNITS
+
+    def build(self, input_shape: Any) -> None:
+        self.cell.build(input_shape)
+        self.built = True
+
+    def call(self, inputs: Any, states: Any) -> Any:
+        output, following = self.cell(inputs, states)
+        if self.change == "residual":
+            return output + ops.mean(inputs, axis=-1, keepdims=True), following
+        following = following if isinstance(following, (list, tuple)) else [following]
+        before = states if isinstance(states, (list, tuple)) else [states]
+        changes = {
+            "decay": lambda new, old: 0.75 * new + 0.25 * old,
+            "clip": lambda new, old: ops.clip(new, -0.5, 0.5),
+            "hold": lambda new, old: ops.where(ops.absolute(new) > 0.1, new, old),
+        }
+        return output, [changes[self.change](new, old) for new, old in zip(following, before, strict=True)]
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "cell": self.cell_name, "change": self.change}
 
 
 def expressions(states: int) -> st.SearchStrategy[Any]:
@@ -115,7 +165,7 @@ def expressions(states: int) -> st.SearchStrategy[Any]:
     return st.recursive(
         leaves,
         lambda inner: st.one_of(
-            st.tuples(st.sampled_from(sorted(UNARY)), inner).map(list),
+            st.tuples(st.sampled_from(sorted({**UNARY, **SUBLAYERS})), inner).map(list),
             st.tuples(st.sampled_from(sorted(BINARY)), inner, inner).map(list),
         ),
         max_leaves=5,
@@ -131,30 +181,37 @@ def cells(draw: Any) -> dict[str, Any]:
     return {"next_states": states, "output": draw(st.one_of(st.just("s0"), inner))}
 
 
+NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
 RECURRENT = ("LSTM", "GRU", "SimpleRNN")
+CELLS = ("LSTMCell", "GRUCell", "SimpleRNNCell")
+CHANGES = ("residual", "decay", "clip", "hold")
 POINTWISE = ("dense", "layer_norm", "batch_norm", "time_distributed", "dropout", "rescaling", "select", "log_energy")
 
 
 @st.composite
 def networks(draw: Any) -> dict[str, Any]:
-    """Plans of networks, all of them causal unless one of its layers reads backwards."""
+    """Plans of networks, all of them causal unless one of its layers reads backwards, and numbers to try them with."""
     recurrences = st.one_of(
         st.fixed_dictionaries({"kind": st.sampled_from(RECURRENT)}),
+        st.fixed_dictionaries(
+            {"kind": st.just("around"), "cell": st.sampled_from(CELLS), "change": st.sampled_from(CHANGES)}
+        ),
         st.fixed_dictionaries({"kind": st.just("cells"), "cells": st.lists(cells(), min_size=1, max_size=2)}),
     )
     body = draw(st.lists(st.one_of(st.sampled_from(POINTWISE), recurrences), max_size=3))
     body.insert(draw(st.integers(0, len(body))), draw(recurrences))
     return {
-        "input": draw(st.sampled_from(["float", "float", "masked", "integer", "two"])),
+        "input": draw(st.sampled_from(["float", "float", "masked", "integer", "masked integer", "two"])),
         "body": body,
         "residual": draw(st.booleans()),
-        "backwards": draw(st.sampled_from([False] * 9 + [True])),
+        "backwards": draw(st.sampled_from([None] * 9 + [draw(st.integers(0, len(body)))])),  # before which layer
         "last": draw(st.booleans()),
+        "numbers": draw(st.lists(NUMBERS, max_size=4)),
     }
 
 
 def is_causal(plan: dict[str, Any]) -> bool:
-    return not plan["backwards"]
+    return plan["backwards"] is None
 
 
 def build(plan: dict[str, Any]) -> Any:
@@ -164,18 +221,20 @@ def build(plan: dict[str, Any]) -> Any:
     x = layers.Dense(UNITS)(x)
     last = max(place for place, layer in enumerate(plan["body"]) if isinstance(layer, dict))
     for place, layer in enumerate(plan["body"]):
+        if place == plan["backwards"] and len(x.shape) == 3:
+            x = layers.Bidirectional(layers.LSTM(UNITS // 2, return_sequences=True))(x)
         sequences = place != last or not plan["last"]
         y = _pointwise(layer, x) if isinstance(layer, str) else _recurrent(layer, x, sequences)
         x = layers.Add()([x, y]) if plan["residual"] and sequences and len(y.shape) == len(x.shape) else y
-    if plan["backwards"]:
+    if plan["backwards"] == len(plan["body"]):
         x = layers.Bidirectional(layers.LSTM(2))(x) if len(x.shape) == 3 else x
     return keras.Model(inputs, layers.Dense(2)(x))
 
 
 def _inputs(kind: str) -> tuple[Any, Any]:
-    if kind == "integer":
+    if kind in ("integer", "masked integer"):
         ids = keras.Input((None,), dtype="int32", name="ids")
-        return ids, layers.Embedding(VOCABULARY, 3)(ids)
+        return ids, layers.Embedding(VOCABULARY, 3, mask_zero=kind == "masked integer")(ids)
     x = keras.Input((None, 3), name="x")
     if kind == "masked":
         return x, layers.Masking(0.0)(x)
@@ -203,6 +262,8 @@ def _pointwise(name: str, x: Any) -> Any:
 
 
 def _recurrent(plan: dict[str, Any], x: Any, sequences: bool) -> Any:
+    if plan["kind"] == "around":
+        return layers.RNN(AroundCell(plan["cell"], plan["change"]), return_sequences=sequences)(x)
     if plan["kind"] != "cells":
         return getattr(layers, plan["kind"])(UNITS, return_sequences=sequences)(x)
     made = [ExpressionCell(each["next_states"], each["output"]) for each in plan["cells"]]
