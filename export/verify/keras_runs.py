@@ -15,7 +15,7 @@ from cellserve.export.keras_model.load import computing_in, with_dtype
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.service.runtime.batch_invariance import Array
 
-SHAKEN_RUNS = 8
+SHAKEN_RUNS, SHAKEN_STEPS = 8, 32  # with weights that differ in their last place; single steps are cheap
 _MOST_CONSTANTS = 64
 
 _MOST_ENTRIES = 2**22  # of the tensors of runs that are made as one
@@ -55,7 +55,7 @@ class KerasSteps:
 
     def shaken_steps(self, inputs: Sequence[Array], states: Sequence[Array]) -> list[Tensors]:
         """Single steps with `shaken_weights`."""
-        return [self.step(inputs, states) for _ in shaken_weights(self._network.model)]
+        return [self.step(inputs, states) for _ in shaken_weights(self._network.model, SHAKEN_STEPS)]
 
     def history(self, inputs: Sequence[Array], initial: Sequence[Array]) -> History:
         """Takes all steps of inputs `[rows, steps, ...]` from initial states."""
@@ -203,7 +203,7 @@ def run_saved_model_in_double(model: Any, *sequences: Sequence[Array]) -> list[l
         return []
 
 
-def shaken_weights(model: Any) -> Iterator[None]:
+def shaken_weights(model: Any, times: int = SHAKEN_RUNS) -> Iterator[None]:
     """Gives a model, several times, weights of which each differs by up to a unit in float32's last place.
 
     So all that follows is rounded to other numbers. What compares inputs with each other or with constants stays as it
@@ -211,9 +211,9 @@ def shaken_weights(model: Any) -> Iterator[None]:
     """
     rng = np.random.default_rng(0)
     floats = [weight for weight in model.weights if weight.dtype == "float32"]
-    kept = [np.array(weight) for weight in floats]
+    kept = [weight.numpy().copy() for weight in floats]
     try:
-        for _ in range(SHAKEN_RUNS):
+        for _ in range(times):
             for weight, exact in zip(floats, kept, strict=True):
                 weight.assign(exact * (1 + rng.integers(-1, 2, exact.shape) * 2.0**-23).astype(np.float32))
             yield

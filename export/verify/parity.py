@@ -20,7 +20,7 @@ from cellserve.service.runtime.tensor_layout import unpack
 
 TOLERANCE = 1e-5
 KERAS_FLOAT32_ERROR_FACTOR = 4.0  # allowed error, as a multiple of float32 Keras's own
-SMALL = 1e-30  # of a state's entries that are not 0: what comes of smaller ones is not judged
+SMALL = 1e-35  # of a state's entries that are not 0: what comes of smaller ones is not judged
 OTHER_BRANCH = 1e-2  # an own error of Keras above this is no rounding: it took another branch than in float64
 
 

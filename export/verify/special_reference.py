@@ -18,6 +18,7 @@ from cellserve.export.verify.parity import (
     finite_so_far,
     judge,
     name_and_layer,
+    normal_so_far,
     own_error_of,
     relative_error,
     tensors_of,
@@ -40,7 +41,8 @@ class SpecialReference:
     or Keras with weights that differ in their last place, is more than a hundredth off its float64 twin, rounding
     decides which branch is taken, and the row is counted, not judged.
     A gate's error times the largest number that it may let through is allowed: a gate of nearly zero times 100 is off
-    by 1e-5. Nothing is judged that follows from states beyond a million, of which that error is no longer small.
+    by 1e-5. Nothing is judged that follows from states beyond a million, of which that error is no longer small, or
+    from states below 1e-35.
 
     Args:
         network: The network.
@@ -64,7 +66,7 @@ class SpecialReference:
         small = [
             (np.abs(state[:, :-1]) <= LARGE).reshape(*self.good.shape, -1).all(axis=2) for state in self.history[1]
         ]
-        self.judged = np.logical_and.accumulate(np.logical_and.reduce(small), axis=1)
+        self.judged = np.logical_and.accumulate(np.logical_and.reduce(small), axis=1) & normal_so_far(self.history)
         self.tolerance = tolerances([*unpack(self.x), *(state[:, :-1] for state in self.history[1])])
         self.unjudged = 0
 

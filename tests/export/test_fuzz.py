@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from rich.console import Console
 
+from tests.export import fuzz
 from tests.export.fuzz import ENOUGH, examine
 from tests.export.random_networks import is_causal, networks
 
@@ -30,3 +34,36 @@ def test_random_networks_are_exported_as_keras_has_them_or_refused_for_a_true_re
     run()
     causal = [result for is_one, result in results if is_one]
     assert sum(result == "exported" for result in causal) >= ENOUGH * len(causal), causal
+
+
+def test_a_state_whose_sizes_alone_reach_another_state_is_exported() -> None:
+    zeros_like_first = ["tanh", ["select_equal", "x@0", ["floor", "bias"]]]
+    cell = {"next_states": [zeros_like_first, ["softsign", ["flipped", "s0"]]], "output": "s0"}
+    body = [{"kind": "cells", "cells": [cell]}]
+    plan = {"input": "float", "body": body, "residual": False, "backwards": None, "last": False, "numbers": []}
+    assert examine(plan) == "exported"
+
+
+def test_the_fuzzer_goes_on_after_a_wrong_network_and_saves_each_shrunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[int] = []
+
+    def wrong_at_times(plan: dict[str, Any]) -> str:
+        tried.append(len(plan["body"]))
+        if len(plan["body"]) > 1:
+            raise AssertionError("numbers differ")
+        return "exported"
+
+    monkeypatch.setattr(fuzz, "examine", wrong_at_times)
+    fuzz._work(8, 1, tmp_path / "0.jsonl")
+    results = fuzz._read([tmp_path / "0.jsonl"])
+    assert len(results) == 8
+    wrong = [each for each in results if each["result"].startswith("wrong: AssertionError: numbers differ")]
+    assert len(wrong) > 1
+    saved = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert [len(each["body"]) for each in saved] == [2] * len(wrong)
+    assert len(list(tmp_path.glob("*.keras"))) == len(wrong)
+    assert fuzz._report(Console(), results, 1.0, [0]) == 1
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("tried", "exported", "wrong", "numbers differ", "of the causal ones"))
