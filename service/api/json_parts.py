@@ -64,6 +64,9 @@ def json_parts(document: Any) -> Iterator[bytes]:
 
 def byte_parts(array: NDArray[Any]) -> Iterator[bytes]:
     """Yields an array's bytes, row-major, in parts."""
+    if 0 < array.nbytes <= _PART_BYTES:
+        yield array.tobytes()
+        return
     content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     for start in range(0, len(content), _PART_BYTES):
         yield content[start : start + _PART_BYTES].tobytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
@@ -27,13 +28,14 @@ _DTYPES = {"F32": "<f4", "I32": "<i4", "I64": "<i8", "U32": "<u4", "U64": "<u8",
            "U8": "u1", "F16": "<f2", "F64": "<f8"}  # fmt: skip
 _KINDS = {np.dtype(dtype): kind for kind, dtype in _DTYPES.items()}
 _KNOWN_HEADERS, _KNOWN_HEADER_BYTES = 512, 512  # that are remembered, and the bytes of the longest
+_KNOWN_QUERIES = 128  # that are remembered
 MEDIA_TYPES = (b"application/x-safetensors", b"application/octet-stream")
 
 # By header and size of a body: the name, type, number of values, first byte and shape of each tensor.
 _known_headers: dict[tuple[bytes, int], list[tuple[str, np.dtype[Any], int, int, tuple[int, ...]]]] = {}
 
 
-class Options(msgspec.Struct, forbid_unknown_fields=True):
+class Options(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The query parameters of a prediction in safetensors."""
 
     model: str | None = None
@@ -41,6 +43,7 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
     return_states: bool = False
 
 
+@lru_cache(_KNOWN_QUERIES)
 def read_options(query: bytes) -> Options:
     """Parses the query; raises InvalidInput if it has other parameters or values."""
     try:
@@ -96,9 +99,11 @@ def read(body: bytes, model: Model, most: int) -> tuple[Sequence[Array], list[di
                 )
         sequences: Sequence[Array] = list(inputs.pack(list(arrays.values())))
     else:
-        if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not lengths.size or (lengths < 1).any():
+        is_list = lengths.ndim == 1 and lengths.dtype.kind in "iu" and lengths.size
+        counts: list[int] = lengths.tolist() if is_list else [0]
+        if min(counts) < 1:
             raise InvalidInput("lengths: send one integer per sequence, each at least 1", place="lengths")
-        total = sum(lengths.tolist())  # Python integers, which do not overflow
+        total = sum(counts)  # Python integers, which do not overflow
         for name, spec in specs.items():
             if arrays[name].shape != (total, *spec.shape):
                 raise InvalidInput(
@@ -108,7 +113,7 @@ def read(body: bytes, model: Model, most: int) -> tuple[Sequence[Array], list[di
                     place=name,
                 )
         x = inputs.pack(list(arrays.values()))
-        sequences = split(x, lengths.tolist())
+        sequences = split(x, counts)
     given = tensors.keys() & model.reader.states_spec.keys()
     return sequences, _states(tensors, model, len(sequences)) if given else None
 
