@@ -298,7 +298,7 @@ class ServiceContext:
         self.decoding.close()
         self.versions.close()
         self._executor.shutdown()
+        self.metrics.publish()  # which reads the store
         await self.sessions.close()
-        self.metrics.publish()
         if self.tracing is not None:
             await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)

@@ -225,6 +225,7 @@ def test_workers_share_the_store_and_stop_with_status_0(
             == client.post("/predict", json={"model": "rnn", "sequences": [x], "outputs": "all"}).json()["outputs"][0]
         )
     assert server.stop() == 0
+    assert "Traceback" not in "".join(server.log)
 
 
 @pytest.mark.parametrize(
