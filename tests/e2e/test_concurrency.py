@@ -124,7 +124,7 @@ def test_200_concurrent_sessions_are_exact_over_http(server: Server, repository:
     check(results, truth(repository))
 
 
-@pytest.mark.parametrize("sockets", [1, 20])
+@pytest.mark.parametrize("sockets", [pytest.param(1, marks=pytest.mark.long), 20])
 def test_200_concurrent_sessions_are_exact_over_json_frames(server: Server, repository: Path, sockets: int) -> None:
     results: dict[int, np.ndarray] = {}
 

@@ -553,6 +553,7 @@ def test_a_stopping_server_answers_pending_requests_and_ends_idle_streams(reposi
     assert [result.as_numpy("y").shape for result, _ in answers if result] == [(16, 4000, OUTPUTS)]
 
 
+@pytest.mark.long
 def test_workers_share_the_grpc_port(repository: Path, serve: Serve, redis: RedisServer) -> None:
     port = free_port()
     server = serve("--models", str(repository), "--store", redis.url, "--workers", "2", "--grpc-port", str(port))

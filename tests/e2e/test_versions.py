@@ -265,6 +265,7 @@ def test_restored_sessions_keep_their_versions_and_wait_for_missing_ones(
         until_states(client, "rnn", {2: "serving", 1: "loaded"})
 
 
+@pytest.mark.long
 def test_two_replicas_change_versions_one_after_the_other(
     models: Path, serve: Serve, redis: RedisServer, tmp_path: Path
 ) -> None:

@@ -393,7 +393,7 @@ def next_frame() -> Any:
 WHOLE = {both_ways: "backwards", both_ways_masked: "backwards", convolved: "mixes time steps"}
 WHOLE |= {tagged: "backwards", autoencoder: "does not run over", next_frame: "backwards"}
 WHOLE |= {attended: "mixes time steps", repeated: "does not run over the input's time axis"}
-LONG = {both_ways, both_ways_masked, tagged, autoencoder, next_frame, attended}
+LONG = {both_ways, both_ways_masked, tagged, autoencoder, next_frame, attended, repeated}
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,7 @@ def test_a_row_of_zeros_and_numbers_beyond_the_calibration_are_taken(tmp_path: P
         assert all(np.isfinite(state).all() for state in states)
 
 
+@pytest.mark.long
 def test_several_inputs_and_outputs_are_scored_by_their_names_and_calibrated(tmp_path: Path) -> None:
     model = several_ends()
     model.save(tmp_path / "mine.keras")

@@ -51,7 +51,7 @@ def both_ways(recurrent: Any) -> Any:
 
 
 @pytest.mark.parametrize("read", [backwards, pytest.param(both_ways, marks=pytest.mark.long)])
-@pytest.mark.parametrize("recurrent", [layers.LSTM, layers.GRU])
+@pytest.mark.parametrize("recurrent", [layers.LSTM, pytest.param(layers.GRU, marks=pytest.mark.long)])
 def test_where_keras_is_not_finite_in_whole_sequences_no_form_is(recurrent: Any, read: Callable[[Any], Any]) -> None:
     x = keras.Input((None, 2), name="x")
     masked = layers.Masking(9.0)(x)

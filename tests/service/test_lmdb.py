@@ -484,7 +484,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", ["stopped", "killed"])
+@pytest.mark.parametrize("how", [pytest.param("stopped", marks=pytest.mark.long), "killed"])
 def test_a_worker_that_ends_in_the_middle_of_a_write_blocks_the_others_for_seconds_only(
     tmp_path: Path, how: str
 ) -> None:
