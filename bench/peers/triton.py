@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 PEERS = Path(__file__).parent
@@ -69,7 +70,9 @@ def main() -> None:
             library = line.split()[0]
             sys.exit(f"{library} is missing, which Triton's Python backend needs: apt-get install libpython3.{minor}")
 
-    backends, repository = folder / "triton/backends", folder / "triton/models"
+    # A folder for each run: the stub of the run before may still be ending, and nobody may write to its file then.
+    own = Path(tempfile.mkdtemp(prefix="triton-", dir=folder))
+    backends, repository = own / "backends", own / "models"
     shutil.copytree(triton / "backends/python", backends / "python", dirs_exist_ok=True)
     shutil.copy(stub, backends / "python")
     for name, text, batch, wait in (
