@@ -38,14 +38,15 @@ def prediction_json(
 ) -> dict[str, Any]:
     """Returns the answer for sequences with the outputs `[time, *outputs]` each, as JSON; with their final states."""
     # NumPy is called once for all sequences: thousands of calls would hold up the event loop for 20 ms.
-    joined = np.concatenate(outputs if every_output else [y[-1:] for y in outputs])
+    wanted = outputs if every_output else [y[-1:] for y in outputs]
     answer: dict[str, Any] = {"model": model.name, "version": model.version}
     if every_output:
         answer["outputs"] = [model.outputs.to_json(y) for y in outputs]
     else:
-        answer["outputs"] = joined if joined.dtype.names is None else [model.outputs.to_json(y) for y in joined]
+        last = np.concatenate(wanted)
+        answer["outputs"] = last if last.dtype.names is None else [model.outputs.to_json(y) for y in last]
     if model.document.labels is not None:
-        labels = labels_of(model.document.labels, joined)
+        labels = labels_of(model.document.labels, np.concatenate(wanted))
         ends = accumulate(map(len, outputs))
         answer["labels"] = (
             [labels[end - len(y) : end] for y, end in zip(outputs, ends, strict=True)] if every_output else labels
