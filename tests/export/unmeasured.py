@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
-from cellserve.export import exporter
-from cellserve.export.adopt import adopt
-from cellserve.export.candidates import candidates
-from cellserve.export.verify import benchmark
-from cellserve.service.runtime.batch_invariance import QUICK_PLAN
+from cellserve.models.tensorflow_import import import_tensorflow
+
+# Before the modules that import it: every test has TensorFlow as the commands do, whose bits no processor changes.
+import_tensorflow()
+
+from cellserve.export import exporter  # noqa: E402
+from cellserve.export.adopt import adopt  # noqa: E402
+from cellserve.export.candidates import candidates  # noqa: E402
+from cellserve.export.verify import benchmark  # noqa: E402
+from cellserve.service.runtime.batch_invariance import QUICK_PLAN  # noqa: E402
 
 
 @contextmanager
