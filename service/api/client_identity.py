@@ -42,8 +42,12 @@ def address_identity(address: Address) -> str:
 
 
 def grpc_peer(peer: str) -> str:
-    """Returns the address in what gRPC's `context.peer()` says, such as `ipv4:10.0.0.7:50712`."""
-    host = unquote(peer).partition(":")[2].rpartition(":")[0]
+    """Returns the address in what gRPC's `context.peer()` says.
+
+    Args:
+        peer: Such as `ipv4:10.0.0.7:50712`, or behind `GrpcFront` `unix-abstract:NAME/10.0.0.7:1`.
+    """
+    host = unquote(peer).partition(":")[2].rpartition("/")[2].rpartition(":")[0]
     return host_identity(host.strip("[]"))
 
 

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.helpers import free_port, until
 from tests.hostile.conftest import Beside
-from tests.server import Serve, Server
+from tests.server import Serve, Server, start_server
 
 pytestmark = pytest.mark.long
 
@@ -408,6 +408,15 @@ def test_grpc_calls_of_an_address_and_connections_are_bounded(serve: Serve, exam
         assert is_answered()  # on the connection that it has
 
 
+@pytest.fixture(scope="module")
+def speaking_grpc(examples: Path) -> Iterator[Server]:
+    """A server of the example models that speaks gRPC too."""
+    server = start_server("--models", str(examples), "--grpc-port", "0", fresh=True)
+    yield server
+    assert server.stop() == 0
+    assert "Traceback" not in "".join(server.log)
+
+
 def _is_open(connection: socket.socket) -> bool:
     """Whether a server has answered HTTP/2's preface and keeps the connection."""
     connection.settimeout(5)
@@ -415,3 +424,67 @@ def _is_open(connection: socket.socket) -> bool:
         return bool(connection.recv(MB))
     except OSError:
         return False
+
+
+def http2(kind: int, flags: int = 0, payload: bytes = b"", stream: int = 0) -> bytes:
+    """A frame of HTTP/2."""
+    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2(4)
+CALL = b"".join(
+    bytes((0, len(name))) + name + bytes((len(value),)) + value
+    for name, value in (
+        (b":method", b"POST"),
+        (b":scheme", b"http"),
+        (b":path", b"/inference.GRPCInferenceService/ServerLive"),
+        (b":authority", b"x"),
+        (b"te", b"trailers"),
+        (b"content-type", b"application/grpc"),
+    )
+)
+
+
+def calls(*frames: tuple[int, int, bytes]) -> bytes:
+    """Frames of 400 streams, one after the other."""
+    return b"".join(http2(*frame, stream) for stream in range(1, 800, 2) for frame in frames)
+
+
+HTTP2_FLOODS = {
+    "header fields in CONTINUATION frames": http2(1, 0, CALL, 1) + http2(9, 0, b"\x00\x01a\x01b" * 3000, 1) * 200,
+    "indexed header fields": calls((1, 0, CALL), *[(9, 0, b"\x90" * 16_000)] * 6, (9, 4, b"")),
+    "indexed header fields, a frame a call": calls((1, 4, CALL + b"\x90" * 10_000)),
+    "CONTINUATION frames of nothing": http2(1, 0, CALL, 1) + http2(9, 0, b"", 1) * 100_000,
+    "pings": http2(6, 0, bytes(8)) * 100_000,
+    "settings": http2(4, 0, b"\0\3\0\0\0\x64") * 100_000,
+    "priorities": http2(2, 0, b"\0\0\0\3\x10", 1) * 100_000,
+    "windows": http2(8, 0, b"\0\0\0\1") * 100_000,
+    "frames of nothing": http2(1, 4, CALL, 1) + http2(0, 0, b"", 1) * 100_000,
+    "streams that are opened and reset": calls((1, 4, CALL), (3, 0, b"\0\0\0\x08")),
+    "calls": calls((1, 4, CALL), (0, 1, bytes(5))),
+}
+
+
+@pytest.mark.parametrize("name", HTTP2_FLOODS)
+def test_floods_of_http2_frames_take_turns(speaking_grpc: Server, beside: Beside, name: str) -> None:
+    host, _, port = speaking_grpc.grpc.rpartition(":")
+    with beside(speaking_grpc, f"gRPC: {name} without end") as seen:
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            with socket.create_connection((host, int(port))) as connection:
+                flood(connection, PREFACE, len(PREFACE))
+                flood(connection, HTTP2_FLOODS[name], 4 * MB, seconds=0.5)
+    assert seen.grown_bytes < 100 * MB
+    with grpc.insecure_channel(speaking_grpc.grpc) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_grpc_call_with_too_many_fields_is_told_so(speaking_grpc: Server) -> None:
+    with grpc.insecure_channel(speaking_grpc.grpc) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        few = [(f"x-{place}", "v") for place in range(80)]
+        assert check(health_pb2.HealthCheckRequest(), timeout=10, metadata=few)
+        with pytest.raises(grpc.RpcError) as refused:
+            check(health_pb2.HealthCheckRequest(), timeout=10, metadata=few + few)
+    assert refused.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)

@@ -24,6 +24,8 @@ def test_an_ipv6_network_is_one_client() -> None:
 def test_grpc_names_the_same_clients() -> None:
     assert grpc_peer("ipv4:10.0.0.7:50712") == "10.0.0.7"
     assert grpc_peer("ipv6:%5B2001:db8::1%5D:1") == peer_of({"client": ("2001:db8::1", 1)})
+    assert grpc_peer("unix-abstract:cellserve-0f/10.0.0.7:2") == "10.0.0.7"
+    assert grpc_peer("unix-abstract:cellserve-0f/2001:db8::1:2") == peer_of({"client": ("2001:db8::1", 1)})
 
 
 def test_only_trusted_proxies_say_who_the_client_is() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import resource
+import time
 from collections.abc import Callable, Coroutine
 
 import pytest
@@ -72,6 +73,17 @@ async def test_a_clients_connections_take_turns_and_leave_the_loop_to_others() -
     for _ in range(10):
         await asyncio.sleep(0)
     assert mine.turns == same.turns == 5
+
+
+@in_a_loop
+async def test_a_turn_lasts_for_an_iteration_of_the_loop_however_long_that_is() -> None:
+    [one] = await entered(table(), "10.0.0.1")
+    one.sender.spent += TURN_SECONDS
+    for _ in range(3):
+        assert not one.sender.is_in_turn()
+        time.sleep(0.002)  # the time of neither asyncio's loop nor uvloop's stands still meanwhile
+    await asyncio.sleep(0)
+    assert one.sender.is_in_turn()
 
 
 @in_a_loop

@@ -27,6 +27,7 @@ MAX_HEADERS = 100
 MAX_TARGET_BYTES = 8 * 1024
 
 TURN_SECONDS = 0.01  # of one client in one iteration of the event loop
+_NOTABLE_SECONDS = 0.001  # less than that may count in a later turn: to begin one costs time too
 TASK_SECONDS = 0.002  # what a request that gets a task is counted as until it runs, later
 
 # Connections beyond the limit, which get to ask for the server's health.
@@ -97,19 +98,15 @@ class Client:
         self.connections = self.spares = 0
         self.spent = 0.0  # seconds of this turn
         self.task_seconds = 0.0  # that its tasks took since this turn began: part of the next one
-        self._iteration = 0.0  # the loop's time, which changes only between iterations
         self._waiting: deque[Connection] = deque()
         self._is_scheduled = False
 
     def is_in_turn(self) -> bool:
         """Whether what arrives may be read at once; otherwise the connection has to `wait`."""
-        now = self._loop.time()
-        if now != self._iteration:
-            self._begin_turn(now)
+        if self.spent + self.task_seconds >= _NOTABLE_SECONDS and not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._take_turn)
         return self.spent < TURN_SECONDS and not self._waiting
-
-    def _begin_turn(self, now: float) -> None:
-        self._iteration, self.spent, self.task_seconds = now, self.task_seconds, 0.0
 
     @coroutine
     def metered(self, awaitable: Awaitable[None]) -> Generator[Any, Any, None]:
@@ -139,7 +136,8 @@ class Client:
             self._loop.call_soon(self._take_turn)
 
     def _take_turn(self) -> None:
-        self._begin_turn(self._loop.time())
+        """Begins a turn: `call_soon` is what tells iterations apart, for the loop's time moves within one as well."""
+        self.spent, self.task_seconds = self.task_seconds, 0.0
         try:
             for _ in range(len(self._waiting)):
                 if self.spent >= TURN_SECONDS:
@@ -163,7 +161,7 @@ class ConnectionTable:
     def __init__(self, settings: Settings, counts: Counts, is_operations: bool = False) -> None:
         self.counts = counts
         self._proxies = TrustedProxies(settings.trusted_proxies)
-        self._most = _OPERATIONS_CONNECTIONS if is_operations else affordable_connections(settings)
+        self.most = _OPERATIONS_CONNECTIONS if is_operations else affordable_connections(settings)
         self._most_per_client = settings.max_connections_per_client
         self._seconds = {
             Phase.HEAD: settings.head_seconds,
@@ -191,7 +189,7 @@ class ConnectionTable:
         """Counts a connection, tells it its client and its place, and watches its time limits from now on."""
         client = connection.sender = self.client(peer)
         is_proxy = peer in self._proxies
-        if len(self._connections) - self._spares < self._most and (
+        if len(self._connections) - self._spares < self.most and (
             is_proxy or client.connections < self._most_per_client
         ):
             connection.place = Place.PROXY if is_proxy else Place.ORDINARY

@@ -11,7 +11,6 @@ from typing import Any
 import grpc
 
 from cellserve.service.api.client_identity import grpc_peer
-from cellserve.service.api.connections.limits import affordable_connections
 from cellserve.service.api.inference.grpc_messages import Message
 from cellserve.service.errors import BodyTooLarge, Problem, TooManyConnections
 from cellserve.service.settings import Settings
@@ -19,10 +18,10 @@ from cellserve.service.settings import Settings
 LARGEST_SMALL = 64 * 1024  # bytes of a message that is neither an inference request nor part of a stream of them
 
 
-def connection_options(settings: Settings) -> tuple[tuple[str, int], ...]:
-    """Returns the options of a gRPC server that bound its connections."""
+def connection_options(settings: Settings, most: int) -> tuple[tuple[str, int], ...]:
+    """Returns the options of a gRPC server that bound its connections, of which it has at most so many."""
     return (
-        ("grpc.max_allowed_incoming_connections", affordable_connections(settings)),
+        ("grpc.max_allowed_incoming_connections", most),
         ("grpc.max_concurrent_streams", settings.max_connections_per_client),
         ("grpc.max_connection_idle_ms", _milliseconds(settings.idle_seconds)),
         ("grpc.server_handshake_timeout_ms", _milliseconds(settings.head_seconds)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import chain
 from time import perf_counter
@@ -24,9 +25,11 @@ from tritonclient.grpc import service_pb2 as pb
 from cellserve.service.api.answer_size import LARGE
 from cellserve.service.api.asgi import as_problem
 from cellserve.service.api.client_identity import grpc_peer
+from cellserve.service.api.connections.limits import ConnectionTable
 from cellserve.service.api.inference import metadata
 from cellserve.service.api.inference.codec import check_output
 from cellserve.service.api.inference.errors import NotByProtocol, grpc_code, http_status
+from cellserve.service.api.inference.grpc_front import GrpcFront
 from cellserve.service.api.inference.grpc_limits import LARGEST_SMALL, CallLimit, connection_options
 from cellserve.service.api.inference.grpc_messages import (
     Message,
@@ -73,6 +76,8 @@ class GrpcServer:
         self._methods = _Methods(inference)
         self._health = health.aio.HealthServicer()
         self._server: Any = None
+        self._table = ConnectionTable(self._settings, inference.service.counts)
+        self._front = GrpcFront(self._table) if sys.platform == "linux" else None
 
     async def start(self) -> None:
         """Starts to serve."""
@@ -80,7 +85,7 @@ class GrpcServer:
         self._server = grpc.aio.server(
             interceptors=(CallLimit(settings.max_connections_per_client, self._methods.refuse),),
             options=(
-                *connection_options(settings),
+                *connection_options(settings, self._table.most),
                 ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
                 # Only workers share the port; otherwise a taken port is an error.
@@ -92,14 +97,19 @@ class GrpcServer:
         names = SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(_Reflection(self._methods, names), self._server)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        port = self._server.add_insecure_port(f"{host}:{settings.grpc_port}")
+        inner = f"{host}:{settings.grpc_port}" if self._front is None else self._front.inner
+        port = self._server.add_insecure_port(inner)
         await self._server.start()
+        if self._front is not None:
+            port = await self._front.open(settings.host, settings.grpc_port or 0, settings.workers > 1)
         for name in ("", SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         log.info("gRPC on %s:%d", host, port)
 
     async def stop(self) -> None:
         """Stops after answering the requests in progress, at the latest after `shutdown_seconds`."""
+        if self._front is not None:
+            self._front.close()
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.ensure_future(self._server.stop(self._settings.shutdown_seconds))
         await asyncio.sleep(0)
