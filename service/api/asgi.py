@@ -167,11 +167,17 @@ class ProblemMiddleware:
 
 
 def as_problem(error: Exception, scope: Scope) -> Problem:
-    """Returns the problem to answer with; an unexpected error is logged and its text kept from the client."""
+    """Returns the problem to answer with; an unexpected error is logged and its text kept from the client.
+
+    The error loses its traceback: frames in it may refer to the error (through a task that failed with it), and with
+    it they would keep their request's body until the garbage collector runs, which it rarely does.
+    """
     if isinstance(error, Problem):
+        error.__traceback__ = None
         return error
     fields = {"request_id": get_context(scope).id}
     log.error("%s %s failed", scope.get("method", "WS"), route(scope["path"]), exc_info=error, extra={"fields": fields})
+    error.__traceback__ = None
     return Problem("internal error: the server's log has the details")
 
 
