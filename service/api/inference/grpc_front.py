@@ -190,6 +190,8 @@ class _FromClient(asyncio.Protocol):
         self._front.table.leave(self, self._admitted_as)
         if self._server is not None:
             self._server.transport.abort()  # gRPC may read no more: it waits to be read itself
+        # They refer to each other: a cycle, which would keep what was received until the garbage collector runs.
+        self._server = self._connecting = None
 
     def data_received(self, data: bytes) -> None:
         self._filter.receive(data)
