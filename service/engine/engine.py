@@ -133,12 +133,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         done = done or loop.create_future()
         counted = self.bound.enter(client, rows * steps)
-        try:
-            own = self._copy_states(slots) if sink is not None and steps > self._quantum else slots
-        except BaseException:
-            self.bound.leave(client, rows * steps, counted)
-            raise
-        item = WorkItem(x, rows, steps, own, slots, return_all_outputs, sink, keys, before, done, client, counted)
+        item = WorkItem(x, rows, steps, slots, slots, return_all_outputs, sink, keys, before, done, client, counted)
         if self.tracing is not None:
             item.trace = self.tracing.current()
         (self._short_queue if steps <= self._short_steps else self._long_queue).append(item)
@@ -246,6 +241,8 @@ class Engine:
         if not tick.items:
             return queue.waiting > 0
         try:
+            for item in tick.unprotected:
+                item.slots = self._copy_states(item.slots)
             x, lengths, slots = tick.inputs()
             states = self.arena.gather(slots)
         except Exception as error:

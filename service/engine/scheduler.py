@@ -37,6 +37,7 @@ class Tick:
     items: list[WorkItem]
     lengths: list[int]
     cancelled: list[WorkItem]  # items that were cancelled while they waited; they do not take part
+    unprotected: list[WorkItem]  # items of sessions that do not end within this tick, and have no copies of their slots
     is_complete: bool = True  # whether every item starts and ends within this tick
 
     def take(self, item: WorkItem, steps: int) -> int:
@@ -48,6 +49,8 @@ class Tick:
         if length > steps:
             length = steps
             self.is_complete = False
+            if item.sink is not None and item.slots is item.target_slots:
+                self.unprotected.append(item)
         elif item.steps_done:
             self.is_complete = False
         self.items.append(item)
@@ -190,7 +193,7 @@ class RequestQueue:
         not so chosen for the longest time. Items that can take `steps` time steps or more join it, those with the
         fewest steps first. Then shorter ones join, as long as padding them costs less than a tick of their own.
         """
-        tick = Tick([], [], [])
+        tick = Tick([], [], [], [])
         free_rows = int(self._max_rows[steps])
         if len(self._buckets) == 1:
             self._fill(tick, steps, steps, free_rows)
