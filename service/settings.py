@@ -61,7 +61,7 @@ class Settings(BaseSettings):
         description="models whose bits depend on the batch: one-row is exact and slow, batch fast and not exact",
     )
     max_batch: int = Field(256, ge=1, le=65536, description="maximum rows per run")
-    quantum: int = Field(32, ge=1, le=65536, description="maximum time steps of one row per run")
+    quantum: int = Field(256, ge=1, le=65536, description="maximum time steps of one row per run")
     inline_microseconds: int = Field(1000, ge=0, description="runs predicted to take longer use a thread")
     max_queued_steps: int = Field(1_000_000, ge=1, description="maximum queued time steps per model; then 503")
     max_queued_steps_per_client: int = Field(

@@ -40,7 +40,7 @@ _FULL_ROWS = 64
 _BUDGET_SHARE = 0.75  # fraction of the event loop's time budget that a tick is planned to use; predictions are rough
 # Event loop iterations: a few microseconds if nothing has arrived, half a millisecond while bodies are being read.
 _COALESCE_ITERATIONS = 10
-_LONG_TICK = 3  # how much longer than cheap a tick of long items may take: it runs on the thread, beside the others
+_MOST_SHORT = 4  # time steps of an item
 _LONG_WAIT_SECONDS = 0.02
 
 log = logging.getLogger("cellserve")
@@ -78,20 +78,21 @@ class Engine:
             if model.runtime.signature.predict_only is None
             else WholeSequences(model, self.max_batch, settings.max_whole_steps, self.counts, self.bound)
         )
-        self._quantum = settings.quantum if model.runs_batches else 1
+        # Where a model's bits hold in fixed shapes only, its runs have one of these.
+        most_steps = (settings.quantum, *model.runtime.shapes.step_sizes[-1:])
+        self._quantum = min(most_steps) if model.runs_batches else 1
         self._inline_seconds = settings.inline_microseconds / 1e6
         self._executor = executor
         self._clock = model.runtime.clock
         self._cost = CostModel(self.sequences, self.max_batch, self._quantum)
-        # Short items are those that a full tick can run within the event loop's time budget.
+        # Short items are those that a full tick can run within the event loop's time budget, and a few steps long:
+        # ticks are of rows that are alike, so single steps would wait while longer items have their turns.
         rows = min(self.max_batch, _FULL_ROWS)
-        self._short_steps = (
-            max((steps for steps in range(self._quantum) if self._is_cheap(rows, steps + 1)), default=0) + 1
-        )
+        most = min(self._quantum, _MOST_SHORT)
+        self._short_steps = max((steps for steps in range(1, most + 1) if self._is_cheap(rows, steps)), default=1)
         cheap_seconds = _BUDGET_SHARE * self._inline_seconds
-        self._short_queue = RequestQueue(self._cost, self.max_batch, self._quantum, cheap_seconds)
-        self._long_queue = RequestQueue(self._cost, self.max_batch, self._quantum, _LONG_TICK * cheap_seconds)
-        self._queues = [self._short_queue, self._long_queue]
+        self._queues = [RequestQueue(self._cost, self.max_batch, self._quantum, cheap_seconds) for _ in range(2)]
+        self._short_queue, self._long_queue = self._queues
         self.tracing = tracing
         self._committing: set[asyncio.Task[None]] = set()
         self._scheduled = False  # whether a callback of the event loop will run the next ticks

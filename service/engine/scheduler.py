@@ -26,8 +26,11 @@ _TICK_SECONDS = 100e-6  # overhead of a tick beside the model's run
 _ROW_SECONDS = 3e-6  # overhead of each row of a tick
 # Fraction of a row's own cost. If the overhead of a run, divided by its rows, exceeds it, a larger batch is worth more.
 _OVERHEAD_SHARE = 0.25
+_SHARED_ROWS = 4  # so many rows are to share even the longest tick
+_LEAST_STEPS = 32  # time steps of the longest tick, at least, however costly they are
+_CUT_SECONDS = 8e-6  # overhead of a row that is cut: it takes part in one more tick
+_MAX_WASTE = 0.25  # padding of a row, or the overhead of cutting it, at most: a fraction of the tick's time steps
 _REMEMBERED_CLIENTS = 4096
-_MAX_PADDING = 0.25  # padding steps of a row, at most, as a fraction of the tick's time steps
 
 
 @dataclass(slots=True)
@@ -153,7 +156,7 @@ class RequestQueue:
     """
 
     def __init__(self, cost: CostModel, max_batch: int, quantum: int, cheap_seconds: float) -> None:
-        self._cost, self._quantum = cost, quantum
+        self._cost, self._quantum = cost, min(quantum, cost.max_steps(cheap_seconds))
         self._max_rows = cost.max_rows(max_batch, cheap_seconds)
         self._buckets: dict[int, Bucket] = {}  # by min(remaining, quantum); none is empty
         # Waiting rows, by bucket: written one by one, which takes NumPy four times as long, and read all at a time.
@@ -190,8 +193,8 @@ class RequestQueue:
         """Removes the items of the next tick from the queue; the tick is empty if all of them were cancelled.
 
         The item that has waited longest always takes part; among those of several clients, the one whose client was
-        not so chosen for the longest time. Items that can take `steps` time steps or more join it, those with the
-        fewest steps first. Then shorter ones join, as long as padding them costs less than a tick of their own.
+        not so chosen for the longest time. Items that can take `steps` time steps join it; then longer ones, where
+        cutting them costs little; then shorter ones, where padding them does.
         """
         tick = Tick([], [], [], [])
         free_rows = int(self._max_rows[steps])
@@ -199,10 +202,9 @@ class RequestQueue:
             self._fill(tick, steps, steps, free_rows)
             return tick
         free_rows -= self._fill(tick, self._choose_first(), steps, 1)
-        min_steps = self._cost.min_steps_to_pad(steps)
-        longer = sorted(key for key in self._buckets if key >= steps)
-        shorter = sorted((key for key in self._buckets if min_steps <= key < steps), reverse=True)
-        for key in (*longer, *shorter):
+        fewest, most = self._cost.alike(steps)
+        keys = (key for key in self._buckets if fewest <= key <= most)
+        for key in sorted(keys, key=lambda key: (key < steps, abs(key - steps))):
             if free_rows <= 0:
                 break
             free_rows -= self._fill(tick, key, steps, free_rows)
@@ -278,39 +280,55 @@ class CostModel:
         self._step = max(0.0, step - self._row)
         self._call = max(0.0, one - self._step - self._row)
         self._factor = 1.0
-        # By time steps, `[quantum + 1]`: the seconds of a tick beside those of its rows, and of each row.
+        # All by time steps of a tick, `[quantum + 1]`: its seconds beside those of its rows, and of each row.
         self._steps = np.maximum(1, np.arange(quantum + 1))
         self._fixed = _TICK_SECONDS + self._call + self._steps * self._step
         self._per_row = _ROW_SECONDS + self._steps * self._row
+        # The time steps of the shortest row that is cheaper to pad than to run in its own tick; and those that a row
+        # which is cut is worth, nothing where cutting wastes too much.
+        padding = np.minimum(_MAX_WASTE * self._steps, (_TICK_SECONDS + self._call) / (2 * self._row))
+        self._fewest = self._steps - padding.astype(np.intp)
+        cut = _CUT_SECONDS / self._row
+        self._worth_if_cut = np.where(cut <= _MAX_WASTE * self._steps, self._steps - cut, 0.0)
 
     def predict(self, rows: int, steps: int) -> float:
         """Returns the predicted seconds of a run."""
         return self._factor * (self._call + steps * (self._step + rows * self._row))
 
+    def max_steps(self, cheap_seconds: float) -> int:
+        """Computes the time steps that a tick may have: as many as a few rows can share within `cheap_seconds`."""
+        cheap = self._fixed + _SHARED_ROWS * self._per_row <= cheap_seconds
+        return max(_LEAST_STEPS, int(cheap.sum()) - 1)
+
     def max_rows(self, max_batch: int, cheap_seconds: float) -> NDArray[np.intp]:
         """Computes the rows that a tick should have at most, by its time steps: `[quantum + 1]`.
 
-        These are as many as fit into `cheap_seconds`, unless the overhead per row would then exceed a quarter of the
-        row's own cost; in that case, as many as bring the overhead down to that.
+        These are as many as fit into `cheap_seconds`, unless they are few and the overhead per row would then exceed a
+        quarter of the row's own cost; in that case, as many as bring the overhead down to that.
         """
         fixed, row = self._fixed, self._per_row
         cheap = np.maximum(1, (cheap_seconds - fixed) // row)
-        rows = np.where(fixed / cheap <= _OVERHEAD_SHARE * row, cheap, np.ceil(fixed / (_OVERHEAD_SHARE * row)))
-        return np.clip(rows, 1, max_batch).astype(np.intp)
+        enough = (cheap >= _SHARED_ROWS) | (fixed / cheap <= _OVERHEAD_SHARE * row)
+        return np.clip(np.where(enough, cheap, np.ceil(fixed / (_OVERHEAD_SHARE * row))), 1, max_batch).astype(np.intp)
 
     def best_steps(self, rows: NDArray[np.int64], max_rows: NDArray[np.intp]) -> int:
-        """Computes the time steps of the tick with the highest throughput.
+        """Computes the time steps of the tick with the highest throughput, of rows that are alike.
 
         Args:
             rows: `[quantum + 1]`, waiting rows, by the time steps that they can take.
             max_rows: `[quantum + 1]`, the largest batch, by the time steps of the tick.
         """
-        batch = np.minimum(rows[::-1].cumsum()[::-1], max_rows)
-        return 1 + int(np.argmax((batch * self._steps / (self._fixed + batch * self._per_row))[1:]))
+        up_to, steps_up_to = rows.cumsum(), (rows * self._steps).cumsum()
+        shorter = self._fewest - 1
+        longer = np.where(self._worth_if_cut, up_to[-1] - up_to, 0)
+        alike = np.maximum(1, up_to - up_to[shorter] + longer)
+        worth = (steps_up_to - steps_up_to[shorter] + longer * self._worth_if_cut) / alike  # of each row, in time steps
+        batch = np.minimum(alike, max_rows)
+        return 1 + int(np.argmax((batch * worth / (self._fixed + batch * self._per_row))[1:]))
 
-    def min_steps_to_pad(self, steps: int) -> int:
-        """Computes the time steps of the shortest row that is cheaper to pad to `steps` than to run in its own tick."""
-        return steps - int(min(_MAX_PADDING * steps, (_TICK_SECONDS + self._call) / (2 * self._row)))
+    def alike(self, steps: int) -> tuple[int, int]:
+        """Returns the fewest and the most time steps of rows that may share a tick: padded, or cut, to `steps`."""
+        return int(self._fewest[steps]), len(self._steps) if self._worth_if_cut[steps] else steps
 
     def update(self, rows: int, steps: int, seconds: float) -> None:
         """Adapts slowly to the measured seconds of a run: a single one may have been interrupted."""

@@ -38,7 +38,7 @@ class CheckPlan:
         return replace(self, batches=(*(size for size in self.batches if size < batch), batch))
 
 
-FULL_PLAN = CheckPlan(batches=(*range(1, 65), 128, 256), time=12, compositions=7, long=200)
+FULL_PLAN = CheckPlan(batches=(*range(1, 65), 128, 256), time=12, compositions=7, long=256)
 _STEP_BY_STEP = "the same steps one by one in a batch of another size"
 _FEW = 5
 QUICK_PLAN = CheckPlan(batches=(1, 2, 3, 5, 8, 16, 33, 64), time=5, compositions=3, long=0)

@@ -20,6 +20,7 @@ from cellserve.service.model_repository.repository import Repository
 from cellserve.service.model_repository.trial import Trial
 from cellserve.service.runtime.onnx_model import RuntimeOptions
 from cellserve.service.runtime.providers import is_of_cuda
+from cellserve.service.runtime.shape_policy import ANY_SHAPE
 from cellserve.service.runtime.tensor_layout import TensorLayout
 from cellserve.service.sessions.stores.memory import MemoryStore
 from cellserve.service.sessions.table import SessionTable
@@ -47,6 +48,7 @@ class Halving:
         self.on_device: OnDevice | None = None
         self.lost_device = False
         self.clock = time.perf_counter
+        self.shapes = ANY_SHAPE
 
     def has_lost_device(self, error: Exception) -> bool:
         self.lost_device |= is_of_cuda(error)

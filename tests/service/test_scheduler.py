@@ -68,7 +68,7 @@ def test_if_rows_are_costly_those_that_need_little_padding_run_together() -> Non
     assert ran == {100: 15, 16: 15, 15: 15, 17: 15}
 
 
-def test_if_a_run_is_costly_each_takes_as_many_time_steps_as_one_row_can() -> None:
+def test_rows_of_like_length_share_a_tick_and_none_is_cut_where_that_costs_much() -> None:
     queue = queue_of(max_batch=8, quantum=16, call=1.0, row=1e-6)
     for steps in (16, 6, 5, 4, 3):
         queue.append(item(steps))
@@ -78,7 +78,7 @@ def test_if_a_run_is_costly_each_takes_as_many_time_steps_as_one_row_can() -> No
         ticks.append(tick.lengths)
         for one in run(tick):
             queue.append(one)
-    assert ticks == [[16], [4, 4, 4, 3], [2], [1]]
+    assert ticks == [[16], [6, 5], [4, 3]]
 
 
 def test_long_sequences_share_a_tick_that_is_as_long_as_the_event_loop_allows() -> None:
