@@ -290,7 +290,7 @@ class ServiceContext:
             self.sessions.sweep()
             self.versions.sweep()
             await self._memory.sweep([engine.arena for engine in self.versions.loaded.values()])
-            self.metrics.publish()
+            await self.metrics.publish()
 
     async def close(self) -> None:
         """Stops all threads and connections."""
@@ -298,7 +298,7 @@ class ServiceContext:
         self.decoding.close()
         self.versions.close()
         self._executor.shutdown()
-        self.metrics.publish()  # which reads the store
+        await self.metrics.publish()  # which reads the store
         await self.sessions.close()
         if self.tracing is not None:
             await asyncio.get_running_loop().run_in_executor(None, self.tracing.close)

@@ -61,11 +61,17 @@ class Metrics:
         self._files = None if directory is None else MultiprocessFiles(Path(directory))
         self._turn = asyncio.Lock()  # of one request at a time
 
-    def publish(self) -> None:
-        """Writes this worker's metrics for the other workers to read."""
+    async def publish(self) -> None:
+        """Writes this worker's metrics for the other workers to read; others have turns between."""
+        async with self._turn:
+            await self._publish()
+
+    async def _publish(self) -> None:
         if self._files is not None:
             try:
-                self._files.write(self._process.collect())
+                for count, _ in enumerate(self._files.write(self._process.collect()), 1):
+                    if count % _PIECE == 0:
+                        await asyncio.sleep(0)
             except OSError as error:
                 self._files = None
                 log.error("this worker cannot share its metrics: its /metrics covers it alone from now on: %s", error)
@@ -96,7 +102,7 @@ class Metrics:
         """Calls `use` with pieces of all families, and whether each is a family's first; others have turns between."""
         async with self._turn:
             shared = await self._shared()
-            self.publish()
+            await self._publish()
             own = self._process if self._files is None else self._files.collector()
             families = own.collect() if self._files is None else await asyncio.to_thread(lambda: list(own.collect()))
             last = ""

@@ -34,8 +34,8 @@ class MultiprocessFiles:
         self._open: dict[str, MmapedDict] = {}
         self._keys: dict[Any, str] = {}
 
-    def write(self, families: Iterable[Metric]) -> None:
-        """Writes this worker's metrics."""
+    def write(self, families: Iterable[Metric]) -> Iterator[None]:
+        """Writes this worker's metrics, a sample at each step of the iterator."""
         now = time.time()
         for family in families:
             kind = family.type
@@ -51,6 +51,7 @@ class MultiprocessFiles:
                     key = mmap_key(family.name, name, list(labels), list(labels.values()), family.documentation)
                     self._keys[(name, *labels.items())] = key
                 self._open[kind].write_value(key, value, now)
+                yield
 
     def collector(self) -> MultiProcessCollector:
         """Returns a collector of the sums over all workers, without the gauges of dead ones."""

@@ -47,9 +47,9 @@ def totals(files: MultiprocessFiles) -> dict[tuple[str, str], float]:
 def test_the_metrics_of_all_workers_are_summed(tmp_path: Path) -> None:
     one, two = MultiprocessFiles(tmp_path), MultiprocessFiles(tmp_path)
     try:
-        one.write(families(5))
-        one.write(families(7))  # replaces what it wrote before
-        two.write(families(100))
+        list(one.write(families(5)))
+        list(one.write(families(7)))  # replaces what it wrote before
+        list(two.write(families(100)))
         found = totals(one)
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         pytest.fail(f"{CHANGED} ({error!r})")
@@ -66,7 +66,7 @@ def test_the_metrics_of_all_workers_are_summed(tmp_path: Path) -> None:
 
 def test_a_dead_worker_keeps_its_counters_and_loses_its_gauges(tmp_path: Path) -> None:
     ours = MultiprocessFiles(tmp_path)
-    ours.write(families(1))
+    list(ours.write(families(1)))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for file in list(tmp_path.glob(f"*_{os.getpid()}-*.db")):
