@@ -100,7 +100,7 @@ def test_on_a_full_disk_reads_still_work_and_writes_do_once_there_is_room(
         for _ in range(5):
             assert session.advance().status_code == 200
         files = {name: metric(client, f"cellserve_store_{name}") for name in FILES}
-        assert 0 < files["used_bytes"] <= files["file_bytes"] < files["free_bytes"] < files["max_bytes"]
+        assert 0 < files["used_bytes"] <= files["file_bytes"] < min(files["free_bytes"], files["max_bytes"])
         assert files["readers"] > 0
         assert files["sync_duration_seconds_count"] >= (5 if sync == "always" else 1)
         assert files["sync_duration_seconds_sum"] > 0
