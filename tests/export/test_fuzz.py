@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from rich.console import Console
@@ -44,7 +46,39 @@ def test_a_state_whose_sizes_alone_reach_another_state_is_exported() -> None:
     assert examine(plan) == "exported"
 
 
-def test_the_fuzzer_goes_on_after_a_wrong_network_and_saves_each_shrunk(
+def jumping() -> dict[str, Any]:
+    """The plan of a network that is exported, of which rounding decides an output: `mod` of reciprocals jumps."""
+    first = {"next_states": [["tanh", "x@0"]], "output": "s0"}
+    second = {"next_states": [["tanh", ["mod", ["nan_to_num", "x@1"], "x@0"]]], "output": "s0"}
+    body = [{"kind": "cells", "cells": [first, second]}]
+    return {"input": "float", "body": body, "residual": False, "backwards": None, "last": False, "numbers": []}
+
+
+def test_what_rounding_makes_of_keras_itself_is_not_called_wrong() -> None:
+    assert examine(jumping()) == "exported"
+
+
+def test_a_network_taken_apart_wrongly_is_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cellserve.export.verify.reference import Reference
+    from cellserve.service.runtime.onnx_model import Runtime
+
+    compare = Reference.compare
+
+    def blind(self: Any, runtime: Any) -> Any:
+        return replace(compare(self, runtime), differences=())
+
+    def shifted(self: Any, *given: Any) -> Any:
+        y, states = run(self, *given)
+        return y + np.float32(0.02), states
+
+    run = Runtime.run
+    monkeypatch.setattr(Reference, "compare", blind)
+    monkeypatch.setattr(Runtime, "run", shifted)
+    with pytest.raises(AssertionError, match=r"differs from model\.predict"):
+        examine(jumping())
+
+
+def test_the_fuzzer_goes_on_after_a_wrong_network_and_saves_each_as_drawn_and_shrunk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tried: list[int] = []
@@ -64,6 +98,9 @@ def test_the_fuzzer_goes_on_after_a_wrong_network_and_saves_each_shrunk(
     saved = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert [len(each["body"]) for each in saved] == [2] * len(wrong)
     assert len(list(tmp_path.glob("*.keras"))) == len(wrong)
+    drawn = [json.loads(path.read_text()) for path in tmp_path.glob("*.drawn")]
+    assert all(each["plan"] in drawn for each in wrong)
+    assert len(drawn) == len(wrong)
     assert fuzz._report(Console(), results, 1.0, [0]) == 1
     told = capsys.readouterr().out
     assert all(word in told for word in ("tried", "exported", "wrong", "numbers differ", "of the causal ones"))
