@@ -22,11 +22,13 @@ class Jumps(layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         self.kernel = self.add_weight((input_shape[-1], 3), name="kernel")
+        self.wide = self.add_weight((input_shape[-1], 33), name="wide")  # kernels add so many in orders of their own
         self.built = True
 
     def call(self, inputs: Any, states: Any) -> Any:
         product = ops.matmul(inputs, self.kernel)
-        nothing = ops.sum(product, -1, keepdims=True) - ops.matmul(inputs, ops.sum(self.kernel, -1, keepdims=True))
+        sums = ops.sum(ops.matmul(inputs, self.wide), -1, keepdims=True)
+        nothing = sums - ops.matmul(inputs, ops.sum(self.wide, -1, keepdims=True))
         jump = ops.where(inputs[..., :1] > 2, ops.sign(nothing), 0) + ops.floor(3 * product - self.beside)
         state = ops.tanh(product + 0.5 * states[0])
         return state + 0.1 * jump, [state]
