@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from cellserve.service.sessions.stores.lmdb.records import Found, Records
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 
 _PAGE = 1000  # sessions that are read in one transaction: a long one would keep pages from being reused
-_TRIES = 2000  # to begin transactions at one moment, while workers commit
+_TRY_SECONDS = 2.0  # to begin transactions at one moment, while workers commit
 
 
 class Shard:
@@ -169,14 +170,14 @@ class FolderReader:
         They do if nothing was committed to any shard between the first beginning and the last. While workers commit
         all the time, that takes some tries.
         """
-        for left in reversed(range(_TRIES)):
+        until = time.monotonic() + _TRY_SECONDS
+        while True:
             transactions = [shard.read() for shard in self.shards]
             one_moment = all(map(Shard.is_newest, self.shards, transactions))
-            if one_moment or not left:
+            if one_moment or time.monotonic() > until:
                 return [stack.enter_context(one) for one in transactions], one_moment
             for one in transactions:
                 one.abort()
-        raise AssertionError
 
     def close(self) -> None:
         """Closes the files."""
