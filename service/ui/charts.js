@@ -22,7 +22,7 @@ export class LineChart {
     this.lists = series.map(() => []);
     this.from = 0;
     this.cursor = null;
-    this.svg = svg("svg", { class: "chart", role: "img", tabindex: 0, height });
+    this.svg = svg("svg", { class: "chart", role: "img", "aria-label": label, tabindex: 0, height });
     this.readout = h("p", { class: "readout" }, " ");
     const legend = h(
       "ul",
