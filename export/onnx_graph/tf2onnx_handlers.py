@@ -23,7 +23,7 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
 _INTEGERS = (TensorProto.INT32, TensorProto.INT64)  # the integers that every operator of ONNX Runtime takes
 _INT32_MIN = np.iinfo(np.int32).min
 # What makes a small absolute error large: after one of these, a number near zero must be right in its own scale.
-_AMPLIFIERS = {"Log", "Log1p", "Sqrt", "Rsqrt", "Reciprocal", "Pow", "Xlogy", "Sign"}
+_AMPLIFIERS = {"Log", "Log1p", "Sqrt", "Rsqrt", "Reciprocal", "Pow", "Xlogy", "Sign", "Atan2"}
 _AMPLIFIERS |= {"Equal", "NotEqual", "Greater", "GreaterEqual", "Less", "LessEqual"}
 _DIVISIONS = {"RealDiv", "Div", "DivNoNan", "Xdivy", "FloorDiv", "FloorMod"}
 _PRODUCTS = {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "Conv1D", "Conv2D", "Conv3D"}
@@ -93,6 +93,14 @@ def erfc(write: Nodes, x: str) -> str:
 def softsign(write: Nodes, x: str) -> str:
     """The quotient x / (1 + |x|); ONNX Runtime multiplies by a reciprocal, which is 0 for the largest numbers."""
     return write("Div", x, write("Add", write("Abs", x), 1))
+
+
+@converts("Elu", "Selu")
+def elu(write: Nodes, x: str) -> str | None:
+    """ONNX's operator, which loses the sign of a zero; with that sign, where it may matter."""
+    if not _feeds_amplifier(write.graph, write.node.output[0]):
+        return None
+    return write("Where", write("Greater", write("Abs", x), 0), write(write.node.type, x), x)
 
 
 @converts("Atan2")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from keras import tree
 from cellserve.export.keras_model import keras_private
 from cellserve.export.keras_model.load import computing_in, with_dtype
 from cellserve.export.keras_model.step_network import StatefulNetwork
+from cellserve.export.verify.random_rounding import random_rounding
 from cellserve.service.runtime.batch_invariance import Array
 
-SHAKEN_RUNS, SHAKEN_STEPS = 8, 32  # with weights that differ in their last place; single steps are cheap
+ROUNDED_RUNS, ROUNDED_STEPS = 8, 32  # with random rounding; single steps are cheap
 _MOST_CONSTANTS = 64
 
 _MOST_ENTRIES = 2**22  # of the tensors of runs that are made as one
@@ -43,30 +45,37 @@ class KerasSteps:
         self._states = [tf.TensorSpec((None, *state.shape), state.dtype) for state in network.states]
         specs = [spec(each, None, None) for each in network.inputs], self._states
         self._run = tf.function(self._all_steps, input_signature=specs, autograph=False)
+        self._run_rounded = tf.function(self._all_rounded, input_signature=specs, autograph=False)
 
     def step(self, inputs: Sequence[Array], states: Sequence[Array]) -> Tensors:
         """Takes one step: inputs `[rows, 1, ...]` and states to outputs `[rows, 1, ...]` and next states."""
         outputs, history = self.history(inputs, states)
         return outputs, [state[:, 1] for state in history]
 
-    def shaken(self, inputs: Sequence[Array], initial: Sequence[Array]) -> list[History]:
-        """Histories with `shaken_weights`: what rounding may make of them."""
-        return [self.history(inputs, initial) for _ in shaken_weights(self._network.model)]
+    def rounded(self, inputs: Sequence[Array], initial: Sequence[Array], times: int = ROUNDED_RUNS) -> list[History]:
+        """Histories of a network in float64 of which each is rounded in its own way (`random_rounding`)."""
+        return run_together(partial(self.history, rounded=True), inputs, initial, times)
 
-    def shaken_steps(self, inputs: Sequence[Array], states: Sequence[Array]) -> list[Tensors]:
-        """Single steps with `shaken_weights`."""
-        return [self.step(inputs, states) for _ in shaken_weights(self._network.model, SHAKEN_STEPS)]
+    def rounded_steps(self, inputs: Sequence[Array], states: Sequence[Array]) -> list[Tensors]:
+        """Single steps of which each is rounded in its own way."""
+        runs = self.rounded(inputs, states, ROUNDED_STEPS)
+        return [(outputs, [state[:, 1] for state in history]) for outputs, history in runs]
 
-    def history(self, inputs: Sequence[Array], initial: Sequence[Array]) -> History:
-        """Takes all steps of inputs `[rows, steps, ...]` from initial states."""
+    def history(self, inputs: Sequence[Array], initial: Sequence[Array], rounded: bool = False) -> History:
+        """Takes all steps of inputs `[rows, steps, ...]` from initial states, exactly or with `random_rounding`."""
         with computing_in(self._dtype), np.errstate(all="ignore"):
             given = self._tensors(initial)
-            outputs, following = self._run(self._tensors(inputs), given)
+            run = self._run_rounded if rounded else self._run
+            outputs, following = run(self._tensors(inputs), given)
         outputs, following = (
             [np.moveaxis(np.asarray(each), 0, 1) for each in tensors] for tensors in (outputs, following)
         )
         before = [np.asarray(state)[:, None] for state in given]
         return outputs, [np.concatenate(pair, axis=1) for pair in zip(before, following, strict=True)]
+
+    def _all_rounded(self, inputs: list[Any], states: list[Any]) -> tuple[list[Any], list[Any]]:
+        with random_rounding():
+            return self._all_steps(inputs, states)
 
     def _all_steps(self, inputs: list[Any], states: list[Any]) -> tuple[list[Any], list[Any]]:
         """Outputs and next states of each step, `[steps, rows, ...]`: steps one by one, none in a loop of Keras."""
@@ -99,31 +108,31 @@ class KerasSteps:
 
 
 def run_together(
-    run: Callable[[Sequence[Array], Sequence[Array]], Tensors], variants: Sequence[tuple[list[Array], list[Array]]]
+    run: Callable[[Sequence[Array], Sequence[Array]], Tensors],
+    inputs: Sequence[Array],
+    states: Sequence[Array],
+    times: int,
 ) -> list[Tensors]:
-    """Runs several variants of inputs and states as rows of few batches; returns the results of each.
+    """Runs several times what rounds at random, as rows of few batches; returns the results of each run.
 
-    A row's results do not depend on the other rows, except by rounding. One run of many rows takes much less time than
-    many runs.
+    One run of many rows takes much less time than many runs.
 
     Args:
-        run: `KerasSteps.step` or `KerasSteps.history`.
-        variants: Inputs and states, of the same shapes in all variants.
+        run: `KerasSteps.history`.
+        inputs: The inputs of each run.
+        states: The states of each run.
+        times: How many.
     """
-    rows = len(variants[0][0][0])
-    entries = sum(array.size for tensors in variants[0] for array in tensors)
-    at_once = max(1, _MOST_ENTRIES // entries)
+    rows = len(inputs[0])
+    at_once = min(times, max(1, _MOST_ENTRIES // sum(array.size for array in (*inputs, *states))))
     found: list[Tensors] = []
-    for start in range(0, len(variants), at_once):
-        batch = variants[start : start + at_once]
-        inputs, states = (
-            [np.concatenate(arrays) for arrays in zip(*each, strict=True)] for each in zip(*batch, strict=True)
+    while len(found) < times:
+        outputs, following = run(
+            *([np.concatenate([array] * at_once) for array in given] for given in (inputs, states))
         )
-        results = run(inputs, states)
-        for first in range(0, rows * len(batch), rows):
-            outputs, following = ([array[first : first + rows] for array in tensors] for tensors in results)
-            found.append((outputs, following))
-    return found
+        for first in range(0, rows * at_once, rows):
+            found.append(([y[first : first + rows] for y in outputs], [s[first : first + rows] for s in following]))
+    return found[:times]
 
 
 def constants_of(traced: Any) -> Array:
@@ -175,12 +184,6 @@ def run_saved_model(model: Any, *sequences: Sequence[Array]) -> list[list[Array]
     return [_run_traced(traced, model, inputs) for inputs in sequences]
 
 
-def run_shaken_model(model: Any, inputs: Sequence[Array]) -> list[list[Array]]:
-    """Runs a Keras model with `shaken_weights`; returns the outputs of each run."""
-    traced = tf.function(model, autograph=False)
-    return [_run_traced(traced, model, inputs) for _ in shaken_weights(model)]
-
-
 def _run_traced(traced: Any, model: Any, inputs: Sequence[Array]) -> list[Array]:
     for layer in keras_private.all_layers(model):
         if getattr(layer, "stateful", False):
@@ -190,36 +193,25 @@ def _run_traced(traced: Any, model: Any, inputs: Sequence[Array]) -> list[Array]
     return [np.asarray(y) for y in tree.flatten(traced(structure))]
 
 
-def run_saved_model_in_double(model: Any, *sequences: Sequence[Array]) -> list[list[Array]]:
-    """Runs a Keras model in float64, with the same weights, as `run_saved_model` does.
+def run_saved_model_in_double(model: Any, inputs: Sequence[Array]) -> list[list[Array]]:
+    """Runs a Keras model in float64, with the same weights, as `run_saved_model` does; then with `random_rounding`.
 
     Returns:
-        The outputs of each run; none if it cannot be run so.
+        The outputs of each run, the exact ones first; none if it cannot be run so.
     """
+
+    def rounded(inputs: Any) -> Any:
+        with random_rounding():
+            return twin(inputs)
+
     try:
         with computing_in("float64"):
-            return run_saved_model(with_dtype(model, "float64"), *(list(map(double, inputs)) for inputs in sequences))
+            twin, given = with_dtype(model, "float64"), list(map(double, inputs))
+            traced = tf.function(rounded, autograph=False)
+            exact = run_saved_model(twin, given)
+            return exact + [_run_traced(traced, twin, given) for _ in range(ROUNDED_RUNS)]
     except Exception:  # from TensorFlow, Keras or a layer's own code
         return []
-
-
-def shaken_weights(model: Any, times: int = SHAKEN_RUNS) -> Iterator[None]:
-    """Gives a model, several times, weights of which each differs by up to a unit in float32's last place.
-
-    So all that follows is rounded to other numbers. What compares inputs with each other or with constants stays as it
-    is, so that a wrong branch is not excused there.
-    """
-    rng = np.random.default_rng(0)
-    floats = [weight for weight in model.weights if weight.dtype == "float32"]
-    kept = [weight.numpy().copy() for weight in floats]
-    try:
-        for _ in range(times):
-            for weight, exact in zip(floats, kept, strict=True):
-                weight.assign(exact * (1 + rng.integers(-1, 2, exact.shape) * 2.0**-23).astype(np.float32))
-            yield
-    finally:
-        for weight, exact in zip(floats, kept, strict=True):
-            weight.assign(exact)
 
 
 def double(array: Array) -> Array:

@@ -15,7 +15,6 @@ from cellserve.export.verify.keras_runs import (
     run_network,
     run_saved_model,
     run_saved_model_in_double,
-    run_shaken_model,
 )
 from cellserve.export.verify.parity import (
     OTHER_BRANCH,
@@ -156,7 +155,7 @@ class Reference:
     def _double_single_steps(self) -> list[Tensors]:
         """The single steps in float64, then in float32 with shaken weights; none if it cannot be run in float64."""
         given = unpack(self.single.x), self.single.before
-        return [] if self._double is None else [self._double.step(*given), *self.keras.shaken_steps(*given)]
+        return [] if self._double is None else [self._double.step(*given), *self._double.rounded_steps(*given)]
 
     def _single_step_errors(self, tensor: Tensor) -> Array:
         """Float32 Keras's error in the single steps that it has finite, `[n]`; one for all where it is but rounding."""
@@ -206,8 +205,7 @@ class Reference:
     def _double_models(self) -> list[list[Array]]:
         """The saved model in float64, then in float32 with shaken weights; none if it cannot be run in float64."""
         model, inputs = self.network.original, unpack(self.model_x)
-        exact = run_saved_model_in_double(model, inputs)
-        return exact and exact + run_shaken_model(model, inputs)
+        return run_saved_model_in_double(model, inputs)
 
     def _stepwise_limit(self, tensor: Tensor, ours: Array, true: Array) -> Array:
         """The limit at each time step, `[steps]`: four times float32 Keras's largest error so far, if it is needed."""
@@ -224,7 +222,7 @@ class Reference:
         if self._double is None:
             return dict.fromkeys(tensors_of(self.network), np.zeros(STEPS))
         exact = self._double.history(unpack(self.x), self.initial)
-        others = self.keras.shaken(unpack(self.x), self.initial)
+        others = self._double.rounded(unpack(self.x), self.initial)
         for tensor in tensors_of(self.network):
             true = true_steps(exact, tensor)
             runs = [true_steps(each, tensor) for each in (self.history, *others)]

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.export.verify.keras_runs import KerasSteps, Tensors, double, run_together
+from cellserve.export.verify.keras_runs import KerasSteps, Tensors
 from cellserve.export.verify.parity import (
     TOLERANCE,
     Difference,
@@ -24,13 +24,12 @@ from cellserve.export.verify.parity import (
     tensors_of,
     true_steps,
 )
-from cellserve.export.verify.special_values import LARGE, draw_special, nudged
+from cellserve.export.verify.special_values import LARGE, draw_special
 from cellserve.service.runtime.batch_invariance import Array
 from cellserve.service.runtime.onnx_model import Runtime
 from cellserve.service.runtime.tensor_layout import unpack
 
 GATE_ERROR = 2.0**-22  # of sigmoid and tanh in ONNX Runtime's kernels: absolute, while Keras's is relative
-LARGE_NUDGES, LARGE_NUDGE = 16, 2.0**-20  # of large numbers: a sum of them that cancels out is all rounding
 
 
 class SpecialReference:
@@ -58,7 +57,7 @@ class SpecialReference:
         double: Callable[[], KerasSteps | None],
         rng: np.random.Generator,
     ) -> None:
-        self.network, self._keras, self._double, self._rng = network, keras, double, rng
+        self.network, self._keras, self._double = network, keras, double
         self.x, self.initial = draw_special(network.signature, keras.constants, rng)
         self.history = keras.history(unpack(self.x), self.initial)
         self.good = finite_so_far(self.history)
@@ -163,19 +162,15 @@ class SpecialReference:
 
     @cached_property
     def _histories(self) -> list[Tensors]:
-        """In float64: the history, those of different large numbers; in float32: those of shaken weights."""
-        twin = self._double() or self._keras
-        variants = variants_of(unpack(self.x), self.initial, self._rng)
-        return run_together(twin.history, variants) + self._keras.shaken(unpack(self.x), self.initial)
+        """The history in float64: as it is, and rounded at random."""
+        twin, given = self._double() or self._keras, (unpack(self.x), self.initial)
+        return [twin.history(*given), *twin.rounded(*given)]
 
     @cached_property
     def _double_steps(self) -> list[Tensors]:
-        """In float64: the single steps, those of different large numbers; in float32: those of shaken weights."""
-        twin = self._double() or self._keras
-        variants = variants_of(unpack(self.single.x), self.single.before, self._rng)
-        return run_together(twin.step, variants) + list(
-            self._keras.shaken_steps(unpack(self.single.x), self.single.before)
-        )
+        """The single steps in float64: as they are, and rounded at random."""
+        twin, given = self._double() or self._keras, (unpack(self.single.x), self.single.before)
+        return [twin.step(*given), *twin.rounded_steps(*given)]
 
 
 def tolerances(let_through: Sequence[Array]) -> Array:
@@ -197,10 +192,3 @@ def errors_of_rows(ours: Array, true: Array, good: Array, finite: Array) -> Arra
     """The error of each row `[n]`: infinite where Keras is not finite (`~good`) and all of ours is (`finite`)."""
     error = relative_error(ours, true).reshape(len(true), -1).max(axis=1)
     return np.where(good, error, np.where(finite, np.inf, 0.0))
-
-
-def variants_of(inputs: Sequence[Array], states: Sequence[Array], rng: np.random.Generator) -> list[Tensors]:
-    """Numbers in float64: themselves, then with large ones changed by more than rounding, several times."""
-    given = list(map(double, inputs)), list(map(double, states))
-    change = rng, LARGE_NUDGE, LARGE
-    return [given, *((nudged(given[0], *change), nudged(given[1], *change)) for _ in range(LARGE_NUDGES))]

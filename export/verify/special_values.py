@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from cellserve.models.signature import Signature, StateSpec, TensorSpec
@@ -84,20 +82,3 @@ def _special_state(state: Array, spec: StateSpec, rng: np.random.Generator) -> A
     chosen[::2] = False
     state[chosen] = rng.choice(np.array(_STATE_NUMBERS, np.float32), int(chosen.sum()))
     return state
-
-
-def nudged(arrays: Sequence[Array], rng: np.random.Generator, by: float, above: float = 0.0) -> list[Array]:
-    """The arrays with entries changed by a relative amount, some up, some down: as much as rounding may do.
-
-    Args:
-        arrays: The arrays; integers stay.
-        rng: Draws the directions.
-        by: The relative amount.
-        above: Only entries that are larger are changed.
-    """
-    return [
-        np.where(np.abs(array) > above, array * (1 + rng.choice([-by, by], array.shape)), array).astype(array.dtype)
-        if array.dtype.kind == "f"
-        else array
-        for array in arrays
-    ]

@@ -45,7 +45,7 @@ def examine(plan: dict[str, Any]) -> str:
     from cellserve.export.exporter import network_of
     from cellserve.export.keras_model.load import load
     from cellserve.export.keras_model.step_network import StatefulNetwork
-    from cellserve.export.verify.keras_runs import run_saved_model_in_double, run_shaken_model
+    from cellserve.export.verify.keras_runs import run_saved_model_in_double
     from cellserve.export.verify.parity import limit_of, own_error_of, relative_error
     from cellserve.models.signature import Exactness, ModelDocument
     from cellserve.service.runtime.batch_invariance import random_inputs
@@ -76,8 +76,8 @@ def examine(plan: dict[str, Any]) -> str:
     inputs = unpack(x)
     true = model.predict(inputs if len(inputs) > 1 else inputs[0], verbose=0)
     # What rounding makes of Keras's own numbers, so far, is no fault: at a jump (mod, select) it may be anything.
-    exact = run_saved_model_in_double(model, inputs)
-    own = own_error_of(true, exact[0][0], [run[0] for run in run_shaken_model(model, inputs)]) if exact else 0 * true
+    exact, *others = (run[0] for run in run_saved_model_in_double(model, inputs) or [[true]])
+    own = own_error_of(true, exact, others)
     limit = np.maximum(1e-3, limit_of(np.maximum.accumulate(own, axis=1) if true.ndim == 3 else own))
     for name, runtime in forms:
         failed = reference.compare(runtime).failed

@@ -121,6 +121,9 @@ CASES: dict[str, dict[str, Case]] = {
         "log(erfc)": Case(lambda x: ops.log(ops.erfc(x)), absolute=3e-6),
         "1 / tanh": Case(lambda x: 1 / ops.tanh(x)),
         "1 / elu": Case(lambda x: 1 / ops.elu(x)),
+        "1 / selu": Case(lambda x: 1 / ops.selu(x)),
+        "arctan2(x, elu)": Case(lambda x: ops.arctan2(x, ops.elu(x)), signed=True),
+        "arctan2(1e-8, sigmoid)": Case(lambda x: ops.arctan2(1e-8, ops.sigmoid(x))),
         "1 / softplus": Case(lambda x: 1 / ops.softplus(x)),
     },
     "numbers": {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers, ops
 
-from cellserve.export.verify.keras_runs import shaken_weights
+from cellserve.export.verify.random_rounding import random_rounding
 from tests.export.proving import Proof
 
 
@@ -64,11 +66,40 @@ def test_a_jump_that_is_a_thousandth_beside_its_place_is_found(monkeypatch: pyte
         assert "steps" in {difference.run for difference in parity.failed}
 
 
-def test_shaken_weights_differ_each_time_and_are_put_back() -> None:
-    model = jumps()
-    before = [weight.numpy().copy() for weight in model.weights]
-    seen = [np.concatenate([np.ravel(weight.numpy()) for weight in model.weights]) for _ in shaken_weights(model)]
-    assert len({each.tobytes() for each in seen}) > 1
-    np.testing.assert_allclose(seen[0], np.concatenate([np.ravel(each) for each in before]), rtol=2e-7)
-    for weight, exact in zip(model.weights, before, strict=True):
-        np.testing.assert_array_equal(weight.numpy(), exact)
+def test_only_results_that_float32_does_not_have_are_rounded_at_random() -> None:
+    exact: dict[str, Callable[[Any], Any]] = {
+        "add": lambda x: x + 1,
+        "divide": lambda x: x / 4,
+        "sum": lambda x: ops.sum(x, axis=-1),
+        "matmul": lambda x: ops.matmul(x, ops.transpose(x)),
+        "tanh": lambda x: ops.tanh(0 * x),
+        "sigmoid": lambda x: ops.sigmoid(0 * x),
+        "relu": lambda x: ops.relu(x) > 0,
+    }
+    rounded: dict[str, Callable[[Any], Any]] = {
+        "divide": lambda x: x / 3,
+        "exp": ops.exp,
+        "sum of large terms": lambda x: ops.sum(ops.concatenate([x + 1e30, x - 1e30], axis=-1), axis=-1),
+        "matmul": lambda x: ops.matmul(x / 3, ops.transpose(x)),
+        "small sigmoid": lambda x: ops.sigmoid(-20 - ops.abs(x)),
+        "sign of a zero": lambda x: 1 / ops.relu(0 * x),
+    }
+    x = np.array([[1, 2, -0.5], [4, 0.25, 8]])
+    for function in exact.values():
+        assert len(runs_of(function, x)) == 1
+    for name, function in rounded.items():
+        assert len(runs_of(function, x)) > 1, name
+    for run in map(np.frombuffer, runs_of(rounded["divide"], x)):
+        np.testing.assert_array_equal(run, run.astype(np.float32))
+        np.testing.assert_allclose(run.reshape(x.shape), x / 3, rtol=2**-21)
+
+
+def runs_of(function: Callable[[Any], Any], x: np.ndarray) -> set[bytes]:
+    """The different results of 16 runs in float64 that are rounded at random."""
+
+    @tf.function(autograph=False)
+    def run(x: Any) -> Any:
+        with random_rounding():
+            return function(x)
+
+    return {np.asarray(run(tf.constant(x))).tobytes() for _ in range(16)}
