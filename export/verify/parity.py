@@ -115,12 +115,12 @@ def limit_of(error: Array) -> Array:
 
 
 def own_error_of(single: Array, exact: Array, others: Sequence[Array]) -> Array:
-    """Float32 Keras's own error: that of its result, and of what rounding or other large numbers would make of it.
+    """Float32 Keras's own error: that of its result, and of what rounding would make of it.
 
     Args:
         single: Keras's result in float32.
         exact: Its result in float64.
-        others: Its results with shaken weights, and for large numbers that differ.
+        others: Its results in float64 with random rounding.
     """
     return np.asarray(np.maximum.reduce([relative_error(each, exact) for each in (single, *others)]))
 
@@ -128,7 +128,6 @@ def own_error_of(single: Array, exact: Array, others: Sequence[Array]) -> Array:
 def judge(
     run: str,
     error: Array,
-    limit: Array,
     own: Callable[[], Array],
     name_and_layer: tuple[str, str],
     places: Sequence[str],
@@ -138,7 +137,6 @@ def judge(
     Args:
         run: What was run.
         error: `[n]`.
-        limit: `[n]`, what is allowed where Keras's own error is none.
         own: Returns float32 Keras's own errors, `[n]`; called if they are needed.
         name_and_layer: The names of the tensor and of the layer that it comes from.
         places: Where each error is.
@@ -146,12 +144,12 @@ def judge(
     Returns:
         The worst difference; how many are not judged, because rounding decides which branch is taken.
     """
-    unjudged = 0
+    unjudged, limit = 0, np.full(len(error), TOLERANCE)
     if (error > limit).any():
         own_error = own()
         other_branch = (own_error > OTHER_BRANCH) & (error > limit)
         unjudged = int(other_branch.sum())
-        error, limit = np.where(other_branch, 0.0, error), np.maximum(limit, limit_of(own_error))
+        error, limit = np.where(other_branch, 0.0, error), limit_of(own_error)
     worst = int(np.argmax(error / limit))
     what = "" if np.isfinite(error[worst]) else ", where Keras is not finite and ours is, or the other way round"
     share = float(error[worst] / limit[worst])

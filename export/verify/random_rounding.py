@@ -16,7 +16,7 @@ import tensorflow as tf
 from cellserve.export.onnx_graph.tensorflow_private import add_op_callback, remove_op_callback
 
 ERROR = 2.0**-22  # relative: that of ONNX Runtime's tanh, the largest of its functions
-GATE_ERROR = 2.0**-24  # of its sigmoid, absolute: sigmoid(-20) is 0, not 2e-9
+GATE_ERROR = 2.0**-23  # of its sigmoid, absolute: sigmoid(-20) is 0, not 2e-9
 _SUMS = {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "Conv2D", "Conv3D", "Sum", "Mean"}
 _SUMS |= {"DepthwiseConv2dNative", "Cumsum", "AvgPool"}
 _RANGES = {"Sigmoid": (0, 1), "Tanh": (-1, 1), "Sin": (-1, 1), "Cos": (-1, 1), "Softmax": (0, 1), "Erf": (-1, 1)}

@@ -25,7 +25,7 @@ from cellserve.export.verify.parity import (
     own_error_of,
     relative_error,
 )
-from cellserve.export.verify.special_reference import errors_of_rows, tolerances
+from cellserve.export.verify.special_reference import errors_of_rows
 from cellserve.export.verify.special_values import ROWS, STEPS, draw_special
 from cellserve.service.runtime.batch_invariance import Array, random_inputs
 from cellserve.service.runtime.onnx_model import Runtime
@@ -98,7 +98,6 @@ class SpecialSequences:
         self.x, _ = draw_special(network.signature, constants_of(traced), rng, steps)
         self.y = [np.asarray(y) for y in traced(*map(tf.constant, unpack(self.x)))]
         self.good = np.logical_and.reduce([finite_rows(y) for y in self.y])
-        self.tolerance = tolerances(unpack(self.x))[:, -1]
         self.unjudged = 0
 
     def differences(self, runtime: Runtime) -> Iterator[Difference]:
@@ -110,9 +109,7 @@ class SpecialSequences:
             error = errors_of_rows(ours, true, self.good, finite)
             places = [f"{self.x.shape[1]} time steps"] * len(error)
             name_and_layer = _name_and_layer(self.network, index)
-            found, unjudged = judge(
-                "special", error, self.tolerance, partial(self._own_error, index), name_and_layer, places
-            )
+            found, unjudged = judge("special", error, partial(self._own_error, index), name_and_layer, places)
             self.unjudged += unjudged
             yield found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 
 import numpy as np
@@ -10,7 +10,6 @@ import numpy as np
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.verify.keras_runs import KerasSteps, Tensors
 from cellserve.export.verify.parity import (
-    TOLERANCE,
     Difference,
     SingleSteps,
     Tensor,
@@ -29,19 +28,15 @@ from cellserve.service.runtime.batch_invariance import Array
 from cellserve.service.runtime.onnx_model import Runtime
 from cellserve.service.runtime.tensor_layout import unpack
 
-GATE_ERROR = 2.0**-22  # of sigmoid and tanh in ONNX Runtime's kernels: absolute, while Keras's is relative
-
 
 class SpecialReference:
     """Keras's results for special numbers among ordinary ones, in inputs and states.
 
     Where Keras is finite, ours must equal it: in single steps from Keras's states and in one run. Where it is not, ours
     must not be either, in an output or a next state: the service then refuses the request. Where float32 Keras itself,
-    or Keras with weights that differ in their last place, is more than a hundredth off its float64 twin, rounding
-    decides which branch is taken, and the row is counted, not judged.
-    A gate's error times the largest number that it may let through is allowed: a gate of nearly zero times 100 is off
-    by 1e-5. Nothing is judged that follows from states beyond a million, of which that error is no longer small, or
-    from states below 1e-35.
+    or its float64 twin with random rounding, is more than a hundredth off the exact twin, rounding decides which branch
+    is taken, and the row is counted, not judged. Nothing is judged that follows from states beyond a million, which the
+    gates of ONNX's recurrent operators are too coarse for, or from states below 1e-35.
 
     Args:
         network: The network.
@@ -66,7 +61,6 @@ class SpecialReference:
             (np.abs(state[:, :-1]) <= LARGE).reshape(*self.good.shape, -1).all(axis=2) for state in self.history[1]
         ]
         self.judged = np.logical_and.accumulate(np.logical_and.reduce(small), axis=1) & normal_so_far(self.history)
-        self.tolerance = tolerances([*unpack(self.x), *(state[:, :-1] for state in self.history[1])])
         self.unjudged = 0
 
     def differences(self, runtime: Runtime) -> Iterator[Difference]:
@@ -83,7 +77,6 @@ class SpecialReference:
                 self.single.good,
                 finite,
                 self.single.of(self.judged),
-                self.single.of(self.tolerance),
                 self.single.steps,
                 self._single_errors,
             )
@@ -103,7 +96,6 @@ class SpecialReference:
                 self.good[:, at].ravel(),
                 np.broadcast_to(refused if tensor.kind == "state" else False, (rows, len(at))).ravel(),
                 self.judged[:, at].ravel(),
-                self.tolerance[:, at].ravel(),
                 np.tile(at, rows),
                 partial(self._errors, at),
             )
@@ -116,7 +108,6 @@ class SpecialReference:
         good: Array,
         finite: Array,
         judged: Array,
-        tolerance: Array,
         steps: Array,
         own: Callable[[], dict[Tensor, Array]],
     ) -> Difference:
@@ -129,14 +120,13 @@ class SpecialReference:
             good: `[n]`, where Keras is finite.
             finite: `[n]`, where all of ours is finite.
             judged: `[n]`, where they are to be alike.
-            tolerance: `[n]`, what they may differ by where Keras's own error is none.
             steps: `[n]`, the time steps.
             own: Returns float32 Keras's own error of each tensor, `[n]`; called if it is needed.
         """
         error = np.where(judged, errors_of_rows(ours, true, good, finite), 0.0)
         places = [f"time step {step}" for step in steps]
         names = name_and_layer(self.network, tensor)
-        found, unjudged = judge("special", error, tolerance, lambda: own()[tensor], names, places)
+        found, unjudged = judge("special", error, lambda: own()[tensor], names, places)
         self.unjudged += unjudged
         return found
 
@@ -171,21 +161,6 @@ class SpecialReference:
         """The single steps in float64: as they are, and rounded at random."""
         twin, given = self._double() or self._keras, (unpack(self.single.x), self.single.before)
         return [twin.step(*given), *twin.rounded_steps(*given)]
-
-
-def tolerances(let_through: Sequence[Array]) -> Array:
-    """What may be off at each step, `[rows, steps]`, by the largest number so far that a gate may let through.
-
-    Args:
-        let_through: Inputs, and states before each step, `[rows, steps, ...]`. Numbers beyond a million do not count.
-    """
-    found = np.full(let_through[0].shape[:2], TOLERANCE)
-    for array in let_through:
-        if array.dtype.kind == "f":
-            absolute = np.abs(array.astype(np.float64)).reshape(*found.shape, -1)
-            largest = np.where(absolute <= LARGE, absolute, 0).max(axis=2, initial=0)
-            found = np.maximum(found, TOLERANCE + GATE_ERROR * np.maximum.accumulate(largest, axis=1))
-    return found
 
 
 def errors_of_rows(ours: Array, true: Array, good: Array, finite: Array) -> Array:

@@ -9,7 +9,7 @@ from cellserve.service.runtime.batch_invariance import Array, random_inputs
 from cellserve.service.runtime.tensor_layout import TensorLayout, unpack
 
 ROWS, STEPS = 24, 12
-LARGE = 1e6  # beyond it sums of entries lose all that smaller ones say: what remains is compared with tolerance
+LARGE = 1e6  # of states: what comes of larger ones is not judged
 
 _NUMBERS: tuple[float, ...] = (
     0.0,

@@ -97,9 +97,9 @@ def test_only_results_that_float32_does_not_have_are_rounded_at_random() -> None
 def runs_of(function: Callable[[Any], Any], x: np.ndarray) -> set[bytes]:
     """The different results of 16 runs in float64 that are rounded at random."""
 
-    @tf.function(autograph=False)
-    def run(x: Any) -> Any:
+    def rounded(x: Any) -> Any:
         with random_rounding():
             return function(x)
 
+    run = tf.function(rounded, autograph=False)
     return {np.asarray(run(tf.constant(x))).tobytes() for _ in range(16)}

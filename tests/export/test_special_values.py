@@ -116,7 +116,8 @@ def untrained_lstm(seed: int) -> Any:
     return keras.Model(x, layers.LSTM(128, return_sequences=True)(x))
 
 
-def test_what_a_gate_of_nearly_zero_lets_through_of_a_large_state_is_allowed() -> None:
+def test_what_a_gate_of_nearly_zero_lets_through_of_a_large_state_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cellserve.export.verify.special_values._STATE_NUMBERS", (100, -3000, 3e4, 5e5))
     proof = Proof(untrained_lstm(6))
     worst = max(difference.share for parity in proof.parity.values() for difference in parity.differences)
     assert worst <= 0.5  # not merely this network's good luck
