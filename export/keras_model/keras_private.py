@@ -7,8 +7,10 @@ its class. `tests/export/test_private_parts.py` names what is missing after an u
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from keras.src import backend
 from keras.src.backend import get_keras_mask, set_keras_mask
 from keras.src.utils.naming import to_snake_case
 
@@ -21,6 +23,21 @@ def mask_of(tensor: Any) -> Any:
 def set_mask(tensor: Any, mask: Any) -> None:
     """Attaches a mask to a tensor."""
     set_keras_mask(tensor, mask)
+
+
+@contextmanager
+def casts_to_double() -> Iterator[None]:
+    """Makes `keras.ops.cast` give float64 where float32 is asked for."""
+    cast = backend.core.cast
+
+    def in_double(x: Any, dtype: Any) -> Any:
+        return cast(x, "float64" if backend.standardize_dtype(dtype) == "float32" else dtype)
+
+    backend.core.cast = in_double
+    try:
+        yield
+    finally:
+        backend.core.cast = cast
 
 
 def default_name(operation: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,9 @@ import tensorflow as tf
 from keras import tree
 
 from cellserve.export.keras_model import keras_private
-from cellserve.export.keras_model.load import computing_in, with_dtype
+from cellserve.export.keras_model.load import with_dtype
 from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.export.verify.random_rounding import random_rounding
+from cellserve.export.verify.double_precision import in_double
 from cellserve.service.runtime.batch_invariance import Array
 
 ROUNDED_RUNS, ROUNDED_STEPS = 8, 32  # with random rounding; single steps are cheap
@@ -32,10 +33,16 @@ class KerasSteps:
     Args:
         network: The network.
         dtype: What it computes in, float32 or float64.
+        context: What it is traced in.
     """
 
-    def __init__(self, network: StatefulNetwork, dtype: str = "float32") -> None:
-        self._network, self._dtype = network, dtype
+    def __init__(
+        self,
+        network: StatefulNetwork,
+        dtype: str = "float32",
+        context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._network, self._dtype, self._context = network, dtype, context
 
         def spec(tensor: Any, *leading: int | None) -> tf.TensorSpec:
             return tf.TensorSpec((*leading, *tensor.shape), dtype if tensor.dtype == "float32" else tensor.dtype)
@@ -45,37 +52,22 @@ class KerasSteps:
         self._states = [tf.TensorSpec((None, *state.shape), state.dtype) for state in network.states]
         specs = [spec(each, None, None) for each in network.inputs], self._states
         self._run = tf.function(self._all_steps, input_signature=specs, autograph=False)
-        self._run_rounded = tf.function(self._all_rounded, input_signature=specs, autograph=False)
 
     def step(self, inputs: Sequence[Array], states: Sequence[Array]) -> Tensors:
         """Takes one step: inputs `[rows, 1, ...]` and states to outputs `[rows, 1, ...]` and next states."""
         outputs, history = self.history(inputs, states)
         return outputs, [state[:, 1] for state in history]
 
-    def rounded(self, inputs: Sequence[Array], initial: Sequence[Array], times: int = ROUNDED_RUNS) -> list[History]:
-        """Histories of a network in float64 of which each is rounded in its own way (`random_rounding`)."""
-        return run_together(partial(self.history, rounded=True), inputs, initial, times)
-
-    def rounded_steps(self, inputs: Sequence[Array], states: Sequence[Array]) -> list[Tensors]:
-        """Single steps of which each is rounded in its own way."""
-        runs = self.rounded(inputs, states, ROUNDED_STEPS)
-        return [(outputs, [state[:, 1] for state in history]) for outputs, history in runs]
-
-    def history(self, inputs: Sequence[Array], initial: Sequence[Array], rounded: bool = False) -> History:
-        """Takes all steps of inputs `[rows, steps, ...]` from initial states, exactly or with `random_rounding`."""
-        with computing_in(self._dtype), np.errstate(all="ignore"):
+    def history(self, inputs: Sequence[Array], initial: Sequence[Array]) -> History:
+        """Takes all steps of inputs `[rows, steps, ...]` from initial states."""
+        with np.errstate(all="ignore"):
             given = self._tensors(initial)
-            run = self._run_rounded if rounded else self._run
-            outputs, following = run(self._tensors(inputs), given)
+            outputs, following = self._run(self._tensors(inputs), given)
         outputs, following = (
             [np.moveaxis(np.asarray(each), 0, 1) for each in tensors] for tensors in (outputs, following)
         )
         before = [np.asarray(state)[:, None] for state in given]
         return outputs, [np.concatenate(pair, axis=1) for pair in zip(before, following, strict=True)]
-
-    def _all_rounded(self, inputs: list[Any], states: list[Any]) -> tuple[list[Any], list[Any]]:
-        with random_rounding():
-            return self._all_steps(inputs, states)
 
     def _all_steps(self, inputs: list[Any], states: list[Any]) -> tuple[list[Any], list[Any]]:
         """Outputs and next states of each step, `[steps, rows, ...]`: steps one by one, none in a loop of Keras."""
@@ -92,7 +84,10 @@ class KerasSteps:
             return t + 1, following, ys, [array.write(t, each) for array, each in zip(history, following, strict=True)]
 
         ys, history = ([tf.TensorArray(spec.dtype, steps) for spec in specs] for specs in (self._outputs, self._states))
-        *_, ys, history = tf.while_loop(lambda t, *_: t < steps, take, (0, states, ys, history), parallel_iterations=1)
+        with self._context():
+            *_, ys, history = tf.while_loop(
+                lambda t, *_: t < steps, take, (0, states, ys, history), parallel_iterations=1
+            )
         return [array.stack() for array in ys], [array.stack() for array in history]
 
     @property
@@ -107,32 +102,40 @@ class KerasSteps:
         ]
 
 
-def run_together(
-    run: Callable[[Sequence[Array], Sequence[Array]], Tensors],
-    inputs: Sequence[Array],
-    states: Sequence[Array],
-    times: int,
-) -> list[Tensors]:
-    """Runs several times what rounds at random, as rows of few batches; returns the results of each run.
-
-    One run of many rows takes much less time than many runs.
+class DoubleSteps:
+    """A network in float64, step by step: exact, and rounded at random, each run in its own way (`in_double`).
 
     Args:
-        run: `KerasSteps.history`.
-        inputs: The inputs of each run.
-        states: The states of each run.
-        times: How many.
+        network: The network.
     """
-    rows = len(inputs[0])
-    at_once = min(times, max(1, _MOST_ENTRIES // sum(array.size for array in (*inputs, *states))))
-    found: list[Tensors] = []
-    while len(found) < times:
-        outputs, following = run(
-            *([np.concatenate([array] * at_once) for array in given] for given in (inputs, states))
-        )
-        for first in range(0, rows * at_once, rows):
-            found.append(([y[first : first + rows] for y in outputs], [s[first : first + rows] for s in following]))
-    return found[:times]
+
+    def __init__(self, network: StatefulNetwork) -> None:
+        with in_double():
+            twin = StatefulNetwork(with_dtype(network.model, "float64"))
+        self._exact = KerasSteps(twin, "float64", in_double)
+        self._rounded = KerasSteps(twin, "float64", partial(in_double, rounded=True))
+
+    def histories(self, inputs: Sequence[Array], initial: Sequence[Array], times: int = ROUNDED_RUNS) -> list[History]:
+        """The history of inputs `[rows, steps, ...]` from initial states: exact, then rounded.
+
+        The rounded ones are rows of few runs, which takes much less time than many runs.
+        """
+        rows = len(inputs[0])
+        entries = sum(array.size for array in (*inputs, *initial))
+        at_once = min(times, max(1, _MOST_ENTRIES // entries))
+        found = [self._exact.history(inputs, initial)]
+        while len(found) <= times:
+            several = ([np.concatenate([array] * at_once) for array in arrays] for arrays in (inputs, initial))
+            outputs, states = self._rounded.history(*several)
+            for first in range(0, rows * at_once, rows):
+                run = np.s_[first : first + rows]
+                found.append(([output[run] for output in outputs], [state[run] for state in states]))
+        return found[: times + 1]
+
+    def steps(self, inputs: Sequence[Array], states: Sequence[Array]) -> list[Tensors]:
+        """Single steps of inputs `[rows, 1, ...]`: outputs `[rows, 1, ...]` and next states; exact, then rounded."""
+        runs = self.histories(inputs, states, ROUNDED_STEPS)
+        return [(outputs, [state[:, 1] for state in history]) for outputs, history in runs]
 
 
 def constants_of(traced: Any) -> Array:
@@ -147,15 +150,15 @@ def constants_of(traced: Any) -> Array:
     return np.array(sorted(filter(np.isfinite, found))[:_MOST_CONSTANTS], np.float32)
 
 
-def double_of(network: StatefulNetwork) -> KerasSteps | None:
-    """The network in float64, with the same weights; None if it cannot be run so (because a cell casts to float32)."""
+def double_of(network: StatefulNetwork) -> DoubleSteps | None:
+    """The network in float64, with the same weights; None if it cannot be run so."""
     try:
-        with computing_in("float64"):
-            steps = KerasSteps(StatefulNetwork(with_dtype(network.model, "float64")), "float64")
-            steps.step(
-                [np.zeros((1, 1, *spec.shape), spec.dtype) for spec in network.inputs],
-                [np.zeros((1, *state.shape), state.dtype) for state in network.states],
-            )
+        steps = DoubleSteps(network)
+        steps.histories(
+            [np.zeros((1, 1, *spec.shape), spec.dtype) for spec in network.inputs],
+            [np.zeros((1, *state.shape), state.dtype) for state in network.states],
+            times=1,
+        )
     except Exception:  # from TensorFlow, Keras or a layer's own code
         return None
     return steps
@@ -170,18 +173,30 @@ def run_network(
     return list(map(np.asarray, outputs)), list(map(np.asarray, final))
 
 
-def run_saved_model(model: Any, *sequences: Sequence[Array]) -> list[list[Array]]:
-    """Runs a Keras model unchanged over whole sequences `[batch, time, *features]`.
+def run_saved_model(model: Any, inputs: Sequence[Array]) -> list[Array]:
+    """Runs a Keras model unchanged over whole sequences `[batch, time, *features]`; returns its outputs."""
+    return _run_traced(tf.function(model, autograph=False), model, inputs)
 
-    Args:
-        model: The model.
-        sequences: The inputs of each run.
+
+def run_saved_model_in_double(model: Any, inputs: Sequence[Array]) -> list[list[Array]]:
+    """Runs a Keras model in float64, with the same weights, as `run_saved_model` does: exact, then rounded at random.
 
     Returns:
-        The outputs of each run.
+        The outputs of each run; none if it cannot be run so.
     """
-    traced = tf.function(model, autograph=False)  # once for all runs of one shape
-    return [_run_traced(traced, model, inputs) for inputs in sequences]
+
+    def rounded(inputs: Any) -> Any:
+        with in_double(rounded=True):
+            return twin(inputs)
+
+    try:
+        with in_double():
+            twin, given = with_dtype(model, "float64"), list(map(double, inputs))
+            exact = run_saved_model(twin, given)
+        traced = tf.function(rounded, autograph=False)  # once for all runs
+        return [exact, *(_run_traced(traced, twin, given) for _ in range(ROUNDED_RUNS))]
+    except Exception:  # from TensorFlow, Keras or a layer's own code
+        return []
 
 
 def _run_traced(traced: Any, model: Any, inputs: Sequence[Array]) -> list[Array]:
@@ -191,27 +206,6 @@ def _run_traced(traced: Any, model: Any, inputs: Sequence[Array]) -> list[Array]
     cast = [np.ascontiguousarray(x).astype(t.dtype) for x, t in zip(inputs, model.inputs, strict=True)]
     structure = tree.pack_sequence_as(keras_private.input_structure(model), _tensors(cast))
     return [np.asarray(y) for y in tree.flatten(traced(structure))]
-
-
-def run_saved_model_in_double(model: Any, inputs: Sequence[Array]) -> list[list[Array]]:
-    """Runs a Keras model in float64, with the same weights, as `run_saved_model` does; then with `random_rounding`.
-
-    Returns:
-        The outputs of each run, the exact ones first; none if it cannot be run so.
-    """
-
-    def rounded(inputs: Any) -> Any:
-        with random_rounding():
-            return twin(inputs)
-
-    try:
-        with computing_in("float64"):
-            twin, given = with_dtype(model, "float64"), list(map(double, inputs))
-            traced = tf.function(rounded, autograph=False)
-            exact = run_saved_model(twin, given)
-            return exact + [_run_traced(traced, twin, given) for _ in range(ROUNDED_RUNS)]
-    except Exception:  # from TensorFlow, Keras or a layer's own code
-        return []
 
 
 def double(array: Array) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 
 from cellserve.export.keras_model.step_network import StatefulNetwork
 from cellserve.export.verify.keras_runs import (
+    DoubleSteps,
     KerasSteps,
     Tensors,
     double_of,
@@ -92,7 +93,7 @@ class Reference:
         return Parity(differences, self.keras_float32_error, ROWS, STEPS, by_step, *unjudged)
 
     @cached_property
-    def _double(self) -> KerasSteps | None:
+    def _double(self) -> DoubleSteps | None:
         return double_of(self.network)
 
     def _by_step(self, y: Array) -> tuple[tuple[int, float], ...]:
@@ -110,7 +111,7 @@ class Reference:
         model = self.network.original
         rows, steps = model.inputs[0].shape[:2]
         x = self.x[np.arange(rows or ROWS) % ROWS, : steps or STEPS]
-        return x, run_saved_model(model, unpack(x))[0]
+        return x, run_saved_model(model, unpack(x))
 
     def _in_chunks(self, runtime: Runtime) -> tuple[Array, list[Array]]:
         """Runs our model chunk by chunk, each row until its length is reached."""
@@ -152,9 +153,9 @@ class Reference:
 
     @cached_property
     def _double_single_steps(self) -> list[Tensors]:
-        """The single steps in float64, then in float32 with shaken weights; none if it cannot be run in float64."""
+        """The single steps in float64, exact and rounded at random; none if it cannot be run in float64."""
         given = unpack(self.single.x), self.single.before
-        return [] if self._double is None else [self._double.step(*given), *self._double.rounded_steps(*given)]
+        return [] if self._double is None else self._double.steps(*given)
 
     def _single_step_errors(self, tensor: Tensor) -> Array:
         """Float32 Keras's error in the single steps that it has finite, `[n]`; one for all where it is but rounding."""
@@ -202,7 +203,7 @@ class Reference:
 
     @cached_property
     def _double_models(self) -> list[list[Array]]:
-        """The saved model in float64, then in float32 with shaken weights; none if it cannot be run in float64."""
+        """The saved model in float64, exact and rounded at random; none if it cannot be run in float64."""
         model, inputs = self.network.original, unpack(self.model_x)
         return run_saved_model_in_double(model, inputs)
 
@@ -220,8 +221,7 @@ class Reference:
         found: dict[Tensor, Array] = {}
         if self._double is None:
             return dict.fromkeys(tensors_of(self.network), np.zeros(STEPS))
-        exact = self._double.history(unpack(self.x), self.initial)
-        others = self._double.rounded(unpack(self.x), self.initial)
+        exact, *others = self._double.histories(unpack(self.x), self.initial)
         for tensor in tensors_of(self.network):
             true = true_steps(exact, tensor)
             runs = [true_steps(each, tensor) for each in (self.history, *others)]

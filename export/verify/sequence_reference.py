@@ -49,7 +49,7 @@ class SequenceReference:
         rows, time = network.original.inputs[0].shape[:2]
         for length in (time,) if time else (network.min_steps + extra for extra in EXTRA_STEPS):
             x, _ = random_inputs(network.signature, rows or 3, length, rng)
-            self.cases.append((x, run_saved_model(network.original, unpack(x))[0]))
+            self.cases.append((x, run_saved_model(network.original, unpack(x))))
         self.special = SpecialSequences(network, time or max(network.min_steps, STEPS), rng)
 
     def compare(self, runtime: Runtime, allow_float32_error: bool = True) -> Parity:

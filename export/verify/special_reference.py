@@ -8,7 +8,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from cellserve.export.keras_model.step_network import StatefulNetwork
-from cellserve.export.verify.keras_runs import KerasSteps, Tensors
+from cellserve.export.verify.keras_runs import DoubleSteps, KerasSteps, Tensors
 from cellserve.export.verify.parity import (
     Difference,
     SingleSteps,
@@ -49,7 +49,7 @@ class SpecialReference:
         self,
         network: StatefulNetwork,
         keras: KerasSteps,
-        double: Callable[[], KerasSteps | None],
+        double: Callable[[], DoubleSteps | None],
         rng: np.random.Generator,
     ) -> None:
         self.network, self._keras, self._double = network, keras, double
@@ -152,15 +152,16 @@ class SpecialReference:
 
     @cached_property
     def _histories(self) -> list[Tensors]:
-        """The history in float64: as it is, and rounded at random."""
-        twin, given = self._double() or self._keras, (unpack(self.x), self.initial)
-        return [twin.history(*given), *twin.rounded(*given)]
+        """The history in float64, exact and rounded at random; if it cannot be run so, the one in float32."""
+        twin = self._double()
+        return twin.histories(unpack(self.x), self.initial) if twin else [self.history]
 
     @cached_property
     def _double_steps(self) -> list[Tensors]:
-        """The single steps in float64: as they are, and rounded at random."""
-        twin, given = self._double() or self._keras, (unpack(self.single.x), self.single.before)
-        return [twin.step(*given), *twin.rounded_steps(*given)]
+        """The single steps in float64, exact and rounded at random; if they cannot be run so, those in float32."""
+        given = unpack(self.single.x), self.single.before
+        twin = self._double()
+        return twin.steps(*given) if twin else [self._keras.step(*given)]
 
 
 def errors_of_rows(ours: Array, true: Array, good: Array, finite: Array) -> Array:

@@ -40,6 +40,11 @@ def test_keras_has_the_private_parts_that_the_export_uses() -> None:
     layer = keras.layers.LSTM(3)
     model = keras.Model({"x": x}, {"y": layer(x)})
     tensor = keras.ops.zeros((1, 2, 2))
+
+    def casts(private: Any) -> str:
+        with private.casts_to_double():
+            return str(keras.ops.cast(tensor, "float32").dtype.name)
+
     check_parts(
         "keras",
         "cellserve.export.keras_model.keras_private",
@@ -47,6 +52,7 @@ def test_keras_has_the_private_parts_that_the_export_uses() -> None:
             "set_keras_mask, get_keras_mask": lambda private: (
                 private.set_mask(tensor, "a mask") is None and private.mask_of(tensor) == "a mask"
             ),
+            "backend.core.cast": lambda private: casts(private) == "float64",
             "to_snake_case": lambda private: private.default_name(layer) == "lstm",
             "Sequential._functional": lambda private: (
                 private.graph_of(keras.Sequential([x, layer])).inputs and private.graph_of(model) is model
@@ -88,8 +94,26 @@ def test_tf2onnx_and_tensorflow_have_the_private_parts_that_the_export_uses() ->
         model = private.convert_graph(graph, ["x:0"], outputs, 18, HANDLERS, REWRITERS)
         return "Where" in {node.op_type for node in model.graph.node}
 
+    def callback(private: Any) -> bool:
+        created: list[str] = []
+
+        def seen(operation: str, inputs: Any, attributes: Any, outputs: Any, op_name: Any, graph: Any = None) -> Any:
+            created.append(operation)
+            return [tf.zeros_like(each) for each in outputs]
+
+        def cosine(x: Any) -> Any:
+            private.add_op_callback(seen)
+            try:
+                return tf.cos(x)
+            finally:
+                private.remove_op_callback(seen)
+
+        return float(tf.function(cosine, autograph=False)(tf.constant(0.0))) == 0 and created == ["Cos"]
+
     check_parts(
-        "tensorflow", "cellserve.export.onnx_graph.tensorflow_private", {"convert_variables_to_constants_v2": freeze}
+        "tensorflow",
+        "cellserve.export.onnx_graph.tensorflow_private",
+        {"convert_variables_to_constants_v2": freeze, "op_callbacks": callback},
     )
     check_parts("tf2onnx", "cellserve.export.onnx_graph.tf2onnx_private", {"Select.version_9, set_attr": convert})
 
