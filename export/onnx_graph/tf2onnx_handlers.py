@@ -24,20 +24,25 @@ _INTEGERS = (TensorProto.INT32, TensorProto.INT64)  # the integers that every op
 _INT32_MIN = np.iinfo(np.int32).min
 # What makes a small absolute error large: after one of these, a number near zero must be right in its own scale.
 _AMPLIFIERS = {"Log", "Log1p", "Sqrt", "Rsqrt", "Reciprocal", "Pow", "Xlogy", "Sign", "Atan2"}
-_AMPLIFIERS |= {"Equal", "NotEqual", "Greater", "GreaterEqual", "Less", "LessEqual"}
-_DIVISIONS = {"RealDiv", "Div", "DivNoNan", "Xdivy", "FloorDiv", "FloorMod"}
-_PRODUCTS = {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "Conv1D", "Conv2D", "Conv3D"}
+_AMPLIFIERS |= {"Equal", "NotEqual", "Greater", "GreaterEqual", "GreaterOrEqual", "Less", "LessEqual", "LessOrEqual"}
+_DIVISIONS = {"RealDiv", "Div", "DivNoNan", "Xdivy", "FloorDiv", "FloorMod", "Mod"}
+_PRODUCTS = {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Gemm", "Einsum"}
+_PRODUCTS |= {"Conv", "Conv1D", "Conv2D", "Conv3D"}
 
 
 def _feeds_amplifier(graph: Any, tensor: str) -> bool:
     """Whether a tensor reaches a logarithm, a root, a comparison or a divisor without a product with weights between.
 
+    An output may be a state, which the next step reads; of its readers some may have ONNX's names already.
     ONNX Runtime's Sigmoid and Erf are right to about 1e-7, not to seven digits: sigmoid(-20) is 0 instead of 2e-9. That
     is no more than rounding wherever it is added to or multiplied with numbers near 1, and much faster.
     """
     seen, pending = {tensor}, [tensor]
     while pending:
         name = pending.pop()
+        if name in graph.outputs:
+            pending += [node.output[0] for node in graph.inputs if node.output[0] not in seen]
+            seen.update(node.output[0] for node in graph.inputs)
         for node in graph.find_output_consumers(name):
             if node.type in _AMPLIFIERS or (node.type in _DIVISIONS and node.input[1] == name):
                 return True

@@ -36,8 +36,10 @@ _STATE_NUMBERS = tuple(number for number in _NUMBERS if abs(number) < LARGE)
 
 def special_numbers(constants: Array) -> Array:
     """Numbers at which functions have edges: those of all networks, and at and beside a network's own constants."""
-    around = (constants, np.nextafter(constants, np.float32(np.inf)), np.nextafter(constants, np.float32(-np.inf)))
-    return np.concatenate([np.array(_NUMBERS, np.float32), *around]).astype(np.float32)
+    with np.errstate(over="ignore"):  # of the largest number, a constant of `nan_to_num`
+        around = (constants, np.nextafter(constants, np.float32(np.inf)), np.nextafter(constants, np.float32(-np.inf)))
+    numbers = np.concatenate([np.array(_NUMBERS, np.float32), *around])
+    return np.asarray(numbers[np.isfinite(numbers)])
 
 
 def draw_special(

@@ -110,6 +110,26 @@ def test_a_conversion_that_is_wrong_on_special_numbers_alone_is_found(monkeypatc
         assert {difference.run for difference in parity.failed} == {"special"}
 
 
+@keras.saving.register_keras_serializable(package="special")
+class GateInState(layers.Layer):
+    """A cell that keeps a gate, and divides by it a step later."""
+
+    state_size = 3
+
+    def call(self, inputs: Any, states: Any) -> Any:
+        return ops.tanh(ops.nan_to_num(1e-12 / states[0], posinf=-1.0)), [ops.sigmoid(inputs)]
+
+
+def test_a_gate_of_nearly_zero_has_its_digits_where_the_next_step_divides_by_it() -> None:
+    x = keras.Input((None, 3), name="x")
+    model = keras.Model(x, layers.RNN(GateInState(), return_sequences=True)(x))
+    rows = np.full((1, 3, 3), [-20, -30, 0.5], np.float32)
+    for name, runtime in (proof := Proof(model)).forms.items():
+        y, _ = runtime.run(rows, np.full(1, 3, np.int32), runtime.zeros(1))
+        np.testing.assert_allclose(y[:, 1:], model.predict(rows, verbose=0)[:, 1:], rtol=1e-5)
+        assert not proof.parity[name].failed
+
+
 def untrained_lstm(seed: int) -> Any:
     keras.utils.set_random_seed(seed)
     x = keras.Input((None, 5), name="x")
