@@ -20,7 +20,6 @@ from cellserve.service.runtime.batch_invariance import Array
 
 ROUNDED_RUNS, ROUNDED_STEPS = 8, 32  # with random rounding; single steps are cheap
 _MOST_CONSTANTS = 64
-
 _MOST_ENTRIES = 2**22  # of the tensors of runs that are made as one
 
 Tensors = tuple[list[Array], list[Array]]  # inputs and states, or outputs and states, each [rows, ...]
