@@ -23,7 +23,7 @@ _RANGES = {"Sigmoid": (0, 1), "Tanh": (-1, 1), "Sin": (-1, 1), "Cos": (-1, 1), "
 _SUMS = {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "Conv2D", "Conv3D", "Sum", "Mean"}
 _SUMS |= {"DepthwiseConv2dNative", "Cumsum", "AvgPool"}
 _UNSIGNED = {*_SUMS, "Max", "Min", "Maximum", "Minimum", "Relu", "Relu6"}  # TensorFlow's zeros: by an entry's place
-_CONTROL_FLOW = {"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"}  # TensorFlow: not to be replaced
+_CONTROL_FLOW = {"While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"}  # kept as they are
 
 
 @contextmanager
