@@ -33,7 +33,8 @@ def load(path: Path) -> Any:
         model = keras.saving.load_model(path, compile=False)
     except Exception as error:
         raise ExportError(f"{path} cannot be loaded: {explain_load_error(path, error)}") from None
-    mixed = any(layer.dtype_policy.compute_dtype != "float32" for layer in all_layers(model))
+    types = {layer.dtype_policy.compute_dtype for layer in all_layers(model)}
+    mixed = any(_is_float(each) and each != "float32" for each in types)  # layers of integers compute in theirs
     return with_dtype(model, "float32") if mixed and has_graph(model) else model
 
 
@@ -41,7 +42,7 @@ def with_dtype(model: Any, dtype: str) -> Any:
     """Returns a copy of a Keras model that stores and computes in `dtype`, with the same weights."""
 
     def change(config: dict[str, Any]) -> dict[str, Any]:
-        if config.get("class_name") == "DTypePolicy":
+        if config.get("class_name") == "DTypePolicy" and _is_float(config["config"]["name"]):
             return {**config, "config": {**config["config"], "name": dtype}}
         return {key: dtype if key == "dtype" and _is_float(value) else value for key, value in config.items()}
 

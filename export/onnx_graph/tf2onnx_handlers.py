@@ -264,15 +264,17 @@ def cumprod(write: Nodes, x: str, axis: str) -> str | None:
 
 
 @converts("MatrixBandPart")
-def matrix_band_part(write: Nodes, x: str, lower: str, upper: str) -> str | None:
+def matrix_band_part(write: Nodes, x: str, lower: str, upper: str) -> str:
     """A matrix with zeros outside a band; tf2onnx multiplies by a mask, and 0 times infinity is not a number."""
-    rows, columns = write.graph.get_shape(x)[-2:]
-    if rows < 0 or columns < 0:
-        return None
     below, above = int(write.value(1)), int(write.value(2))
-    offset = np.arange(rows)[:, None] - np.arange(columns)
-    band = ((offset <= below) | (below < 0)) & ((-offset <= above) | (above < 0))
-    return write("Where", band, x, 0)
+    taken = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64, TensorProto.BOOL)  # by ONNX Runtime's Trilu
+    other = TensorProto.FLOAT if write.type in _FLOATS else TensorProto.INT64
+    band = x if write.type in taken else write.cast(x, other)
+    if above >= 0:
+        band = write("Trilu", band, np.array(above), upper=0)
+    if below >= 0:
+        band = write("Trilu", band, np.array(-below), upper=1)
+    return band if write.type in taken else write.cast(band, write.type)
 
 
 @converts("BroadcastArgs")

@@ -355,7 +355,7 @@ def convolved() -> Any:
 def attended() -> Any:
     x = keras.Input((None, 3), name="x")
     h = layers.LSTM(4, return_sequences=True, name="h")(x)
-    attention = layers.MultiHeadAttention(2, 3, name="attention")(h, h)
+    attention = layers.MultiHeadAttention(2, 3, name="attention")(h, h, use_causal_mask=True)
     pooled = layers.GlobalMaxPooling1D()(attention)
     return keras.Model(x, [layers.Add(name="each")([h, attention]), layers.Dense(1, name="all")(pooled)])
 

@@ -149,6 +149,8 @@ CASES: dict[str, dict[str, Case]] = {
         "roll": Case(lambda x: ops.roll(x, 2, axis=-1)),
         "take": Case(lambda x: ops.take(x, [1, -1, 0], axis=-1)),
         "tril": Case(lambda x: ops.tril(x[:, :, None] * x[:, None])),
+        "causal mask": Case(lambda x: tf.linalg.band_part(tf.ones(tf.stack([tf.shape(x)[0]] * 2), "int32"), -1, 0)),
+        "band": Case(lambda x: tf.linalg.band_part(x[:, :, None] * x[:, None], 1, 2)),
         "triu": Case(lambda x: ops.triu(x[:, :, None] * x[:, None], 1)),
         "slice_update": Case(lambda x: ops.slice_update(x, (0, 1), x[:, :2] * 2)),
         "searchsorted": Case(lambda x: ops.searchsorted(STEPS, ops.reshape(x, (-1,)))),

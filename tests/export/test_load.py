@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from cellserve.models.tensorflow_import import import_tensorflow
@@ -11,7 +13,7 @@ import_tensorflow()
 import keras  # noqa: E402
 from keras import layers  # noqa: E402
 
-from cellserve.export.keras_model.load import with_dtype, with_open_shapes  # noqa: E402
+from cellserve.export.keras_model.load import load, with_dtype, with_open_shapes  # noqa: E402
 
 X = np.random.default_rng(0).normal(5, 3, (2, 6, 4)).astype(np.float32)
 
@@ -33,3 +35,11 @@ def test_a_copy_in_float64_normalises_as_the_network_does() -> None:
 def test_a_network_of_one_batch_size_normalises_the_same_once_it_takes_any() -> None:
     model = normalised(batch=len(X))
     np.testing.assert_allclose(np.asarray(with_open_shapes(model)(X)), np.asarray(model(X)), atol=1e-6)
+
+
+def test_a_layer_of_integers_keeps_its_type(tmp_path: Path) -> None:
+    ids = keras.Input((None,), dtype="int32")
+    model = keras.Model(ids, layers.LSTM(4)(layers.Embedding(9, 3)(layers.Hashing(9)(ids))))
+    model.save(tmp_path / "hashed.keras")
+    for copy in (load(tmp_path / "hashed.keras"), with_dtype(model, "float64")):
+        assert copy.layers[1].compute_dtype == "int64"
