@@ -1,12 +1,13 @@
-// The frame of the page: tabs by the address's hash, the key's button, and problems.
+// The frame of the page: tabs by the address's hash, and the key's button.
 //
 // A tab is a module whose `show(view, parts, signal)` fills `view`. `parts` is what follows the tab in the hash,
 // `#/play/vowels` gives ["vowels"]; `signal` is aborted when the tab is left, and ends what the tab has begun.
 
-import { Problem, wantKey } from "./api.js";
+import { wantKey } from "./api.js";
 import { h } from "./dom.js";
 import * as models from "./models.js";
 import * as play from "./play.js";
+import { hideProblem, showProblem } from "./problem.js";
 import * as server from "./server.js";
 import * as sessions from "./sessions.js";
 
@@ -18,30 +19,8 @@ const TABS = {
 };
 
 const view = document.getElementById("view");
-const problem = document.getElementById("problem");
 const links = {};
 let leaving = new AbortController();
-
-/** Shows an error where a screen reader reads it out; nothing for what was given up on purpose. */
-export function showProblem(error) {
-  if (error?.name === "AbortError") return;
-  if (!(error instanceof Problem)) console.error(error);
-  problem.replaceChildren(
-    h(
-      "p",
-      {},
-      error?.problem?.title && error.problem.title !== error.message ? h("b", {}, `${error.problem.title}: `) : null,
-      error?.message ?? String(error),
-    ),
-    h("button", { type: "button", class: "quiet", "aria-label": "Dismiss this message", onclick: hideProblem }, "×"),
-  );
-  problem.hidden = false;
-}
-
-function hideProblem() {
-  problem.hidden = true;
-  problem.replaceChildren();
-}
 
 async function route() {
   const [name = "models", ...parts] = location.hash.replace(/^#\/?/, "").split("/").filter(Boolean).map(decode);

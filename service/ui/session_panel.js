@@ -1,10 +1,10 @@
 // One session: what it is, its state as it moves, and everything that can be done with it.
 
-import { showProblem } from "./app.js";
 import { BASE, currentKey } from "./api.js";
 import { HeatStrip } from "./heat_strip.js";
 import { announce, confirmed, field, h } from "./dom.js";
 import { age, duration } from "./durations.js";
+import { showProblem } from "./problem.js";
 import { copyable, curlLines, pythonLines } from "./session_lines.js";
 import { KEPT } from "./session.js";
 import { dropZone } from "./source.js";

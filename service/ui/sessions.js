@@ -1,10 +1,10 @@
 // The tab of sessions: `#/sessions` lists them, `#/sessions/ID` opens one, `#/sessions/ID/OTHER` compares two.
 
-import { showProblem } from "./app.js";
 import { get } from "./api.js";
 import { LineChart } from "./charts.js";
 import { field, h, table } from "./dom.js";
 import { age } from "./durations.js";
+import { showProblem } from "./problem.js";
 import { createSession, openSession } from "./session.js";
 import { SessionPanel } from "./session_panel.js";
 

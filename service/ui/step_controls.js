@@ -1,7 +1,7 @@
 // Controls that step a session: by itself, through test data, with random numbers, or with what is typed.
 
-import { showProblem } from "./app.js";
 import { announce, field, h } from "./dom.js";
+import { showProblem } from "./problem.js";
 import { randomStep, takesText, typedSteps, zeroStep } from "./time_steps.js";
 
 /** The controls of one session. `run()` steps as they say, until it is done or `stop()`. */
