@@ -58,6 +58,16 @@ UNARY: dict[str, Callable[[Any], Any]] = {
     "shares": lambda x: x / (ops.sum(ops.absolute(x), axis=-1, keepdims=True) + 1e-3),
     "largest": lambda x: ops.one_hot(ops.argmax(x, axis=-1), UNITS, dtype=x.dtype),
     "flipped": lambda x: ops.flip(x, axis=-1),
+    "sorted": lambda x: ops.sort(x, axis=-1),
+    "sums": lambda x: ops.cumsum(x, axis=-1),
+    "expm1": lambda x: ops.expm1(-ops.absolute(x)),
+    "erf": ops.erf,
+    "rsqrt": lambda x: ops.rsqrt(1.0 + ops.square(x)),
+    "log_sigmoid": ops.log_sigmoid,
+    "whole": lambda x: ops.cast(ops.cast(ops.clip(x, -100.0, 100.0), "int32"), "float32"),
+    "fractions": lambda x: x - ops.floor(x),
+    "spread": lambda x: ops.std(x, axis=-1, keepdims=True) + ops.zeros_like(x),
+    "two_largest": lambda x: ops.concatenate([ops.top_k(x, 2)[0], ops.top_k(-x, UNITS - 2)[0]], axis=-1),
     "attend": lambda x: _attend(ops.reshape(x, (-1, UNITS // 2, 2))),
 }
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
@@ -71,6 +81,11 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "select": lambda a, b: ops.where(a > 0.25, a, b),
     "select_equal": lambda a, b: ops.where(ops.equal(a, 0), b, a),
     "arctan2": ops.arctan2,
+    "floor_divide": lambda a, b: ops.floor_divide(a, 1.0 + ops.absolute(b)),
+    "power": lambda a, b: ops.power(0.5 + ops.absolute(ops.clip(a, -2.0, 2.0)), ops.clip(b, -2.0, 2.0)),
+    "logaddexp": ops.logaddexp,
+    "hypot": ops.hypot,
+    "greater": lambda a, b: ops.cast(a > b, "float32") * a,
     "mod": lambda a, b: ops.mod(a, 1.0 + ops.absolute(b)),
 }
 OPERATIONS: dict[str, Callable[..., Any]] = {**UNARY, **BINARY}
