@@ -56,8 +56,10 @@ def _feeds_amplifier(graph: Any, tensor: str) -> bool:
 def log1p(write: Nodes, x: str) -> str:
     """log(1 + x), accurate near 0 too (Kahan's form, cf. Goldberg 1991, theorem 4)."""
     sum_ = write("Add", x, 1)
-    straight = write("Or", write("Equal", sum_, 1), write("Equal", sum_, math.inf))
-    return write("Where", straight, x, write("Mul", write("Log", sum_), write("Div", x, write("Sub", sum_, 1))))
+    more = write("Sub", sum_, 1)
+    curved = write("And", write("Greater", write("Abs", more), 0), write("Less", sum_, math.inf))
+    # The last branch keeps the sign of a zero; with `Not` before it ONNX Runtime would make it the first.
+    return write("Where", curved, write("Mul", write("Log", sum_), write("Div", x, more)), x)
 
 
 @converts("Expm1")
@@ -67,7 +69,8 @@ def expm1(write: Nodes, x: str) -> str:
     less_one = write("Sub", power, 1)
     corrected = write("Mul", less_one, write("Div", x, write("Log", power)))
     extreme = write("Or", write("Equal", less_one, -1), write("Equal", power, math.inf))
-    return write("Where", write("Equal", power, 1), x, write("Where", extreme, less_one, corrected))
+    curved = write("Where", extreme, less_one, corrected)
+    return write("Where", write("Greater", write("Abs", less_one), 0), curved, x)
 
 
 @converts("Sigmoid")

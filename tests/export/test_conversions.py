@@ -25,7 +25,7 @@ from cellserve.export.errors import ExportError
 from cellserve.export.onnx_graph.tf_trace import convert, trace
 
 INF, NAN = math.inf, math.nan
-POSITIVE = [0, 1, 0.5, 1.5, 2.5, 2, 3, 7.3, 20, 60, 88.8, 100, 127.5, 1e-30, 1e-7, 1e-3, 0.1, 0.9999999, math.pi]
+POSITIVE = [0.0, 1, 0.5, 1.5, 2.5, 2, 3, 7.3, 20, 60, 88.8, 100, 127.5, 1e-30, 1e-7, 1e-3, 0.1, 0.9999999, math.pi]
 POSITIVE += [2**24 + 1, 2.0**31, 3e9, 1e19, 1e30, 3e38, INF]
 SPECIAL = np.array([*POSITIVE, *(-value for value in POSITIVE), NAN], np.float32)
 PAIRED = SPECIAL[~np.isin(np.abs(SPECIAL), np.array([1e-30, 3e38], np.float32))]  # no subnormal quotients
