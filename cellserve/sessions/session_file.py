@@ -25,7 +25,7 @@ from safetensors.numpy import load, save
 
 from cellserve.models.signature import NAME_PATTERN
 from cellserve.service.access.private_files import create_private
-from cellserve.service.sessions.session import time_text
+from cellserve.service.sessions.session import LONGEST_ID, time_text
 from cellserve.service.sessions.stores.records import LATEST, StoredAnswer, UnreadableRecord
 from cellserve.service.validation.safetensors_header import BadHeader, read_header
 from cellserve.sessions.errors import SessionFailed, SessionsError
@@ -93,7 +93,7 @@ class SavedSession:
 class _Metadata(msgspec.Struct):
     """The metadata of a file, as input."""
 
-    session: Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f/]{1,128}\Z")]
+    session: Annotated[str, Meta(pattern=rf"^[A-Za-z0-9._~-]{{1,{LONGEST_ID}}}\Z")]
     model: Annotated[str, Meta(pattern=NAME_PATTERN)]
     version: Annotated[int, Meta(ge=1, lt=10**9)]
     digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]

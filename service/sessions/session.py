@@ -18,6 +18,7 @@ from cellserve.service.model_repository.model import Model
 # The address of the client whose request is handled, as `api.client_identity` tells it.
 peer: ContextVar[str] = ContextVar("peer", default="")
 
+LONGEST_ID = 64 + 1 + 128  # of a sequence: its model's name, a tilde, and what its client calls it
 Durable = Literal["none", "process", "disk", "store"]  # how sessions outlive the process
 
 
@@ -97,7 +98,13 @@ def current_client(owner: str) -> str:
 
 
 def key_of(owner: str, session_id: str) -> str:
-    """Returns the key of a session among those of all owners; owners' names contain no slash."""
+    """Returns the key of a session among those of all owners; neither owners' names nor ids contain a slash.
+
+    Raises:
+        UnknownSession: No session has such an id: stores, and what they remember by key, are not asked for it.
+    """
+    if len(session_id) > LONGEST_ID or "/" in session_id:
+        raise unknown_session_error()
     return f"{owner}/{session_id}" if owner else session_id
 
 

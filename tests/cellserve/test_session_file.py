@@ -38,6 +38,12 @@ def test_a_file_keeps_everything_and_others_cannot_read_it(tmp_path: Path, sessi
     assert [one.name for one in file.parent.iterdir()] == ["one.safetensors"]
 
 
+def test_the_longest_id_of_a_sequence_is_kept(tmp_path: Path) -> None:
+    file, name = tmp_path / "one.safetensors", f"{'m' * 64}~{'s' * 128}"
+    replace(SESSION, id=name).write(file)
+    assert session_file.read(file).id == name
+
+
 def test_a_file_replaces_no_other(tmp_path: Path) -> None:
     file = tmp_path / "one.safetensors"
     file.write_text("mine")
@@ -53,7 +59,8 @@ def test_a_file_replaces_no_other(tmp_path: Path) -> None:
         ({"cellserve_session": None}, "is not an exported session"),
         ({"session": "a/b"}, "session"),
         ({"session": "a\x9bb"}, "session"),
-        ({"session": "x" * 129}, "session"),
+        ({"session": "x" * 194}, "session"),
+        ({"session": "\N{PARTY POPPER}" * 128}, "session"),
         ({"creation_digest": "abc"}, "creation_digest"),
         ({"owner": "../x"}, "owner"),
         ({"position": "-1"}, "position"),

@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from tests.e2e.helpers import create
 from tests.hostile.conftest import Beside, resident_bytes
+from tests.redis_server import RedisServer
 from tests.server import Serve, Server
 
 pytestmark = pytest.mark.long
@@ -119,6 +121,27 @@ def test_a_burst_of_sequences_gives_its_memory_back(server: Server, beside: Besi
         time.sleep(4)
     assert statuses <= {200, 503}
     assert seen.grown_bytes < 100 * MB
+
+
+@pytest.mark.parametrize("kind", ["lmdb", "redis"])
+def test_ids_that_no_session_can_have_are_not_remembered(
+    serve: Serve, examples: Path, tmp_path: Path, beside: Beside, kind: str
+) -> None:
+    with ExitStack() as stack:
+        store = f"lmdb:{tmp_path}/store"
+        if kind == "redis":
+            redis = RedisServer(tmp_path)
+            stack.callback(redis.stop)
+            store = redis.url
+        server = serve("--models", str(examples), "--store", store, fresh=True)
+        with beside(server, f"100 ids of 2 MB, {kind}") as seen:
+            url = server.url.replace("http", "ws") + "/stream"
+            with connect(url, max_size=None) as stream:
+                for number in range(100):
+                    stream.send(json.dumps({"op": "attach", "session": f"{number:0{2 * MB}}"}))
+                    assert json.loads(stream.recv())["problem"]["status"] == 404
+        server.stop()
+    assert seen.grown_bytes < 60 * MB
 
 
 def test_a_socket_holds_a_window_of_bytes(server: Server, beside: Beside) -> None:
