@@ -44,6 +44,15 @@ from cellserve.service.settings import Settings
 CANNOT_START = BadKeysFile, BrokenModel, PortTaken, RuntimeUnavailable, StoreUnusable
 
 _DOCS_FILES = "static-offline-docs"
+# Swagger UI has an inline script and inline styles. No page of another site may show it in a frame: its buttons send
+# requests that change something.
+_DOCS_HEADERS = {
+    "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
 # New objects between collections, which take about a millisecond for a thousand of them; the last is out of reach: a
 # full collection would stop everyone.
 _GC_THRESHOLDS = 10_000, 1, 10_000
@@ -141,13 +150,15 @@ async def _build_routes(app: FastAPI) -> None:
 
 async def _docs(request: Request) -> Response:
     """Returns the page of the API, with relative addresses: it works under any path."""
-    return get_swagger_ui_html(
+    page = get_swagger_ui_html(
         openapi_url="openapi.json",
         title="Cellserve",
         swagger_js_url=f"{_DOCS_FILES}/swagger-ui-bundle.js",
         swagger_css_url=f"{_DOCS_FILES}/swagger-ui.css",
         swagger_favicon_url=f"{_DOCS_FILES}/favicon.png",
     )
+    page.headers.update(_DOCS_HEADERS)
+    return page
 
 
 def _operations(service: ServiceContext) -> ObservabilityMiddleware:

@@ -29,6 +29,13 @@ def test_each_file_of_the_page_has_its_type_its_etag_and_a_strict_policy(client:
     assert client.get("/ui/").status_code == client.get("/ui/..%2fapp.py").status_code == 404
 
 
+def test_no_page_of_another_site_shows_the_page_of_the_api_in_a_frame(client: httpx.Client) -> None:
+    headers = client.get("/docs").headers
+    policy = dict(rule.split(" ", 1) for rule in headers["content-security-policy"].split("; "))
+    assert policy["frame-ancestors"] == policy["form-action"] == policy["base-uri"] == "'none'"
+    assert policy["default-src"] == "'self'" and headers["x-content-type-options"] == "nosniff"
+
+
 def test_the_page_names_no_other_host_and_has_no_inline_script_or_style(client: httpx.Client) -> None:
     page = client.get("/").text
     assert all(not address.startswith(("/", "http")) for address in re.findall(r'(?:href|src)="([^"]*)"', page))
