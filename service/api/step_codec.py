@@ -73,6 +73,9 @@ def session_json(store: SessionStore, session: Session, position: int | None = N
 
 
 def labels_of(names: Sequence[str], y: Array) -> Any:
-    """Returns the name of the largest entry of the (first) output y `[n]`, or a list of those of y `[time, n]`."""
-    top = np.argmax(unpack(y)[0], axis=-1)
-    return [names[i] for i in top.tolist()] if top.ndim else names[int(top)]
+    """Returns the name of the largest entry of the (first) output y `[n]`, or nested lists of those of y `[..., n]`."""
+    return _named(names, np.argmax(unpack(y)[0], axis=-1).tolist())
+
+
+def _named(names: Sequence[str], places: Any) -> Any:
+    return names[places] if isinstance(places, int) else [_named(names, one) for one in places]

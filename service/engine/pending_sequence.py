@@ -28,7 +28,7 @@ class PendingSequence(Pending):
         engine: The model's engine.
         slots: `[1]`, the slot.
         return_states: Whether to return the final states.
-        on_done: Called within the tick with the result or the error; it must not raise.
+        on_done: Called within the tick with the result or the error, or with what it raised for the result.
     """
 
     __slots__ = ("_engine", "_return_states", "_slots")
@@ -55,7 +55,10 @@ class PendingSequence(Pending):
         arena = self._engine.arena
         states = arena.read(int(self._slots[0])) if self._return_states else None
         arena.release(self._slots)
-        self._on_done(SequenceResult(y[0], states))
+        try:
+            self._on_done(SequenceResult(y[0], states))
+        except Exception as error:  # the other work of the tick goes on
+            self._on_done(error)
         self._let_go()
 
     def set_exception(self, error: BaseException) -> None:
@@ -82,7 +85,7 @@ def start_sequence(
         x: `[time, *features]`, validated.
         return_all_outputs: Whether to return the outputs of all time steps.
         return_states: Whether to return the final states.
-        on_done: Called within the tick with the result or the error; it must not raise.
+        on_done: Called within the tick with the result or the error, or with what it raised for the result.
         client: Whose request it is.
 
     Raises:

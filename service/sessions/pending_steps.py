@@ -67,7 +67,10 @@ class _Retrying(Pending):
             self.retry.cancel()
 
     def _finish(self, outcome: Any) -> None:
-        self._on_done(self, outcome)
+        try:
+            self._on_done(self, outcome)
+        except Exception as error:  # the other work of the tick goes on
+            self._on_done(self, error)
         self._let_go()
 
 
@@ -77,7 +80,7 @@ class PendingStep(_Retrying):
     Args:
         writer: Repeats the step if the session was changed elsewhere.
         session: The session.
-        on_done: Called within the tick with this object and the result or the error; it must not raise.
+        on_done: Called within the tick with this object and the result or the error, or what it raised.
     """
 
     __slots__ = ("_session", "_writer")
@@ -118,7 +121,7 @@ class PendingBatch(_Retrying):
     Args:
         writer: Repeats the step of sessions that were changed elsewhere.
         sessions: The sessions.
-        on_done: Called within the tick with this object and the result or the error; it must not raise.
+        on_done: Called within the tick with this object and the result or the error, or what it raised.
     """
 
     __slots__ = ("_sessions", "_writer")

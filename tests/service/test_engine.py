@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cellserve.service.engine.engine import Engine
+from cellserve.service.engine.pending_sequence import start_sequence
 from cellserve.service.errors import (
     BodyTooLarge,
     InvalidInput,
@@ -111,6 +112,28 @@ def test_a_store_that_fails_at_once_fails_its_steps_and_nothing_else(
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
     assert engine.queued == 0
+
+
+def test_an_answer_that_cannot_be_made_fails_its_own_work_and_nothing_else(make: Make) -> None:
+    engine, store, writer = make()
+    told: list[Any] = []
+
+    def answer(*outcome: Any) -> None:
+        told.append(outcome[-1])
+        if not isinstance(outcome[-1], Exception):
+            raise IndexError("no such label")
+
+    async def scenario() -> None:
+        session = store.create_now(engine, None)[0]
+        assert writer.try_submit(session, drawn(1, 0), True, None, answer)
+        start_sequence(engine, drawn(1, 0), True, False, answer)
+        others = [writer.submit(store.create_now(engine, None)[0], drawn(1, 0), True) for _ in range(2)]
+        await asyncio.wait_for(asyncio.gather(*others), 30)
+
+    asyncio.run(scenario())
+    assert [type(one) for one in told if isinstance(one, Exception)] == [IndexError, IndexError]
+    assert len(told) == 4 and engine.queued == 0 and halving(engine).runs == [(4, 1)]
+    assert engine.arena.in_use == 3
 
 
 def test_a_model_that_is_not_exact_runs_one_row_and_one_step_at_a_time(make: Make) -> None:
