@@ -33,6 +33,15 @@ def test_an_error_nobody_expected_is_logged_with_the_request_s_id(caplog: pytest
     assert line("text", caplog).startswith("ERROR: POST /predict failed request_id=mine\nTraceback")
 
 
+def test_a_message_is_one_line_and_steers_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("cellserve").warning(
+        "refused: %s", "\x1b[31m\r\nINFO: mine\u2028\x9b1m\N{RIGHT-TO-LEFT OVERRIDE}é"
+    )
+    told = line("text", caplog)
+    assert told == r"WARNING: refused: \x1b[31m\r\nINFO: mine\u2028\x9b1m\u202eé"
+    assert "\n" not in line("json", caplog)
+
+
 def test_a_line_without_a_request_has_none(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("cellserve").warning("%d sessions", 3)
     assert line("text", caplog) == "WARNING: 3 sessions"
