@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 METADATA_KEY = "cellserve"
 FORMAT: Literal[1] = 1
@@ -23,6 +23,8 @@ Precision = Literal["float32", "float16", "int8"]
 Rollout = Literal["probabilities", "logits", "value"]
 Task = Literal["forecast", "classify", "text", "audio"]
 SAMPLES_BYTES = 64 * 1024  # of a model's samples as JSON, at most
+Axis = Annotated[int, Field(ge=0, lt=2**31)]
+Shape = Annotated[tuple[Axis, ...], Field(max_length=16)]  # more axes crash ONNX Runtime
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
@@ -33,12 +35,13 @@ def default_repository() -> Path:
 
 def checked_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Returns labels unchanged; raises ValueError if one is empty or repeated. Each names one entry of the output."""
-    given = tuple(labels)
+    given, before = tuple(labels), set[str]()
     for place, label in enumerate(given, 1):
         if not label:
             raise ValueError(f"label {place} of {len(given)} is empty: each entry of the output needs a name")
-        if label in given[: place - 1]:
+        if label in before:
             raise ValueError(f"the label {label!r} is repeated: each entry of the output needs its own name")
+        before.add(label)
     return given
 
 
@@ -61,7 +64,7 @@ class TensorSpec(_Frozen):
 
     name: str
     dtype: Literal["float32", "int32", "int64"] = "float32"
-    shape: tuple[int, ...]  # one time step: (16,) for [batch, time, 16]
+    shape: Shape  # one time step: (16,) for [batch, time, 16]
     bounds: tuple[int, int] | None = None  # the smallest and the largest value of an integer input
     masked: float | None = None  # value that the network's mask treats as a missing time step
 
@@ -72,8 +75,8 @@ class StateSpec(_Frozen):
     name: str
     next_name: str
     dtype: Literal["float32", "int32", "int64"] = "float32"
-    shape: tuple[int, ...]  # without the batch axis
-    batch_axis: int = 0
+    shape: Shape  # without the batch axis
+    batch_axis: Axis = 0
 
     @property
     def bytes(self) -> int:
@@ -91,9 +94,24 @@ class Signature(_Frozen):
     default_output: Literal["last", "all"] = "last"
     # The following are for models that were made elsewhere, or that cannot be stepped.
     time_axis: bool = True  # without it a run is one step: inputs and outputs are [batch, *shape]
-    batch: int | None = None  # rows per run, if the graph fixes them
+    batch: Annotated[int, Field(ge=1, lt=2**31)] | None = None  # rows per run, if the graph fixes them
     predict_only: str | None = None  # why the model cannot be stepped; whole sequences from zeros only
-    min_steps: int = 1  # shortest whole sequence; a convolution may need several time steps
+    # The shortest whole sequence: a convolution may need several time steps.
+    min_steps: Annotated[int, Field(ge=1, lt=2**31)] = 1
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Signature:
+        taken = [spec.name for specs in (self.inputs, self.states) for spec in specs]
+        returned = [*(spec.name for spec in self.outputs), *(spec.next_name for spec in self.states)]
+        if len({*taken}) < len(taken) or len({*returned}) < len(returned):
+            raise ValueError("two of its tensors have the same name")
+        return self
+
+
+def labels_misfit(signature: Signature, labels: tuple[str, ...]) -> str | None:
+    """The reason why labels cannot be those of the first output's entries; None if they can."""
+    shape = signature.outputs[0].shape if signature.outputs else ()
+    return None if shape[-1:] == (len(labels),) else f"the output has the shape {list(shape)}"
 
 
 def rollout_misfit(signature: Signature, rollout: Rollout) -> str | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cellserve.models.signature import (
@@ -18,6 +19,7 @@ from cellserve.models.signature import (
     STEP_NAME,
     ModelDocument,
     checked_name,
+    labels_misfit,
     rollout_misfit,
 )
 from cellserve.service.model_repository.errors import BrokenModel
@@ -33,6 +35,7 @@ log = logging.getLogger("cellserve")
 _MANIFEST_BYTES, _LARGEST_PROTOCOL_BUFFER = 1024 * 1024, 2**31 - 1
 _FILES = (MANIFEST_NAME, MODEL_NAME, STEP_NAME)
 
+Digests = Mapping[str, str]  # SHA-256 of each model file of a version, by the file's name
 # For each relevant file: modification time, size and inode; None if it is missing.
 Stamp = tuple[tuple[int, int, int] | None, ...]
 
@@ -44,8 +47,13 @@ class Version:
     key: VersionKey
     path: Path
     stamp: Stamp
-    digest: str = ""  # SHA-256 of the model file, from the manifest
+    digests: Digests = field(default_factory=dict)  # from the manifest; empty if it cannot be read
     refused: str = ""  # reason it cannot be served; empty if none is known
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the model file; empty if it is not known."""
+        return self.digests.get(MODEL_NAME, "")
 
 
 class Repository:
@@ -62,8 +70,8 @@ class Repository:
         self.folder, self._options, self._max_batch, self._max_bytes = folder, options, max_batch, max_bytes
         self.versions: dict[VersionKey, Version] = {}  # replaced, never mutated: any thread may read it
         self.trial = Trial()
-        self._open: dict[VersionKey, str] = {}  # digests of the open versions
-        self._opened: set[str] = set()  # digests of all versions that were ever open here
+        self._open: dict[VersionKey, Digests] = {}  # the open versions
+        self._opened: set[str] = set()  # digests of all files that were ever open here
         self._last_logged: dict[VersionKey, str] = {}  # the last reason logged for each version
 
     def scan(self, again: bool = False) -> None:
@@ -102,8 +110,9 @@ class Repository:
     def open(self, key: VersionKey, started: bool = False) -> Model:
         """Opens a version that is in the folder.
 
-        A process of its own opens it first, unless a file with its digest was open here before: what crashes ONNX
-        Runtime is refused, and does not end the server.
+        A process of its own opens it first, unless files with its digests were open here before: what crashes ONNX
+        Runtime is refused, and does not end the server. Both open the files that the manifest described at the last
+        scan: files that are replaced meanwhile are refused.
 
         Args:
             key: The version.
@@ -118,18 +127,19 @@ class Repository:
             raise BrokenModel(version.refused if version else "it is not in the folder any more")
         try:
             self._check_links(version.path)
-            if version.digest not in self._opened and started:
-                self.trial.open(key.name, version.path, self._options, self._max_batch, self._max_bytes)
-            elif version.digest not in self._opened:
-                self.trial.open_at_start(version.path, self._options, self._max_bytes)
-            model = load(key.name, version.path, self._options, self._max_batch, self._max_bytes)
+            which = version.path, self._options, self._max_batch, self._max_bytes, version.digests
+            if not self._opened.issuperset(version.digests.values()):
+                if started:
+                    self.trial.open(key.name, *which)
+                else:
+                    self.trial.open_at_start(version.path, self._options, self._max_bytes, version.digests)
+            model = load(key.name, *which)
         except BrokenModel as broken:
             self.refuse(key, str(broken))
             raise
         self._last_logged.pop(key, None)
-        self._open[key] = model.digest
-        self._opened.add(model.digest)
-        self.versions = {**self.versions, key: replace(version, digest=model.digest)}
+        self._open[key] = version.digests
+        self._opened.update(version.digests.values())
         return model
 
     def refuse(self, key: VersionKey, reason: str) -> None:
@@ -149,9 +159,11 @@ class Repository:
         opened = self._open.get(version.key)
         try:
             self._check_links(version.path)
-            digest = _read_manifest(version.path)[MODEL_NAME]
-            if opened is not None and (opened != digest or read_files(version.path, self._max_bytes)[0] != opened):
-                raise BrokenModel("the files differ from the open ones")
+            digests = _read_manifest(version.path)
+            if opened is not None:
+                read_files(version.path, self._max_bytes, opened)
+                if digests != opened:
+                    raise BrokenModel("the files differ from the open ones")
         except BrokenModel as broken:
             if opened is None:
                 return self._mark_refused(version, str(broken))
@@ -160,7 +172,7 @@ class Repository:
                 "its files were changed while it is loaded, but a version must never change. The loaded model stays in "
                 "use: restore the files, and publish the new ones under the next number",
             )
-        return replace(version, digest=digest)
+        return replace(version, digests=digests)
 
     def _check_links(self, path: Path) -> None:
         """Raises BrokenModel if a version's folder or file is a link that leads out of the repository."""
@@ -179,20 +191,25 @@ class Repository:
 
 
 def load(
-    name: str, path: Path, options: RuntimeOptions, max_batch: int, max_bytes: int = _LARGEST_PROTOCOL_BUFFER
+    name: str,
+    path: Path,
+    options: RuntimeOptions,
+    max_batch: int,
+    max_bytes: int = _LARGEST_PROTOCOL_BUFFER,
+    digests: Digests | None = None,
 ) -> Model:
-    """Checks the files of one version and opens it.
+    """Checks the files of one version and opens it; `digests` are those of `read_files`.
 
     Raises:
         BrokenModel: A file is missing, is not the one that was exported, or cannot be served.
     """
-    digest, files = read_files(path, max_bytes)
+    digest, files = read_files(path, max_bytes, digests)
     try:
         for file, content in files.items():
             try:
                 scanned = validate(content)
                 if file == MODEL_NAME:
-                    _check_rollout(parse_document(scanned.metadata))
+                    _check_document(parse_document(scanned.metadata))
             except (BadModelFile, RuntimeUnavailable) as bad:
                 raise BrokenModel(f"{file}: {bad}") from None
         runtime = Runtime(files[MODEL_NAME], options, files.get(STEP_NAME))
@@ -217,7 +234,10 @@ def load(
     return model
 
 
-def _check_rollout(document: ModelDocument) -> None:
+def _check_document(document: ModelDocument) -> None:
+    misfit = None if document.labels is None else labels_misfit(document.signature, document.labels)
+    if misfit is not None:
+        raise BrokenModel(f"{MODEL_NAME}: it has {len(document.labels or ())} labels, but {misfit}")
     misfit = None if document.rollout is None else rollout_misfit(document.signature, document.rollout)
     if misfit is not None:
         raise BrokenModel(f"{MODEL_NAME}: it declares rollout {document.rollout!r}, but {misfit}")
@@ -228,10 +248,21 @@ def run_failure(error: Exception) -> str:
     return f"it cannot be run: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
-def read_files(path: Path, max_bytes: int) -> tuple[str, dict[str, bytes]]:
-    """Reads the files of one version and verifies their digests; returns the model's digest and the files."""
-    digests, files = _read_manifest(path), {}
-    for file in digests.keys() & {MODEL_NAME, STEP_NAME}:
+def read_files(path: Path, max_bytes: int, digests: Digests | None = None) -> tuple[str, dict[str, bytes]]:
+    """Reads the files of one version and verifies their digests; returns the model's digest and the files.
+
+    Args:
+        path: The version's folder.
+        max_bytes: Size of a file, at most.
+        digests: What its manifest said when it was read before; None reads it now.
+
+    Raises:
+        BrokenModel: A file cannot be read, or is another.
+    """
+    if digests is None:
+        digests = _read_manifest(path)
+    files = {}
+    for file in digests:
         files[file] = _read_file(path / file, max_bytes)
         if hashlib.sha256(files[file]).hexdigest() != digests[file]:
             raise BrokenModel(
@@ -240,17 +271,17 @@ def read_files(path: Path, max_bytes: int) -> tuple[str, dict[str, bytes]]:
     return digests[MODEL_NAME], files
 
 
-def _read_manifest(path: Path) -> dict[str, str]:
-    """Reads the SHA-256 of each file from the manifest."""
+def _read_manifest(path: Path) -> Digests:
+    """Reads the SHA-256 of each model file from the manifest."""
     try:
-        digests: dict[str, str] = json.loads(_read_file(path / MANIFEST_NAME, _MANIFEST_BYTES))["files"]
+        digests: Digests = json.loads(_read_file(path / MANIFEST_NAME, _MANIFEST_BYTES))["files"]
         if not all(isinstance(digest, str) for digest in digests.values()):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BrokenModel(f'{MANIFEST_NAME} is not {{"files": {{NAME: SHA-256}}}}') from None
     if MODEL_NAME not in digests:
         raise BrokenModel(f"its {MANIFEST_NAME} does not list {MODEL_NAME}")
-    return digests
+    return {file: digests[file] for file in (MODEL_NAME, STEP_NAME) if file in digests}
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
@@ -286,10 +317,14 @@ def _list_versions(folder: Path) -> Iterator[tuple[VersionKey, Path]]:
     for home in folder.iterdir():
         try:
             checked_name(home.name)
-            numbers = [
-                entry.name for entry in os.scandir(home) if re.fullmatch(VERSION_NUMBER, entry.name) and entry.is_dir()
-            ]
+            entries = [entry for entry in os.scandir(home) if re.fullmatch(VERSION_NUMBER, entry.name)]
         except (ValueError, NotADirectoryError, FileNotFoundError):
             continue
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # a link to itself
+                continue
+            raise
+        # A link that leads nowhere is a version that is refused: it does not keep the others from being seen.
+        numbers = [entry.name for entry in entries if entry.is_symlink() or entry.is_dir()]
         for number in numbers:
             yield VersionKey(home.name, int(number)), home / number

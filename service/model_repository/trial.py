@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,15 @@ class Trial:
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
 
-    def open(self, name: str, path: Path, options: RuntimeOptions, max_batch: int, max_bytes: int) -> None:
+    def open(
+        self,
+        name: str,
+        path: Path,
+        options: RuntimeOptions,
+        max_batch: int,
+        max_bytes: int,
+        digests: Mapping[str, str],
+    ) -> None:
         """Returns if opening a version and running it will not crash; while others are served.
 
         Raises:
@@ -48,7 +57,7 @@ class Trial:
                 stderr=subprocess.DEVNULL,
             )
         try:
-            process.communicate(pickle.dumps((name, path, options, max_batch, max_bytes)), _SECONDS)
+            process.communicate(pickle.dumps((name, path, options, max_batch, max_bytes, digests)), _SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -59,7 +68,7 @@ class Trial:
             raise Stopping
         _judge(process.returncode)
 
-    def open_at_start(self, path: Path, options: RuntimeOptions, max_bytes: int) -> None:
+    def open_at_start(self, path: Path, options: RuntimeOptions, max_bytes: int, digests: Mapping[str, str]) -> None:
         """Returns if opening a version will not crash; before anything is served.
 
         Raises:
@@ -74,7 +83,7 @@ class Trial:
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(_SECONDS)
-            _open(path, replace(options, provider="cpu"), max_bytes)  # a copy cannot use CUDA
+            _open(path, replace(options, provider="cpu"), max_bytes, digests)  # a copy cannot use CUDA
         finally:
             os._exit(0)
 
@@ -92,11 +101,11 @@ def _judge(exit_code: int) -> None:
         raise BrokenModel(f"ONNX Runtime crashed ({how}) in a process that tried to open it")
 
 
-def _open(path: Path, options: RuntimeOptions, max_bytes: int) -> None:
+def _open(path: Path, options: RuntimeOptions, max_bytes: int, digests: Mapping[str, str]) -> None:
     # Here and not above: the repository imports this module.
     from cellserve.service.model_repository.repository import read_files
 
-    _, files = read_files(path, max_bytes)
+    _, files = read_files(path, max_bytes, digests)
     Runtime(files[MODEL_NAME], options, files.get(STEP_NAME))
 
 

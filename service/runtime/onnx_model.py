@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from cellserve.models.signature import METADATA_KEY, ModelDocument, Signature
 from cellserve.service.runtime.float16 import CannotConvert, in_float16
@@ -289,12 +289,13 @@ def parse_document(metadata: Mapping[str, str]) -> ModelDocument:
             f"the file has no {METADATA_KEY!r} metadata, so `cellserve export` did not make it: export the Keras model"
         )
     try:
-        return ModelDocument.model_validate(json.loads(text))
+        # Of json's parsers one that refuses lone surrogates, with which nothing could be answered.
+        return ModelDocument.model_validate(from_json(text))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise RuntimeUnavailable(
             f"the file's {METADATA_KEY!r} metadata does not fit this service: {place}: {first['msg']}"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RuntimeUnavailable(f"the file's {METADATA_KEY!r} metadata is damaged: {error}") from None

@@ -11,13 +11,15 @@ import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import helper
 
-from cellserve.models.signature import MANIFEST_NAME, METADATA_KEY, MODEL_NAME
+from cellserve.export.publish import repository_writer
+from cellserve.models.signature import MANIFEST_NAME, METADATA_KEY, MODEL_NAME, STEP_NAME
 from cellserve.service.errors import Problem, RepositoryUnusable, ServerFull, UnknownModel, VersionLoading
 from cellserve.service.model_repository.errors import BrokenModel, Stopping
 from cellserve.service.model_repository.model import VersionKey
@@ -41,9 +43,34 @@ def metadata_of(text: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
-def rolling_out(proto: onnx.ModelProto) -> None:
-    entry = next(entry for entry in proto.metadata_props if entry.key == METADATA_KEY)
-    entry.value = json.dumps({**json.loads(entry.value), "rollout": "logits"})
+def telling(change: Callable[[dict[str, Any]], object]) -> Callable[[onnx.ModelProto], None]:
+    """Changes what the file says about its model."""
+
+    def tell(proto: onnx.ModelProto) -> None:
+        [entry] = [entry for entry in proto.metadata_props if entry.key == METADATA_KEY]
+        document = json.loads(entry.value)
+        change(document)
+        entry.value = json.dumps(document)
+
+    return tell
+
+
+rolling_out = telling(lambda document: document.update(rollout="logits"))
+
+
+def labelled(count: int) -> Callable[[onnx.ModelProto], None]:
+    return telling(lambda document: document.update(labels=[str(number) for number in range(count)]))
+
+
+def declaring(**what: Any) -> Callable[[onnx.ModelProto], None]:
+    return telling(lambda document: document["signature"].update(what))
+
+
+def with_state(**what: Any) -> Callable[[onnx.ModelProto], None]:
+    return telling(lambda document: document["signature"]["states"][0].update(what))
+
+
+with_state_twice = telling(lambda document: document["signature"]["states"].append(document["signature"]["states"][0]))
 
 
 def renamed_input(proto: onnx.ModelProto) -> None:
@@ -71,6 +98,15 @@ def unknown_operator(proto: onnx.ModelProto) -> None:
         (lambda model: changed(model, metadata_of("{")), "metadata is damaged"),
         (lambda model: changed(model, metadata_of("{}")), "name"),
         (lambda model: changed(model, metadata_of("[" * 100_000)), "metadata is damaged"),
+        (lambda model: changed(model, metadata_of(r'{"name": "\ud800"}')), "metadata is damaged"),
+        (lambda model: changed(model, labelled(1)), "it has 1 labels, but the output has the shape [3]"),
+        (lambda model: changed(model, labelled(0)), "it has 0 labels, but the output has the shape [3]"),
+        (lambda model: changed(model, declaring(min_steps=-5)), "signature.min_steps"),
+        (lambda model: changed(model, declaring(batch=0)), "signature.batch"),
+        (lambda model: changed(model, with_state(shape=[1] * 100)), "signature.states.0.shape"),
+        (lambda model: changed(model, with_state(shape=[2**40])), "signature.states.0.shape.0"),
+        (lambda model: changed(model, with_state(batch_axis=-1)), "signature.states.0.batch_axis"),
+        (lambda model: changed(model, with_state_twice), "two of its tensors have the same name"),
         (lambda model: changed(model, rolling_out), "it declares rollout 'logits'"),
         (lambda model: changed(model, renamed_input), "signature"),
         (lambda model: changed(model, custom), "custom.ops.Steal"),
@@ -153,6 +189,15 @@ def test_what_is_not_named_as_a_version_is_passed_over(models: Path) -> None:
     (models / "rnn/3").write_text("")
     assert Served(models).states() == {1: "serving"}
     assert set(Served(models).versions.states()) == {"rnn"}
+
+
+def test_a_link_to_itself_does_not_keep_other_versions_from_being_served(models: Path) -> None:
+    served = Served(models)
+    add_version(models, "rnn", 2)
+    (models / "rnn/3").symlink_to("3")
+    (models / "itself").symlink_to("itself")
+    served.reload()
+    assert served.states() == {1: "loaded", 2: "serving", 3: "refused"}
 
 
 def test_a_folder_that_is_away_changes_nothing(models: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -492,6 +537,32 @@ def test_a_version_that_crashes_onnx_runtime_is_refused_and_the_one_before_it_se
     add_version(models, "rnn", 3)
     served.reload()
     assert served.serving() == {"rnn": 3}
+
+
+def test_a_graph_for_single_steps_that_crashes_beside_a_known_model_is_refused(models: Path) -> None:
+    served = Served(models, tried_first=True)
+    model = (models / "rnn/1" / MODEL_NAME).read_bytes()
+    step = crashing(models / "rnn/1" / MODEL_NAME)
+    repository_writer.write(models, "rnn", 2, {MODEL_NAME: model, STEP_NAME: step})
+    served.reload()
+    assert "crashed (SIGFPE)" in served.state(2).reason and served.serving() == {"rnn": 1}
+
+
+@pytest.mark.parametrize("name", ["rnn", "other"])
+def test_files_that_are_replaced_after_the_scan_are_not_opened(models: Path, name: str) -> None:
+    """Neither those of a version that looked like one that was open before, nor those that a process has tried."""
+    served = Served(models, tried_first=True)
+    repository, key = served.versions.repository, VersionKey(name, 2)
+    good = models / "rnn/1" / MODEL_NAME
+    add_version(models, name, 2, good.read_bytes())
+    repository.scan()
+    shutil.rmtree(models / name / "2")
+    add_version(models, name, 2, crashing(good))
+    with pytest.raises(BrokenModel, match="does not match"):
+        repository.open(key, started=True)
+    repository.scan()
+    with pytest.raises(BrokenModel, match="SIGFPE"):
+        repository.open(key, started=True)
 
 
 def test_a_version_that_is_tried_does_not_keep_a_server_from_stopping(models: Path) -> None:
