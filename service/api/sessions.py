@@ -44,7 +44,7 @@ Array = NDArray[Any]
 
 _LARGEST_PAGE = 1000
 _SMALL_BODY = 4096  # bytes of a request that holds no tensors, at most
-_PAGE = r"[0-9]{1,9}\.[0-9]{1,320}"
+_PAGE = r"[0-9]{1,9}\.[0-9]{1,1250}"  # with LMDB the number holds a key of up to 511 bytes
 
 
 class ResetRequest(msgspec.Struct, forbid_unknown_fields=True):

@@ -20,7 +20,7 @@ import pytest
 from tests.e2e.helpers import create, frames, problem_kind
 from tests.e2e.test_replicas import SECONDS, through_chaos
 from tests.fork_server import run
-from tests.helpers import free_port, until
+from tests.helpers import FEATURES, free_port, until
 from tests.server import Serve
 
 
@@ -232,3 +232,19 @@ def refusal(*flags: str) -> str:
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("INFO")]
     assert line.startswith("cellserve serve: --store: ")
     return line
+
+
+def test_pages_go_on_after_the_longest_ids(repository: Path, serve: Serve, tmp_path: Path) -> None:
+    server = serve("--models", str(repository), "--store", f"lmdb:{tmp_path / 'store'}")
+    tensor = {"name": "x", "shape": [1, FEATURES], "datatype": "FP32", "data": frames(1)[0]}
+    names = [f"{number:0128}" for number in range(3)]
+    with server.client() as client:
+        for name in names:
+            body = {"inputs": [tensor], "parameters": {"sequence_id": name, "sequence_start": True}}
+            assert client.post("/v2/models/decaying/infer", json=body).status_code == 200
+        found, after = [], "0.0"
+        while after is not None:
+            page = client.get("/sessions", params={"limit": 1, "after": after}).json()
+            found += [one["session"] for one in page["sessions"]]
+            after = page["next"]
+    assert found == [f"decaying~{name}" for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a byte": lambda record: b"x",
     "cut in its header": lambda record: record[:40],
     "cut in its states": lambda record: record[:100],
+    "a position that is none": lambda record: b"\xff" * 8 + record[8:],
     "a time that is none": lambda record: record[:44] + b"\xff" * 8 + record[52:],
     "a model that is not there": lambda record: record[:52] + b"\x09" + record[53:],
 }
@@ -72,6 +74,44 @@ def test_a_damaged_record_is_one_sessions_error(tmp_path: Path, what: str) -> No
         assert await client.load("sound") == TombstoneRecord("expired", 4)
         assert await client.replace("left", record(0), ROOM) is WriteOutcome.WRITTEN
         assert await client.count() == (1, 2 if what == "a model that is not there" else 1)
+        await client.close()
+
+    asyncio.run(live())
+
+
+def test_what_is_no_entry_of_an_index_or_no_key_harms_no_session(tmp_path: Path) -> None:
+    async def live() -> None:
+        clock = Clock()
+        client = LmdbClient(Folder(tmp_path / "store", MAP, False, 1000), 3600, 3600, MAP, clock)
+        sound = record(1)
+        assert await client.create("sound", sound, ROOM) is WriteOutcome.WRITTEN
+        records = client._shards[0]
+        clients = records._clients
+        whole = records.environment.run(
+            lambda transaction: bytes(transaction.get(b"/sound", b"", db=records._sessions))
+        )
+        junk = [(records._sessions, key, whole) for key in (b"/\xff", b"\xff\xff", b"/" + b"k" * 400)]
+        junk += [(index, key, b"") for index in (records._deadlines, records._forgetting) for key in (b"\0", bytes(8))]
+        junk += [(records._deadlines, struct.pack(">d", 1.0) + b"/\xff", b"")]
+        tombstones = {
+            "cut": b"x",
+            "unknown": struct.pack("<dQB", 1e12, 5, 200),
+            "far": struct.pack("<dQB", 1e12, 1 << 63, 0),
+        }
+        junk += [(records._tombstones, to_key(name), value) for name, value in tombstones.items()]
+        junk += [(clients._totals, b"/" + ROOM.client.encode(), b"x")]
+        records.environment.run(lambda transaction: [transaction.put(key, value, db=db) for db, key, value in junk])
+        assert await client.load("sound") == sound
+        found, _ = await client.page("", 0, 10)
+        assert [type(one) for one in found] == [SessionSummary, SessionSummary, UnreadableRecord]
+        for name in tombstones:
+            assert await client.load(name) is None
+            assert await client.create(name, record(2), ROOM) is WriteOutcome.WRITTEN
+        for key in {await client.longest_idle(), await client.longest_idle(ROOM.client)}:
+            assert key is not None and await client.end(key, "evicted") is WriteOutcome.WRITTEN
+        clock.now += 5000
+        client.keep_house()
+        assert await client.load("far") == TombstoneRecord("expired", 2)
         await client.close()
 
     asyncio.run(live())

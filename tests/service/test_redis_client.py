@@ -28,6 +28,7 @@ from cellserve.service.sessions.stores.records import (
     WriteOutcome,
 )
 from cellserve.service.sessions.stores.redis_client import RedisClient
+from cellserve.service.sessions.stores.redis_reader import RedisReader
 from cellserve.service.settings import Settings
 from tests.helpers import ROOT, free_port, until
 from tests.redis_server import RedisServer
@@ -225,6 +226,21 @@ def test_a_page_costs_what_its_owner_has_and_a_session_is_on_one_page(clean: Red
         """Commands that Redis has processed, those that scripts call left out."""
         (line,) = (line for line in clean.ask("INFO stats").splitlines() if "total_commands_processed" in line)
         return int(line.partition(":")[2])
+
+    with_client(clean.url, work)
+
+
+def test_a_name_that_is_no_text_is_left_out_of_lists(clean: RedisServer) -> None:
+    async def work(client: RedisClient) -> None:
+        assert await client.create("alice/sound", record(), room(10)) is WriteOutcome.WRITTEN
+        index = f"cellserve:{{{scripts.INDEX}}}:of:alice"
+        for name in (index, scripts.INDEX):
+            clean.ask(f'ZADD {name} 9999999999 "alice/\\xff\\xfe"')
+        found, _ = await client.page("alice", 0, 10)
+        assert [one.id for one in found if isinstance(one, SessionSummary)] == ["sound"] and len(found) == 1
+        reader = RedisReader(clean.url, 5)
+        assert [one.key async for one in reader.sessions()] == ["alice/sound"]
+        await reader.close()
 
     with_client(clean.url, work)
 

@@ -21,6 +21,7 @@ _ANSWER = struct.Struct("<32sQQB")
 _PACKED_STAMP = struct.Struct("<Q16s")
 _REVISION_BYTES = 16
 _DIGITS = 18  # of a position, at most
+POSITIONS = 10**_DIGITS
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _STAMP = re.compile(rb"([0-9]{1,%d}) (.{%d})" % (_DIGITS, _REVISION_BYTES), re.DOTALL)
 LATEST = 1e11  # seconds since the epoch, for the times of creation that are read: in the year 5138
@@ -105,7 +106,7 @@ class StoredAnswer:
         if len(content) < _ANSWER.size:
             raise UnreadableRecord("its last answer is cut off")
         digest, position, position_after, kind = _ANSWER.unpack_from(content)
-        if kind not in (cls.NOTHING, cls.ANSWER, cls.BEFORE) or max(position, position_after) >= 10**_DIGITS:
+        if kind not in (cls.NOTHING, cls.ANSWER, cls.BEFORE) or max(position, position_after) >= POSITIONS:
             raise UnreadableRecord("its last answer is damaged")
         return cls(digest, position, position_after, kind, content[_ANSWER.size :])
 

@@ -351,4 +351,5 @@ def _keys(reply: Any) -> list[str]:
 
 def _listed(replies: list[Any]) -> tuple[list[str], int]:
     keys, after = checked(replies[0])
-    return _keys(keys), int(after)
+    # What is not a text is no session's key: it is looked for, not found, and so left out.
+    return [member.decode(errors="replace") for member in keys], int(after)

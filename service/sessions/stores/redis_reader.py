@@ -110,4 +110,4 @@ def _read_page(replies: list[Any]) -> list[tuple[str, float]]:
     """Returns sessions and their deadlines, which come in pairs or not, by the version of the protocol."""
     reply = checked(replies[0])
     pairs = reply if reply and not isinstance(reply[0], bytes) else zip(reply[::2], reply[1::2], strict=True)
-    return [(key.decode(), float(deadline)) for key, deadline in pairs]
+    return [(key.decode(errors="replace"), float(deadline)) for key, deadline in pairs]  # no such session is found

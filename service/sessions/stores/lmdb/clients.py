@@ -35,7 +35,7 @@ class ClientIndex:
     def total(self, transaction: lmdb.Transaction, client: bytes) -> tuple[int, int]:
         """Returns how many sessions a client has made, and the bytes of their states."""
         value = transaction.get(b"/" + client, db=self._totals)  # keys are not empty
-        return (0, 0) if value is None else _TOTAL.unpack(value)
+        return (0, 0) if value is None or len(value) != _TOTAL.size else _TOTAL.unpack(value)
 
     def keys(self, transaction: lmdb.Transaction, client: bytes) -> Iterator[bytes]:
         """Iterates over the keys of a client's sessions."""

@@ -7,7 +7,7 @@ import struct
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from cellserve.service.sessions.stores.records import LATEST, UnreadableRecord, VersionStamp
+from cellserve.service.sessions.stores.records import LATEST, POSITIONS, UnreadableRecord, VersionStamp
 
 _HEADER = struct.Struct("<24sdIddIBB")
 HEADER_BYTES = _HEADER.size
@@ -33,7 +33,8 @@ class Header(NamedTuple):
         if len(record) >= HEADER_BYTES:
             header = cls._make(_HEADER.unpack_from(record))
             size = HEADER_BYTES + header.origin_bytes + header.client_bytes + header.state_bytes
-            if size <= len(record) and 0 <= header.created_at < LATEST and math.isfinite(header.deadline):
+            times = 0 <= header.created_at < LATEST and math.isfinite(header.deadline)
+            if size <= len(record) and times and header.position < POSITIONS:
                 return header
         raise UnreadableRecord("its header is damaged")
 
@@ -80,9 +81,9 @@ def stamp_and_deadline(record: Any) -> tuple[bytes, float]:
 @lru_cache(16384)  # one of a session in use is made once
 def to_key(key: str) -> bytes:
     """Returns the key in the store of a session: its owner, which may be empty, a slash, and its id."""
-    return (key if "/" in key else f"/{key}").encode()
+    return (key if "/" in key else f"/{key}").encode(errors="surrogateescape")
 
 
 def from_key(key: bytes) -> str:
-    """Returns the key of which `to_key` makes this one."""
-    return key.decode().removeprefix("/")
+    """Returns the key of which `to_key` makes this one, whatever bytes it has."""
+    return key.decode(errors="surrogateescape").removeprefix("/")

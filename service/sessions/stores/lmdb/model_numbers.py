@@ -41,7 +41,7 @@ class ModelNumbers:
         name = f"{session.model}\0{session.version}\0{session.digest}".encode()
         key = name[-64:] + name[:-64][:400]  # the digest first: a key has 511 bytes at most
         value = transaction.get(key, db=self._models)
-        if value is not None:
+        if value is not None and len(value) == _NUMBER.size:
             return int(_NUMBER.unpack(value)[0])
         number = transaction.stat(self._models)["entries"] // 2
         transaction.put(key, _NUMBER.pack(number), db=self._models)

@@ -6,6 +6,7 @@ next, and is moved on if the session was used meanwhile. Times are seconds since
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from cellserve.service.sessions.stores.lmdb.header import (
 )
 from cellserve.service.sessions.stores.lmdb.model_numbers import ModelNumbers
 from cellserve.service.sessions.stores.records import (
+    POSITIONS,
     ConditionalWrites,
     SessionRecord,
     StoredAnswer,
@@ -122,6 +124,8 @@ class Records:
                 try:
                     header = Header.read(cursor.value())
                     name, version, _ = self._models.model(transaction, header.model)
+                    if not _is_text(key):
+                        raise UnreadableRecord("its id is not a text")
                 except UnreadableRecord as error:
                     found.append(ListedRecord(key, unreadable=error))
                 else:
@@ -147,7 +151,7 @@ class Records:
         with self.environment.read() as transaction:
             for index in (self._deadlines, self._forgetting):
                 with transaction.cursor(db=index) as cursor:
-                    if cursor.first() and _TIME.unpack_from(cursor.key())[0] <= now:
+                    if cursor.first() and _due_at(cursor.key()) <= now:
                         return True
         return False
 
@@ -250,6 +254,8 @@ class Records:
         if deadline <= now:
             return WriteOutcome.GONE
         at = VersionStamp.unpack(stamp).position if stamp else None
+        if at is not None and at >= POSITIONS:
+            at = None  # the record is damaged
         if position is not None and position != at:
             return WriteOutcome.CONFLICT
         self._bury(transaction, key, reason, at or 0, now)
@@ -279,8 +285,8 @@ class Records:
                 break
             at, key = entry
             transaction.delete(_TIME.pack(at) + key, db=self._forgetting)
-            tombstone = transaction.get(key, db=self._tombstones)
-            if tombstone is not None and _TOMBSTONE.unpack(tombstone)[0] == at:
+            tombstone = _read_tombstone(transaction.get(key, db=self._tombstones))
+            if tombstone is not None and tombstone[0] == at:
                 transaction.delete(key, db=self._tombstones)
         return expired
 
@@ -313,13 +319,15 @@ class Records:
             return self._clients.total(transaction, client.encode())
 
     def _first(self, transaction: lmdb.Transaction, index: Any, now: float) -> tuple[float, bytes] | None:
-        """Returns the first entry of an index if it is due: its time and key."""
+        """Returns the first entry of an index if it is due: its time and key. What is no entry is removed."""
         with transaction.cursor(db=index) as cursor:
-            if not cursor.first():
-                return None
-            entry = bytes(cursor.key())
-        (at,) = _TIME.unpack_from(entry)
-        return (at, entry[_TIME.size :]) if at <= now else None
+            while cursor.first():
+                entry = bytes(cursor.key())
+                at = _due_at(entry)
+                if at != -math.inf:
+                    return (at, entry[_TIME.size :]) if at <= now else None
+                cursor.delete()
+        return None
 
     def _move_entry(self, transaction: lmdb.Transaction, at: float, key: bytes) -> tuple[int, float] | None:
         """Moves an entry of the index to its session's deadline; returns the session's position and deadline.
@@ -355,11 +363,31 @@ class Records:
         transaction.put(_TIME.pack(until) + key, b"", db=self._forgetting)
 
     def _tombstone(self, transaction: lmdb.Transaction, key: bytes, now: float) -> TombstoneRecord | None:
-        value = transaction.get(key, db=self._tombstones)
-        if value is None:
+        tombstone = _read_tombstone(transaction.get(key, db=self._tombstones))
+        if tombstone is None or not tombstone[0] > now:
             return None
-        until, position, reason = _TOMBSTONE.unpack(value)
-        return TombstoneRecord(_REASONS[reason], position) if until > now else None
+        return TombstoneRecord(_REASONS[tombstone[2]], tombstone[1])
+
+
+def _read_tombstone(value: Any) -> tuple[float, int, int] | None:
+    """Decodes a tombstone: when it is forgotten, the position, and the reason's number; None if it is not one."""
+    if value is None or len(value) != _TOMBSTONE.size:
+        return None
+    until, position, reason = _TOMBSTONE.unpack(value)
+    return (until, position, reason) if position < POSITIONS and reason < len(_REASONS) else None
+
+
+def _due_at(entry: Any) -> float:
+    """Returns the time of an entry in an index; minus infinity if it is no entry."""
+    return float(_TIME.unpack_from(entry)[0]) if len(entry) > _TIME.size else -math.inf
+
+
+def _is_text(key: bytes) -> bool:
+    try:
+        key.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _header(record: Any) -> Header | None:
