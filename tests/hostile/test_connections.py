@@ -173,13 +173,19 @@ def test_floods_of_frames_take_turns(server: Server, beside: Beside, begin: byte
         b"X: " + b"x" * 9000 + b"\r\n",
         b"Transfer-Encoding: chunked\r\n",
         b"X: \xff\x01\r\n",
+        b"Origin: http://x\r\n" * 2,
+        b"Sec-WebSocket-Version: 13\r\n",
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
     ],
 )
-def test_wrong_handshakes_are_answered_and_closed(server: Server, lines: bytes) -> None:
+def test_wrong_handshakes_are_answered_and_closed(serve: Serve, examples: Path, lines: bytes) -> None:
+    server = serve("--models", str(examples))
     handshake = HANDSHAKE if lines else HANDSHAKE.replace(b"Sec-WebSocket-Key", b"X-Key")
     with connected(server) as connection:
         connection.sendall(handshake + lines + b"Connection: close\r\n\r\n")
         assert statuses(rest(connection))[0] in (400, 426)
+    assert server.stop() == 0
+    assert "Traceback" not in "".join(server.log)
 
 
 STRICT = {

@@ -99,7 +99,7 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         super().connection_lost(exc)
         # They refer to what refers to them: a cycle, which only the garbage collector frees.
         self.conn.parser.close()
-        if self.handshake_initiated:
+        if hasattr(self, "scope"):  # a handshake that was refused has none
             self.scope["extensions"].pop(FRAMES_EXTENSION, None)
 
     def shutdown(self) -> None:
