@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import signal
 import socket
 import threading
 import time
@@ -226,6 +227,27 @@ def test_a_page_costs_what_its_owner_has_and_a_session_is_on_one_page(clean: Red
         """Commands that Redis has processed, those that scripts call left out."""
         (line,) = (line for line in clean.ask("INFO stats").splitlines() if "total_commands_processed" in line)
         return int(line.partition(":")[2])
+
+    with_client(clean.url, work)
+
+
+def test_more_calls_than_connections_wait_for_one(clean: RedisServer) -> None:
+    """Whoever sends many requests while Redis is slow takes it from nobody else."""
+
+    async def work(client: RedisClient) -> None:
+        await client.create("sound", record(), room(10))
+        clean.process.send_signal(signal.SIGSTOP)
+        try:
+            calls = [asyncio.create_task(client.load(f"{number}")) for number in range(500)]
+            others = asyncio.create_task(client.load("sound"))
+            await asyncio.sleep(0.5)
+        finally:
+            clean.process.send_signal(signal.SIGCONT)
+        assert await asyncio.gather(*calls) == [None] * 500
+        assert await others is not None
+        assert sum(client.errors.values()) == 0
+        (line,) = (line for line in clean.ask("INFO clients").splitlines() if "connected_clients" in line)
+        assert int(line.partition(":")[2]) < 80
 
     with_client(clean.url, work)
 
