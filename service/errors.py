@@ -25,6 +25,13 @@ def excerpt(text: str, most: int = _LONGEST_EXCERPT) -> str:
     return cut if cut.isascii() else cut.encode(errors="replace").decode()
 
 
+def printable(text: str) -> str:
+    """Returns text from elsewhere for a terminal or a log: what would steer it, or end the line, is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 def listed(names: Iterable[str]) -> str:
     """Returns names of a request for a message, as a Python list of the first few: `['a', 'b', ...]`."""
     given = list(names)

@@ -259,6 +259,6 @@ def _print_json(document: Any) -> None:
 
 
 def _complain(message: str) -> None:
-    from cellserve.sessions.tables import printable
+    from cellserve.service.errors import printable
 
     print(f"cellserve sessions: {printable(message)}", file=sys.stderr)

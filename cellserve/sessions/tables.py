@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from cellserve.service.errors import printable
 from cellserve.service.sessions.session import time_text
 from cellserve.sessions.place import Found, Listed
 
@@ -99,11 +100,6 @@ def tables_of(document: dict[str, Any]) -> tuple[Table, Table]:
         numbers = [f"{state[one]:.6g}" if one in state else "" for one in ("min", "mean", "max")]
         states.add_row(_text(name), state["dtype"], Text(str(state["shape"])), *numbers)
     return about, states
-
-
-def printable(text: str) -> str:
-    """Returns text from elsewhere for a terminal: what would steer the terminal is escaped."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _text(text: str) -> Text:

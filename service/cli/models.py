@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cellserve.service.errors import printable
+
 if TYPE_CHECKING:
     from cellserve.models.signature import StateSpec, TensorSpec
     from cellserve.service.model_repository.model import Model
@@ -82,19 +84,20 @@ def _table(models: Iterable[Model]) -> Table:
         table.add_column(heading, overflow="fold")
     for model in models:
         document, signature = model.document, model.document.signature
-        table.add_row(
+        cells = (
             model.name,
             str(model.version),
             _specs(signature.inputs),
             _specs(signature.outputs),
             _specs(signature.states) if signature.predict_only is None else "whole sequences only",
-            escape(document.form),
+            document.form,
             document.precision,
             f"yes, {model.exactness.shapes}" if model.exactness.proved else "no",
             ", ".join(f"{metric} {value:.4g}" for metric, value in document.metrics.items()),
         )
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     return table
 
 
 def _specs(specs: Sequence[TensorSpec | StateSpec]) -> str:
-    return escape(", ".join(f"{spec.name} {list(spec.shape)}" for spec in specs))
+    return ", ".join(f"{spec.name} {list(spec.shape)}" for spec in specs)

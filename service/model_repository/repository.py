@@ -22,6 +22,7 @@ from cellserve.models.signature import (
     labels_misfit,
     rollout_misfit,
 )
+from cellserve.service.errors import printable
 from cellserve.service.model_repository.errors import BrokenModel
 from cellserve.service.model_repository.model import VERSION_NUMBER, Model, VersionKey
 from cellserve.service.model_repository.trial import Trial
@@ -183,6 +184,7 @@ class Repository:
                 raise BrokenModel(f"{name} is a link that leads out of the folder of models: copy the files there")
 
     def _mark_refused(self, version: Version, reason: str) -> Version:
+        reason = printable(reason)  # it may repeat what stands in a file
         if self._last_logged.get(version.key) != reason:  # logged once, not on each scan
             self._last_logged[version.key] = reason
             is_open = version.key in self._open

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 from datetime import UTC, datetime
 
 import orjson
 
+from cellserve.service.errors import printable
 from cellserve.service.settings import LogFormat
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def configure(form: LogFormat) -> None:
@@ -31,9 +29,7 @@ class _Text(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
         more = (f" {name}={value}" for name, value in fields.items() if name in ("request_id", "owner") and value)
-        message = super().formatMessage(record) + "".join(more)
-        # A line is a line, and steers no terminal, whatever is told of a model's file, say.
-        return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), message)
+        return printable(super().formatMessage(record) + "".join(more))
 
 
 class _Json(logging.Formatter):

@@ -7,8 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
+from cellserve.service.errors import printable
 from cellserve.sessions.place import Listed
-from cellserve.sessions.tables import printable, table_of
+from cellserve.sessions.tables import table_of
 
 
 @pytest.mark.parametrize(
