@@ -97,7 +97,7 @@ class _Metadata(msgspec.Struct):
     model: Annotated[str, Meta(pattern=NAME_PATTERN)]
     version: Annotated[int, Meta(ge=1, lt=10**9)]
     digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-    position: Annotated[int, Meta(ge=0, lt=10**18)]
+    position: Annotated[int, Meta(ge=0, lt=10**17)]  # a store has ten times as many: the session steps on
     states: str
     owner: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{0,64}\Z")] | None = None
     creation_digest: Annotated[str, Meta(pattern=r"^([0-9a-f]{2}){0,64}\Z")] = ""
