@@ -1,12 +1,13 @@
 // Drives one server on this machine and prints the result as a JSON object. One thread, one epoll loop.
 //
-// usage: load PORT WARM SECONDS PLAN [RATE]
+// usage: load PORT WARM SECONDS PLAN [RATE [random]]
 //
 //   WARM     seconds of load before the SECONDS that are measured (a closed loop is measured for longer if there have
 //            been fewer answers than connections)
 //   PLAN     a file with the connections and their requests (below)
 //   RATE     requests per second of all connections together, for an open loop. Without it the loop is closed: a
 //            connection sends its next request when an answer comes.
+//   random   the requests are due at random moments (a Poisson process), not at even distances
 //
 // The plan, in little-endian uint32: the number of connections; for each its depth (requests in flight at once), the
 // number of its leads (requests that are sent once, one after the other, before anything is timed) and the number of
@@ -15,7 +16,7 @@
 // (RFC 6455). A client's frames must be masked: those of the plan have a mask of zeros, which leaves the payload as it
 // is and costs nothing here.
 //
-// In an open loop each connection has an equal share of a constant rate, and a latency counts from the moment at which
+// In an open loop each connection has an equal share of the rate, and a latency counts from the moment at which
 // the request was due, even if it was sent later. So the latencies include every request that a stall of the server
 // delayed, not only those that it had received (coordinated omission; Gil Tene's correction, as in wrk2:
 // https://github.com/giltene/wrk2). A closed loop cannot see that; its latencies are those of the requests sent.
@@ -24,11 +25,12 @@
 // clocks), and the object. The program ends when all requests are answered, so that no leftover work of the server
 // slows the next measurement. "busy" is the CPU time of this process divided by the measured time, "delayed" the share of the
 // time in which others used its core while it was ready to run. If they are close to 1 together, the generator is the
-// bottleneck. It inherits the CPU affinity of its caller.
+// bottleneck. "turns" counts the wake-ups in that time. It inherits the CPU affinity of its caller.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <netinet/tcp.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -74,11 +76,12 @@ static int events, timer = -1;
 static struct sockaddr_in server;
 static double rate;
 static int64_t started, from, to, warm, seconds;  // `to` is 0 until the leads are answered
-static bool measuring, over;
+static bool is_random, measuring, over;
 static int64_t waiting;  // the longest wait for an answer that came after the measured time of a closed loop
 static uint32_t *latencies;  // microseconds
 static size_t answers, latency_room;
-static uint64_t steps, bad, closed;
+static uint64_t steps, turns, bad, closed;
+static int64_t *moments;  // of a random open loop, until the first that is too late
 
 static int64_t clock_ns(clockid_t id) {
   struct timespec t;
@@ -117,7 +120,16 @@ static void lose(Connection *c) {
 }
 
 // When the k-th request of an open loop is due; the connections take turns.
-static int64_t due_at(uint64_t k) { return started + (int64_t)(k * (double)SECOND / rate); }
+static int64_t due_at(uint64_t k) { return moments ? moments[k] : started + (int64_t)(k * (double)SECOND / rate); }
+
+static void draw_moments(void) {
+  srand48(ntohs(server.sin_port));  // of another server: other moments
+  double t = started;
+  for (size_t n = 0, room = 0; !n || moments[n - 1] < to; n++) {
+    if (n == room) moments = grown(moments, (room = 2 * room + 65536) * sizeof *moments);
+    moments[n] = t -= log(1 - drand48()) * SECOND / rate;
+  }
+}
 
 static bool may_send(const Connection *c) {
   if (c->led < c->leads) return c->flying == 0;
@@ -146,6 +158,7 @@ static void push(Connection *c) {
 
 static void start(void) {
   started = now(), from = started + warm, to = from + seconds;
+  if (is_random) draw_moments();
   for (uint32_t i = 0; i < count; i++) push(&connections[i]);
 }
 
@@ -322,9 +335,9 @@ static int order(const void *a, const void *b) {
 }
 
 int main(int argc, char **argv) {
-  if (argc < 5 || argc > 6) die("usage: load PORT WARM SECONDS PLAN [RATE]");
+  if (argc < 5 || argc > 7) die("usage: load PORT WARM SECONDS PLAN [RATE [random]]");
   warm = (int64_t)(atof(argv[2]) * SECOND), seconds = (int64_t)(atof(argv[3]) * SECOND);
-  rate = argc == 6 ? atof(argv[5]) : 0;
+  rate = argc > 5 ? atof(argv[5]) : 0, is_random = argc == 7;
   server = (struct sockaddr_in){AF_INET, htons(atoi(argv[1])), {htonl(INADDR_LOOPBACK)}, {0}};
   read_plan(argv[4]);
   if ((events = epoll_create1(0)) < 0) die("epoll_create1");
@@ -342,6 +355,7 @@ int main(int argc, char **argv) {
   while (open_count) {
     if (rate) hand_out();
     int n = epoll_wait(events, happened, 256, 10);
+    turns += measuring && n;
     for (int i = 0; i < n; i++) {
       Connection *c = happened[i].data.ptr;
       uint64_t expirations;
@@ -378,9 +392,9 @@ int main(int argc, char **argv) {
   double time = over ? (to - from) / 1e9 : 0;
   printf("{\"answers\":%zu,\"seconds\":%.6f,\"per_s\":%.2f,\"steps_per_s\":%.2f,\"p50_ms\":%.3f,\"p90_ms\":%.3f,"
          "\"p99_ms\":%.3f,\"max_ms\":%.3f,\"waiting_ms\":%.3f,\"unanswered\":%llu,\"bad\":%llu,\"closed\":%llu,\"busy\":%.4f,"
-         "\"delayed\":%.4f}\n",
+         "\"delayed\":%.4f,\"turns\":%llu}\n",
          answers, time, over ? answers / time : 0, over ? steps / time : 0, QUANTILE(.5), QUANTILE(.9), QUANTILE(.99),
          QUANTILE(1), waiting / 1e6, (unsigned long long)unanswered, (unsigned long long)bad, (unsigned long long)closed,
-         over ? cpu / (double)(to - from) : 0, over ? delay / (double)(to - from) : 0);
+         over ? cpu / (double)(to - from) : 0, over ? delay / (double)(to - from) : 0, (unsigned long long)turns);
   return 0;
 }

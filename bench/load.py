@@ -62,6 +62,7 @@ class Load:
     closed: int
     busy: float  # the generator's CPU time divided by the measured time
     delayed: float  # share of the measured time in which others used its core while it was ready to run
+    turns: int = 0  # how often it woke up
     cpu: dict[str, float] = field(default_factory=dict)  # CPU seconds of other processes in that time, by name
 
 
@@ -80,7 +81,7 @@ def build() -> Path:
         raise LoadFailed(INSTALL)
     program.parent.mkdir(exist_ok=True)
     made = program.with_suffix(f".{os.getpid()}")
-    done = subprocess.run([compiler, *FLAGS, "-o", made, SOURCE], capture_output=True, text=True)
+    done = subprocess.run([compiler, *FLAGS, "-o", made, SOURCE, "-lm"], capture_output=True, text=True)
     if done.returncode:
         raise LoadFailed(f"{SOURCE.name} does not compile: {done.stderr[-2000:]}")
     made.replace(program)
@@ -107,6 +108,7 @@ class Generator:
         seconds: How long to measure.
         warm: Seconds of load before that; by default a tenth of `seconds`, at least 0.1.
         rate: Requests per second of an open loop; None for a closed loop.
+        random: Whether those are due at random moments (a Poisson process), not at even distances.
         nice: Niceness of the generator's process.
     """
 
@@ -118,6 +120,7 @@ class Generator:
         *,
         warm: float | None = None,
         rate: float | None = None,
+        random: bool = False,
         nice: int = 0,
     ) -> None:
         program = build()
@@ -126,7 +129,7 @@ class Generator:
         self._plan = Path(file.name)
         self._started = False
         warm = max(0.1, 0.1 * seconds) if warm is None else warm
-        arguments = [port, warm, seconds, self._plan, *([] if rate is None else [rate])]
+        arguments = [port, warm, seconds, self._plan, *([] if rate is None else [rate]), *["random"] * random]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  open as long as the process runs
         self._process = subprocess.Popen(
             ["nice", "-n", str(nice), program, *map(str, arguments)],
@@ -190,7 +193,8 @@ def drive(
     seconds: float,
     *,
     rate: float | None = None,
+    random: bool = False,
     clocks: dict[str, Callable[[], float]] | None = None,
 ) -> Load:
     """Runs a load and returns its result; the arguments are those of `Generator`."""
-    return Generator(port, clients, seconds, rate=rate).result(clocks)
+    return Generator(port, clients, seconds, rate=rate, random=random).result(clocks)

@@ -69,12 +69,12 @@ class Workload:
         cpu = sum(load.cpu.values()) / load.answers
         return Figure(load.steps_per_s, 1e6 * cpu, load)
 
-    def load(self, seconds: float, rate: float | None = None) -> Load:
+    def load(self, seconds: float, rate: float | None = None, random: bool = False) -> Load:
         """Runs an open loop at a rate, or a closed loop, and returns the full result."""
         clocks = {"server": self.server.cpu_seconds}
         if (beside := self.beside) is not None:
             clocks["beside"] = lambda: cpu_seconds(beside)
-        return drive(self.server.port, self.clients, seconds, rate=rate, clocks=clocks)
+        return drive(self.server.port, self.clients, seconds, rate=rate, random=random, clocks=clocks)
 
 
 def steps(server: Server, sessions: int = SESSIONS, beside: int | None = None) -> Workload:

@@ -1,7 +1,7 @@
 """What a step costs, as measured; everything that docs/explanation/scale.md computes comes from these numbers.
 
-Each is CPU time on one core, or bytes, with the command that measured it. Measure again on your machine, and change
-them here.
+Each is CPU time on one core, or bytes. `make scale SCALE_FLAGS=--measure` measures them on this machine, writes them
+here, and computes the page anew.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from dataclasses import dataclass
 class Costs:
     """Costs of a step of an LSTM of 128 units, whose state has 1 KB."""
 
-    # `make bench`, "HTTP JSON, 64 sessions", CPU µs a request of ours, the median of its rows: parsing, model, answer.
-    http_us: float = 117.0
-    # `make bench`, "sessions in Redis: CPU beyond sessions in memory", without `redis_us`.
-    client_us: float = 24.0
-    # `python -m bench.scale --measure`: Redis's CPU time for each step, in calls of about 50 sessions, with its file.
-    redis_us: float = 21.0
-    # `make bench`, "a tick of 256 sessions of 1 KB without HTTP".
-    lmdb_us: float = 12.0
-    # The part of a tick that does not depend on its rows: `python -m bench.scale --measure`, on a quiet machine.
-    tick_us: float = 60.0
-    # Half a round trip to the store. Within a zone; on one machine `--measure` shows it.
+    # A request's parsing, its row of the model and its answer, with the session in memory.
+    http_us: float = 36.0
+    # What the session in Redis adds to that in the replica.
+    client_us: float = 14.5
+    # What it adds in one process over the embedded store.
+    lmdb_us: float = 11.6
+    # A replica's tick over Redis, beside its steps.
+    tick_us: float = 265.2
+    # Redis's CPU time, with its file: of a step, and of a tick's writes beside their steps.
+    redis_us: float = 13.2
+    redis_tick_us: float = 50.2
+    # To and from Redis, for each step.
+    redis_bytes: float = 1241.0
+    # Of Redis, for each session of 1 KB, with its entries in the indexes.
+    redis_memory: float = 2906.2
+    # From a replica to its shard: an assumption, for machines within a zone.
     wire_us: float = 84.0
-    # `python -m bench.scale --measure`: bytes to and from Redis for each step.
-    redis_bytes: float = 1464.0
-    # A step's request and answer over HTTP, with their heads, of 16 numbers and 4.
+    # A step's request and answer over HTTP, with their heads, of 16 numbers and 4: counted once.
     http_bytes: float = 620.0
-    # `python -m bench.scale --measure`: Redis's memory for each session of 1 KB, with its entries in the indexes.
-    redis_memory: float = 2904.0
 
 
 @dataclass(frozen=True, slots=True)

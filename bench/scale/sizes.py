@@ -43,14 +43,17 @@ class Size:
         """The resource that is exhausted first if the load grows."""
         if self.one_machine:
             return "the machine's cores"
-        return "the shards' memory" if self.shards_for_memory > self.shards_for_steps else "the replicas' cores"
+        if self.shards_for_memory > self.shards_for_steps:
+            return "the shards' memory"
+        return "the shards' cores" if self.shards_for_steps > self.replicas else "the replicas' cores"
 
 
 def size(sessions: int, steps_per_s: int, costs: Costs = COSTS, prices: Prices = PRICES) -> Size:
     """Returns what serves them."""
     use = prices.use * 1e6
     replicas = math.ceil(steps_per_s * (costs.http_us + costs.client_us) / use)
-    for_steps = math.ceil(steps_per_s * costs.redis_us / use)
+    # Over many shards the writes of a tick come to about one for each: a step costs what a whole call does.
+    for_steps = math.ceil(steps_per_s * (costs.redis_us + costs.redis_tick_us) / use)
     memory = sessions * costs.redis_memory / 1e9
     for_memory = math.ceil(memory / prices.shard_gigabytes)
     alone = math.ceil(steps_per_s * (costs.http_us + costs.lmdb_us) / use)
@@ -65,7 +68,7 @@ def size(sessions: int, steps_per_s: int, costs: Costs = COSTS, prices: Prices =
     )  # fmt: skip
 
 
-def table() -> Iterator[str]:
+def table(costs: Costs = COSTS) -> Iterator[str]:
     """Yields the lines of the table in docs/explanation/scale.md."""
     titles = (
         "sessions",
@@ -79,7 +82,7 @@ def table() -> Iterator[str]:
     )
     yield f"| {' | '.join(titles)} |"
     yield "| --- " * len(titles) + "|"
-    for one in (size(*each) for each in SIZES):
+    for one in (size(*each, costs) for each in SIZES):
         alone = _count(one.one_machine, "process") if one.one_machine else "no"
         machines = _count(one.machines, "machine")
         cells = (f"{one.sessions:,}", f"{one.steps_per_s:,}", alone, f"{one.replicas:,} on {machines}",

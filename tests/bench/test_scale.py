@@ -7,18 +7,35 @@ from dataclasses import replace
 import pytest
 
 from bench.scale.costs import COSTS
-from bench.scale.model import MAX_BATCH, Cluster, simulate
+from bench.scale.model import MAX_BATCH, Cluster, Cost, simulate
+from bench.scale.real import line
 from bench.scale.sizes import SIZES, size, table
 from tests.helpers import ROOT
 
-ONE = Cluster(1, 1, step_us=40, client_us=10, shard_us=20, tick_us=30, wire_us=100)
+ONE = Cluster(1, 1, replica=Cost(30, 50), shard=Cost(5, 20), wire_us=100)
+MEMORY = Cluster(1, 0, replica=Cost(0, 40), shard=Cost(0, 0), wire_us=0, batch=1)
 
 
 def test_a_step_alone_takes_what_its_parts_take() -> None:
     alone = simulate(ONE, 10, steps=2000)
-    assert alone.p50 == pytest.approx((30 + 40 + 10 + 100 + 20 + 100) / 1e6)
-    in_memory = simulate(replace(ONE, shards=0, client_us=0), 10, steps=2000)
-    assert in_memory.p50 == pytest.approx((30 + 40) / 1e6)
+    assert alone.p50 == pytest.approx((30 + 50 + 100 + 5 + 20 + 100) / 1e6)
+    assert simulate(replace(ONE, shards=0), 10, steps=2000).p50 == pytest.approx((30 + 50) / 1e6)
+    with_load = simulate(replace(ONE, load=Cost(6, 8)), 10, steps=2000)
+    assert with_load.p50 == pytest.approx(alone.p50 + (6 + 8 + 100 + 100) / 1e6)
+
+
+@pytest.mark.parametrize("use", [0.3, 0.8])
+def test_known_queues_wait_as_long_as_their_formulas_say(use: float) -> None:
+    # Pollaczek and Khinchine: one server of a constant time, random arrivals (M/D/1).
+    assert simulate(MEMORY, use / 40e-6, 150_000).mean * 1e6 == pytest.approx(40 + 40 * use / (2 - 2 * use), rel=0.05)
+    # A core that many processes share equally (M/D/1-PS); so many, that none has two steps at once.
+    shared = replace(MEMORY, replicas=2000, cores=1)
+    assert simulate(shared, use / 40e-6, 150_000).mean * 1e6 == pytest.approx(40 / (1 - use), rel=0.05)
+
+
+def test_ticks_that_follow_each_other_take_half_of_one_to_wait_for_and_one_to_run() -> None:
+    ticks = replace(MEMORY, replica=Cost(1000, 0), batch=10**6)
+    assert simulate(ticks, 50 / 1000e-6).mean * 1e6 == pytest.approx(1500, rel=0.02)
 
 
 def test_beyond_what_it_can_do_the_queue_grows_and_below_it_does_not() -> None:
@@ -37,8 +54,8 @@ def test_ticks_grow_with_the_load_up_to_a_batch() -> None:
 
 def test_the_shards_are_the_limit_where_they_are_fewer() -> None:
     many = replace(ONE, replicas=100)
-    assert many.capacity == 1e6 / 20
-    assert replace(many, shards=4).capacity == 4e6 / 20
+    assert many.capacity == 1e6 / (20 + 5 / MAX_BATCH)
+    assert replace(many, shards=4).capacity == 4e6 / (20 + 4 * 5 / MAX_BATCH)
     assert ONE.capacity < 1e6 / 50
 
 
@@ -54,3 +71,9 @@ def test_the_page_has_the_table_as_it_is_computed() -> None:
     page = (ROOT / "docs" / "explanation" / "scale.md").read_text()
     assert "\n".join(table()) in page
     assert len(list(table())) == len(SIZES) + 2
+
+
+def test_the_cost_of_a_tick_and_of_a_step_are_found_from_loads_of_both_kinds() -> None:
+    ticks, steps = (10, 700, 500), (640, 1000, 900)
+    seconds = [1e-6 * (200 * some + 40 * many) for some, many in zip(ticks, steps, strict=True)]
+    assert line(seconds, ticks, steps) == pytest.approx((200, 40))
