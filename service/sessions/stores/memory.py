@@ -35,7 +35,7 @@ from cellserve.service.sessions.session import (
     unknown_session_error,
 )
 from cellserve.service.sessions.stores.protocol import Page, States
-from cellserve.service.sessions.table import SessionTable
+from cellserve.service.sessions.table import ClientSessions, SessionTable
 from cellserve.service.settings import WhenFull
 
 
@@ -295,18 +295,24 @@ class MemoryStore:
     def _is_crowded(self, engine: Engine, client: str) -> bool:
         """Whether a client has as many sessions as it may have, or as much in their states."""
         own, limits = self.table.by_client.get(client), self._client_limits
-        if own is None:
-            return False
-        return own.count >= limits.sessions or own.state_bytes + engine.arena.row_bytes > limits.state_bytes
+        count, state_bytes = (0, 0) if own is None else (own.count, own.state_bytes)
+        return count >= limits.sessions or state_bytes + engine.arena.row_bytes > limits.state_bytes
 
     def _evict(self, engine: Engine, client: str) -> None:
-        """If configured, ends the longest idle session that is not locked; of a crowded client, one of its own."""
-        if self.when_full != "evict":
+        """If configured, ends the longest idle session that is not locked; of a crowded client, as many as it takes."""
+        if self.when_full != "evict" or engine.arena.row_bytes > self._client_limits.state_bytes:
             return
-        own = self.table.by_client[client] if self._is_crowded(engine, client) else None
+        if not self._is_crowded(engine, client):
+            self._evict_longest_idle(None)
+        while self._is_crowded(engine, client) and self._evict_longest_idle(self.table.by_client[client]):
+            pass
+
+    def _evict_longest_idle(self, own: ClientSessions | None) -> bool:
+        """Ends the longest idle session that is not locked, of one client or any; returns whether there was one."""
         candidates = [session for one in self.table.by_slot if (session := self.table.longest_idle(one, own))]
         if candidates:
             self._end(min(candidates, key=lambda one: float(one.engine.arena.last_used[one.slot])), "evicted")
+        return bool(candidates)
 
     def _end(self, session: Session, reason: str) -> None:
         """Ends a session that nobody else has locked; changes that wait for it find that it is gone."""

@@ -194,7 +194,7 @@ class SharedStore:
         outcome = WriteOutcome.EXISTS
         if found is None:
             new = _new_record(engine, states, creation_digest, position)
-            outcome = await self._making_room(owner, lambda room: self._client.create(key, new, room))
+            outcome = await self._making_room(owner, new, lambda room: self._client.create(key, new, room))
             self.created += outcome is WriteOutcome.WRITTEN
             found = new if outcome is WriteOutcome.WRITTEN else await self._load(key)
         session = await self._cached(owner, name, found)
@@ -209,7 +209,7 @@ class SharedStore:
         """Creates a session from zeros in the store, replacing any existing or ended one of that id."""
         key = key_of(owner, session_id)
         new = _new_record(engine, None, creation_digest)
-        await self._making_room(owner, lambda room: self._client.replace(key, new, room))
+        await self._making_room(owner, new, lambda room: self._client.replace(key, new, room))
         before = self.table.live.get(key)
         if before is not None:
             # Work in flight in the old session is refused when it is committed.
@@ -296,16 +296,23 @@ class SharedStore:
         for session in list(self.table.idle()):
             self._cache.evict(session)
 
-    async def _making_room(self, owner: str, create: Callable[[Room], Awaitable[WriteOutcome]]) -> WriteOutcome:
-        """Returns the outcome of a creation; at a limit on sessions, evicts others if configured.
+    async def _making_room(
+        self, owner: str, new: SessionRecord, create: Callable[[Room], Awaitable[WriteOutcome]]
+    ) -> WriteOutcome:
+        """Returns the outcome of a new session's creation; at a limit on sessions, evicts others if configured.
 
         Raises:
             ServerFull: The limit is reached.
         """
         room = Room(self.max_sessions, current_client(owner), self._client_limits)
+        evicts = self.when_full == "evict" and len(new.states) <= room.client_limits.state_bytes
+        emptied = False
         while (outcome := await create(room)) in (WriteOutcome.FULL, WriteOutcome.CROWDED):
             whose = room.client if outcome is WriteOutcome.CROWDED else None
-            longest = await self._client.longest_idle(whose) if self.when_full == "evict" else None
+            longest = await self._client.longest_idle(whose) if evicts else None
+            if longest is None and evicts and not emptied:
+                emptied = True  # the sessions that took the room have just ended
+                continue
             if longest is None and whose is not None:
                 raise room.client_limits.error()
             if longest is None:

@@ -172,8 +172,7 @@ class LmdbClient:
         stored, now = to_key(key), self._clock()
         records = self._of(stored)
         self._check_room(records)
-        if not self.folder.sync:
-            self._sweep_due()  # expired sessions make room
+        await self._sweep_first()  # expired sessions make room
         rest = [one for one in self._shards if one is not records]
         clients = [one.client_total(room.client) for one in rest]
         others = sum(one.count() for one in rest), sum(one[0] for one in clients), sum(one[1] for one in clients)
@@ -245,7 +244,21 @@ class LmdbClient:
             until = time.monotonic() + _SWEEP_SECONDS
             while self._sweep_due() and time.monotonic() < until:
                 pass
-        elif self._sweeping is None and any(records.is_due(self._clock()) for records in self._shards):
+        else:
+            self._begin_sweep()
+
+    async def _sweep_first(self) -> None:
+        """Sweeps a few sessions of each shard."""
+        if not self.folder.sync:
+            self._sweep_due()
+            return
+        self._begin_sweep()
+        if self._sweeping is not None:
+            await asyncio.shield(self._sweeping)
+
+    def _begin_sweep(self) -> None:
+        """Begins to sweep in the thread if something is due."""
+        if self._sweeping is None and any(records.is_due(self._clock()) for records in self._shards):
             self._sweeping = asyncio.get_running_loop().create_task(self._sweep_in_thread())
 
     def _sweep_due(self) -> bool:
