@@ -17,6 +17,7 @@ import httpx
 import lmdb
 import pytest
 
+from cellserve.service.sessions.stores.lmdb.checkpoint import Checkpoint
 from tests.e2e.helpers import create, frames, problem_kind
 from tests.e2e.test_replicas import SECONDS, through_chaos
 from tests.fork_server import run
@@ -48,7 +49,8 @@ class Machine:
 
     def workers(self) -> list[int]:
         """Gives the processes of the workers."""
-        listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True)
+        # Without `ww` it cuts lines off, before what is looked for.
+        listed = subprocess.run(["ps", "-ww", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True)
         return [int(line.split()[0]) for line in listed.stdout.decode().splitlines() if "spawn_main" in line]
 
     def kill(self, what: str, random_: random.Random) -> None:
@@ -56,8 +58,9 @@ class Machine:
             os.killpg(self.process.pid, signal.SIGKILL)
         elif what == "parent":
             self.process.kill()
-        elif workers := self.workers():
-            os.kill(random_.choice(workers), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
+        else:
+            workers = until(lambda: self.ready() and self.workers())  # not those of a parent that was killed
+            os.kill(random_.choice(workers or []), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
 
     def end(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -82,7 +85,7 @@ def survives(machine: Machine, repository: Path, kinds: list[str], sessions: int
         kills = 0
         while time.monotonic() < end - 2:
             await asyncio.sleep(random_.uniform(0.5, 3))
-            machine.kill(random_.choice(kinds), random_)
+            await asyncio.to_thread(machine.kill, random_.choice(kinds), random_)
             kills += 1
             await asyncio.to_thread(lambda: until(machine.ready))
         return kills
@@ -223,6 +226,33 @@ def test_a_folder_that_cannot_be_written_is_refused(repository: Path, serve: Ser
         assert reason in refusal("--models", str(repository), "--store", f"lmdb:{store}")
     finally:
         subprocess.run(["umount", str(store)], capture_output=True)
+
+
+def test_a_server_whose_folder_was_replaced_writes_no_more_and_leaves_the_new_one_alone(
+    machine: Machine, repository: Path, serve: Serve, tmp_path: Path
+) -> None:
+    store, backup = tmp_path / "store", tmp_path / "backup"
+
+    def step() -> httpx.Response:  # by either worker
+        return httpx.post(f"{machine.url}/sessions/{session}/step", json={"x": frames(1)[0]}, timeout=60)
+
+    with httpx.Client(base_url=machine.url) as client:
+        session = create(client, "rnn")
+    assert run("sessions", "backup", str(backup), "--store", f"lmdb:{store}").returncode == 0
+    assert step().json()["position"] == 1
+    shutil.rmtree(store)
+    assert run("sessions", "restore", str(backup), "--store", f"lmdb:{store}").returncode == 0
+    second = serve("--models", str(repository), "--store", f"lmdb:{store}")
+    refused = until(step, lambda answer: answer.status_code == 503)
+    assert problem_kind(refused) == "store-away"
+    machine.kill("worker", random.Random(0))
+    until(lambda: "was replaced under this server" in machine.log.read_text())  # the next worker does not begin
+    machine.process.terminate()
+    assert machine.process.wait(60) == 0
+    assert all(found is not None and not found.clean for found in map(Checkpoint.load, (store / "0", store / "1")))
+    with second.client() as client:
+        assert client.post(f"/sessions/{session}/step", json={"x": frames(1)[0]}).json()["position"] == 1
+    assert second.stop() == 0
 
 
 def refusal(*flags: str) -> str:

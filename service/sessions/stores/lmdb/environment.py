@@ -82,6 +82,7 @@ class Environment:
         self._synced: deque[float] = deque()  # seconds of each sync to disk, until `take_syncs`
         self._failing = self._no_checkpoint = False  # what was said in the log
         self._failed_at = 0.0  # the last write, in seconds of time.monotonic
+        self._lost = False  # whether other files, or none, are in the folder now
         self._needs_pages = False  # whether the next checkpoint should come at once, so that pages can be reused
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -139,6 +140,8 @@ class Environment:
 
     def run(self, job: Job[T]) -> T:
         """Returns what a job returns in a write transaction; raises StoreUnavailable, and then nothing is written."""
+        if self._lost:
+            raise StoreUnavailable("the session store's folder was removed or replaced: nothing was changed")
         try:
             with self._write_watch, self._env.begin(write=True, buffers=True) as transaction:
                 result = job(transaction)
@@ -240,6 +243,9 @@ class Environment:
 
     def keep_house(self) -> None:
         """Frees what dead processes held, and starts a checkpoint if one is due."""
+        if not self._lost and not self._is_in_place:
+            self._lost = True
+            log.error("the store %s was removed or replaced: nothing more is written; stop this server", self.folder)
         self._env.reader_check()
         # On a full disk some writes succeed, as soon as pages are free again.
         if self._failing and time.monotonic() - self._failed_at > _CALM_SECONDS:
@@ -247,8 +253,16 @@ class Environment:
             log.info("the store %s can be written again", self.folder)
         self._begin_checkpoint_if_due()
 
+    @property
+    def _is_in_place(self) -> bool:
+        """Whether the file is still that of its name: a folder that was restored under a server has another."""
+        try:
+            return os.path.samestat(os.stat(self.folder / "data.mdb"), os.fstat(self._data))
+        except OSError:
+            return False
+
     def _begin_checkpoint_if_due(self) -> None:
-        if self.sync or not self._checkpoint_seconds or not self._submitted.done():
+        if self.sync or not self._checkpoint_seconds or self._lost or not self._submitted.done():
             return
         age = time.monotonic() - self._checkpointed
         if self._needs_pages or age >= self._checkpoint_seconds or self.bytes_used - self._bytes > _EARLY_BYTES:
@@ -261,6 +275,8 @@ class Environment:
         Every process takes checkpoints, and keeps the pages of its own until its next: whichever of them dies, the
         pages of the last checkpoint are kept by another.
         """
+        if not self._is_in_place:  # what is in its place has a checkpoint of its own
+            raise OSError(f"{self.folder} was removed or replaced")
         with self._checkpointing:
             fcntl.flock(self._lock, fcntl.LOCK_EX)  # in order: an older checkpoint must not replace a newer one
             try:

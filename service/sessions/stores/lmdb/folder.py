@@ -122,11 +122,19 @@ class Folder:
 
     async def close(self) -> None:
         """Closes the shards, and gives the folder back; after `leave_to_workers`, call it when they have ended."""
-        if not self.shards:
+        if not self.shards and self._is_in_place:  # not where another is by now
             self._open()
         for shard in self.shards:
             await shard.close(last=not self._is_worker)
         self._unlock()
+
+    @property
+    def _is_in_place(self) -> bool:
+        """Whether the folder is the one that was locked, not removed or replaced meanwhile."""
+        try:
+            return os.path.samestat(os.stat(self.path / "workers.lock"), os.fstat(self._locks[0].fileno()))
+        except OSError:
+            return False
 
     def _lock(self) -> None:
         """Makes sure that one server uses the folder: this one, or the one that this process is a worker of."""

@@ -10,14 +10,17 @@ import logging
 import mmap
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 from cellserve.service.access.private_files import reserve_private
+from cellserve.service.sessions.stores.protocol import StoreUnusable
 
 _PLACES, _WATCHES = 512, 32  # processes, and watches of each
-_BYTES = 4 * _PLACES * (1 + _WATCHES)
+_BYTES = 4 * (_PLACES * (1 + _WATCHES) + 1)  # the last number is the server's process id
 _PATIENCE_SECONDS = 1.5  # a write takes microseconds
 _PERIOD_SECONDS = 0.5
 
@@ -43,19 +46,29 @@ class Watchdog:
 
     Args:
         file: The file, made by `reserve`.
+
+    Raises:
+        StoreUnusable: The file is that of another server: the folder is not the one that this server began with.
     """
 
     @staticmethod
     def reserve(file: Path) -> None:
-        """Makes the file, before there are workers."""
+        """Makes the file of this server, before there are workers."""
         reserve_private(file, _BYTES)
+        with _opened(file) as opened:
+            opened.seek(_BYTES - 4)
+            opened.write(os.getpid().to_bytes(4, sys.byteorder))
 
     def __init__(self, file: Path) -> None:
         self._watches: list[Watch] = []
-        with os.fdopen(os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b") as opened:
+        with _opened(file) as opened:
             fcntl.flock(opened, fcntl.LOCK_EX)
             cells = memoryview(mmap.mmap(opened.fileno(), _BYTES)).cast("I")
-            self._owners, self._writing = cells[:_PLACES], cells[_PLACES:]
+            if cells[-1] != os.getppid():
+                raise StoreUnusable(
+                    f"--store: {file.parent} was replaced under this server: stop it, and start it again"
+                )
+            self._owners, self._writing = cells[:_PLACES], cells[_PLACES:-1]
             place = next(place for place, pid in enumerate(self._owners) if not pid or not _is_sibling(pid))
             self._own = self._writing[place * _WATCHES : (place + 1) * _WATCHES]
             for cell in range(_WATCHES):
@@ -83,6 +96,10 @@ class Watchdog:
             if writes and pid != os.getpid() and _is_sibling(pid) and _state(pid) in "Tt":
                 log.error("worker %d was stopped in the middle of a write, which all others wait for: it is ended", pid)
                 os.kill(pid, signal.SIGKILL)
+
+
+def _opened(file: Path) -> IO[bytes]:
+    return os.fdopen(os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b")
 
 
 def _stat(pid: int) -> list[str]:
