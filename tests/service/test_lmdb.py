@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Semaphore
 
 import pytest
 
@@ -20,8 +21,10 @@ from cellserve.service.errors import StoreUnavailable
 from cellserve.service.sessions.session import NO_LIMITS, Room, SessionSummary
 from cellserve.service.sessions.stores.lmdb import folder as folder_module
 from cellserve.service.sessions.stores.lmdb.checkpoint import Checkpoint
+from cellserve.service.sessions.stores.lmdb.environment import Environment
 from cellserve.service.sessions.stores.lmdb.folder import Folder
 from cellserve.service.sessions.stores.lmdb.store_client import LmdbClient
+from cellserve.service.sessions.stores.lmdb.watchdog import Watch, Watchdog
 from cellserve.service.sessions.stores.protocol import StoreUnusable
 from cellserve.service.sessions.stores.records import (
     ConditionalWrites,
@@ -439,6 +442,36 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").write_bytes((tmp_path / "checkpoint").read_bytes()[:-3])
     with pytest.raises(StoreUnusable, match="damaged: restore"):
         Checkpoint.load(tmp_path)
+
+
+def test_a_write_is_watched_until_its_end_whatever_another_thread_writes(tmp_path: Path) -> None:
+    cells, entered, ended, seen = memoryview(bytearray(4 * 8)).cast("I"), Semaphore(0), Event(), []
+
+    class Seen(Watch):
+        def __enter__(self) -> None:
+            super().__enter__()
+            entered.release()
+
+    class Watches(Watchdog):
+        def __init__(self) -> None:
+            self.free = iter(range(8))
+
+        def watch(self) -> Watch:
+            place = next(self.free)
+            return Seen(cells[place : place + 1])
+
+    async def large_and_small() -> None:
+        environment = Environment(tmp_path / "store", MAP, False, 0, Watches())
+        large = asyncio.ensure_future(environment.write(lambda _: ended.wait(), large=True))
+        await asyncio.to_thread(entered.acquire)
+        small = asyncio.ensure_future(asyncio.to_thread(environment.run, lambda _: seen.append(any(cells))))
+        await asyncio.to_thread(entered.acquire)
+        ended.set()
+        await asyncio.gather(large, small)
+        await environment.close(last=False)
+
+    asyncio.run(large_and_small())
+    assert (seen, any(cells)) == ([True], False)
 
 
 WORKERS = """

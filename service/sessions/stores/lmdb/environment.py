@@ -76,8 +76,9 @@ class Environment:
     ) -> None:
         self.folder, self.sync = folder, sync
         self._checkpoint_seconds = checkpoint_seconds
-        self._write_watch: AbstractContextManager[None] = nullcontext() if watchdog is None else watchdog.watch()
-        self._checkpoint_watch: AbstractContextManager[None] = nullcontext() if watchdog is None else watchdog.watch()
+        self._loop_watch, self._thread_watch, self._checkpoint_watch = (
+            nullcontext() if watchdog is None else watchdog.watch() for _ in range(3)
+        )
         self.errors = {"full": 0, "failed": 0}
         self._synced: deque[float] = deque()  # seconds of each sync to disk, until `take_syncs`
         self._failing = self._no_checkpoint = False  # what was said in the log
@@ -129,7 +130,7 @@ class Environment:
         """Returns a database in the file, after creating it if necessary."""
         # In a transaction of ours: that of `open_db` would wait for the lock without letting other threads run.
         try:
-            with self._write_watch, self._env.begin(write=True) as transaction:
+            with self._loop_watch, self._env.begin(write=True) as transaction:
                 return self._env.open_db(name, txn=transaction)
         except lmdb.Error as error:
             raise self._unusable(error) from None
@@ -140,10 +141,13 @@ class Environment:
 
     def run(self, job: Job[T]) -> T:
         """Returns what a job returns in a write transaction; raises StoreUnavailable, and then nothing is written."""
+        return self._run(job, self._loop_watch)
+
+    def _run(self, job: Job[T], watch: AbstractContextManager[None]) -> T:
         if self._lost:
             raise StoreUnavailable("the session store's folder was removed or replaced: nothing was changed")
         try:
-            with self._write_watch, self._env.begin(write=True, buffers=True) as transaction:
+            with watch, self._env.begin(write=True, buffers=True) as transaction:
                 result = job(transaction)
                 if self.sync:
                     start = time.perf_counter()
@@ -186,7 +190,7 @@ class Environment:
     def _run_together(self, jobs: list[Job[Any]]) -> list[Any]:
         """Returns the result of each job, or its error; all in one transaction if possible."""
         try:
-            return self.run(lambda transaction: [job(transaction) for job in jobs])
+            return self._run(lambda transaction: [job(transaction) for job in jobs], self._thread_watch)
         except Exception as error:
             if len(jobs) == 1:
                 return [error]
