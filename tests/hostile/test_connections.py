@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import select
 import signal
@@ -484,6 +485,15 @@ def test_floods_of_http2_frames_take_turns(speaking_grpc: Server, beside: Beside
     with grpc.insecure_channel(speaking_grpc.grpc) as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_grpcs_own_threads_run_behind_the_event_loop(speaking_grpc: Server) -> None:
+    process = speaking_grpc.process.pid
+    own = [int(thread.name) for thread in Path(f"/proc/{process}/task").iterdir()
+           if (thread / "comm").read_text() in ("event_engine\n", "lifeguard\n")]  # fmt: skip
+    niceness = os.getpriority(os.PRIO_PROCESS, process)
+    assert own
+    assert all(os.getpriority(os.PRIO_PROCESS, thread) > niceness for thread in own)
 
 
 def test_a_grpc_call_with_too_many_fields_is_told_so(speaking_grpc: Server) -> None:

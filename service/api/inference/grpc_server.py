@@ -30,7 +30,7 @@ from cellserve.service.api.inference import metadata
 from cellserve.service.api.inference.codec import check_output
 from cellserve.service.api.inference.errors import NotByProtocol, grpc_code, http_status
 from cellserve.service.api.inference.grpc_front import GrpcFront
-from cellserve.service.api.inference.grpc_limits import LARGEST_SMALL, CallLimit, connection_options
+from cellserve.service.api.inference.grpc_limits import LARGEST_SMALL, CallLimit, behind_event_loop, connection_options
 from cellserve.service.api.inference.grpc_messages import (
     Message,
     RequestHead,
@@ -82,16 +82,17 @@ class GrpcServer:
     async def start(self) -> None:
         """Starts to serve."""
         settings = self._settings
-        self._server = grpc.aio.server(
-            interceptors=(CallLimit(settings.max_connections_per_client, self._methods.refuse),),
-            options=(
-                *connection_options(settings, self._table.most),
-                ("grpc.max_receive_message_length", settings.max_body_bytes),
-                ("grpc.max_send_message_length", -1),
-                # Only workers share the port; otherwise a taken port is an error.
-                ("grpc.so_reuseport", int(settings.workers > 1)),
-            ),
-        )
+        with behind_event_loop():
+            self._server = grpc.aio.server(
+                interceptors=(CallLimit(settings.max_connections_per_client, self._methods.refuse),),
+                options=(
+                    *connection_options(settings, self._table.most),
+                    ("grpc.max_receive_message_length", settings.max_body_bytes),
+                    ("grpc.max_send_message_length", -1),
+                    # Only workers share the port; otherwise a taken port is an error.
+                    ("grpc.so_reuseport", int(settings.workers > 1)),
+                ),
+            )
         self._server.add_generic_rpc_handlers((_handlers(self._methods),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME
