@@ -553,6 +553,26 @@ def test_a_stopping_server_answers_pending_requests_and_ends_idle_streams(reposi
     assert [result.as_numpy("y").shape for result, _ in answers if result] == [(16, 4000, OUTPUTS)]
 
 
+def test_the_port_is_served_without_uvloop_too(repository: Path, serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "uvloop.py").write_text("raise ImportError")
+    paths = {"PYTHONPATH": str(tmp_path)}
+    server = serve("--models", str(repository), "--grpc-port", "0", environment=paths, fresh=True)
+    assert "uvloop" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+    x = noise(64, 500, FEATURES)  # more than the sockets on the way hold, and so is the answer
+
+    async def ask() -> None:
+        async with triton("grpc", server) as client:
+            assert np.array_equal((await client.infer("lstm", x)).y, predicted(server, "lstm", x))
+
+    asyncio.run(ask())
+    with grpc.insecure_channel(server.grpc) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        assert check(health_pb2.HealthCheckRequest(), timeout=60).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError):
+            check(health_pb2.HealthCheckRequest(), timeout=60, metadata=[(f"x-{n}", "v") for n in range(160)])
+    assert server.stop() == 0
+
+
 @pytest.mark.long
 def test_workers_share_the_grpc_port(repository: Path, serve: Serve, redis: RedisServer) -> None:
     port = free_port()
