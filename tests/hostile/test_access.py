@@ -7,6 +7,7 @@ import http.client
 import json
 import secrets
 import shutil
+import socket
 import struct
 import time
 from collections.abc import Iterator
@@ -88,6 +89,25 @@ def test_guesses_of_keys_from_one_address_and_from_many(guarded: Guarded, beside
         assert one.count(429) > 900
         assert set(guesses([f"10.1.{place >> 8}.{place & 255}" for place in range(8000)])) == {401}
     assert seen.grown_bytes < 20e6
+
+
+def test_a_key_in_a_trailer_opens_nothing(guarded: Guarded) -> None:
+    keys, port = bearer(guarded.add_key("alice")), int(guarded.server.url.rpartition(":")[2])
+    trailer = b"Authorization: " + next(iter(keys.values())).encode()
+    with guarded.server.client(headers=keys) as client:
+        session = client.post("/sessions", json={"model": "sunspots"}).json()["session"]
+        for head in (guarded.headers, {}):
+            lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
+            body = b'{"x":[0.25]}'
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+                connection.sendall(
+                    f"POST /sessions/{session}/step HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                    f"{lines}Transfer-Encoding: chunked\r\n\r\n".encode()
+                    + b"%x\r\n%b\r\n0\r\n%b\r\n\r\n" % (len(body), body, trailer)
+                )
+                answer = connection.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 404" if head else b"HTTP/1.1 401"), answer
+        assert client.get(f"/sessions/{session}").json()["position"] == 0
 
 
 def test_a_key_with_many_sockets_is_revoked(guarded: Guarded, beside: Beside) -> None:

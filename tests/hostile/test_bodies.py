@@ -99,7 +99,9 @@ ATTACKS: dict[str, tuple[str, bytes, dict[str, str], tuple[int, ...]]] = {
     ),
     "spaces instead of a body": ("/sessions", SPACES, JSON, (400, 413)),
     "a number of millions of digits": (STEP % "vowels", b'{"x":[' + b"1" * (15 << 20) + b"]}", JSON, (400, 413, 422)),
-    "a reset of millions of spaces": ("/sessions/{sunspots}/reset", b"{" + SPACES + b"}", JSON, (200, 413)),
+    "a reset of millions of spaces": ("/sessions/{sunspots}/reset", b"{" + SPACES + b"}", JSON, (413,)),
+    "a reset of 5 KB": ("/sessions/{sunspots}/reset", b"{" + b" " * 5000 + b"}", JSON, (413,)),
+    "a fork of 5 KB": ("/sessions/{sunspots}/fork", b"{" + b" " * 5000 + b"}", JSON, (413,)),
     "a prompt of millions of letters": (
         "/sessions/{characters}/rollout",
         b'{"steps":1,"text":"' + b"a" * (15 << 20) + "é".encode() + b'"}',
@@ -148,6 +150,12 @@ ATTACKS: dict[str, tuple[str, bytes, dict[str, str], tuple[int, ...]]] = {
         b'{"model":"vowels","sequences":[[{"\\ud800":NaN}]]}',
         JSON,
         (400, 422),
+    ),
+    "a long id over /v2": (
+        "/v2/models/characters/infer",
+        b'{"id":"' + b"i" * 1001 + b'",' + v2("x", [1, 1], b"[1]")[1:],
+        JSON,
+        (400,),
     ),
     "a lone surrogate over /v2": (
         "/v2/models/vowels/infer",

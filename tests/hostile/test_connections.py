@@ -487,6 +487,18 @@ def test_floods_of_http2_frames_take_turns(speaking_grpc: Server, beside: Beside
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
+def test_grpc_connections_without_calls_are_ended(serve: Serve, examples: Path) -> None:
+    server = serve("--models", str(examples), "--grpc-port", "0", "--head-seconds", "1", "--idle-seconds", "2")
+    host, _, port = server.grpc.rpartition(":")
+    began = {"nothing": b"", "half a preface": PREFACE[:8], "no call": PREFACE, "half": PREFACE + http2(1, 0, CALL, 1)}
+    with ExitStack() as opened:
+        held = {name: opened.enter_context(socket.create_connection((host, int(port)))) for name in began}
+        for name, data in began.items():
+            held[name].sendall(data)
+        for connection in held.values():
+            rest(connection, seconds=20)  # and does not raise
+
+
 def test_grpcs_own_threads_run_behind_the_event_loop(speaking_grpc: Server) -> None:
     process = speaking_grpc.process.pid
     own = [int(thread.name) for thread in Path(f"/proc/{process}/task").iterdir()

@@ -33,6 +33,9 @@ def test_one_request_does_not_fill_the_queue(server: Server, beside: Beside) -> 
         headers = {"Content-Type": "application/x-safetensors"}
         answer = client.post("/predict?model=sunspots&outputs=last", content=save({"x": x}), headers=headers)
         assert (answer.status_code, problem_kind(answer)) == (413, "body-too-large")
+        body = gzip.compress(b'{"x":[' + b"[1]," * 4_000_000 + b"[1]]}")
+        answer = client.post(f"/sessions/{create(client, 'sunspots')}/step", content=body, headers=GZIP)
+        assert (answer.status_code, problem_kind(answer)) == (413, "body-too-large")
         session = create(client, "sunspots")
         assert client.post(f"/sessions/{session}/step", json={"x": [1]}).json()["position"] == 1
 

@@ -82,6 +82,42 @@ def test_a_small_grpc_request_does_not_make_a_huge_answer(serve: Serve, examples
     assert seen.grown_bytes < LIMIT
 
 
+@pytest.mark.parametrize("kind", ["JSON", "binary"])
+def test_a_small_frame_does_not_make_a_huge_answer(server: Server, beside: Beside, kind: str) -> None:
+    count = 400_000
+    with connect(server.url.replace("http", "ws") + "/stream", max_size=None) as stream:
+        stream.send(json.dumps({"op": "open", "model": "characters"}))
+        handle = json.loads(stream.recv(timeout=60))["handle"]
+        step = {"op": "step", "session": handle, "ref": 7, "outputs": "all", "x": [1] * count}
+        with beside(server, f"a small frame, a huge answer: {kind}") as seen:
+            binary = struct.pack("<5I", 1, 7, 1, count, handle) + bytes(4 * count)
+            stream.send(json.dumps(step) if kind == "JSON" else binary)
+            answer = stream.recv(timeout=60)
+            assert isinstance(answer, str)
+            told = json.loads(answer)
+    assert (told["op"], told["ref"], told["problem"]["status"]) == ("error", 7, 413)
+    assert seen.grown_bytes < LIMIT
+
+
+def test_errors_of_many_rows_that_are_not_read_wait_in_a_window(server: Server, beside: Beside) -> None:
+    rows = 256
+    with connect(server.url.replace("http", "ws") + "/stream", max_size=None, close_timeout=0.1) as stream:
+        stream.send(json.dumps({"op": "open", "model": "sunspots"}))
+        handle = json.loads(stream.recv(timeout=60))["handle"]
+        nan = struct.pack("<f", float("nan"))
+        frame = struct.pack("<4I", 1, 1, rows, 1) + struct.pack("<I", handle) * rows + nan * rows
+        stream.socket.settimeout(1)
+        before = resident_bytes(server.process.pid)
+        with beside(server, "256 failing rows a frame, unread") as seen:
+            with suppress(OSError, ConnectionClosed):
+                for _ in range(20_000):
+                    stream.send(frame)
+            held = resident_bytes(server.process.pid) - before
+            stream.socket.close()  # which a send that timed out has done
+    assert held < 200 * MB
+    assert seen.grown_bytes < 100 * MB
+
+
 @pytest.mark.parametrize("kind", ["json", "safetensors", "/v2"])
 def test_a_large_answer_is_sent_in_parts(server: Server, beside: Beside, kind: str) -> None:
     with server.client() as client:
