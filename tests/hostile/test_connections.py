@@ -499,6 +499,26 @@ def test_grpc_connections_without_calls_are_ended(serve: Serve, examples: Path) 
             rest(connection, seconds=20)  # and does not raise
 
 
+def test_grpc_calls_whose_message_never_comes_count(serve: Serve, examples: Path) -> None:
+    server = serve("--models", str(examples), "--grpc-port", "0", "--max-connections-per-client", "3")
+    host, _, port = server.grpc.rpartition(":")
+    with ExitStack() as opened:
+        for _ in range(2):
+            opened.enter_context(begun := socket.create_connection((host, int(port))))
+            begun.sendall(PREFACE + b"".join(http2(1, 4, CALL, stream) for stream in (1, 3)))
+        channel = opened.enter_context(grpc.insecure_channel(server.grpc))
+        check = health_pb2_grpc.HealthStub(channel).Check
+
+        def is_refused() -> bool:
+            with suppress(grpc.RpcError):
+                return not check(health_pb2.HealthCheckRequest(), timeout=60)
+            return True
+
+        until(is_refused)
+        with pytest.raises(grpc.RpcError, match="3 calls under way"):
+            check(health_pb2.HealthCheckRequest(), timeout=60)
+
+
 def test_grpcs_own_threads_run_behind_the_event_loop(speaking_grpc: Server) -> None:
     process = speaking_grpc.process.pid
     own = [int(thread.name) for thread in Path(f"/proc/{process}/task").iterdir()

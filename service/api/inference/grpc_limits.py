@@ -15,7 +15,7 @@ import grpc
 
 from cellserve.service.api.client_identity import grpc_peer
 from cellserve.service.api.inference.grpc_messages import Message
-from cellserve.service.errors import BodyTooLarge, Problem, TooManyConnections
+from cellserve.service.errors import BodyTooLarge, InvalidInput, Problem, TooManyConnections
 from cellserve.service.settings import Settings
 
 LARGEST_SMALL = 64 * 1024  # bytes of a message that is neither an inference request nor part of a stream of them
@@ -82,6 +82,8 @@ class CallLimit(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def small(request: bytes, context: Message) -> Any:
             """Reads a message, which grpc would do in the event loop however large it is."""
+            if read is None:
+                return request
             if len(request) > LARGEST_SMALL:
                 told = f"the message has {len(request)} bytes: send at most {LARGEST_SMALL}"
                 await self._refuse(context, BodyTooLarge(told, limit=LARGEST_SMALL))
@@ -91,23 +93,34 @@ class CallLimit(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             async for request in requests:
                 yield await small(request, context)
 
-        async def call(request: Any, context: Message) -> Any:
-            with self._counted(context) as is_allowed:
-                if not is_allowed:
-                    await self._refused(context)
-                return await method(request if read is None else await small(request, context), context)
+        async def given(requests: AsyncIterator[bytes], context: Message) -> Any:
+            """Returns what the method takes: a stream of requests, or one."""
+            if handler.request_streaming:
+                return requests if read is None else each_small(requests, context)
+            async for request in requests:
+                return await small(request, context)
+            await self._refuse(context, InvalidInput("the call has no message", place=""))
 
-        async def stream(request: Any, context: Message) -> AsyncIterator[Any]:
+        async def call(requests: AsyncIterator[bytes], context: Message) -> Any:
             with self._counted(context) as is_allowed:
                 if not is_allowed:
                     await self._refused(context)
-                if read is not None:
-                    request = each_small(request, context)  # a stream of requests
-                async for answer in method(request, context):
+                return await method(await given(requests, context), context)
+
+        async def stream(requests: AsyncIterator[bytes], context: Message) -> AsyncIterator[Any]:
+            with self._counted(context) as is_allowed:
+                if not is_allowed:
+                    await self._refused(context)
+                async for answer in method(await given(requests, context), context):
                     yield answer
 
         limited = stream if inspect.isasyncgenfunction(method) else call  # a health watch is a coroutine
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        # As if all took streams: a call counts from its start, whether its message ever comes or not.
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
         made: grpc.RpcMethodHandler = make(limited, None, handler.response_serializer)
         return made
 
