@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given.owner):
         parser.error(f"owner: {given.owner!r} must be 1 to 64 letters, digits, '.', '_' and '-'")
-    key = secrets.token_urlsafe(32)
+    key = f"cs_{secrets.token_urlsafe(32)}"  # a first '-' would make an option of it on command lines
     try:
         with append_private(given.file) as lines:
             lines.write(f"{given.owner}:{hashlib.sha256(key.encode()).hexdigest()}\n".encode())

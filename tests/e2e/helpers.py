@@ -73,6 +73,7 @@ def new_key(owner: str, file: Path) -> str:
     """Makes an API key with `cellserve key`, adds it to the file and returns it."""
     made = run("key", owner, "--file", str(file))
     assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith("cs_")  # not with what would make an option of it
     return made.stdout.strip()
 
 
