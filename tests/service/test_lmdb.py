@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import random
@@ -534,3 +535,28 @@ def test_a_worker_that_ends_in_the_middle_of_a_write_blocks_the_others_for_secon
     waited, status = done.stdout.split()
     assert float(waited) < 10
     assert int(status) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_request_that_outlives_the_stop_is_told_that_the_store_is_away(tmp_path: Path, sync: bool) -> None:
+    async def scenario() -> None:
+        client = opened(tmp_path / "store", sync)
+        before, after = record(0), record(1)
+        await client.create("one", before, ROOM)
+        await client.close()
+        (outcome,) = await client.write(changes(["one"], [before.stamp], [after]))
+        assert isinstance(outcome, StoreUnavailable)
+        for ask in (
+            lambda: client.find("one"),
+            lambda: client.stamp("one"),
+            lambda: client.create("two", before, ROOM),
+            lambda: client.end("one", "deleted"),
+            lambda: client.page("", 0, 10),
+            lambda: client.longest_idle(),
+        ):
+            with pytest.raises(StoreUnavailable):
+                asked = ask()
+                if inspect.isawaitable(asked):
+                    await asked
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))

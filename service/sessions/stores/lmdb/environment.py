@@ -83,7 +83,7 @@ class Environment:
         self._synced: deque[float] = deque()  # seconds of each sync to disk, until `take_syncs`
         self._failing = self._no_checkpoint = False  # what was said in the log
         self._failed_at = 0.0  # the last write, in seconds of time.monotonic
-        self._lost = False  # whether other files, or none, are in the folder now
+        self._gone = ""  # why nothing can be written any more
         self._needs_pages = False  # whether the next checkpoint should come at once, so that pages can be reused
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -136,16 +136,22 @@ class Environment:
             raise self._unusable(error) from None
 
     def read(self) -> lmdb.Transaction:
-        """Returns a read transaction: a context manager, whose values are views of the map."""
-        return self._env.begin(buffers=True)
+        """Returns a read transaction: a context manager, whose values are views of the map.
+
+        Raises:
+            StoreUnavailable: It is closed, for a request that outlived the server's stop; or it has too many readers.
+        """
+        try:
+            return self._env.begin(buffers=True)
+        except lmdb.Error:
+            raise StoreUnavailable from None
 
     def run(self, job: Job[T]) -> T:
         """Returns what a job returns in a write transaction; raises StoreUnavailable, and then nothing is written."""
         return self._run(job, self._loop_watch)
 
     def _run(self, job: Job[T], watch: AbstractContextManager[None]) -> T:
-        if self._lost:
-            raise StoreUnavailable("the session store's folder was removed or replaced: nothing was changed")
+        self._check_there()
         try:
             with watch, self._env.begin(write=True, buffers=True) as transaction:
                 result = job(transaction)
@@ -160,10 +166,15 @@ class Environment:
             self._begin_checkpoint_if_due()
         return result
 
+    def _check_there(self) -> None:
+        if self._gone:
+            raise StoreUnavailable(f"{self._gone}: nothing was changed")
+
     async def write(self, job: Job[T], large: bool = False) -> T:
         """Returns what `run` returns; a job that syncs, or is large, runs in a thread, with others that wait."""
         if not (self.sync or large):
             return self.run(job)
+        self._check_there()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
         self._queue.append((job, done))
@@ -217,8 +228,11 @@ class Environment:
 
     @property
     def bytes_used(self) -> int:
-        """Bytes of the file up to its last page in use or kept for reuse."""
-        return (int(self._env.info()["last_pgno"]) + 1) * int(self._env.stat()["psize"])
+        """Bytes of the file up to its last page in use or kept for reuse; raises StoreUnavailable as `read` does."""
+        try:
+            return (int(self._env.info()["last_pgno"]) + 1) * int(self._env.stat()["psize"])
+        except lmdb.Error:
+            raise StoreUnavailable from None
 
     @property
     def free_bytes(self) -> int:
@@ -247,8 +261,8 @@ class Environment:
 
     def keep_house(self) -> None:
         """Frees what dead processes held, and starts a checkpoint if one is due."""
-        if not self._lost and not self._is_in_place:
-            self._lost = True
+        if not self._gone and not self._is_in_place:
+            self._gone = "the session store's folder was removed or replaced"
             log.error("the store %s was removed or replaced: nothing more is written; stop this server", self.folder)
         self._env.reader_check()
         # On a full disk some writes succeed, as soon as pages are free again.
@@ -266,7 +280,7 @@ class Environment:
             return False
 
     def _begin_checkpoint_if_due(self) -> None:
-        if self.sync or not self._checkpoint_seconds or self._lost or not self._submitted.done():
+        if self.sync or not self._checkpoint_seconds or self._gone or not self._submitted.done():
             return
         age = time.monotonic() - self._checkpointed
         if self._needs_pages or age >= self._checkpoint_seconds or self.bytes_used - self._bytes > _EARLY_BYTES:
@@ -321,6 +335,7 @@ class Environment:
                 log.error("no last checkpoint of the store %s: %s", self.folder, error)
         if self._pin is not None:
             self._pin.abort()
+        self._gone = "the server is stopping"
         self._env.close()
         os.close(self._data)
         self._lock.close()
