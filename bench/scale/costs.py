@@ -14,20 +14,20 @@ class Costs:
     """Costs of a step of an LSTM of 128 units, whose state has 1 KB."""
 
     # A request's parsing, its row of the model and its answer, with the session in memory.
-    http_us: float = 36.0
+    http_us: float = 19.4
     # What the session in Redis adds to that in the replica.
-    client_us: float = 14.5
+    client_us: float = 11.7
     # What it adds in one process over the embedded store.
-    lmdb_us: float = 11.6
+    lmdb_us: float = 8.7
     # A replica's tick over Redis, beside its steps.
-    tick_us: float = 265.2
+    tick_us: float = 214.4
     # Redis's CPU time, with its file: of a step, and of a tick's writes beside their steps.
-    redis_us: float = 13.2
-    redis_tick_us: float = 50.2
+    redis_us: float = 7.3
+    redis_tick_us: float = 22.4
     # To and from Redis, for each step.
-    redis_bytes: float = 1241.0
+    redis_bytes: float = 1226.4
     # Of Redis, for each session of 1 KB, with its entries in the indexes.
-    redis_memory: float = 2906.2
+    redis_memory: float = 2943.2
     # From a replica to its shard: an assumption, for machines within a zone.
     wire_us: float = 84.0
     # A step's request and answer over HTTP, with their heads, of 16 numbers and 4: counted once.

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -192,11 +192,11 @@ def used_seconds() -> float:
 
 
 def check(folder: Path, seconds: float) -> Iterator[str]:
-    """Yields lines of a table: latencies of two replicas over one Redis, and those of the model at the same load.
+    """Yields lines of a table: latencies over one Redis, and those of the model at the same load.
 
-    All processes share this machine's cores, those that send the load as well, and so they do in the model. The model
-    has the costs of the same run. What a message takes from one process to another is fitted to the median of a load on
-    one replica alone.
+    First of one replica on a core of its own, as the model's plots have it; then of two, which share this machine's
+    cores with the Redis and the programs that send the load, and so they do in the model. The model has the costs of
+    the same run. What a message takes from one process to another is fitted to the median of a load on one replica.
     """
     yield lateness()
     yield ""
@@ -204,12 +204,10 @@ def check(folder: Path, seconds: float) -> Iterator[str]:
         real = Real(folder, stack, replicas=REPLICAS)
         samples = real.samples(seconds)
         costs = replica_cost(samples), redis_cost(samples), load_cost(samples)
-        cores = real.spread()
-        alone = real.sample(seconds, FEW[0] * samples[0].load.per_s).load
-        cluster = Cluster(1, 1, costs[0], costs[1], 0.0, costs[2], cores, SESSIONS)
-        wire = max(0.0, 1e3 * alone.p50_ms - 1e6 * simulate(cluster, alone.per_s).p50) / 4  # a step is sent four times
-        cluster = replace(cluster, replicas=REPLICAS, wire_us=wire)
-        most = sum(one.per_s for one in real.drive(seconds, None))
+        alone = Cluster(1, 1, costs[0], costs[1], 0.0, costs[2], None, SESSIONS)
+        few = samples[1].load
+        wire = max(0.0, 1e3 * few.p50_ms - 1e6 * simulate(alone, few.per_s).p50) / 4  # a step is sent four times
+        alone = replace(alone, wire_us=wire)
         yield (
             "CPU time, µs: "
             + ", ".join(
@@ -218,21 +216,47 @@ def check(folder: Path, seconds: float) -> Iterator[str]:
             )
             + f". From one process to another: {wire:.0f} µs."
         )
-        yield f"At most {most:,.0f} steps/s (model: {cluster.capacity:,.0f})."
         yield ""
-        yield "| of the most | steps/s | p50 real, ms | p50 model | p99 real | p99 model | others use | agrees |"
-        yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-        for share in LOADS:
-            before = used_seconds() - real.cpu_seconds(), time.perf_counter()
-            loads = real.drive(seconds, share * most / REPLICAS)
-            others = used_seconds() - real.cpu_seconds() - before[0]
-            others /= cores * (time.perf_counter() - before[1])
-            modelled = simulate(cluster, share * most)
-            pairs = [
-                (sum(getattr(each, name) for each in loads) / len(loads), 1e3 * getattr(modelled, name[:3]))
-                for name in ("p50_ms", "p99_ms")
-            ]
-            agrees = all(1 / WITHIN <= theirs / ours <= WITHIN for ours, theirs in pairs)
-            verdict = "yes" if agrees else "no" if others <= QUIET else "no, not a quiet machine"
-            figures = " | ".join(f"{figure:.2f}" for pair in pairs for figure in pair)
-            yield f"| {share:.0%} | {share * most:,.0f} | {figures} | {max(0.0, others):.0%} | {verdict} |"
+        yield "| replicas | load | steps/s | p50 real, ms | p50 model | p99 real | p99 model | others use | agrees |"
+        yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+        most = samples[0].load.per_s
+        yield from rows(real, "1, a core of its own", alone, most, lambda rate: [real.sample(seconds, rate).load])
+        together = replace(alone, replicas=REPLICAS, cores=real.spread())
+        most = sum(one.per_s for one in real.drive(seconds, None))
+        what = f"{REPLICAS}, on shared cores"
+        yield from rows(real, what, together, most, lambda rate: real.drive(seconds, rate / REPLICAS))
+
+
+def rows(
+    real: Real, what: str, cluster: Cluster, most: float, drive: Callable[[float], Sequence[load.Load]]
+) -> Iterator[str]:
+    """Yields a line of the check's table for each load.
+
+    Args:
+        real: What is loaded.
+        what: Its name.
+        cluster: The model of it.
+        most: Steps per second that it can do.
+        drive: Loads it with so many steps per second.
+    """
+    cores = len(os.sched_getaffinity(real.servers[0].process.pid) | os.sched_getaffinity(0))
+    for share in LOADS:
+        before = used_seconds() - real.cpu_seconds(), time.perf_counter()
+        loads = drive(share * most)
+        others = (used_seconds() - real.cpu_seconds() - before[0]) / (cores * (time.perf_counter() - before[1]))
+        modelled = simulate(cluster, share * most)
+        pairs = [
+            (sum(getattr(each, name) for each in loads) / len(loads), 1e3 * getattr(modelled, name[:3]))
+            for name in ("p50_ms", "p99_ms")
+        ]
+        verdict = " and ".join(
+            name
+            for name, (ours, theirs) in zip(("p50", "p99"), pairs, strict=True)
+            if 1 / WITHIN <= theirs / ours <= WITHIN
+        )
+        figures = " | ".join(f"{figure:.2f}" for pair in pairs for figure in pair)
+        quiet = "" if others <= QUIET else " (not a quiet machine)"
+        yield (
+            f"| {what} | {share:.0%} | {share * most:,.0f} | {figures} | {max(0.0, others):.0%} | "
+            f"{verdict or 'neither'}{quiet} |"
+        )
