@@ -51,13 +51,15 @@ def put(page: Path, lines: Iterable[str]) -> None:
     page.write_text(re.sub(rf"^\|{first}\|.*?(?=\n\n)", "\n".join(table), page.read_text(), flags=re.M | re.S))
 
 
-def record(measured: Costs) -> None:
-    """Prints costs, and writes them into `costs.py`."""
+def record(measured: Costs) -> Costs:
+    """Prints costs, and writes them into `costs.py`; returns them as they stand there."""
     text = SOURCE.read_text()
-    for name, value in asdict(measured).items():
-        print(f"{name}: {value:.1f}")
-        text = re.sub(rf"^(    {name}: float =) .*$", rf"\g<1> {value:.1f}", text, flags=re.M)
+    rounded = {name: round(value, 1) for name, value in asdict(measured).items()}
+    for name, value in rounded.items():
+        print(f"{name}: {value}")
+        text = re.sub(rf"^(    {name}: float =) .*$", rf"\g<1> {value}", text, flags=re.M)
     SOURCE.write_text(text)
+    return Costs(**rounded)
 
 
 def main() -> int:
@@ -76,8 +78,7 @@ def main() -> int:
             return 0
         measured = COSTS
         if arguments.measure:
-            measured = real.measure(Path(folder), arguments.seconds)
-            record(measured)
+            measured = record(real.measure(Path(folder), arguments.seconds))
     put(page, table(measured))
     for percentile, drawn in curves(measured, arguments.steps).items():
         title, kind = "Simulated replicas and Redis shards", "share of what they can do"
