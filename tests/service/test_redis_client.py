@@ -252,6 +252,22 @@ def test_more_calls_than_connections_wait_for_one(clean: RedisServer) -> None:
     with_client(clean.url, work)
 
 
+def test_many_calls_at_once_find_their_scripts_again_after_a_restart(clean: RedisServer) -> None:
+    async def work(client: RedisClient) -> None:
+        await client.create("sound", record(), room(1000))
+        clean.ask("SCRIPT FLUSH")
+        clean.process.send_signal(signal.SIGSTOP)
+        try:
+            calls = [asyncio.create_task(client.create(f"{number}", record(), room(1000))) for number in range(200)]
+            await asyncio.sleep(0.5)
+        finally:
+            clean.process.send_signal(signal.SIGCONT)
+        assert await asyncio.gather(*calls) == [WriteOutcome.WRITTEN] * 200
+        assert sum(client.errors.values()) == 0
+
+    with_client(clean.url, work)
+
+
 def test_a_name_that_is_no_text_is_left_out_of_lists(clean: RedisServer) -> None:
     async def work(client: RedisClient) -> None:
         assert await client.create("alice/sound", record(), room(10)) is WriteOutcome.WRITTEN

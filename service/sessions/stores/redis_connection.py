@@ -87,7 +87,10 @@ class RedisConnection:
             replies = await exchange(commands)
             missed = [place for place, one in enumerate(replies) if isinstance(one, NoScriptError)]
             if missed:  # Redis was restarted, or its scripts flushed: none of these calls was applied
-                await self.load_scripts()
+                if self.is_cluster:
+                    await self.load_scripts()
+                else:  # over this connection: as many calls as there are may do so at once
+                    await exchange([("SCRIPT", "LOAD", script) for script in SHA1])
                 if commands[-1][0] == "WAIT":
                     missed.append(len(commands) - 1)
                 for place, one in zip(missed, await exchange([commands[place] for place in missed]), strict=True):
